@@ -1,0 +1,99 @@
+"""A transformers model with its linear layers adapted and its heads multiplied per task.
+
+The same class is what a trainer optimises and what parity uses as the oracle: the
+unmerged model, one paper's forward pass per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mtl_export.adapters.modules.routing import TaskRouting
+
+# A label a task does not have: never the argmax, zero after a softmax, and
+# unmistakable when printed.
+NO_LABEL = float("-inf")
+
+
+class TaskHeads(nn.Module):
+    """One linear head per task, chosen per row.
+
+    Args:
+        heads: One ``nn.Linear`` per task, in id order; label counts may differ.
+        routing: Says which task each row belongs to.
+
+    Shape:
+        x ``[B, I]`` or ``[B, S, I]``; result ``[B, L]`` or ``[B, S, L]`` with L the widest
+        head. Columns a task does not have are -inf.
+    """
+
+    def __init__(self, heads: Sequence[nn.Linear], routing: TaskRouting) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+        self.routing = routing
+        self.width = max(head.out_features for head in heads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of every row's own head."""
+        task_ids = self.routing.rows(x.shape[0])
+        logits = x.new_full((*x.shape[:-1], self.width), NO_LABEL)
+        for index, head in enumerate(self.heads):
+            rows = (task_ids == index).nonzero().squeeze(-1)
+            if rows.numel():
+                own = functional.pad(
+                    head(x[rows]), (0, self.width - head.out_features), value=NO_LABEL
+                )
+                logits = logits.index_copy(0, rows, own)
+        return logits
+
+
+class MultiTaskModel(nn.Module):
+    """A model whose rows each pick their own task.
+
+    Args:
+        model: A transformers model; its parameters are frozen and its layers replaced.
+        adapters: By dotted module name, a function from the base layer and the routing
+            to the adapted layer.
+        heads: By dotted module name, one linear head per task.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        adapters: Mapping[str, Callable[[nn.Linear, TaskRouting], nn.Module]],
+        heads: Mapping[str, Sequence[nn.Linear]],
+    ) -> None:
+        super().__init__()
+        self.routing = TaskRouting()
+        self.model = model.requires_grad_(False)
+        for name, adapt in adapters.items():
+            model.set_submodule(name, adapt(linear_named(model, name), self.routing))
+        for name, task_heads in heads.items():
+            linear_named(model, name)
+            model.set_submodule(name, TaskHeads(task_heads, self.routing))
+        self.adapter_modules = tuple(adapters)
+        self.head_modules = tuple(heads)
+
+    def forward(self, *, task_ids: torch.Tensor, **inputs: Any) -> Any:
+        """Return the transformers output for ``inputs``, row b under ``task_ids[b]``."""
+        self.routing.set(task_ids)
+        return self.model(**inputs)
+
+
+def linear_named(model: nn.Module, name: str) -> nn.Linear:
+    """Return the linear layer called ``name``.
+
+    Raises:
+        TypeError: It exists but is no ``nn.Linear``.
+        AttributeError: There is none.
+    """
+    layer = model.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"{name} is a {type(layer).__name__}, not an nn.Linear")
+    return layer

