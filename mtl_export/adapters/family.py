@@ -1,0 +1,117 @@
+"""The catalogue of families: one paper, one row, one file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+
+from mtl_export.adapters import mtl_lora
+from mtl_export.adapters.normal_form import AdapterSet, Head, LayerAdapter
+from mtl_export.checkpoint.checkpoint import Checkpoint, HeadTensors, LayerTensors
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import AdapterError, CheckpointError, shortened
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One paper.
+
+    Attributes:
+        name: What ``Checkpoint.family`` says.
+        title: The method's name, for people.
+        paper: Where it is published.
+        layer_adapter: Turns one layer's tensors into the normal form.
+        oracle: ``"module:class"`` of the paper's forward pass in PyTorch, imported only
+            by training and parity, so that merging needs no torch. The class has
+            ``from_tensors(base, routing, layer)``.
+    """
+
+    name: str
+    title: str
+    paper: str
+    layer_adapter: Callable[[LayerTensors], LayerAdapter]
+    oracle: str
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        name=mtl_lora.NAME,
+        title="MTL-LoRA",
+        paper="https://doi.org/10.1609/AAAI.V39I20.35509",
+        layer_adapter=mtl_lora.layer_adapter,
+        oracle="mtl_export.adapters.modules.mtl_lora:MTLLoRALinear",
+    ),
+)
+
+
+def family_named(name: str) -> Family:
+    """Return the family called ``name``.
+
+    Raises:
+        AdapterError: There is none.
+    """
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise AdapterError(
+        where=f"adapter type {name!r}",
+        found="no family of that name",
+        expected=f"one of {', '.join(family.name for family in FAMILIES)}",
+        fix="Export this checkpoint with a version of mtl-export that knows it",
+    )
+
+
+def read_adapters(checkpoint: Checkpoint) -> AdapterSet:
+    """Return ``checkpoint`` in normal form; its adapter tensors are read here.
+
+    Raises:
+        CheckpointError: A tensor is missing, misshaped, or not finite.
+        HyperparameterError: alpha or temperature is unknown.
+        AdapterError: The family is unknown.
+    """
+    family = family_named(checkpoint.family)
+    _refuse_not_finite(checkpoint)
+    return AdapterSet(
+        family=family.name,
+        tasks=checkpoint.tasks,
+        layers=MappingProxyType({
+            module: family.layer_adapter(layer) for module, layer in checkpoint.layers.items()
+        }),
+        heads=MappingProxyType({
+            module: tuple(_head(head) for head in heads)
+            for module, heads in checkpoint.heads.items()
+        }),
+        model_class=checkpoint.model_class,
+        checkpoint_sha256=checkpoint.sha256,
+    )
+
+
+def _head(tensors: HeadTensors) -> Head:
+    weight = tensors.weight.widened()
+    bias: Array = (
+        np.zeros(weight.shape[0], weight.dtype) if tensors.bias is None else tensors.bias.widened()
+    )
+    return Head(weight, bias)
+
+
+def _refuse_not_finite(checkpoint: Checkpoint) -> None:
+    tensors = [t for layer in checkpoint.layers.values() for t in layer.tensors.values()]
+    for heads in checkpoint.heads.values():
+        tensors += [t for head in heads for t in (head.weight, head.bias) if t is not None]
+    bad = []
+    for tensor in tensors:
+        finite = np.isfinite(tensor.widened())
+        if not finite.all():
+            first = tuple(int(i) for i in np.argwhere(~finite)[0])
+            bad.append(f"{tensor.name!r} ({int((~finite).sum())} values, first at {list(first)})")
+    if bad:
+        raise CheckpointError(
+            where=str(checkpoint.path),
+            found=f"NaN or Inf in {shortened(bad)}",
+            expected="finite numbers",
+            why="they would spread to every output of the task",
+            fix="Export an earlier checkpoint of the run, from before it diverged",
+        )

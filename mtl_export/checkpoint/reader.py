@@ -1,0 +1,137 @@
+"""Open a checkpoint whatever wrote it: each format looks at the path and says whether it is its own.
+
+Adding a format means one file here and one row in ``FORMATS``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from mtl_export.checkpoint.checkpoint import Checkpoint, LayerTensors, check_task_names
+from mtl_export.checkpoint.folder import FORMAT, is_own_folder, read_folder
+from mtl_export.checkpoint.torch_pickle import refuse_code
+from mtl_export.errors import CheckpointError, UsageError, shortened
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One producer of checkpoints.
+
+    Attributes:
+        name: Short name, as ``inspect`` prints it.
+        description: Who writes it, for people.
+        looks_for: What makes a path its own, for the error when nothing fits.
+        is_mine: Decides by content, reading no tensor.
+        read: Returns the checkpoint.
+    """
+
+    name: str
+    description: str
+    looks_for: str
+    is_mine: Callable[[Path], bool]
+    read: Callable[[Path], Checkpoint]
+
+
+FORMATS: tuple[Format, ...] = (
+    Format(
+        name=FORMAT,
+        description="mtl-export's own folder",
+        looks_for='a folder with adapter_config.json whose "format" is "mtl-export"',
+        is_mine=is_own_folder,
+        read=read_folder,
+    ),
+)
+
+
+def open_checkpoint(
+    path: Path,
+    *,
+    alpha: float | None = None,
+    temperature: float | None = None,
+    task_names: Sequence[str] | None = None,
+) -> Checkpoint:
+    """Return the checkpoint at ``path``; tensors stay on disk.
+
+    Args:
+        path: File or folder.
+        alpha: LoRA alpha, where the checkpoint does not carry it.
+        temperature: Softmax temperature, where the checkpoint does not carry it.
+        task_names: Names in id order, where the checkpoint does not carry them.
+
+    Raises:
+        UsageError: ``path`` does not exist, or a value given contradicts the checkpoint.
+        CheckpointError: No format recognises it, or the one that does finds it broken.
+        IntegrityError: It is a pickle that asks to run code.
+    """
+    if not path.exists():
+        raise UsageError(
+            where=f"checkpoint {path}",
+            found="no such file or folder",
+            expected="a trained multi-task LoRA checkpoint",
+            fix="Correct --checkpoint (or checkpoint in mtl-export.toml)",
+        )
+    for entry in FORMATS:
+        if entry.is_mine(path):
+            checkpoint = entry.read(path)
+            checkpoint = _with_hyper(checkpoint, {"alpha": alpha, "temperature": temperature})
+            return _with_task_names(checkpoint, task_names)
+    refuse_code(path)
+    seen = sorted(child.name for child in path.iterdir()) if path.is_dir() else [path.name]
+    raise CheckpointError(
+        where=f"checkpoint {path}",
+        found=f"no known checkpoint; it holds {shortened(seen, 8)}",
+        expected=f"{' or '.join(entry.looks_for for entry in FORMATS)}",
+        fix="Point --checkpoint at the folder that the trainer wrote",
+    )
+
+
+def _with_hyper(checkpoint: Checkpoint, given: dict[str, float | None]) -> Checkpoint:
+    """Fill in numbers that no layer carries; refuse to overrule one that a layer carries."""
+    wanted = {name: value for name, value in given.items() if value is not None}
+    for name, value in wanted.items():
+        carried = {layer.hyper[name] for layer in checkpoint.layers.values() if name in layer.hyper}
+        if carried - {value}:
+            raise UsageError(
+                where=f"--{name} {value:g}",
+                found=f"the checkpoint itself says {', '.join(f'{v:g}' for v in sorted(carried))}",
+                expected="no value, or the same one",
+                why="the delta must be computed with the number used in training",
+                fix=f"Leave out --{name}",
+            )
+    if not wanted:
+        return checkpoint
+    layers = {
+        module: LayerTensors(
+            module, layer.tensors, MappingProxyType({**wanted, **layer.hyper})
+        )
+        for module, layer in checkpoint.layers.items()
+    }
+    return dataclasses.replace(checkpoint, layers=MappingProxyType(layers))
+
+
+def _with_task_names(checkpoint: Checkpoint, names: Sequence[str] | None) -> Checkpoint:
+    if names is None:
+        return checkpoint
+    check_task_names("--tasks", list(names))
+    own = [task.name for task in checkpoint.tasks]
+    if list(names) == own:
+        return checkpoint
+    placeholder = [f"task{index}" for index in range(len(own))]
+    if own != placeholder or len(names) != len(own):
+        raise UsageError(
+            where=f"--tasks {','.join(names)}",
+            found=f"the checkpoint has {len(own)} tasks: {shortened(own)}",
+            expected="no names, or the same ones in id order"
+            if own != placeholder
+            else f"{len(own)} names in id order",
+            fix="Correct --tasks (or tasks in mtl-export.toml)",
+        )
+    tasks = tuple(
+        dataclasses.replace(task, name=name)
+        for task, name in zip(checkpoint.tasks, names, strict=True)
+    )
+    return dataclasses.replace(checkpoint, tasks=tasks)
