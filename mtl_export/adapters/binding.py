@@ -47,9 +47,7 @@ def bind(checkpoint: Checkpoint, adapters: AdapterSet, base: BaseModel) -> Bound
     """
     prefix = _prefix(adapters, base)
     problems = [
-        problem
-        for layer in adapters.layers.values()
-        if (problem := _mismatch(layer, base, prefix))
+        problem for layer in adapters.layers.values() if (problem := _mismatch(layer, base, prefix))
     ]
     if problems:
         raise BaseModelError(

@@ -77,13 +77,15 @@ def read_adapters(checkpoint: Checkpoint) -> AdapterSet:
     return AdapterSet(
         family=family.name,
         tasks=checkpoint.tasks,
-        layers=MappingProxyType({
-            module: family.layer_adapter(layer) for module, layer in checkpoint.layers.items()
-        }),
-        heads=MappingProxyType({
-            module: tuple(_head(head) for head in heads)
-            for module, heads in checkpoint.heads.items()
-        }),
+        layers=MappingProxyType(
+            {module: family.layer_adapter(layer) for module, layer in checkpoint.layers.items()}
+        ),
+        heads=MappingProxyType(
+            {
+                module: tuple(_head(head) for head in heads)
+                for module, heads in checkpoint.heads.items()
+            }
+        ),
         model_class=checkpoint.model_class,
         checkpoint_sha256=checkpoint.sha256,
     )

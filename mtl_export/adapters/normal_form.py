@@ -19,6 +19,10 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, CheckpointError, shortened
 
+# Where heads of different widths share one output: the logit of a label that a task does
+# not have. Never the argmax, zero after a softmax, and unmistakable when printed.
+NO_LABEL = float("-inf")
+
 
 @dataclass(frozen=True, slots=True)
 class LayerAdapter:

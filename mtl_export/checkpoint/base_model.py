@@ -160,3 +160,24 @@ def _weight_files(reference: str, folder: Path) -> tuple[Path, ...]:
         why="bases are read tensor by tensor",
         fix="Save it once with model.save_pretrained(folder)",
     )
+
+
+# Files that belong to a model whatever its weights: tokenizers, processors, generation
+# settings and licences, under the names transformers 5.23 writes. A sentence-transformers
+# pipeline (modules.json, 1_Pooling) describes another model and is left behind.
+COMPANION_PATTERNS = (
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "*.model", "chat_template*", "generation_config.json", "*processor_config.json",
+    "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+
+def companion_files(base: BaseModel) -> tuple[Path, ...]:
+    """Return the base's files that every exported folder carries, in name order."""
+    found = {
+        path
+        for pattern in COMPANION_PATTERNS
+        for path in base.folder.glob(pattern)
+        if path.is_file()
+    }
+    return tuple(sorted(found))

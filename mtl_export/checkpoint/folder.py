@@ -244,18 +244,14 @@ def _read_config(path: Path) -> dict[str, Any]:
         f"{key} is {config[key]!r}"
         for key, kind in CONFIG_KEYS.items()
         if key in config
-        and (
-            not isinstance(config[key], kind) or (kind is int and isinstance(config[key], bool))
-        )
+        and (not isinstance(config[key], kind) or (kind is int and isinstance(config[key], bool)))
     ]
     if not problems:
         if config["format_version"] != FORMAT_VERSION:
             problems.append(f"format_version {config['format_version']}")
         if config["lambda_format"] not in {"full", "diagonal"}:
             problems.append(f"lambda_format {config['lambda_format']!r}")
-        problems += [
-            f"task {entry!r}" for entry in config["tasks"] if not _is_task(entry)
-        ]
+        problems += [f"task {entry!r}" for entry in config["tasks"] if not _is_task(entry)]
     if problems:
         raise CheckpointError(
             where=str(path),

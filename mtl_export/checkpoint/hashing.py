@@ -10,9 +10,11 @@ from pathlib import Path
 def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of the file's bytes, as 64 hex digits."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(
-            hashlib, "file_digest"
-        ) else _digest_by_blocks(path)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest_by_blocks(path)
+        )
 
 
 def _digest_by_blocks(path: Path) -> str:

@@ -105,9 +105,7 @@ def _with_hyper(checkpoint: Checkpoint, given: dict[str, float | None]) -> Check
     if not wanted:
         return checkpoint
     layers = {
-        module: LayerTensors(
-            module, layer.tensors, MappingProxyType({**wanted, **layer.hyper})
-        )
+        module: LayerTensors(module, layer.tensors, MappingProxyType({**wanted, **layer.hyper}))
         for module, layer in checkpoint.layers.items()
     }
     return dataclasses.replace(checkpoint, layers=MappingProxyType(layers))

@@ -63,7 +63,7 @@ def imported_globals(file: Path) -> frozenset[str]:
                     names.add("? ?")
                 elif isinstance(argument, str):
                     strings.append(argument)
-        except Exception:  # noqa: BLE001 - pickletools raises ValueError, IndexError and more on garbage
+        except Exception:
             continue
     return frozenset(names)
 

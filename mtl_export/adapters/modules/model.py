@@ -14,10 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from mtl_export.adapters.modules.routing import TaskRouting
-
-# A label a task does not have: never the argmax, zero after a softmax, and
-# unmistakable when printed.
-NO_LABEL = float("-inf")
+from mtl_export.adapters.normal_form import NO_LABEL
 
 
 class TaskHeads(nn.Module):

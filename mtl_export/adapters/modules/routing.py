@@ -18,7 +18,9 @@ class TaskRouting:
     def set(self, task_ids: torch.Tensor) -> None:
         """Set the ids, int64 ``[B]``, for the next forward pass."""
         if task_ids.ndim != 1 or task_ids.dtype != torch.int64:
-            raise ValueError(f"task_ids must be int64 [batch], not {task_ids.dtype} {task_ids.shape}")
+            raise ValueError(
+                f"task_ids must be int64 [batch], not {task_ids.dtype} {task_ids.shape}"
+            )
         self._task_ids = task_ids
 
     def rows(self, row_count: int) -> torch.Tensor:

@@ -1,0 +1,76 @@
+"""The frozen base as a transformers model, every weight accounted for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.errors import AdapterError, BaseModelError, shortened
+
+
+def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
+    """Return the model class of the checkpoint with the base's weights, in eval mode.
+
+    Head modules keep random weights: the caller replaces them.
+
+    Raises:
+        AdapterError: The checkpoint names no transformers class, or an unknown one.
+        BaseModelError: The class has a weight that neither the base nor the checkpoint
+            provides.
+    """
+    model_class = _class_named(bound.adapters.model_class)
+    with quiet_transformers():
+        model, info = model_class.from_pretrained(
+            bound.base.folder, dtype=dtype, output_loading_info=True
+        )
+    heads = tuple(f"{module}." for module in bound.adapters.heads)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(heads))
+    if missing:
+        raise BaseModelError(
+            where=f"base {bound.base.reference}",
+            found=f"{model_class.__name__} has weights that are nowhere: {shortened(missing)}",
+            expected="every weight in the base or in the checkpoint",
+            why="transformers would fill the gap with random numbers",
+            fix="Pass the base the adapter was trained on, or save these modules with the adapter",
+        )
+    return model.eval()
+
+
+def _class_named(name: str) -> Any:
+    import transformers
+
+    model_class = getattr(transformers, name, None) if name else None
+    if not isinstance(model_class, type) or not issubclass(
+        model_class, transformers.PreTrainedModel
+    ):
+        raise AdapterError(
+            where=f"model class {name!r}",
+            found=f"transformers {transformers.__version__} has no model of that name",
+            expected="a class such as BertForSequenceClassification",
+            why="the model is rebuilt from its class to be traced",
+            fix="Correct model_class in adapter_config.json",
+        )
+    return model_class
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' load reports and progress bars: we check and report ourselves."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

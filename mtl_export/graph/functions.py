@@ -1,0 +1,84 @@
+"""The custom gather ops: model-local functions whose bodies are stock ONNX.
+
+A runtime that knows ``mtl_export::TaskDelta`` may replace it; all others inline it.
+
+    TaskDelta(x, task_ids, down, core, up)      x [B, S, I]  ->  [B, S, O]
+    TaskDeltaRows(x, task_ids, down, core, up)  x [B, I]     ->  [B, O]
+        ((x . down) . core[task_ids]) . up
+    TaskHeadRows(x, task_ids, weights, biases)  x [B, I]     ->  [B, L]
+        x . weights[task_ids] + biases[task_ids]
+
+task_ids int64 [B]; down [I, D], core [T + 1, D, U], up [U, O]; weights [T + 1, I, L],
+biases [T + 1, L]. The delta costs two shared GEMMs and one gather of D x U numbers
+a row, whatever T is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnx_ir import tape
+
+from mtl_export.graph import names
+
+TASK_DELTA = "TaskDelta"
+TASK_DELTA_ROWS = "TaskDeltaRows"
+TASK_HEAD_ROWS = "TaskHeadRows"
+
+
+def task_delta(opset: int) -> ir.Function:
+    """Return ``TaskDelta``."""
+    x, ids, down, core, up = inputs = _values("x", "task_ids", "down", "core", "up")
+    body = tape.Tape()
+    z = body.op("MatMul", [x, down])
+    picked = body.op("Gather", [core, ids], {"axis": 0})
+    y = body.op("MatMul", [body.op("MatMul", [z, picked]), up])
+    return _function(TASK_DELTA, inputs, y, body, opset)
+
+
+def task_delta_rows(opset: int) -> ir.Function:
+    """Return ``TaskDeltaRows``."""
+    x, ids, down, core, up = inputs = _values("x", "task_ids", "down", "core", "up")
+    body = tape.Tape()
+    axis = body.op("Constant", [], {"value_ints": [1]})
+    z = body.op("Unsqueeze", [body.op("MatMul", [x, down]), axis])
+    picked = body.op("Gather", [core, ids], {"axis": 0})
+    mixed = body.op("Squeeze", [body.op("MatMul", [z, picked]), axis])
+    y = body.op("MatMul", [mixed, up])
+    return _function(TASK_DELTA_ROWS, inputs, y, body, opset)
+
+
+def task_head_rows(opset: int) -> ir.Function:
+    """Return ``TaskHeadRows``."""
+    x, ids, weights, biases = inputs = _values("x", "task_ids", "weights", "biases")
+    body = tape.Tape()
+    axis = body.op("Constant", [], {"value_ints": [1]})
+    picked = body.op("Gather", [weights, ids], {"axis": 0})
+    rows = body.op("MatMul", [body.op("Unsqueeze", [x, axis]), picked])
+    logits = body.op("Squeeze", [rows, axis])
+    y = body.op("Add", [logits, body.op("Gather", [biases, ids], {"axis": 0})])
+    return _function(TASK_HEAD_ROWS, inputs, y, body, opset)
+
+
+FUNCTIONS = {
+    TASK_DELTA: task_delta,
+    TASK_DELTA_ROWS: task_delta_rows,
+    TASK_HEAD_ROWS: task_head_rows,
+}
+
+
+def _values(*value_names: str) -> list[ir.Value]:
+    return [ir.Value(name=name) for name in value_names]
+
+
+def _function(
+    name: str, inputs: Sequence[ir.Value], output: ir.Value, body: tape.Tape, opset: int
+) -> ir.Function:
+    output.name = "y"
+    for index, node in enumerate(body.nodes):
+        node.name = f"{name}/{index}"
+        for result in node.outputs:
+            result.name = result.name or f"v{index}"
+    graph = ir.Graph(inputs, [output], nodes=body.nodes, opset_imports={"": opset}, name=name)
+    return ir.Function(names.DOMAIN, name, graph=graph, attributes=())

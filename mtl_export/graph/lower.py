@@ -1,0 +1,65 @@
+"""From one trace to any number of graphs that a stock runtime can run."""
+
+from __future__ import annotations
+
+import json
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.graph.passes.merge_task import MergeTaskPass
+from mtl_export.graph.passes.route_tasks import RouteTasksPass
+from mtl_export.graph.trace import TracedModel
+from mtl_export.version import VERSION
+
+LAYOUT_MERGED = "merged"
+LAYOUT_SINGLE = "single-graph"
+
+
+def merged_graph(traced: TracedModel, bound: BoundModel, task: Task) -> ir.Model:
+    """Return the graph of ``task`` alone, its weights merged."""
+    return _lowered(traced, MergeTaskPass(bound, task), _metadata(bound, LAYOUT_MERGED, (task,)))
+
+
+def routed_graph(traced: TracedModel, bound: BoundModel) -> ir.Model:
+    """Return the graph of all tasks, with the extra input ``task_ids`` int64 [batch]."""
+    metadata = _metadata(bound, LAYOUT_SINGLE, bound.adapters.tasks)
+    return _lowered(traced, RouteTasksPass(bound), metadata)
+
+
+def _lowered(
+    traced: TracedModel, lowering: ir.passes.InPlacePass, metadata: dict[str, str]
+) -> ir.Model:
+    model = traced.model.clone()
+    # One by one: ir.passes.Sequential would hide our own errors inside its PassError.
+    for step in (lowering, common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass()):
+        model = step(model).model
+    model.metadata_props.update(metadata)
+    model.producer_name, model.producer_version = "mtl-export", VERSION
+    model.graph.name = metadata["mtl_export.layout"]
+    return model
+
+
+def _metadata(bound: BoundModel, layout: str, tasks: tuple[Task, ...]) -> dict[str, str]:
+    """Return what the file says of itself; the keys are part of the format."""
+    adapters = bound.adapters
+    sizes = {
+        "layers": len(adapters.layers),
+        "down_ranks": sorted({layer.down.shape[0] for layer in adapters.layers.values()}),
+        "up_ranks": sorted({layer.up.shape[1] for layer in adapters.layers.values()}),
+    }
+    table = [
+        {"name": task.name, "index": task.index, "labels": task.labels, "kind": task.kind}
+        for task in tasks
+    ]
+    return {
+        "mtl_export.version": VERSION,
+        "mtl_export.layout": layout,
+        "mtl_export.family": adapters.family,
+        "mtl_export.tasks": json.dumps(table),
+        "mtl_export.base_sha256": bound.base.sha256,
+        "mtl_export.checkpoint_sha256": adapters.checkpoint_sha256,
+        "mtl_export.sizes": json.dumps(sizes),
+    }

@@ -1,0 +1,43 @@
+"""The only place that invents ONNX names.
+
+Initializers of the base keep their state-dict names. What we add:
+
+    <module>.weight_t   base weight transposed to [I, O], so that MatMul takes it as it is and
+                        quantisers recognise a stock linear layer
+    <module>.down       [I, D]           <module>.core   [T + 1, D, U]      <module>.up   [U, O]
+    <module>.weights    [T + 1, I, L]    <module>.biases [T + 1, L]         (per-task heads)
+    <module>/<step>     values between nodes
+
+Row T of every per-task stack is NaN: see ``passes.route_tasks``.
+"""
+
+from __future__ import annotations
+
+DOMAIN = "mtl_export"
+DOMAIN_VERSION = 1
+MARKER_LINEAR = "TaskLinear"
+MARKER_HEAD = "TaskHead"
+MODULE_ATTRIBUTE = "module"
+TASK_IDS = "task_ids"
+BATCH = "batch"
+SEQUENCE = "sequence"
+
+
+def weight_t(module: str) -> str:
+    """Return the name of a transposed weight."""
+    return f"{module}.weight_t"
+
+
+def bias(module: str) -> str:
+    """Return the name of a bias."""
+    return f"{module}.bias"
+
+
+def part(module: str, name: str) -> str:
+    """Return the name of one of our initializers of ``module``."""
+    return f"{module}.{name}"
+
+
+def value(module: str, step: str) -> str:
+    """Return the name of an intermediate value of ``module``."""
+    return f"{module}/{step}"

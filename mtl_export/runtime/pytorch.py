@@ -1,0 +1,150 @@
+"""transformers models: the base to trace or adapt, the oracle, and a merged folder.
+
+The oracle is the unmerged model with the paper's own forward pass in every adapted
+layer (``mtl_export.adapters.modules``); it knows nothing of the normal form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.adapters.family import family_named
+from mtl_export.adapters.modules.base import base_model, quiet_transformers
+from mtl_export.adapters.modules.model import MultiTaskModel
+from mtl_export.checkpoint.checkpoint import HeadTensors
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import BaseModelError, shortened
+
+
+class OracleRunner:
+    """The reference: PyTorch, unmerged, in any floating dtype.
+
+    Args:
+        bound: The checkpoint and its base.
+        dtype: ``torch.float64`` for the reference, the candidate's dtype for the floor.
+    """
+
+    def __init__(self, bound: BoundModel, dtype: torch.dtype) -> None:
+        self.name = f"oracle {str(dtype).removeprefix('torch.')}"
+        self._bound = bound
+        self._dtype = dtype
+        self._model: MultiTaskModel | None = None
+
+    def __enter__(self) -> OracleRunner:
+        """Load the base and adapt it."""
+        self._model = oracle_model(self._bound, self._dtype)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Drop the model."""
+        self._model = None
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the outputs for ``inputs``, which hold ``task_ids``."""
+        if self._model is None:
+            raise RuntimeError("enter the runner before calling infer")
+        with torch.inference_mode():
+            tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+            return _arrays(self._model(**tensors))
+
+
+class MergedRunner:
+    """A merged folder, loaded the way its user will: by ``from_pretrained``.
+
+    Args:
+        folder: What ``mtl-export merge`` wrote.
+        model_class: transformers class in ``config.json``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.name = "merged pytorch"
+        self._folder = folder
+        self._model: nn.Module | None = None
+
+    def __enter__(self) -> MergedRunner:
+        """Load the folder.
+
+        Raises:
+            BaseModelError: A weight is missing or unexpected in the folder.
+        """
+        import transformers
+
+        with quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(self._folder)
+            model_class = getattr(transformers, config.architectures[0])
+            self._model, info = model_class.from_pretrained(self._folder, output_loading_info=True)
+        problems = [f"missing {key!r}" for key in sorted(info["missing_keys"])]
+        problems += [f"mismatched {key!r}" for key in sorted(map(str, info["mismatched_keys"]))]
+        if problems:
+            raise BaseModelError(
+                where=str(self._folder),
+                found=shortened(problems),
+                expected=f"every weight of {model_class.__name__}",
+                why="transformers would fill the gap with random numbers",
+                fix="Merge again with --force",
+            )
+        self._model.eval()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Drop the model."""
+        self._model = None
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the outputs for ``inputs``; a merged model takes no ``task_ids``."""
+        if self._model is None:
+            raise RuntimeError("enter the runner before calling infer")
+        with torch.inference_mode():
+            tensors = {
+                name: torch.from_numpy(value)
+                for name, value in inputs.items()
+                if name != "task_ids"
+            }
+            return _arrays(self._model(**tensors))
+
+
+def oracle_model(bound: BoundModel, dtype: torch.dtype) -> MultiTaskModel:
+    """Return the unmerged model of ``bound`` with every layer as the paper writes it."""
+    module_name, _, class_name = family_named(bound.checkpoint.family).oracle.partition(":")
+    adapted = getattr(import_module(module_name), class_name)
+    model = base_model(bound, dtype)
+    return MultiTaskModel(
+        model,
+        adapters={
+            module: partial(adapted.from_tensors, layer=layer)
+            for module, layer in bound.checkpoint.layers.items()
+        },
+        heads={
+            module: [_head_module(head, dtype) for head in heads]
+            for module, heads in bound.checkpoint.heads.items()
+        },
+    ).eval()
+
+
+def _head_module(head: HeadTensors, dtype: torch.dtype) -> nn.Linear:
+    weight = torch.from_numpy(head.weight.widened())
+    linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=dtype)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if head.bias is None:
+            linear.bias.zero_()
+        else:
+            linear.bias.copy_(torch.from_numpy(head.bias.widened()))
+    return linear
+
+
+def _arrays(output: Any) -> dict[str, Array]:
+    return {
+        name: np.asarray(value.to(torch.float64).numpy())
+        for name, value in output.items()
+        if isinstance(value, torch.Tensor)
+    }
