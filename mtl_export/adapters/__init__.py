@@ -1,0 +1,1 @@
+"""Each paper's tensors into one normal form: ``Checkpoint`` into ``AdapterSet``."""

@@ -1,0 +1,1 @@
+"""Finished files into verified folders with a manifest."""

@@ -1,0 +1,1 @@
+"""Bytes on disk into lazy tensors: ``Checkpoint`` and ``BaseModel``."""

@@ -1,0 +1,1 @@
+"""One trace lowered to many graphs: ``AdapterSet`` into ``ir.Model``."""

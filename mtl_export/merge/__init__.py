@@ -1,0 +1,1 @@
+"""One task folded into the base: ``AdapterSet`` into a model folder."""

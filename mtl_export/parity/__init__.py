@@ -1,0 +1,1 @@
+"""Outputs of two backends into a ``ParityReport``."""

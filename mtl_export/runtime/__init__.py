@@ -1,0 +1,1 @@
+"""Artefacts into outputs: one backend per library."""
