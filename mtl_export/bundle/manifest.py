@@ -1,0 +1,180 @@
+"""What made an output folder: recipe and file hashes, in ``mtl-export.json``.
+
+Every finished folder carries one, so that the folder alone says where it came from,
+a repeated command can tell that nothing is left to do, and anyone can check it with
+``sha256sum``. UTF-8 JSON, one object with exactly these keys
+
+    schema         "mtl-export.output/1"
+    tool_version   version of mtl-export that wrote the folder
+    command        the verb: "merge", "onnx", "trt"
+    options        {name: value}, those that change the bytes
+    sources        {name: SHA-256}, what it was made from: base_sha256, checkpoint_sha256
+    files          {path relative to the folder, with "/": {"sha256": hex, "size_bytes": int}}
+
+Keys are sorted; there is no timestamp and no absolute path, so the same recipe
+gives the same bytes. The manifest does not list itself, nor a folder inside that
+is an output of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtl_export.checkpoint.hashing import sha256_of_file
+from mtl_export.errors import IntegrityError
+
+MANIFEST_FILE = "mtl-export.json"
+SCHEMA = "mtl-export.output/1"
+OptionValue = str | int | float | bool | None | list[str] | dict[str, str]
+_KEYS = frozenset({"schema", "tool_version", "command", "options", "sources", "files"})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the bytes of an output folder.
+
+    Attributes:
+        command: The verb that writes it.
+        options: The options that change its bytes, by name.
+        sources: SHA-256 of what it is made from, by name.
+        tool_version: Version of mtl-export.
+    """
+
+    command: str
+    options: Mapping[str, OptionValue]
+    sources: Mapping[str, str]
+    tool_version: str
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Return what changed from ``other`` to this recipe, one phrase each, sorted."""
+        before, after = other._flat(), self._flat()
+        return [
+            f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
+            for name in sorted(before.keys() | after.keys())
+            if before.get(name) != after.get(name)
+        ]
+
+    def _flat(self) -> dict[str, OptionValue]:
+        return {
+            "command": self.command,
+            "tool_version": self.tool_version,
+            **self.options,
+            **self.sources,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of an output folder.
+
+    Attributes:
+        sha256: 64 hex digits.
+        size_bytes: Its size.
+    """
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A read ``mtl-export.json``.
+
+    Attributes:
+        recipe: What made the folder.
+        files: By path relative to the folder, with ``/``.
+    """
+
+    recipe: Recipe
+    files: Mapping[str, FileEntry]
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of ``folder``, or None if the folder has none.
+
+    Raises:
+        IntegrityError: The file is there but is not one of ours, or was edited into
+            something unusable.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    try:
+        return _parsed(json.loads(path.read_bytes()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(
+            where=str(path),
+            found=f"not a manifest this version can read ({error})",
+            expected=f'an object with schema "{SCHEMA}"',
+            why="it decides which files of the folder may be replaced",
+            fix=f"Restore it, or delete {MANIFEST_FILE} and run again with --force",
+        ) from error
+
+
+def write_manifest(folder: Path, recipe: Recipe) -> Manifest:
+    """Hash what ``folder`` holds, write its manifest, and return it."""
+    files = {
+        path.relative_to(folder).as_posix(): FileEntry(sha256_of_file(path), path.stat().st_size)
+        for path in own_files(folder)
+    }
+    document = {
+        "schema": SCHEMA,
+        "tool_version": recipe.tool_version,
+        "command": recipe.command,
+        "options": dict(recipe.options),
+        "sources": dict(recipe.sources),
+        "files": {
+            name: {"sha256": entry.sha256, "size_bytes": entry.size_bytes}
+            for name, entry in files.items()
+        },
+    }
+    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    return Manifest(recipe, files)
+
+
+def damage(folder: Path, manifest: Manifest) -> list[str]:
+    """Return what no longer agrees with ``manifest``, one phrase per file, sorted."""
+    problems = []
+    for name, entry in sorted(manifest.files.items()):
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != entry.size_bytes:
+            problems.append(f"{name} has {path.stat().st_size} bytes, not {entry.size_bytes}")
+        elif sha256_of_file(path) != entry.sha256:
+            problems.append(f"{name} has changed")
+    return problems
+
+
+def own_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of ``folder`` in name order, without outputs nested inside it."""
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and not child.is_symlink():
+            if not (child / MANIFEST_FILE).is_file():
+                yield from own_files(child)
+        elif child.name != MANIFEST_FILE:
+            yield child
+
+
+def _parsed(document: Mapping[str, Any]) -> Manifest:
+    if document.keys() != _KEYS or document["schema"] != SCHEMA:
+        raise ValueError(f"schema {document.get('schema')!r}, keys {sorted(document)}")
+    files = {
+        name: FileEntry(str(entry["sha256"]), int(entry["size_bytes"]))
+        for name, entry in document["files"].items()
+    }
+    unsafe = [name for name in files if name.startswith("/") or ".." in Path(name).parts]
+    if unsafe:
+        raise ValueError(f"paths outside the folder: {unsafe}")
+    recipe = Recipe(
+        command=str(document["command"]),
+        options=dict(document["options"]),
+        sources=dict(document["sources"]),
+        tool_version=str(document["tool_version"]),
+    )
+    return Manifest(recipe, files)

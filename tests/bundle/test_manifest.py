@@ -1,0 +1,97 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from mtl_export.bundle.manifest import (
+    MANIFEST_FILE,
+    Recipe,
+    damage,
+    read_manifest,
+    write_manifest,
+)
+from mtl_export.errors import IntegrityError
+
+RECIPE = Recipe("merge", {"dtype": "fp16", "tasks": ["a", "b"]}, {"base_sha256": "ab"}, "1.2")
+
+
+def test_a_written_manifest_reads_back_unchanged(tmp_path: Path) -> None:
+    """What is written is what is read, nested files included."""
+    (tmp_path / "weights").write_bytes(b"1234")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "more").write_bytes(b"5")
+    written = write_manifest(tmp_path, RECIPE)
+    assert read_manifest(tmp_path) == written
+    assert list(written.files) == ["sub/more", "weights"]
+    assert written.files["weights"].sha256 == hashlib.sha256(b"1234").hexdigest()
+    assert written.files["weights"].size_bytes == 4
+
+
+def test_the_document_has_the_documented_keys_and_nothing_of_this_machine(tmp_path: Path) -> None:
+    """The file holds the schema's keys, no absolute path and the same bytes every time."""
+    (tmp_path / "weights").write_bytes(b"1234")
+    write_manifest(tmp_path, RECIPE)
+    first = (tmp_path / MANIFEST_FILE).read_bytes()
+    write_manifest(tmp_path, RECIPE)
+    assert (tmp_path / MANIFEST_FILE).read_bytes() == first
+    document = json.loads(first)
+    assert sorted(document) == [
+        "command", "files", "options", "schema", "sources", "tool_version",
+    ]  # fmt: skip
+    assert document["schema"] == "mtl-export.output/1"
+    assert str(tmp_path).encode() not in first
+
+
+def test_outputs_nested_inside_are_not_listed(tmp_path: Path) -> None:
+    """A folder with its own manifest is another output, not a part of this one."""
+    nested = tmp_path / "task"
+    nested.mkdir()
+    (nested / "model").write_bytes(b"1")
+    write_manifest(nested, RECIPE)
+    assert not write_manifest(tmp_path, RECIPE).files
+
+
+def test_damage_names_every_file_that_changed(tmp_path: Path) -> None:
+    """Missing, resized and altered files are all told."""
+    for name in ("gone", "longer", "other", "same"):
+        (tmp_path / name).write_bytes(b"1234")
+    manifest = write_manifest(tmp_path, RECIPE)
+    (tmp_path / "gone").unlink()
+    (tmp_path / "longer").write_bytes(b"12345")
+    (tmp_path / "other").write_bytes(b"1235")
+    assert damage(tmp_path, manifest) == [
+        "gone is missing", "longer has 5 bytes, not 4", "other has changed",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not json",
+        "[]",
+        "{}",
+        json.dumps({
+            "schema": "mtl-export.output/2", "tool_version": "", "command": "", "options": {},
+            "sources": {}, "files": {},
+        }),
+        json.dumps({
+            "schema": "mtl-export.output/1", "tool_version": "", "command": "", "options": {},
+            "sources": {}, "files": {"../../etc/passwd": {"sha256": "", "size_bytes": 0}},
+        }),
+    ],
+)  # fmt: skip
+def test_a_strange_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    """A manifest that is not ours, or that points outside its folder, is an integrity error."""
+    (tmp_path / MANIFEST_FILE).write_text(text)
+    with pytest.raises(IntegrityError, match=r"mtl-export\.json: not a manifest"):
+        read_manifest(tmp_path)
+
+
+def test_differences_say_what_changed() -> None:
+    """Every option and source that changed is named with both values."""
+    other = Recipe("merge", {"dtype": "fp32", "tasks": ["a", "b"]}, {"base_sha256": "ab"}, "1.1")
+    assert RECIPE.differences(other) == [
+        "dtype was 'fp32', is 'fp16'", "tool_version was '1.1', is '1.2'",
+    ]  # fmt: skip
+    assert not RECIPE.differences(RECIPE)
