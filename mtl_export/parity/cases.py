@@ -1,0 +1,138 @@
+"""The batches that are compared: real rows, mixed tasks, and shapes nobody traced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import ParityError
+
+TASK_IDS = "task_ids"
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+# Neither is ever a traced size, nor a power of two.
+ODD_BATCH, LONG_SEQUENCE = 5, 97
+MIXED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch.
+
+    Attributes:
+        name: As reports print it.
+        inputs: By name, with ``task_ids`` int64 [B].
+    """
+
+    name: str
+    inputs: Mapping[str, Array]
+
+    @property
+    def task_ids(self) -> Array:
+        """Return the task of each row."""
+        return self.inputs[TASK_IDS]
+
+    def rows(self, chosen: Array) -> dict[str, Array]:
+        """Return the inputs of the rows where the boolean ``chosen`` holds."""
+        return {name: value[chosen] for name, value in self.inputs.items()}
+
+
+def seeded_rows(
+    *, task_count: int, vocabulary: int, names: Sequence[str], per_task: int = 4
+) -> dict[str, Array]:
+    """Return rows of random token ids inside the vocabulary, for want of real inputs."""
+    generator = np.random.default_rng(0)
+    shape = (task_count * per_task, 23)
+    lengths = generator.integers(5, shape[1] + 1, shape[0])
+    mask = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
+    candidates = {
+        INPUT_IDS: generator.integers(0, vocabulary, shape, dtype=np.int64),
+        ATTENTION_MASK: mask,
+        "token_type_ids": np.zeros(shape, np.int64),
+    }
+    rows = {name: candidates[name] for name in names if name in candidates}
+    rows[TASK_IDS] = np.tile(np.arange(task_count, dtype=np.int64), per_task)
+    return rows
+
+
+def build_cases(
+    rows: Mapping[str, Array], *, task_count: int, vocabulary: int, longest: int
+) -> list[Case]:
+    """Return the cases that every artefact is run on.
+
+    Args:
+        rows: Tokenised rows, padded to one length, with ``task_ids``; every task occurs.
+        task_count: T.
+        vocabulary: Token ids lie in [0, vocabulary).
+        longest: Longest sequence the model takes.
+
+    Raises:
+        ParityError: A task has no row, or an id is out of range.
+    """
+    ids = rows[TASK_IDS]
+    absent = sorted(set(range(task_count)) - set(ids.tolist()))
+    if absent or ids.min() < 0 or ids.max() >= task_count:
+        raise ParityError(
+            where="parity inputs",
+            found=f"task ids {sorted(set(ids.tolist()))}; tasks without a row: {absent}",
+            expected=f"every id from 0 to {task_count - 1} and no other",
+            why="a task that is not compared must not pass",
+            fix="Add a row for each task to the inputs",
+        )
+    cases = [
+        Case(f"task {task}", _trimmed(_pick(rows, np.flatnonzero(ids == task))))
+        for task in range(task_count)
+    ]
+    cases += [
+        Case(f"one row of task {task}", _trimmed(_pick(rows, np.flatnonzero(ids == task)[:1])))
+        for task in range(task_count)
+    ]
+    cases.append(Case("mixed tasks", _trimmed(_pick(rows, _interleaved(ids, task_count)))))
+    cases.append(_long_case(rows, task_count, vocabulary, min(LONG_SEQUENCE, longest)))
+    return cases
+
+
+def _pick(rows: Mapping[str, Array], index: Array) -> dict[str, Array]:
+    return {name: value[index] for name, value in rows.items()}
+
+
+def _trimmed(rows: dict[str, Array]) -> dict[str, Array]:
+    """Drop the columns that are padding in every row, as a tokeniser would have."""
+    if ATTENTION_MASK not in rows:
+        return rows
+    used = int(np.flatnonzero(rows[ATTENTION_MASK].any(axis=0)).max(initial=0)) + 1
+    return {name: v if v.ndim == 1 else v[:, :used] for name, v in rows.items()}
+
+
+def _interleaved(ids: Array, task_count: int) -> Array:
+    """Return up to MIXED_ROWS row numbers, the tasks taking turns."""
+    queues = [np.flatnonzero(ids == task).tolist() for task in range(task_count)]
+    order = [
+        queue[turn]
+        for turn in range(max(map(len, queues)))
+        for queue in queues
+        if turn < len(queue)
+    ]
+    return np.array(order[: max(MIXED_ROWS, task_count)])
+
+
+def _long_case(rows: Mapping[str, Array], task_count: int, vocabulary: int, length: int) -> Case:
+    """Return a batch of every task at an odd size and length, ragged, ids seeded."""
+    generator = np.random.default_rng(1)
+    batch = max(ODD_BATCH, task_count) | 1
+    mask = np.arange(length) < generator.integers(length // 2, length + 1, batch)[:, None]
+    mask[0] = True
+    inputs: dict[str, Array] = {}
+    for name, value in rows.items():
+        if name == TASK_IDS:
+            inputs[name] = np.arange(batch, dtype=np.int64) % task_count
+        elif name == INPUT_IDS:
+            inputs[name] = generator.integers(0, vocabulary, (batch, length), dtype=value.dtype)
+        elif name == ATTENTION_MASK:
+            inputs[name] = mask.astype(value.dtype)
+        else:
+            inputs[name] = np.zeros((batch, length), value.dtype)
+    return Case(f"batch {batch} x {length}", inputs)

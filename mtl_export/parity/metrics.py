@@ -1,0 +1,86 @@
+"""Pure functions on two arrays: a reference and a candidate.
+
+Both are float64 ``[B, L]``, B rows, L logits, unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtl_export.checkpoint.checkpoint import TaskKind
+from mtl_export.checkpoint.tensors import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The worst element.
+
+    Attributes:
+        max_abs: Largest absolute error.
+        index: Where, as (row, logit).
+        excess: Largest error beyond what was allowed there; <= 0 passes.
+    """
+
+    max_abs: float
+    index: tuple[int, ...]
+    excess: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """Whether both sides decide the same.
+
+    Attributes:
+        total: Decisions compared.
+        equal: Of these, equal.
+        ties: Unequal ones so close in the reference that the allowed error explains them.
+    """
+
+    total: int
+    equal: int
+    ties: int
+
+    @property
+    def changed(self) -> int:
+        """Return how many decisions differ beyond a tie."""
+        return self.total - self.equal - self.ties
+
+
+def difference(reference: Array, candidate: Array, allowed: Array) -> Difference:
+    """Return the worst element of two arrays of one shape, all finite.
+
+    Args:
+        reference: The truth.
+        candidate: What is judged.
+        allowed: Largest error allowed, broadcast against both.
+    """
+    errors = np.abs(candidate - reference)
+    if errors.size == 0:
+        return Difference(0.0, (), -np.inf)
+    worst = np.unravel_index(int(np.argmax(errors)), errors.shape)
+    return Difference(
+        float(errors[worst]), tuple(int(i) for i in worst), float((errors - allowed).max())
+    )
+
+
+def decisions(reference: Array, candidate: Array, kind: TaskKind, limit: float) -> Decisions:
+    """Return how often ``candidate`` decides as ``reference`` does.
+
+    Classification decides by the largest logit, multi-label by each logit's sign,
+    regression not at all. A changed decision counts as a tie when the reference's
+    margin is at most twice ``limit``: each side may be off by ``limit``.
+    """
+    rows = reference.shape[0]
+    if kind == "multi_label_classification":
+        same = (reference > 0) == (candidate > 0)
+        close = np.abs(reference) <= limit
+    elif kind == "single_label_classification" and reference.shape[1] > 1:
+        same = reference.argmax(axis=1) == candidate.argmax(axis=1)
+        ordered = np.sort(reference, axis=1)
+        close = ordered[:, -1] - ordered[:, -2] <= 2 * limit
+    else:
+        return Decisions(0, 0, 0)
+    ties = int((~same & close).sum())
+    return Decisions(int(same.size) if same.ndim > 1 else rows, int(same.sum()), ties)

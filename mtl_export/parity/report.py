@@ -1,0 +1,98 @@
+"""What was compared and what came of it: records, and their JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Verdict = Literal["passed", "failed", "not-run"]
+SCHEMA = "mtl-export.parity/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One artefact under one case, for one task.
+
+    Attributes:
+        artefact: Its name.
+        runtime: What ran it.
+        task: Task name; "*" where no single task is judged.
+        case: The batch.
+        verdict: A check that could not run is ``not-run``, never ``passed``.
+        reason: Why it failed or did not run; empty when passed.
+        max_abs_error: Against the float64 oracle; None when nothing was compared.
+        noise_floor: The task's; None likewise.
+        limit: Largest error allowed where the worst one was; None likewise.
+        decisions: Compared, equal and tied decisions; None likewise.
+    """
+
+    artefact: str
+    runtime: str
+    task: str
+    case: str
+    verdict: Verdict
+    reason: str = ""
+    max_abs_error: float | None = None
+    noise_floor: float | None = None
+    limit: float | None = None
+    decisions: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """All cells of one run.
+
+    Attributes:
+        cells: In the order they were run.
+        tolerance: The rule, in words.
+        noise_floors: By task name.
+        sources: SHA-256 of base and checkpoint.
+        versions: Of what computed the numbers.
+    """
+
+    cells: tuple[Cell, ...]
+    tolerance: str
+    noise_floors: Mapping[str, float]
+    sources: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Return ``failed`` if any cell failed, ``passed`` if any passed, else ``not-run``."""
+        verdicts = {cell.verdict for cell in self.cells}
+        if "failed" in verdicts:
+            return "failed"
+        return "passed" if "passed" in verdicts else "not-run"
+
+    def count(self, verdict: Verdict) -> int:
+        """Return how many cells have ``verdict``."""
+        return sum(cell.verdict == verdict for cell in self.cells)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON's types."""
+        return {
+            "schema": SCHEMA,
+            "verdict": self.verdict,
+            "counts": {v: self.count(v) for v in ("passed", "failed", "not-run")},
+            "tolerance": self.tolerance,
+            "noise_floors": dict(self.noise_floors),
+            "sources": dict(self.sources),
+            "versions": dict(self.versions),
+            "cells": [asdict(cell) for cell in self.cells],
+        }
+
+
+def worst(cells: list[Cell]) -> Cell:
+    """Return the cell that speaks for ``cells``: a failure, else the largest share of its limit.
+
+    A cell that did not run speaks only when none ran.
+    """
+
+    def rank(cell: Cell) -> tuple[int, float]:
+        severity = {"failed": 2, "passed": 1, "not-run": 0}[cell.verdict]
+        if cell.max_abs_error is None or not cell.limit:
+            return severity, 0.0
+        return severity, cell.max_abs_error / cell.limit
+
+    return max(cells, key=rank)

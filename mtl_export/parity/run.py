@@ -1,0 +1,273 @@
+"""Compare every artefact with the oracle, on every case, for every task.
+
+reference   the family's PyTorch oracle, unmerged, float64
+candidate   a merged folder in PyTorch, a merged or routed graph, an engine
+pass        the error is within the tolerance AND the decisions agree AND nothing
+            is missing, misshapen, newly NaN, or answered by a head that should not
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+import numpy as np
+
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import BackendMissingError, MtlExportError
+from mtl_export.parity.cases import TASK_IDS, Case
+from mtl_export.parity.metrics import decisions, difference
+from mtl_export.parity.report import Cell, ParityReport
+from mtl_export.parity.tolerance import Tolerance, noise_floor
+from mtl_export.runtime.runner import Runner
+from mtl_export.version import VERSION
+
+OUTPUT = "logits"
+Progress = Callable[[str, int, int], None]
+# No task has these ids; the last wraps to 1 in a runtime that narrows ids to int32.
+BAD_IDS = (-1, 2**32 + 1, 2**63 - 1)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One thing that ships.
+
+    Attributes:
+        name: As reports print it.
+        kind: ``merged`` serves one task and takes no ``task_ids``; ``single-graph`` serves all.
+        runner: Runs it.
+        task: The task of a merged artefact; None for a single graph.
+        checkpoint_sha256: What it says it was made from.
+        base_sha256: Likewise.
+    """
+
+    name: str
+    kind: Literal["merged", "single-graph"]
+    runner: Runner
+    task: Task | None
+    checkpoint_sha256: str
+    base_sha256: str
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The oracle's answers to one case: ``[B, L]``, and the noise floor of each task."""
+
+    case: Case
+    logits: Array
+
+
+def run_parity(
+    bound: BoundModel,
+    artefacts: Sequence[Artefact],
+    cases: Sequence[Case],
+    *,
+    tolerance: Tolerance,
+    reference: Runner,
+    lower_precision: Runner,
+    progress: Progress = lambda step, done, total: None,
+) -> ParityReport:
+    """Return the verdict on ``artefacts``.
+
+    Args:
+        bound: The checkpoint and its base.
+        artefacts: What ships.
+        cases: From ``cases.build_cases``.
+        tolerance: What is allowed.
+        reference: The oracle in float64.
+        lower_precision: The oracle in the candidates' dtype, for the noise floor.
+        progress: Called with the step's name, steps done and steps in all.
+    """
+    total = len(artefacts) + 2
+    tasks = bound.adapters.tasks
+    progress("oracle float64", 0, total)
+    with reference:
+        exact = [_Reference(case, reference.infer(case.inputs)[OUTPUT]) for case in cases]
+    progress("oracle float32, for the noise floor", 1, total)
+    with lower_precision:
+        noisy = [lower_precision.infer(case.inputs)[OUTPUT] for case in cases]
+    floors = {task.name: _floor(task, exact, noisy) for task in tasks}
+    cells: list[Cell] = []
+    for index, artefact in enumerate(artefacts):
+        progress(artefact.name, index + 2, total)
+        cells += _judge(bound, artefact, exact, floors, tolerance)
+    progress("done", total, total)
+    return ParityReport(
+        cells=tuple(cells),
+        tolerance=tolerance.describe(),
+        noise_floors=floors,
+        sources={
+            "base_sha256": bound.base.sha256,
+            "checkpoint_sha256": bound.adapters.checkpoint_sha256,
+        },
+        versions=_versions(),
+    )
+
+
+def _floor(task: Task, exact: list[_Reference], noisy: list[Array]) -> float:
+    floors = []
+    for reference, lower in zip(exact, noisy, strict=True):
+        rows = reference.case.task_ids == task.index
+        if rows.any():
+            floors.append(noise_floor(reference.logits[rows], lower[rows]))
+    return max(floors)
+
+
+def _judge(
+    bound: BoundModel,
+    artefact: Artefact,
+    exact: list[_Reference],
+    floors: dict[str, float],
+    tolerance: Tolerance,
+) -> list[Cell]:
+    def whole(verdict: Literal["failed", "not-run"], reason: str) -> list[Cell]:
+        name = artefact.task.name if artefact.task else "*"
+        return [Cell(artefact.name, artefact.runner.name, name, "*", verdict, reason)]
+
+    if stale := _stale(bound, artefact):
+        return whole("failed", stale)
+    try:
+        with artefact.runner as runner:
+            cells = []
+            for reference in exact:
+                cells += _compare_case(bound, artefact, runner, reference, floors, tolerance)
+            if artefact.kind == "single-graph":
+                cells.append(_bad_ids(bound, artefact, runner, exact[0]))
+            return cells
+    except BackendMissingError as error:
+        return whole("not-run", str(error))
+    except MtlExportError as error:
+        return whole("failed", str(error))
+
+
+def _stale(bound: BoundModel, artefact: Artefact) -> str:
+    expected = {
+        "checkpoint": (artefact.checkpoint_sha256, bound.adapters.checkpoint_sha256),
+        "base": (artefact.base_sha256, bound.base.sha256),
+    }
+    for name, (found, now) in expected.items():
+        if found != now:
+            was = f"{found[:12]}..." if found else "an unknown one"
+            return f"made from {was}, not from this {name} ({now[:12]}...): export it again"
+    return ""
+
+
+def _compare_case(
+    bound: BoundModel,
+    artefact: Artefact,
+    runner: Runner,
+    reference: _Reference,
+    floors: dict[str, float],
+    tolerance: Tolerance,
+) -> list[Cell]:
+    """Return one cell for each task that ``artefact`` serves in the case."""
+    case = reference.case
+    if artefact.task is not None:
+        rows = case.task_ids == artefact.task.index
+        if not rows.any():
+            return []
+        inputs = case.rows(rows)
+        del inputs[TASK_IDS]
+        outputs = runner.infer(inputs)
+        candidate = outputs.get(OUTPUT)
+        return [
+            _compare(artefact, case, artefact.task, reference.logits[rows], candidate,
+                     floors[artefact.task.name], tolerance)
+        ]  # fmt: skip
+    candidate = runner.infer(case.inputs).get(OUTPUT)
+    cells = []
+    for task in bound.adapters.tasks:
+        rows = case.task_ids == task.index
+        if not rows.any():
+            continue
+        whole_shape = candidate is not None and candidate.shape == reference.logits.shape
+        own = candidate[rows] if candidate is not None and whole_shape else candidate
+        cells.append(
+            _compare(
+                artefact, case, task, reference.logits[rows], own, floors[task.name], tolerance
+            )
+        )
+    return cells
+
+
+def _compare(
+    artefact: Artefact,
+    case: Case,
+    task: Task,
+    reference: Array,
+    candidate: Array | None,
+    floor: float,
+    tolerance: Tolerance,
+) -> Cell:
+    """Return the cell for one task's rows; ``reference`` is [B, widest]."""
+
+    def failed(reason: str) -> Cell:
+        return Cell(
+            artefact.name, artefact.runner.name, task.name, case.name, "failed", reason,
+            noise_floor=floor,
+        )  # fmt: skip
+
+    if candidate is None:
+        return failed(f"no output {OUTPUT!r}")
+    labels = len(task.labels) or reference.shape[1]
+    width = reference.shape[1] if artefact.task is None else labels
+    if candidate.shape != (reference.shape[0], width):
+        return failed(
+            f"{OUTPUT} has shape {list(candidate.shape)}, not {[reference.shape[0], width]}"
+        )
+    if not np.isneginf(candidate[:, labels:]).all():
+        return failed(f"columns {labels} and up answer, but the task has {labels} labels")
+    own_reference, own = reference[:, :labels], candidate[:, :labels]
+    if not np.isfinite(own).all():
+        return failed(f"{int((~np.isfinite(own)).sum())} values are NaN or Inf")
+    allowed = tolerance.allowed(own_reference, floor)
+    worst = difference(own_reference, own, allowed)
+    limit = float(allowed[worst.index])
+    agreed = decisions(own_reference, own, task.kind, limit)
+    reason = ""
+    if worst.excess > 0:
+        reason = (
+            f"error {worst.max_abs:.3g} at row {worst.index[0]}, logit {worst.index[1]};"
+            f" allowed {limit:.3g}"
+        )
+    elif agreed.changed:
+        reason = f"{agreed.changed} of {agreed.total} decisions changed"
+    return Cell(
+        artefact.name, artefact.runner.name, task.name, case.name,
+        "failed" if reason else "passed", reason, worst.max_abs, floor, limit,
+        (agreed.total, agreed.equal, agreed.ties),
+    )  # fmt: skip
+
+
+def _bad_ids(bound: BoundModel, artefact: Artefact, runner: Runner, reference: _Reference) -> Cell:
+    """Return the cell that says whether ids outside [0, T) are kept from answering."""
+    bad = np.array([*BAD_IDS, len(bound.adapters.tasks)], np.int64)
+    good = reference.case.rows(np.arange(len(reference.case.task_ids)) == 0)
+    inputs = {name: np.repeat(value, len(bad) + 1, axis=0) for name, value in good.items()}
+    inputs[TASK_IDS] = np.concatenate([good[TASK_IDS], bad])
+    cell = Cell(artefact.name, artefact.runner.name, "*", "bad task ids", "passed")
+    try:
+        logits = runner.infer(inputs).get(OUTPUT)
+    except BackendMissingError:
+        raise
+    except MtlExportError:
+        return cell  # refusing the whole batch is as good as poisoning the rows
+    if logits is None or not np.isnan(logits[1:]).all() or np.isnan(logits[0]).any():
+        answered = bad if logits is None else bad[~np.isnan(logits[1:]).all(axis=1)]
+        reason = f"ids {answered.tolist()} are answered, or spoil the good row beside them"
+        return Cell(cell.artefact, cell.runtime, "*", cell.case, "failed", reason)
+    return cell
+
+
+def _versions() -> dict[str, str]:
+    found = {"mtl-export": VERSION}
+    for package in ("torch", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
