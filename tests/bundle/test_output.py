@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mtl_export.bundle import output, staging
+from mtl_export.bundle import staging
 from mtl_export.bundle.manifest import MANIFEST_FILE, Recipe, damage, read_manifest
 from mtl_export.bundle.output import output_folder
 from mtl_export.errors import IntegrityError, OutputError
@@ -185,12 +185,14 @@ def test_an_error_in_the_block_changes_nothing(tmp_path: Path, there: bool) -> N
     if there:
         write(tmp_path / "out", "old")
     before = tree(tmp_path)
-    with (
-        pytest.raises(ZeroDivisionError),
-        output_folder(tmp_path / "out", recipe=OTHER, force=True) as plan,
-    ):
-        (plan.folder / "model").write_text("half")
-        raise ZeroDivisionError
+
+    def fail_half_way() -> None:
+        with output_folder(tmp_path / "out", recipe=OTHER, force=True) as plan:
+            (plan.folder / "model").write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way()
     assert tree(tmp_path) == before
     assert list(tmp_path.iterdir()) == [tmp_path / "out"] * there
 
@@ -343,7 +345,6 @@ elif moment == "after the exchange":
     output.shutil.rmtree = staging.shutil.rmtree = killed
 elif moment == "between the renames":
     staging._exchange = lambda first, second: False
-    real = os.rename
     staging.os.rename = lambda a, b: next(renames)(a, b)
 elif moment == "after the renames":
     staging._exchange = lambda first, second: False
@@ -365,7 +366,7 @@ OLD_OR_NONE = {
 def test_a_killed_run_leaves_the_old_result_or_none(
     tmp_path: Path, moment: str, content: str | None
 ) -> None:
-    """kill -9 at any moment leaves a whole result or none, and the next run clears up."""
+    """SIGKILL at any moment leaves a whole result or none, and the next run clears up."""
     out = tmp_path / "out"
     write(out, "old")
     (out / "README").write_text("mine")
@@ -420,7 +421,7 @@ def test_the_same_result_has_the_same_bytes(tmp_path: Path) -> None:
     """Two folders from one recipe are equal byte by byte, manifests included."""
     write(tmp_path / "a", "same")
     write(tmp_path / "b", "same")
-    assert output.read_manifest(tmp_path / "a") == output.read_manifest(tmp_path / "b")
+    assert read_manifest(tmp_path / "a") == read_manifest(tmp_path / "b")
     assert (tmp_path / "a" / MANIFEST_FILE).read_bytes() == (
         tmp_path / "b" / MANIFEST_FILE
     ).read_bytes()
