@@ -19,7 +19,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.base_model import SINGLE_FILE, companion_files
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES, NUMPY_DTYPES, Array, Tensor
-from mtl_export.merge.merge import merged_weight
+from mtl_export.merge.merge import merged_weight, rounded
 
 # --dtype word -> (safetensors dtype, transformers config dtype)
 DTYPES = {
@@ -71,7 +71,7 @@ def write_merged(
         progress: Called with bytes done and bytes in all.
 
     Raises:
-        BaseModelError: A merged weight is not finite in the output dtype.
+        BaseModelError: A weight is not finite in the output dtype.
     """
     entries = list(_entries(bound, task, dtype))
     _write_safetensors(folder / SINGLE_FILE, entries, progress)
@@ -107,13 +107,14 @@ def _entries(bound: BoundModel, task: Task, dtype: str | None) -> Iterator[_Entr
         if module in layers and kind == "weight":
             yield _Entry(name, out, tensor.shape, _merged(tensor, bound, module, task.index, out))
         else:
-            yield _Entry(name, out, tensor.shape, _converted(tensor, out))
+            yield _Entry(name, out, tensor.shape, _converted(tensor, out, name))
     touched = bound.base_tensor(f"{next(iter(layers))}.weight")
     out = _output_dtype(touched, dtype)
     for module, task_heads in heads.items():
         head = task_heads[task.index]
         for kind, values in (("weight", head.weight), ("bias", head.bias)):
-            yield _Entry(f"{module}.{kind}", out, values.shape, _cast(values, out))
+            name = f"{module}.{kind}"
+            yield _Entry(name, out, values.shape, _cast(values, out, name))
 
 
 def _output_dtype(tensor: Tensor, dtype: str | None) -> str:
@@ -127,12 +128,14 @@ def _merged(
     return lambda: merged_weight(tensor.numpy(), layer, task_index, out)
 
 
-def _converted(tensor: Tensor, out: str) -> Callable[[], Array]:
-    return lambda: tensor.numpy().astype(NUMPY_DTYPES[out], copy=False)
+def _converted(tensor: Tensor, out: str, name: str) -> Callable[[], Array]:
+    if tensor.dtype == out:
+        return tensor.numpy
+    return lambda: rounded(tensor.numpy(), out, name)
 
 
-def _cast(values: Array, out: str) -> Callable[[], Array]:
-    return lambda: values.astype(NUMPY_DTYPES[out])
+def _cast(values: Array, out: str, name: str) -> Callable[[], Array]:
+    return lambda: rounded(values, out, name)
 
 
 def _write_safetensors(path: Path, entries: list[_Entry], progress: Progress) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import BackendMissingError, MtlExportError
+from mtl_export.errors import BackendMissingError, MtlExportError, ParityError
 from mtl_export.parity.cases import TASK_IDS, Case
 from mtl_export.parity.metrics import decisions, difference
 from mtl_export.parity.report import Cell, ParityReport
@@ -81,6 +81,9 @@ def run_parity(
         reference: The oracle in float64.
         lower_precision: The oracle in the candidates' dtype, for the noise floor.
         progress: Called with the step's name, steps done and steps in all.
+
+    Raises:
+        ParityError: The oracle itself answers with NaN or Inf, so nothing can be compared.
     """
     total = len(artefacts) + 2
     tasks = bound.adapters.tasks
@@ -112,8 +115,19 @@ def _floor(task: Task, exact: list[_Reference], noisy: list[Array]) -> float:
     floors = []
     for reference, lower in zip(exact, noisy, strict=True):
         rows = reference.case.task_ids == task.index
+        own = slice(len(task.labels) or None)
+        exact_rows, lower_rows = reference.logits[rows][:, own], lower[rows][:, own]
+        for name, values in (("float64", exact_rows), ("the candidates' dtype", lower_rows)):
+            if not np.isfinite(values).all():
+                raise ParityError(
+                    where=f"oracle in {name}, task {task.name}, {reference.case.name}",
+                    found=f"{int((~np.isfinite(values)).sum())} logits are NaN or Inf",
+                    expected="finite logits",
+                    why="no error can be measured against them",
+                    fix="Check the base and the checkpoint for values that overflow",
+                )
         if rows.any():
-            floors.append(noise_floor(reference.logits[rows], lower[rows]))
+            floors.append(noise_floor(exact_rows, lower_rows))
     return max(floors)
 
 
@@ -130,18 +144,18 @@ def _judge(
 
     if stale := _stale(bound, artefact):
         return whole("failed", stale)
+    cells: list[Cell] = []
     try:
         with artefact.runner as runner:
-            cells = []
             for reference in exact:
                 cells += _compare_case(bound, artefact, runner, reference, floors, tolerance)
             if artefact.kind == "single-graph":
                 cells.append(_bad_ids(bound, artefact, runner, exact[0]))
-            return cells
     except BackendMissingError as error:
-        return whole("not-run", str(error))
+        cells += whole("not-run", str(error))
     except MtlExportError as error:
-        return whole("failed", str(error))
+        cells += whole("failed", str(error))
+    return cells
 
 
 def _stale(bound: BoundModel, artefact: Artefact) -> str:
@@ -256,11 +270,17 @@ def _bad_ids(bound: BoundModel, artefact: Artefact, runner: Runner, reference: _
         raise
     except MtlExportError:
         return cell  # refusing the whole batch is as good as poisoning the rows
-    if logits is None or not np.isnan(logits[1:]).all() or np.isnan(logits[0]).any():
-        answered = bad if logits is None else bad[~np.isnan(logits[1:]).all(axis=1)]
-        reason = f"ids {answered.tolist()} are answered, or spoil the good row beside them"
-        return Cell(cell.artefact, cell.runtime, "*", cell.case, "failed", reason)
-    return cell
+    expected = (len(bad) + 1, reference.logits.shape[1])
+    if logits is None or logits.shape != expected:
+        found = "is missing" if logits is None else f"has shape {list(logits.shape)}"
+        reason = f"{OUTPUT} {found}, not {list(expected)}"
+    elif np.isnan(logits[0]).any():
+        reason = "they spoil the good row beside them"
+    elif not np.isnan(logits[1:]).all():
+        reason = f"ids {bad[~np.isnan(logits[1:]).all(axis=1)].tolist()} are answered"
+    else:
+        return cell
+    return Cell(cell.artefact, cell.runtime, "*", cell.case, "failed", reason)
 
 
 def _versions() -> dict[str, str]:

@@ -73,5 +73,5 @@ def noise_floor(reference: Array, lower_precision: Array) -> float:
     """
     finite = np.isfinite(reference)
     largest = float(np.abs(reference[finite]).max(initial=0.0))
-    error = float(np.abs(lower_precision - reference)[finite].max(initial=0.0))
+    error = float(np.abs(lower_precision[finite] - reference[finite]).max(initial=0.0))
     return max(error, 0.5 * float(np.finfo(np.float32).eps) * largest)
