@@ -56,7 +56,9 @@ def open_base(reference: str) -> BaseModel:
 
     Raises:
         UsageError: There is no such folder, package or hub id.
-        BaseModelError: The folder has no ``config.json`` or no safetensors weights.
+        BaseModelError: The folder has no ``config.json`` or no safetensors weights, or
+            its JSON files are broken.
+        CheckpointError: A weight file is truncated or no safetensors file.
     """
     folder = _folder_of(reference)
     config_path = folder / "config.json"
@@ -74,7 +76,7 @@ def open_base(reference: str) -> BaseModel:
     return BaseModel(
         reference=reference,
         folder=folder,
-        config=MappingProxyType(json.loads(config_path.read_text())),
+        config=MappingProxyType(_json_object(reference, config_path)),
         tensors=MappingProxyType(tensors),
         weight_files=files,
     )
@@ -140,13 +142,14 @@ def _hub_folder(reference: str) -> Path:
 def _weight_files(reference: str, folder: Path) -> tuple[Path, ...]:
     index = folder / INDEX_FILE
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        weight_map = _json_object(reference, index).get("weight_map")
+        shards = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
         files = tuple(folder / shard for shard in shards)
         missing = [file.name for file in files if not file.is_file()]
-        if missing:
+        if missing or not files:
             raise BaseModelError(
                 where=f"base {reference}",
-                found=f"missing shards {', '.join(missing)}",
+                found=f"missing shards {', '.join(missing)}" if missing else "no weight_map",
                 expected=f"every file that {INDEX_FILE} names",
                 fix="Fetch the missing files",
             )
@@ -160,6 +163,22 @@ def _weight_files(reference: str, folder: Path) -> tuple[Path, ...]:
         why="bases are read tensor by tensor",
         fix="Save it once with model.save_pretrained(folder)",
     )
+
+
+def _json_object(reference: str, path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        parsed = error
+    if not isinstance(parsed, dict):
+        raise BaseModelError(
+            where=f"base {reference}",
+            found=f"{path.name} is no JSON object"
+            + (f" ({parsed})" if isinstance(parsed, ValueError) else ""),
+            expected="a Hugging Face model folder",
+            fix="Copy or save the file again",
+        )
+    return parsed
 
 
 # Files that belong to a model whatever its weights: tokenizers, processors, generation

@@ -244,7 +244,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         f"{key} is {config[key]!r}"
         for key, kind in CONFIG_KEYS.items()
         if key in config
-        and (not isinstance(config[key], kind) or (kind is int and isinstance(config[key], bool)))
+        # True is an int to isinstance.
+        and (
+            not isinstance(config[key], kind) or (kind is not bool and isinstance(config[key], bool))
+        )
     ]
     if not problems:
         if config["format_version"] != FORMAT_VERSION:
@@ -252,6 +255,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         if config["lambda_format"] not in {"full", "diagonal"}:
             problems.append(f"lambda_format {config['lambda_format']!r}")
         problems += [f"task {entry!r}" for entry in config["tasks"] if not _is_task(entry)]
+        problems += [
+            f"{key} is {config[key]!r}"
+            for key in ("target_modules", "head_modules")
+            if config[key] != sorted(set(map(str, config[key])))
+        ]
+        if not config["target_modules"]:
+            problems.append("target_modules is empty")
     if problems:
         raise CheckpointError(
             where=str(path),
@@ -322,8 +332,11 @@ def _check_config_shapes(path: Path, config: dict[str, Any], tensors: Mapping[st
             if tensors[name].shape != shape
         ]
     for module in config["head_modules"]:
-        for entry in config["tasks"]:
-            name = f"heads.{entry['name']}.{module}.weight"
+        weights = [f"heads.{entry['name']}.{module}.weight" for entry in config["tasks"]]
+        widths = sorted({tensors[name].shape[1:] for name in weights})
+        if len(widths) > 1:
+            problems.append(f"the tasks' heads {module!r} take {' and '.join(map(str, widths))}")
+        for entry, name in zip(config["tasks"], weights, strict=True):
             shape = tensors[name].shape
             if len(shape) != 2 or shape[0] != len(entry["labels"]):
                 problems.append(

@@ -7,13 +7,17 @@ the opcodes are only disassembled here (``pickletools``), never executed.
 
 from __future__ import annotations
 
+import io
 import pickletools
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mtl_export.errors import IntegrityError, shortened
 
 SUFFIXES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
+UNKNOWN = "? ?"
 ALLOWED_GLOBALS = frozenset({
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
@@ -52,20 +56,50 @@ def imported_globals(file: Path) -> frozenset[str]:
     """
     names: set[str] = set()
     for data in _pickles(file):
-        strings: list[str] = []
-        try:
-            for opcode, argument, _ in pickletools.genops(data):
-                if opcode.name in {"GLOBAL", "INST"}:
-                    names.add(str(argument))
-                elif opcode.name == "STACK_GLOBAL":
-                    names.add(" ".join(strings[-2:]) if len(strings) > 1 else "? ?")
-                elif opcode.name in {"EXT1", "EXT2", "EXT4"}:
-                    names.add("? ?")
-                elif isinstance(argument, str):
-                    strings.append(argument)
-        except Exception:
-            continue
+        for pickle in _consecutive(data):
+            names.update(_globals_of(pickle))
     return frozenset(names)
+
+
+Opcode = tuple[pickletools.OpcodeInfo, Any]
+
+
+def _globals_of(opcodes: Iterator[Opcode]) -> Iterator[str]:
+    """Yield what one pickle imports, following strings through its memo."""
+    # The last values pushed; None is anything but a known string.
+    pushed: list[str | None] = [None, None]
+    memo: dict[int, str | None] = {}
+    for opcode, argument in opcodes:
+        if opcode.name in {"GLOBAL", "INST"}:
+            yield str(argument)
+        elif opcode.name in {"EXT1", "EXT2", "EXT4"}:
+            yield UNKNOWN
+        elif opcode.name == "STACK_GLOBAL":
+            module, name = pushed[-2:]
+            yield UNKNOWN if module is None or name is None else f"{module} {name}"
+        if opcode.name == "MEMOIZE":
+            memo[len(memo)] = pushed[-1]
+        elif opcode.name in {"PUT", "BINPUT", "LONG_BINPUT"}:
+            memo[int(argument)] = pushed[-1]
+        elif opcode.name in {"GET", "BINGET", "LONG_BINGET"}:
+            pushed.append(memo.get(int(argument)))
+        elif opcode.name not in {"PROTO", "FRAME"}:
+            pushed.append(argument if isinstance(argument, str) else None)
+
+
+def _consecutive(data: bytes) -> Iterator[Iterator[Opcode]]:
+    """Yield each pickle in ``data``: before 1.6, torch.save wrote several in a row."""
+    stream = io.BytesIO(data)
+
+    def one() -> Iterator[Opcode]:
+        try:
+            for opcode, argument, _ in pickletools.genops(stream):
+                yield opcode, argument
+        except Exception:  # pickletools raises whatever the broken argument raises
+            stream.seek(0, io.SEEK_END)
+
+    while stream.tell() < len(data):
+        yield one()
 
 
 def _pickles(file: Path) -> list[bytes]:

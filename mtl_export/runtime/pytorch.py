@@ -62,7 +62,6 @@ class MergedRunner:
 
     Args:
         folder: What ``mtl-export merge`` wrote.
-        model_class: transformers class in ``config.json``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,7 +73,7 @@ class MergedRunner:
         """Load the folder.
 
         Raises:
-            BaseModelError: A weight is missing or unexpected in the folder.
+            BaseModelError: A weight is missing in the folder or has another shape.
         """
         import transformers
 

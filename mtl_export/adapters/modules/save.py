@@ -55,7 +55,8 @@ def save_checkpoint(
 
 
 def _numpy(value: torch.Tensor) -> Array:
-    array: Array = value.detach().cpu().to(torch.float32).numpy()
+    wide = torch.float64 if value.dtype == torch.float64 else torch.float32  # lossless either way
+    array: Array = value.detach().cpu().to(wide).numpy()
     return array
 
 
