@@ -246,7 +246,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         if key in config
         # True is an int to isinstance.
         and (
-            not isinstance(config[key], kind) or (kind is not bool and isinstance(config[key], bool))
+            not isinstance(config[key], kind)
+            or (kind is not bool and isinstance(config[key], bool))
         )
     ]
     if not problems:
