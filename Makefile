@@ -57,7 +57,7 @@ check: $(INSTALLED)
 	        echo "mypy $$example"; $(BIN)/mypy $$example || exit 1; \
 	    fi; \
 	done
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest -q tests/packaging
 
 bench: $(INSTALLED)

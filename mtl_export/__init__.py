@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from mtl_export.version import VERSION as __version__
+from mtl_export.version import VERSION
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import bind
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mtl_export.checkpoint.folder import write_folder as write_checkpoint
     from mtl_export.checkpoint.reader import open_checkpoint
     from mtl_export.errors import MtlExportError
+
+__version__ = VERSION
 
 __all__ = [
     "MtlExportError",
