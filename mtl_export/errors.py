@@ -6,7 +6,7 @@
     |   +-- OutputError              an output folder that exists, is full, or cannot be written
     +-- CheckpointError              the checkpoint is broken, incomplete or of an unknown kind
     |   +-- HyperparameterError      a number the checkpoint does not carry and nobody gave
-    +-- BaseModelError               the base model is missing, broken, or does not fit the checkpoint
+    +-- BaseModelError               the base is missing, broken, or does not fit the checkpoint
     +-- AdapterError                 the algebra cannot be held by the normal form
     +-- GraphError                   the model cannot be traced or lowered
     +-- BackendError                 a runtime or builder

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mtl_export.adapters.normal_form import AdapterSet, LayerAdapter
+from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import Checkpoint
 from mtl_export.checkpoint.tensors import Tensor
@@ -49,11 +49,11 @@ def bind(checkpoint: Checkpoint, adapters: AdapterSet, base: BaseModel) -> Bound
     problems = [
         problem for layer in adapters.layers.values() if (problem := _mismatch(layer, base, prefix))
     ]
+    problems += _misplaced(adapters, base, prefix)
     if problems:
         raise BaseModelError(
             where=f"base {base.reference}",
-            found=f"{len(problems)} of {len(adapters.layers)} adapted layers do not fit:"
-            f" {shortened(problems)}",
+            found=f"{len(problems)} tensors do not fit: {shortened(problems)}",
             expected="the base that the adapter was trained on",
             why="the delta is added to the base weight, element by element",
             fix=f"Pass that base to --base{_trained_on(checkpoint)}",
@@ -88,7 +88,7 @@ def _prefix(adapters: AdapterSet, base: BaseModel) -> str:
     )
 
 
-def _mismatch(layer: LayerAdapter, base: BaseModel, prefix: str) -> str | None:
+def _mismatch(layer: AnyAdapter, base: BaseModel, prefix: str) -> str | None:
     name = f"{layer.module.removeprefix(prefix)}.weight"
     tensor = base.tensors.get(name)
     if tensor is None:
@@ -97,3 +97,21 @@ def _mismatch(layer: LayerAdapter, base: BaseModel, prefix: str) -> str | None:
     if tensor.shape != expected:
         return f"{name!r} is {list(tensor.shape)}, the adapter needs {list(expected)}"
     return None
+
+
+def _misplaced(adapters: AdapterSet, base: BaseModel, prefix: str) -> list[str]:
+    """Return what is wrong with the tensors that take the place of the base's."""
+    shapes = {name: values.shape for name, values in adapters.replaced.items()}
+    for name, by_task in adapters.task_replaced.items():
+        shapes[name] = next(values.shape for values in by_task if values is not None)
+    for layer in adapters.layers.values():
+        if layer.bias is not None:
+            shapes[f"{layer.module}.bias"] = (layer.out_features,)
+    problems = []
+    for name, shape in shapes.items():
+        tensor = base.tensors.get(name.removeprefix(prefix))
+        if tensor is None:
+            problems.append(f"{name!r} is missing, so there is nothing to replace")
+        elif tensor.shape != shape:
+            problems.append(f"{name!r} is {list(tensor.shape)}, the adapter's is {list(shape)}")
+    return problems

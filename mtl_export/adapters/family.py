@@ -9,7 +9,10 @@ from types import MappingProxyType
 import numpy as np
 
 from mtl_export.adapters import mtl_lora
+from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.normal_form import AdapterSet, Head, LayerAdapter
+from mtl_export.adapters.stack import stacked
+from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import Checkpoint, HeadTensors, LayerTensors
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, CheckpointError, shortened
@@ -23,7 +26,8 @@ class Family:
         name: What ``Checkpoint.family`` says.
         title: The method's name, for people.
         paper: Where it is published.
-        layer_adapter: Turns one layer's tensors into the normal form.
+        layer_adapter: Turns one layer's tensors into the normal form; the second argument
+            reads the base layer, which only some families (DoRA) need.
         oracle: ``"module:class"`` of the paper's forward pass in PyTorch, imported only
             by training and parity, so that merging needs no torch. The class has
             ``from_tensors(base, routing, layer)``.
@@ -32,7 +36,7 @@ class Family:
     name: str
     title: str
     paper: str
-    layer_adapter: Callable[[LayerTensors], LayerAdapter]
+    layer_adapter: Callable[[LayerTensors, BaseLayer], LayerAdapter]
     oracle: str
 
 
@@ -64,21 +68,32 @@ def family_named(name: str) -> Family:
     )
 
 
-def read_adapters(checkpoint: Checkpoint) -> AdapterSet:
+def read_adapters(checkpoint: Checkpoint, base: BaseModel | None = None) -> AdapterSet:
     """Return ``checkpoint`` in normal form; its adapter tensors are read here.
+
+    Args:
+        checkpoint: What ``open_checkpoint`` returned.
+        base: The base model; needed only by families whose normal form depends on it.
 
     Raises:
         CheckpointError: A tensor is missing, misshaped, or not finite.
         HyperparameterError: alpha or temperature is unknown.
         AdapterError: The family is unknown.
+        BaseModelError: The family needs the base, and it was not given.
     """
+    if checkpoint.members:
+        members = [read_adapters(member, base) for member in checkpoint.members]
+        return stacked(checkpoint, members, base)
     family = family_named(checkpoint.family)
     _refuse_not_finite(checkpoint)
     return AdapterSet(
         family=family.name,
         tasks=checkpoint.tasks,
         layers=MappingProxyType(
-            {module: family.layer_adapter(layer) for module, layer in checkpoint.layers.items()}
+            {
+                module: family.layer_adapter(layer, BaseLayer(module, base))
+                for module, layer in checkpoint.layers.items()
+            }
         ),
         heads=MappingProxyType(
             {
@@ -88,6 +103,9 @@ def read_adapters(checkpoint: Checkpoint) -> AdapterSet:
         ),
         model_class=checkpoint.model_class,
         checkpoint_sha256=checkpoint.sha256,
+        replaced=MappingProxyType(
+            {name: tensor.widened() for name, tensor in checkpoint.replaced.items()}
+        ),
     )
 
 
@@ -101,6 +119,7 @@ def _head(tensors: HeadTensors) -> Head:
 
 def _refuse_not_finite(checkpoint: Checkpoint) -> None:
     tensors = [t for layer in checkpoint.layers.values() for t in layer.tensors.values()]
+    tensors += checkpoint.replaced.values()
     for heads in checkpoint.heads.values():
         tensors += [t for head in heads for t in (head.weight, head.bias) if t is not None]
     bad = []

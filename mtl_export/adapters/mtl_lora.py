@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.normal_form import LayerAdapter
 from mtl_export.checkpoint.checkpoint import LayerTensors
 from mtl_export.checkpoint.tensors import Array
@@ -46,8 +47,8 @@ ROLES = frozenset({"down", "lambda", "up", "mixing"})
 OPTIONAL_ROLES = frozenset({"scaler"})
 
 
-def layer_adapter(layer: LayerTensors) -> LayerAdapter:
-    """Return the normal form of one MTL-LoRA layer.
+def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
+    """Return the normal form of one MTL-LoRA layer; the base is not needed.
 
     Raises:
         HyperparameterError: ``alpha`` or ``temperature`` is unknown, or tau <= 0.

@@ -11,7 +11,8 @@ Nothing here knows a paper, a file format or a runtime.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
@@ -26,31 +27,31 @@ NO_LABEL = float("-inf")
 
 @dataclass(frozen=True, slots=True)
 class LayerAdapter:
-    """The adapter of one linear layer, for all tasks.
+    """The adapter of one linear layer whose factors all tasks share.
 
     Attributes:
         module: Dotted name of the layer.
         down: ``[D, I]``, float32 (float64 if stored so), shared by all tasks.
         core: ``[T, U, D]``, float64.
         up: ``[O, U]``, float32 (float64 if stored so), shared by all tasks.
+        gain: ``[T, O]``, float64, or None where every gain is 1.
+        bias: ``[T, O]``, float64: replaces the base's bias; None where it stays.
     """
 
     module: str
     down: Array
     core: Array
     up: Array
+    gain: Array | None = None
+    bias: Array | None = None
 
     def __post_init__(self) -> None:
-        """Check that the three factors fit together."""
+        """Check that the factors fit together."""
         shapes = (self.down.ndim, self.core.ndim, self.up.ndim)
         if shapes != (2, 3, 2) or self.core.shape[1:] != (self.up.shape[1], self.down.shape[0]):
-            raise AdapterError(
-                where=self.module,
-                found=f"up {self.up.shape}, core {self.core.shape}, down {self.down.shape}",
-                expected="up [O, U], core [T, U, D], down [D, I]",
-                why="the delta of task t is up @ core[t] @ down",
-                fix="This is a reader's fault; please report it with the checkpoint's key list",
-            )
+            raise _misfit(self.module, f"up {self.up.shape}, core {self.core.shape}, down"
+                          f" {self.down.shape}")  # fmt: skip
+        _check_rows(self)
 
     @property
     def task_count(self) -> int:
@@ -67,11 +68,106 @@ class LayerAdapter:
         """Return O."""
         return int(self.up.shape[0])
 
+    def factors(self, task_index: int) -> Factors:
+        """Return the factors of one task."""
+        return Factors(self.down, self.core[task_index], self.up)
+
     def delta(self, task_index: int) -> Array:
         """Return ``up @ core[t] @ down``: float64 ``[O, I]``."""
-        up = self.up.astype(np.float64)
-        delta: Array = (up @ self.core[task_index]) @ self.down.astype(np.float64)
-        return delta
+        return self.factors(task_index).delta()
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The low-rank factors of one task: ``delta = up @ core @ down``.
+
+    Attributes:
+        down: ``[D, I]``, float32 or float64.
+        core: ``[U, D]``, float64.
+        up: ``[O, U]``, float32 or float64.
+    """
+
+    down: Array
+    core: Array
+    up: Array
+
+    def delta(self) -> Array:
+        """Return the product: float64 ``[O, I]``."""
+        left = self.up.astype(np.float64) @ self.core
+        product: Array = left @ self.down.astype(np.float64)
+        return product
+
+
+@dataclass(frozen=True, slots=True)
+class OwnAdapter:
+    """The adapter of one linear layer for which every task brings its own factors.
+
+    The shared form would hold these as a block-diagonal core of ``T (T r)^2`` numbers;
+    kept as blocks they cost what the checkpoints cost.
+
+    Attributes:
+        module: Dotted name of the layer.
+        in_features: I.
+        out_features: O.
+        blocks: One per task in id order; None where a task leaves the layer alone.
+        gain: ``[T, O]``, float64, or None where every gain is 1.
+        bias: ``[T, O]``, float64: replaces the base's bias; None where it stays.
+    """
+
+    module: str
+    in_features: int
+    out_features: int
+    blocks: tuple[Factors | None, ...]
+    gain: Array | None = None
+    bias: Array | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the blocks fit together."""
+        for block in self.blocks:
+            if block is not None and (
+                block.down.shape[1] != self.in_features
+                or block.up.shape[0] != self.out_features
+                or block.core.shape != (block.up.shape[1], block.down.shape[0])
+            ):
+                raise _misfit(self.module, f"a block with up {block.up.shape}, core"
+                              f" {block.core.shape}, down {block.down.shape}")  # fmt: skip
+        _check_rows(self)
+
+    @property
+    def task_count(self) -> int:
+        """Return T."""
+        return len(self.blocks)
+
+    def factors(self, task_index: int) -> Factors | None:
+        """Return the factors of one task, None if it leaves the layer alone."""
+        return self.blocks[task_index]
+
+    def delta(self, task_index: int) -> Array:
+        """Return the task's delta: float64 ``[O, I]``."""
+        block = self.blocks[task_index]
+        if block is None:
+            return np.zeros((self.out_features, self.in_features))
+        return block.delta()
+
+
+AnyAdapter = LayerAdapter | OwnAdapter
+
+
+def _check_rows(layer: AnyAdapter) -> None:
+    expected = (layer.task_count, layer.out_features)
+    for name, rows in (("gain", layer.gain), ("bias", layer.bias)):
+        if rows is not None and rows.shape != expected:
+            raise _misfit(layer.module, f"{name} {rows.shape} for [T, O] = {expected}")
+
+
+def _misfit(module: str, found: str) -> AdapterError:
+    return AdapterError(
+        where=module,
+        found=found,
+        expected="up [O, U], core [T, U, D], down [D, I], gain and bias [T, O]",
+        why="the delta of task t is up @ core[t] @ down",
+        fix="This is a reader's fault; please report it with the checkpoint's key list",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +194,21 @@ class AdapterSet:
         heads: By module, one per task in id order.
         model_class: transformers class whose module names are used.
         checkpoint_sha256: The checkpoint it came from.
+        replaced: Tensors of the model class, by name, whose trained values all tasks
+            share and which take the place of the base's (biases, norms, embeddings).
+        task_replaced: The same, one per task in id order; None where a task keeps the base's.
     """
 
     family: str
     tasks: tuple[Task, ...]
-    layers: Mapping[str, LayerAdapter]
+    layers: Mapping[str, AnyAdapter]
     heads: Mapping[str, tuple[Head, ...]]
     model_class: str
     checkpoint_sha256: str
+    replaced: Mapping[str, Array] = field(default_factory=lambda: MappingProxyType({}))
+    task_replaced: Mapping[str, tuple[Array | None, ...]] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
 
     def __post_init__(self) -> None:
         """Check that every layer and head serves every task."""
@@ -119,6 +222,11 @@ class AdapterSet:
             for name, heads in self.heads.items()
             if len(heads) != len(self.tasks)
         ]
+        wrong += [
+            f"{name}: {len(values)} values"
+            for name, values in self.task_replaced.items()
+            if len(values) != len(self.tasks)
+        ]
         if wrong:
             raise CheckpointError(
                 where="adapter",
@@ -127,3 +235,18 @@ class AdapterSet:
                 why=f"the tasks are {shortened(task.name for task in self.tasks)}",
                 fix="Pass the right number of names to --tasks",
             )
+
+    def replacement(self, name: str, task_index: int) -> Array | None:
+        """Return what task t has in place of the base tensor ``name``, None if it keeps it.
+
+        Weights of adapted layers are not replaced but merged; see ``merge``.
+        """
+        module, _, kind = name.rpartition(".")
+        layer = self.layers.get(module)
+        if kind == "bias" and layer is not None and layer.bias is not None:
+            bias: Array = layer.bias[task_index]
+            return bias
+        own = self.task_replaced.get(name)
+        if own is not None and own[task_index] is not None:
+            return own[task_index]
+        return self.replaced.get(name)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from mtl_export.checkpoint.tensors import Tensor
@@ -83,6 +84,25 @@ class BaseReference:
     sha256: str = ""
 
 
+Fate = Literal["folded", "stacked", "head", "copied", "known-dead"]
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """What becomes of one stored tensor; one without a fate is refused while reading.
+
+    Attributes:
+        tensor: Its key in the file.
+        fate: ``folded`` into the base weight, ``stacked`` per task, ``head``, ``copied`` in
+            place of the base's, or ``known-dead``: no effect on any output.
+        reason: Why, where the fate alone does not say.
+    """
+
+    tensor: str
+    fate: Fate
+    reason: str = ""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint, understood but not yet computed with.
@@ -97,6 +117,11 @@ class Checkpoint:
         base: The base it was trained on, as far as it says.
         model_class: transformers class whose module names are used; empty if unknown.
         sha256: Of the files read (see ``hashing.sha256_of_files``).
+        replaced: Trained tensors that take the place of the base's for all tasks, by
+            their name in the model class.
+        members: Set when every task brings an adapter of its own: one checkpoint of one
+            task each, in id order. ``layers``, ``heads`` and ``replaced`` are then empty.
+        ledger: What becomes of every stored tensor.
     """
 
     path: Path
@@ -108,6 +133,9 @@ class Checkpoint:
     base: BaseReference
     model_class: str
     sha256: str
+    replaced: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    members: tuple[Checkpoint, ...] = ()
+    ledger: tuple[LedgerEntry, ...] = ()
 
 
 def task_named(tasks: tuple[Task, ...], name: str) -> Task:

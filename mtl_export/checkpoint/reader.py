@@ -1,4 +1,4 @@
-"""Open a checkpoint whatever wrote it: each format looks at the path and says whether it is its own.
+"""Open a checkpoint whatever wrote it: each format says whether a path is its own.
 
 Adding a format means one file here and one row in ``FORMATS``.
 """

@@ -2,8 +2,8 @@
 
 Layout, from https://github.com/huggingface/safetensors/blob/24b0b28/README.md:
 8 bytes little-endian header size N, N bytes of JSON
-``{name: {"dtype": str, "shape": [int], "data_offsets": [begin, end]}, "__metadata__": {str: str}}``,
-then the data; offsets count from the end of the header.
+``{name: {"dtype": str, "shape": [int], "data_offsets": [begin, end]}}`` with an optional
+``"__metadata__": {str: str}``, then the data; offsets count from the end of the header.
 """
 
 from __future__ import annotations

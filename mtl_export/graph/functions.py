@@ -5,12 +5,17 @@ A runtime that knows ``mtl_export::TaskDelta`` may replace it; all others inline
     TaskDelta(x, task_ids, down, core, up)      x [B, S, I]  ->  [B, S, O]
     TaskDeltaRows(x, task_ids, down, core, up)  x [B, I]     ->  [B, O]
         ((x . down) . core[task_ids]) . up
+    TaskOwnDelta(x, task_ids, downs, ups)       x [B, S, I]  ->  [B, S, O]
+    TaskOwnDeltaRows(x, task_ids, downs, ups)   x [B, I]     ->  [B, O]
+        (x . downs[task_ids]) . ups[task_ids]
     TaskHeadRows(x, task_ids, weights, biases)  x [B, I]     ->  [B, L]
         x . weights[task_ids] + biases[task_ids]
+    TaskVectors(task_ids, rows)                 [B, 1, O];  TaskVectorRows  [B, O]
+        rows[task_ids]
 
-task_ids int64 [B]; down [I, D], core [T + 1, D, U], up [U, O]; weights [T + 1, I, L],
-biases [T + 1, L]. The delta costs two shared GEMMs and one gather of D x U numbers
-a row, whatever T is.
+task_ids int64 [B]; down [I, D], core [T + 1, D, U], up [U, O]; downs [T + 1, I, R],
+ups [T + 1, R, O]; weights [T + 1, I, L], biases [T + 1, L]; rows [T + 1, O].
+TaskDelta costs two shared GEMMs and one gather of D x U numbers a row, whatever T is.
 """
 
 from __future__ import annotations
@@ -24,7 +29,11 @@ from mtl_export.graph import names
 
 TASK_DELTA = "TaskDelta"
 TASK_DELTA_ROWS = "TaskDeltaRows"
+TASK_OWN_DELTA = "TaskOwnDelta"
+TASK_OWN_DELTA_ROWS = "TaskOwnDeltaRows"
 TASK_HEAD_ROWS = "TaskHeadRows"
+TASK_VECTORS = "TaskVectors"
+TASK_VECTOR_ROWS = "TaskVectorRows"
 
 
 def task_delta(opset: int) -> ir.Function:
@@ -49,6 +58,45 @@ def task_delta_rows(opset: int) -> ir.Function:
     return _function(TASK_DELTA_ROWS, inputs, y, body, opset)
 
 
+def task_own_delta(opset: int) -> ir.Function:
+    """Return ``TaskOwnDelta``."""
+    x, ids, downs, ups = inputs = _values("x", "task_ids", "downs", "ups")
+    body = tape.Tape()
+    z = body.op("MatMul", [x, body.op("Gather", [downs, ids], {"axis": 0})])
+    y = body.op("MatMul", [z, body.op("Gather", [ups, ids], {"axis": 0})])
+    return _function(TASK_OWN_DELTA, inputs, y, body, opset)
+
+
+def task_own_delta_rows(opset: int) -> ir.Function:
+    """Return ``TaskOwnDeltaRows``."""
+    x, ids, downs, ups = inputs = _values("x", "task_ids", "downs", "ups")
+    body = tape.Tape()
+    axis = body.op("Constant", [], {"value_ints": [1]})
+    row = body.op("Unsqueeze", [x, axis])
+    z = body.op("MatMul", [row, body.op("Gather", [downs, ids], {"axis": 0})])
+    y = body.op(
+        "Squeeze", [body.op("MatMul", [z, body.op("Gather", [ups, ids], {"axis": 0})]), axis]
+    )
+    return _function(TASK_OWN_DELTA_ROWS, inputs, y, body, opset)
+
+
+def task_vectors(opset: int) -> ir.Function:
+    """Return ``TaskVectors``."""
+    ids, rows = inputs = _values("task_ids", "rows")
+    body = tape.Tape()
+    axis = body.op("Constant", [], {"value_ints": [1]})
+    y = body.op("Unsqueeze", [body.op("Gather", [rows, ids], {"axis": 0}), axis])
+    return _function(TASK_VECTORS, inputs, y, body, opset)
+
+
+def task_vector_rows(opset: int) -> ir.Function:
+    """Return ``TaskVectorRows``."""
+    ids, rows = inputs = _values("task_ids", "rows")
+    body = tape.Tape()
+    y = body.op("Gather", [rows, ids], {"axis": 0})
+    return _function(TASK_VECTOR_ROWS, inputs, y, body, opset)
+
+
 def task_head_rows(opset: int) -> ir.Function:
     """Return ``TaskHeadRows``."""
     x, ids, weights, biases = inputs = _values("x", "task_ids", "weights", "biases")
@@ -64,7 +112,11 @@ def task_head_rows(opset: int) -> ir.Function:
 FUNCTIONS = {
     TASK_DELTA: task_delta,
     TASK_DELTA_ROWS: task_delta_rows,
+    TASK_OWN_DELTA: task_own_delta,
+    TASK_OWN_DELTA_ROWS: task_own_delta_rows,
     TASK_HEAD_ROWS: task_head_rows,
+    TASK_VECTORS: task_vectors,
+    TASK_VECTOR_ROWS: task_vector_rows,
 }
 
 

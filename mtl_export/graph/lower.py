@@ -45,11 +45,13 @@ def _lowered(
 def _metadata(bound: BoundModel, layout: str, tasks: tuple[Task, ...]) -> dict[str, str]:
     """Return what the file says of itself; the keys are part of the format."""
     adapters = bound.adapters
-    sizes = {
-        "layers": len(adapters.layers),
-        "down_ranks": sorted({layer.down.shape[0] for layer in adapters.layers.values()}),
-        "up_ranks": sorted({layer.up.shape[1] for layer in adapters.layers.values()}),
+    cores = {
+        block.core.shape
+        for layer in adapters.layers.values()
+        for task in tasks
+        if (block := layer.factors(task.index)) is not None
     }
+    sizes = {"layers": len(adapters.layers), "core_shapes": sorted(cores)}
     table = [
         {"name": task.name, "index": task.index, "labels": task.labels, "kind": task.kind}
         for task in tasks

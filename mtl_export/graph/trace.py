@@ -17,6 +17,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -105,7 +106,7 @@ def trace(bound: BoundModel) -> TracedModel:
     return _checked(traced, bound)
 
 
-def _sample_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+def _sample_inputs(model: Any) -> dict[str, torch.Tensor]:
     """Return seeded text inputs: ids inside the vocabulary, one row padded."""
     config = model.config
     accepted = inspect.signature(model.forward).parameters
@@ -126,8 +127,9 @@ def _sample_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _exported(model: nn.Module, inputs: dict[str, torch.Tensor]) -> ir.Model:
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+def _exported(model: Any, inputs: dict[str, Any]) -> ir.Model:
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
     longest = int(getattr(model.config, "max_position_embeddings", 0) or 2**15)
     batch = torch.export.Dim(names.BATCH, min=1, max=2**20)

@@ -1,4 +1,4 @@
-"""Fold one task into one weight: ``W_t = W + up . core_t . down``, rounded once.
+"""Fold one task into one weight: ``W_t = diag(gain_t) (W + up core_t down)``, rounded once.
 
 O outputs, I inputs. The sum is taken in float64 and rounded to the output dtype at
 the very end, so that a bfloat16 base does not also lose the delta's rounding.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from mtl_export.adapters.normal_form import LayerAdapter
+from mtl_export.adapters.normal_form import AnyAdapter
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array
 from mtl_export.errors import BaseModelError
 
 
-def merged_weight(weight: Array, layer: LayerAdapter, task_index: int, dtype: str) -> Array:
+def merged_weight(weight: Array, layer: AnyAdapter, task_index: int, dtype: str) -> Array:
     """Return task t's own weight.
 
     Args:
@@ -26,6 +26,8 @@ def merged_weight(weight: Array, layer: LayerAdapter, task_index: int, dtype: st
         BaseModelError: The result does not fit the dtype's range, or the base has NaN.
     """
     exact = weight.astype(np.float64) + layer.delta(task_index)
+    if layer.gain is not None:
+        exact *= layer.gain[task_index][:, None]
     return rounded(exact, dtype, f"{layer.module}, task id {task_index}")
 
 

@@ -104,7 +104,10 @@ def _entries(bound: BoundModel, task: Task, dtype: str | None) -> Iterator[_Entr
         if module in heads:
             continue
         out = _output_dtype(tensor, dtype)
-        if module in layers and kind == "weight":
+        replaced = bound.adapters.replacement(name, task.index)
+        if replaced is not None:
+            yield _Entry(name, out, tensor.shape, _cast(replaced, out, name))
+        elif module in layers and kind == "weight":
             yield _Entry(name, out, tensor.shape, _merged(tensor, bound, module, task.index, out))
         else:
             yield _Entry(name, out, tensor.shape, _converted(tensor, out, name))

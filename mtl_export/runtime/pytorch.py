@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from mtl_export.adapters.binding import BoundModel
-from mtl_export.adapters.family import family_named
+from mtl_export.adapters.family import family_named, read_adapters
 from mtl_export.adapters.modules.base import base_model, quiet_transformers
 from mtl_export.adapters.modules.model import MultiTaskModel
+from mtl_export.adapters.normal_form import NO_LABEL
 from mtl_export.checkpoint.checkpoint import HeadTensors
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BaseModelError, shortened
@@ -37,24 +38,29 @@ class OracleRunner:
         self.name = f"oracle {str(dtype).removeprefix('torch.')}"
         self._bound = bound
         self._dtype = dtype
-        self._model: MultiTaskModel | None = None
+        self._models: tuple[MultiTaskModel, ...] = ()
 
     def __enter__(self) -> OracleRunner:
-        """Load the base and adapt it."""
-        self._model = oracle_model(self._bound, self._dtype)
+        """Load the base and adapt it: once, or once per task where each has its own adapter."""
+        members = member_models(self._bound) or (self._bound,)
+        self._models = tuple(oracle_model(member, self._dtype) for member in members)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Drop the model."""
-        self._model = None
+        self._models = ()
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs for ``inputs``, which hold ``task_ids``."""
-        if self._model is None:
+        if not self._models:
             raise RuntimeError("enter the runner before calling infer")
         with torch.inference_mode():
             tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-            return _arrays(self._model(**tensors))
+            if len(self._models) == 1:
+                return _arrays(self._models[0](**tensors))
+            heads = self._bound.adapters.heads.values()
+            widest = max((len(head.bias) for by_task in heads for head in by_task), default=0)
+            return _joined(self._models, tensors, widest)
 
 
 class MergedRunner:
@@ -109,6 +115,40 @@ class MergedRunner:
                 if name != "task_ids"
             }
             return _arrays(self._model(**tensors))
+
+
+def member_models(bound: BoundModel) -> tuple[BoundModel, ...]:
+    """Return one bound model per task where each task has an adapter of its own, else none."""
+    return tuple(
+        BoundModel(member, read_adapters(member, bound.base), bound.base, bound.prefix)
+        for member in bound.checkpoint.members
+    )
+
+
+def _joined(
+    models: tuple[MultiTaskModel, ...], inputs: dict[str, torch.Tensor], widest: int
+) -> dict[str, Array]:
+    """Return the rows of every model's own task, put back in order.
+
+    The last dimension is at least ``widest``; labels a task does not have are -inf.
+    """
+    task_ids = inputs["task_ids"]
+    parts: dict[str, list[tuple[Array, Array]]] = {}
+    for index, model in enumerate(models):
+        rows = (task_ids == index).nonzero().squeeze(-1)
+        if rows.numel():
+            own = {name: value[rows] for name, value in inputs.items()}
+            own["task_ids"] = torch.zeros_like(rows)
+            for name, value in _arrays(model(**own)).items():
+                parts.setdefault(name, []).append((rows.numpy(), value))
+    joined = {}
+    for name, found in parts.items():
+        width = max(widest, *(value.shape[-1] for _, value in found))
+        shape = (len(task_ids), *found[0][1].shape[1:-1], width)
+        joined[name] = np.full(shape, NO_LABEL)
+        for rows_of_task, value in found:
+            joined[name][rows_of_task, ..., : value.shape[-1]] = value
+    return joined
 
 
 def oracle_model(bound: BoundModel, dtype: torch.dtype) -> MultiTaskModel:

@@ -16,7 +16,8 @@ from mtl_export.errors import AdapterError, BaseModelError, shortened
 def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
     """Return the model class of the checkpoint with the base's weights, in eval mode.
 
-    Head modules keep random weights: the caller replaces them.
+    Tensors that the checkpoint trained for all tasks take the place of the base's; head
+    modules keep random weights: the caller replaces them.
 
     Raises:
         AdapterError: The checkpoint names no transformers class, or an unknown one.
@@ -38,7 +39,16 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
             why="transformers would fill the gap with random numbers",
             fix="Pass the base the adapter was trained on, or save these modules with the adapter",
         )
+    _replace(model, bound, dtype)
     return model.eval()
+
+
+def _replace(model: Any, bound: BoundModel, dtype: torch.dtype) -> None:
+    """Put the tensors that the checkpoint trained for all tasks in place of the base's."""
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in bound.checkpoint.replaced.items():
+            state[name].copy_(torch.from_numpy(tensor.widened()).to(dtype))
 
 
 def _class_named(name: str) -> Any:

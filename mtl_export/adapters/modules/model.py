@@ -33,18 +33,17 @@ class TaskHeads(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(heads)
         self.routing = routing
-        self.width = max(head.out_features for head in heads)
+        self.label_counts = [head.out_features for head in heads]
+        self.width = max(self.label_counts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits of every row's own head."""
         task_ids = self.routing.rows(x.shape[0])
         logits = x.new_full((*x.shape[:-1], self.width), NO_LABEL)
-        for index, head in enumerate(self.heads):
+        for index, (head, labels) in enumerate(zip(self.heads, self.label_counts, strict=True)):
             rows = (task_ids == index).nonzero().squeeze(-1)
             if rows.numel():
-                own = functional.pad(
-                    head(x[rows]), (0, self.width - head.out_features), value=NO_LABEL
-                )
+                own = functional.pad(head(x[rows]), (0, self.width - labels), value=NO_LABEL)
                 logits = logits.index_copy(0, rows, own)
         return logits
 

@@ -59,13 +59,13 @@ class MTLLoRALinear(nn.Module):
         self.routing = routing
         self.scaling = alpha / rank
         self.temperature = temperature
-        like = {"dtype": base.weight.dtype, "device": base.weight.device}
-        self.down = nn.Parameter(torch.empty(rank, base.in_features, **like))
-        identity = torch.eye(rank, **like) if lambda_format == "full" else torch.ones(rank, **like)
-        self.lambdas = nn.Parameter(identity.repeat(tasks, *[1] * identity.ndim))
-        self.up = nn.Parameter(torch.empty(up_projections, base.out_features, rank, **like))
-        self.mixing = nn.Parameter(torch.zeros(tasks, up_projections, **like))
-        self.scaler = nn.Parameter(torch.zeros((), **like)) if learn_scale else None
+        empty = base.weight.new_empty
+        identity = torch.eye(rank) if lambda_format == "full" else torch.ones(rank)
+        self.down = nn.Parameter(empty(rank, base.in_features))
+        self.lambdas = nn.Parameter(identity.to(base.weight).repeat(tasks, *[1] * identity.ndim))
+        self.up = nn.Parameter(empty(up_projections, base.out_features, rank))
+        self.mixing = nn.Parameter(torch.zeros_like(empty(tasks, up_projections)))
+        self.scaler = nn.Parameter(torch.zeros_like(empty(()))) if learn_scale else None
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
         nn.init.normal_(self.up, std=up_std)
 
@@ -122,4 +122,5 @@ class MTLLoRALinear(nn.Module):
         scale: torch.Tensor | float = self.scaling
         if self.scaler is not None:
             scale = scale * torch.sigmoid(self.scaler)
-        return self.base(x) + scale * mixed
+        h: torch.Tensor = self.base(x) + scale * mixed
+        return h

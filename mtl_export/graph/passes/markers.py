@@ -1,8 +1,9 @@
-"""Find the markers of a trace."""
+"""Find the markers of a trace, and put what they become in their place."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir import convenience, tape
 
 from mtl_export.graph import names
 
@@ -29,3 +30,12 @@ def ensure_no_markers(model: ir.Model) -> None:
     left = [module_of(node) for node in markers(model)]
     if left:
         raise ir.passes.PostconditionError(f"markers left in the graph: {left}")
+
+
+def replace_marker(node: ir.Node, ops: tape.Tape, result: ir.Value) -> None:
+    """Put the recorded nodes where the marker was; ``result`` takes over its output."""
+    if node.graph is None:
+        raise ValueError(f"marker {node.name} is in no graph")
+    convenience.replace_nodes_and_values(
+        node.graph, node, [node], ops.nodes, node.outputs, [result]
+    )

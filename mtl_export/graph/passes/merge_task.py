@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnx_ir import convenience, tape
+from onnx_ir import tape
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph import names
-from mtl_export.graph.passes.markers import ensure_no_markers, markers, module_of
+from mtl_export.graph.passes.markers import ensure_no_markers, markers, module_of, replace_marker
 from mtl_export.graph.passes.weights import add_initializer
 from mtl_export.merge.merge import merged_weight
 
@@ -39,9 +39,7 @@ class MergeTaskPass(ir.passes.InPlacePass):
             lower = self._head if node.op_type == names.MARKER_HEAD else self._linear
             ops = tape.Tape(node.graph)
             result = lower(model.graph, node, ops)
-            convenience.replace_nodes_and_values(
-                node.graph, node, [node], ops.nodes, node.outputs, [result]
-            )
+            replace_marker(node, ops, result)
         return ir.passes.PassResult(model, modified=bool(found))
 
     def ensures(self, model: ir.Model) -> None:
@@ -61,10 +59,19 @@ class MergeTaskPass(ir.passes.InPlacePass):
         shape = (layer.in_features, layer.out_features)
         initializer = add_initializer(graph, names.weight_t(module), shape, weight)
         y = ops.op("MatMul", [node.inputs[0], initializer], name=names.value(module, "matmul"))
-        if len(node.inputs) > 2:
+        bias = self._bias(graph, node, module)
+        if bias is not None:
             y.name = names.value(module, "product")
-            y = ops.op("Add", [y, node.inputs[2]], name=names.value(module, "add"))
+            y = ops.op("Add", [y, bias], name=names.value(module, "add"))
         return y
+
+    def _bias(self, graph: ir.Graph, node: ir.Node, module: str) -> ir.Value | None:
+        """Return the traced bias, or the task's own."""
+        adapters, name = self._bound.adapters, names.bias(module)
+        own = adapters.replacement(name, self._task.index)
+        if own is None or name in adapters.replaced:
+            return node.inputs[2] if len(node.inputs) > 2 else None
+        return add_initializer(graph, names.part(module, "task_bias"), own.shape, lambda: own)
 
     def _head(self, graph: ir.Graph, node: ir.Node, ops: tape.Tape) -> ir.Value:
         module = module_of(node)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir import convenience, tape
+from onnx_ir import tape
 
 from mtl_export.adapters.binding import BoundModel
-from mtl_export.adapters.normal_form import NO_LABEL, Head, LayerAdapter
+from mtl_export.adapters.normal_form import AnyAdapter, OwnAdapter
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import GraphError
 from mtl_export.graph import functions, names
-from mtl_export.graph.passes.markers import ensure_no_markers, markers, module_of
+from mtl_export.graph.passes.markers import ensure_no_markers, markers, module_of, replace_marker
+from mtl_export.graph.passes.stacks import (
+    stacked_blocks,
+    stacked_cores,
+    stacked_heads,
+    with_poison,
+)
 from mtl_export.graph.passes.weights import add_initializer
 
 
@@ -24,9 +30,12 @@ class RouteTasksPass(ir.passes.InPlacePass):
            last because runtimes fuse ``Add(bias)`` into the GELU or LayerNorm that follows.
         2. the same with x [B, I]: ``TaskDeltaRows``
         3. ``TaskLinear`` without bias: the last Add is left out.
-        4. ``TaskHead(x)``, x [B, I]  ->  ``TaskHeadRows(x, ids, weights, biases)``, as wide as
+        4. an adapter whose tasks bring their own factors: ``TaskOwnDelta`` gathers both.
+        5. an adapter with gains: ``Mul`` by the gathered gain, before the bias.
+        6. a bias that tasks train themselves: the gathered one is added instead of ``b``.
+        7. ``TaskHead(x)``, x [B, I]  ->  ``TaskHeadRows(x, ids, weights, biases)``, as wide as
            the widest head; columns a task does not have are -inf.
-        5. x whose first dimension is not the graph's ``batch``: refused, for its rows
+        8. x whose first dimension is not the graph's ``batch``: refused, for its rows
            could not be told apart.
 
     ``ids`` is ``task_ids`` with every id outside [0, T) replaced by T, and row T of each
@@ -37,23 +46,21 @@ class RouteTasksPass(ir.passes.InPlacePass):
     def __init__(self, bound: BoundModel) -> None:
         super().__init__()
         self._bound = bound
+        self._used: set[str] = set()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Add the input ``task_ids`` and lower all markers of ``model``."""
         found = markers(model)
         opset = model.opset_imports[""]
         ids = self._guarded_ids(model.graph)
-        used: set[str] = set()
+        self._used.clear()
         for node in found:
             _refuse_unknown_rows(node)
             ops = tape.Tape(node.graph)
             lower = self._head if node.op_type == names.MARKER_HEAD else self._linear
-            result, function = lower(model.graph, node, ids, ops)
-            used.add(function)
-            convenience.replace_nodes_and_values(
-                node.graph, node, [node], ops.nodes, node.outputs, [result]
-            )
-        for name in sorted(used):
+            result = lower(model.graph, node, ids, ops)
+            replace_marker(node, ops, result)
+        for name in sorted(self._used):
             function = functions.FUNCTIONS[name](opset)
             model.functions[function.identifier()] = function
         model.opset_imports[names.DOMAIN] = names.DOMAIN_VERSION
@@ -84,82 +91,95 @@ class RouteTasksPass(ir.passes.InPlacePass):
         graph.insert_before(graph[0], ops.nodes)
         return ids
 
-    def _linear(
-        self, graph: ir.Graph, node: ir.Node, ids: ir.Value, ops: tape.Tape
-    ) -> tuple[ir.Value, str]:
+    def _linear(self, graph: ir.Graph, node: ir.Node, ids: ir.Value, ops: tape.Tape) -> ir.Value:
         module, x = module_of(node), _x_of(node)
         layer = self._bound.adapters.layers[module]
         weight = self._weight_t(graph, module, layer)
-        factors = _factors(graph, module, layer)
-        function = functions.TASK_DELTA if _rank(x) == 3 else functions.TASK_DELTA_ROWS
-        product = ops.op("MatMul", [x, weight], name=names.value(module, "matmul"))
-        delta = ops.op(
-            function, [x, ids, *factors], domain=names.DOMAIN, name=names.value(module, "delta")
-        )
-        y = ops.op("Add", [product, delta], name=names.value(module, "adapted"))
-        if len(node.inputs) > 2:
-            y = ops.op("Add", [y, node.inputs[2]], name=names.value(module, "add"))
-        for added in ops.nodes[:-1]:
-            added.outputs[0].name = f"{added.name}_value"
-        return y, function
+        y = ops.op("MatMul", [x, weight], name=names.value(module, "matmul"))
+        if self._has_delta(layer):
+            delta = self._delta(graph, layer, x, ids, ops)
+            y = ops.op("Add", [y, delta], name=names.value(module, "adapted"))
+        if layer.gain is not None:
+            gain = self._vectors(graph, module, "gain", layer.gain, x, ids, ops)
+            y = ops.op("Mul", [y, gain], name=names.value(module, "scaled"))
+        bias = self._bias(graph, node, module, x, ids, ops)
+        if bias is not None:
+            y = ops.op("Add", [y, bias], name=names.value(module, "add"))
+        for added in ops.nodes:
+            if added.outputs[0] is not y:
+                added.outputs[0].name = f"{added.name}_value"
+        return y
 
-    def _weight_t(self, graph: ir.Graph, module: str, layer: LayerAdapter) -> ir.Value:
+    def _delta(
+        self, graph: ir.Graph, layer: AnyAdapter, x: ir.Value, ids: ir.Value, ops: tape.Tape
+    ) -> ir.Value:
+        rows = _rank(x) == 2
+        if isinstance(layer, OwnAdapter):
+            stacks = stacked_blocks(layer)
+            function = functions.TASK_OWN_DELTA_ROWS if rows else functions.TASK_OWN_DELTA
+        else:
+            stacks = stacked_cores(layer)
+            function = functions.TASK_DELTA_ROWS if rows else functions.TASK_DELTA
+        factors = [self._stack(graph, layer.module, name, v) for name, v in stacks.items()]
+        return self._call(function, [x, ids, *factors], names.value(layer.module, "delta"), ops)
+
+    def _bias(
+        self,
+        graph: ir.Graph,
+        node: ir.Node,
+        module: str,
+        x: ir.Value,
+        ids: ir.Value,
+        ops: tape.Tape,
+    ) -> ir.Value | None:
+        """Return the traced bias, or a gathered one where tasks differ."""
+        adapters = self._bound.adapters
+        own = [adapters.replacement(names.bias(module), task.index) for task in adapters.tasks]
+        if names.bias(module) in adapters.replaced or all(bias is None for bias in own):
+            return node.inputs[2] if len(node.inputs) > 2 else None
+        kept = self._bound.base_tensor(names.bias(module)).numpy()
+        rows = np.stack([kept if bias is None else bias for bias in own])
+        return self._vectors(graph, module, "biases", rows, x, ids, ops)
+
+    def _vectors(
+        self,
+        graph: ir.Graph,
+        module: str,
+        name: str,
+        rows: Array,
+        x: ir.Value,
+        ids: ir.Value,
+        ops: tape.Tape,
+    ) -> ir.Value:
+        """Return each row's own vector, shaped to broadcast over ``x``."""
+        stack = self._stack(graph, module, name, with_poison(rows))
+        function = functions.TASK_VECTOR_ROWS if _rank(x) == 2 else functions.TASK_VECTORS
+        return self._call(function, [ids, stack], names.value(module, name), ops)
+
+    def _has_delta(self, layer: AnyAdapter) -> bool:
+        return not isinstance(layer, OwnAdapter) or any(b is not None for b in layer.blocks)
+
+    def _call(self, function: str, inputs: list[ir.Value], name: str, ops: tape.Tape) -> ir.Value:
+        self._used.add(function)
+        return ops.op(function, inputs, domain=names.DOMAIN, name=name)
+
+    def _stack(self, graph: ir.Graph, module: str, name: str, values: Array) -> ir.Value:
+        return add_initializer(graph, names.part(module, name), values.shape, lambda: values)
+
+    def _weight_t(self, graph: ir.Graph, module: str, layer: AnyAdapter) -> ir.Value:
         base = self._bound.base_tensor(f"{module}.weight")
         shape = (layer.in_features, layer.out_features)
         return add_initializer(graph, names.weight_t(module), shape, lambda: base.numpy().T)
 
-    def _head(
-        self, graph: ir.Graph, node: ir.Node, ids: ir.Value, ops: tape.Tape
-    ) -> tuple[ir.Value, str]:
+    def _head(self, graph: ir.Graph, node: ir.Node, ids: ir.Value, ops: tape.Tape) -> ir.Value:
         module = module_of(node)
-        heads = self._bound.adapters.heads[module]
-        weights, biases = stacked_heads(heads)
+        weights, biases = stacked_heads(self._bound.adapters.heads[module])
         stacks = [
-            add_initializer(graph, names.part(module, "weights"), weights.shape, lambda: weights),
-            add_initializer(graph, names.part(module, "biases"), biases.shape, lambda: biases),
+            self._stack(graph, module, "weights", weights),
+            self._stack(graph, module, "biases", biases),
         ]
-        y = ops.op(
-            functions.TASK_HEAD_ROWS,
-            [_x_of(node), ids, *stacks],
-            domain=names.DOMAIN,
-            name=names.value(module, "head"),
-        )
-        return y, functions.TASK_HEAD_ROWS
-
-
-def stacked_cores(layer: LayerAdapter) -> Array:
-    """Return ``[T + 1, D, U]``: the cores transposed for row vectors, then a row of NaN."""
-    poison = np.full((1, *layer.core.shape[1:]), np.nan)
-    stack: Array = np.concatenate([layer.core, poison]).transpose(0, 2, 1)
-    return stack
-
-
-def stacked_heads(heads: tuple[Head, ...]) -> tuple[Array, Array]:
-    """Return weights ``[T + 1, I, L]`` and biases ``[T + 1, L]``, the last row NaN.
-
-    L is the widest head; a column that a task does not have has weight 0 and bias -inf.
-    """
-    features = heads[0].weight.shape[1]
-    width = max(head.weight.shape[0] for head in heads)
-    weights = np.zeros((len(heads) + 1, features, width), np.float32)
-    biases = np.full((len(heads) + 1, width), NO_LABEL, np.float32)
-    for index, head in enumerate(heads):
-        labels = head.weight.shape[0]
-        weights[index, :, :labels] = head.weight.T
-        biases[index, :labels] = head.bias
-    weights[-1], biases[-1] = np.nan, np.nan
-    return weights, biases
-
-
-def _factors(graph: ir.Graph, module: str, layer: LayerAdapter) -> list[ir.Value]:
-    cores = stacked_cores(layer)
-    return [
-        add_initializer(
-            graph, names.part(module, "down"), layer.down.T.shape, lambda: layer.down.T
-        ),
-        add_initializer(graph, names.part(module, "core"), cores.shape, lambda: cores),
-        add_initializer(graph, names.part(module, "up"), layer.up.T.shape, lambda: layer.up.T),
-    ]
+        name = names.value(module, "head")
+        return self._call(functions.TASK_HEAD_ROWS, [_x_of(node), ids, *stacks], name, ops)
 
 
 def _x_of(node: ir.Node) -> ir.Value:

@@ -1,0 +1,107 @@
+"""Several adapters of one base, one per task, as one set of T tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TypeVar
+
+import numpy as np
+
+from mtl_export.adapters.base_layer import BaseLayer
+from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Head, OwnAdapter
+from mtl_export.checkpoint.base_model import BaseModel
+from mtl_export.checkpoint.checkpoint import Checkpoint
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import AdapterError, shortened
+
+Value = TypeVar("Value")
+
+
+def stacked(
+    checkpoint: Checkpoint, members: Sequence[AdapterSet], base: BaseModel | None
+) -> AdapterSet:
+    """Return one set whose task t is the only task of ``members[t]``.
+
+    Tasks may differ in rank, in the layers they adapt, and in the tensors they replace.
+
+    Raises:
+        AdapterError: Only some tasks have a head of their own.
+        BaseModelError: Only some tasks train a layer's bias, and there is no base to take
+            the others' from.
+    """
+    modules = _union([member.layers for member in members])
+    heads = _union([member.heads for member in members])
+    lacking = [
+        f"{task.name} has no head {module!r}"
+        for module in heads
+        for task, member in zip(checkpoint.tasks, members, strict=True)
+        if module not in member.heads
+    ]
+    if lacking:
+        raise AdapterError(
+            where=str(checkpoint.path),
+            found=shortened(lacking),
+            expected="a head for every task or for none",
+            why="one graph cannot give some rows a trained head and others a random one",
+            fix="Export the tasks with heads and those without separately",
+        )
+    names = _union([member.replaced for member in members])
+    return AdapterSet(
+        family=checkpoint.family,
+        tasks=checkpoint.tasks,
+        layers=MappingProxyType(
+            {
+                name: _own([member.layers.get(name) for member in members], BaseLayer(name, base))
+                for name in modules
+            }
+        ),
+        heads=MappingProxyType({name: _heads(members, name) for name in heads}),
+        model_class=checkpoint.model_class,
+        checkpoint_sha256=checkpoint.sha256,
+        task_replaced=MappingProxyType(
+            {name: tuple(member.replaced.get(name) for member in members) for name in names}
+        ),
+    )
+
+
+def _union(mappings: Sequence[Mapping[str, Value]]) -> list[str]:
+    """Return every key once, in order of appearance."""
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def _heads(members: Sequence[AdapterSet], name: str) -> tuple[Head, ...]:
+    return tuple(member.heads[name][0] for member in members)
+
+
+def _own(layers: Sequence[AnyAdapter | None], base: BaseLayer) -> OwnAdapter:
+    """Return the layer of T tasks made of T layers of one task each."""
+    first = next(layer for layer in layers if layer is not None)
+    return OwnAdapter(
+        module=first.module,
+        in_features=first.in_features,
+        out_features=first.out_features,
+        blocks=tuple(None if layer is None else layer.factors(0) for layer in layers),
+        gain=_rows(first, [None if layer is None else layer.gain for layer in layers]),
+        bias=_biases(first, layers, base),
+    )
+
+
+def _rows(first: AnyAdapter, gains: Sequence[Array | None]) -> Array | None:
+    """Return ``[T, O]`` with ones where a task has no gain, or None if none has."""
+    if all(gain is None for gain in gains):
+        return None
+    ones = np.ones(first.out_features)
+    return np.stack([ones if gain is None else gain[0] for gain in gains])
+
+
+def _biases(
+    first: AnyAdapter, layers: Sequence[AnyAdapter | None], base: BaseLayer
+) -> Array | None:
+    """Return ``[T, O]``, or None if no task replaces the bias; the others keep the base's."""
+    biases = [None if layer is None else layer.bias for layer in layers]
+    if all(bias is None for bias in biases):
+        return None
+    own = base.bias() if any(bias is None for bias in biases) else None
+    kept = np.zeros(first.out_features) if own is None else own.astype(np.float64)
+    return np.stack([kept if bias is None else bias[0] for bias in biases])
