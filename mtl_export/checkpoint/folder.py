@@ -198,16 +198,17 @@ def write_folder(
     from safetensors.numpy import save_file
 
     check_task_names(str(path), [task.name for task in tasks])
+    # Not ascontiguousarray: it turns the scalar lora_scaler into shape [1].
     tensors = {
-        f"{module}.{SUFFIXES[role]}": np.ascontiguousarray(value)
+        f"{module}.{SUFFIXES[role]}": np.asarray(value, order="C")
         for module, roles in layers.items()
         for role, value in roles.items()
     }
     for module, by_task in heads.items():
         for name, (weight, bias) in by_task.items():
-            tensors[f"heads.{name}.{module}.weight"] = np.ascontiguousarray(weight)
+            tensors[f"heads.{name}.{module}.weight"] = np.asarray(weight, order="C")
             if bias is not None:
-                tensors[f"heads.{name}.{module}.bias"] = np.ascontiguousarray(bias)
+                tensors[f"heads.{name}.{module}.bias"] = np.asarray(bias, order="C")
     first = next(iter(layers.values()))
     config = {
         "format": FORMAT,
