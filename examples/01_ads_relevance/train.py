@@ -61,15 +61,8 @@ class OneTaskLinear(MTLLoRALinear):
         p = torch.softmax(self.mixing[task] / self.temperature, dim=-1)
         up = self.scaling * torch.einsum("i,ior,rd->od", p, self.up, self.lambdas[task])
         low = functional.linear(x, self.down.to(x.dtype))
-        return self.base(x) + functional.linear(low, up.to(x.dtype))
-
-
-class FullPrecisionLinear(nn.Linear):
-    """A head that works in its own dtype, whatever the base hands it."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits of the pooled vectors ``x``."""
-        return super().forward(x.to(self.weight.dtype))
+        h: torch.Tensor = self.base(x) + functional.linear(low, up.to(x.dtype))
+        return h
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +154,7 @@ def build_model(base: BaseModel, base_dtype: torch.dtype) -> MultiTaskModel:
         alpha=ALPHA,
         temperature=TEMPERATURE,
     )
-    heads = [FullPrecisionLinear(model.config.hidden_size, len(task.labels)) for task in TASKS]
+    heads = [nn.Linear(model.config.hidden_size, len(task.labels)) for task in TASKS]
     adapted = MultiTaskModel(
         model,
         adapters=dict.fromkeys(encoder_linears, adapt),
@@ -170,6 +163,9 @@ def build_model(base: BaseModel, base_dtype: torch.dtype) -> MultiTaskModel:
     for parameter in adapted.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(base_dtype)
+    adapted.get_submodule("model.classifier").register_forward_pre_hook(
+        lambda _, inputs: (inputs[0].float(),)
+    )
     return adapted
 
 
@@ -228,7 +224,7 @@ def train(
     for step, task in enumerate(order, 1):
         loss = loss_of(model, next(streams[task]))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         scheduler.step()
