@@ -1,1 +1,1 @@
-"""The commands, one per file."""
+"""One command per file, no arithmetic."""

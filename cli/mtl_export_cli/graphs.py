@@ -1,0 +1,140 @@
+"""Which ONNX graphs a command needs, and one trace that becomes all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from mtl_export.errors import UsageError
+from mtl_export_cli import sources
+from mtl_export_cli.options import Settings
+from mtl_export_cli.render import Steps
+from mtl_export_cli.written import Written
+
+if TYPE_CHECKING:
+    from mtl_export.adapters.binding import BoundModel
+    from mtl_export.checkpoint.checkpoint import Task
+    from mtl_export.graph.trace import TracedModel
+
+SINGLE_GRAPH, PER_TASK = "single-graph", "per-task"
+GRAPH_DTYPE = "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """One graph to write.
+
+    Attributes:
+        tasks: The tasks it serves: one, or all.
+        layout: ``single-graph`` or ``per-task``.
+    """
+
+    tasks: tuple[Task, ...]
+    layout: str
+
+    @property
+    def task(self) -> Task | None:
+        """Return the task whose weights are merged into it, None for the single graph."""
+        return self.tasks[0] if self.layout == PER_TASK else None
+
+    @property
+    def name(self) -> str:
+        """Return its name for people."""
+        return self.task.name if self.task else "single graph"
+
+    def folder(self, parent: Path) -> Path:
+        """Return its folder: ``parent`` itself, or the task's inside it."""
+        return parent / self.task.name if self.task else parent
+
+
+def wanted_graphs(settings: Settings, layout: str | None, tasks: Sequence[Task]) -> list[Graph]:
+    """Return the graphs that the options ask for.
+
+    Args:
+        settings: Which tasks.
+        layout: What was given; None means the single graph for all tasks, and merged
+            graphs for tasks that were named.
+        tasks: The checkpoint's tasks.
+
+    Raises:
+        UsageError: A single graph of some tasks only, or no task was asked for.
+        TaskNotFoundError: A name is unknown.
+    """
+    selected = sources.selected_tasks(settings, tasks)
+    if layout is None:
+        layout = SINGLE_GRAPH if settings.all_tasks else PER_TASK
+    if layout == PER_TASK:
+        return [Graph((task,), PER_TASK) for task in selected]
+    if len(selected) < len(tasks):
+        raise UsageError(
+            where="--layout single-graph",
+            found=f"only {', '.join(task.name for task in selected)} asked for",
+            expected="--all-tasks",
+            why="the single graph serves every task of the checkpoint",
+            fix="Pass --all-tasks, or --layout per-task",
+        )
+    return [Graph(selected, SINGLE_GRAPH)]
+
+
+def refuse_dtype(settings: Settings) -> None:
+    """Refuse a precision that graphs are not written in.
+
+    Raises:
+        UsageError: Anything but fp32.
+    """
+    if settings.dtype not in {None, GRAPH_DTYPE}:
+        raise UsageError(
+            where=f"--dtype {settings.dtype}",
+            found="graphs are written in fp32",
+            expected="no --dtype, or fp32",
+            why="the base is traced in fp32 and precision lives in the graph",
+            fix=f"Leave it out, or use mtl-export merge --dtype {settings.dtype}",
+        )
+
+
+class Exporter:
+    """Writes graphs of one model; the base is traced once, when the first is needed.
+
+    Args:
+        bound: The sources.
+        parent: Where the folders go.
+    """
+
+    def __init__(self, bound: BoundModel, parent: Path) -> None:
+        self._bound, self._parent = bound, parent
+
+    def write(self, graph: Graph, steps: Steps, *, force: bool) -> Written:
+        """Write ``graph`` unless it is there already."""
+        from mtl_export.bundle.output import output_folder
+        from mtl_export.graph.lower import merged_graph, routed_graph
+        from mtl_export.graph.writer import write_graph
+        from mtl_export.merge.writer import merged_size_bytes
+
+        started = perf_counter()
+        names = [task.name for task in graph.tasks]
+        recipe = sources.recipe("onnx", self._bound, {"layout": graph.layout, "served": names})
+        steps.begin(f"onnx: {graph.name}")
+        with output_folder(
+            graph.folder(self._parent),
+            recipe=recipe,
+            force=force,
+            estimated_size_bytes=merged_size_bytes(self._bound, GRAPH_DTYPE),
+        ) as plan:
+            if not plan.up_to_date:
+                model = (
+                    merged_graph(self._traced, self._bound, graph.task)
+                    if graph.task
+                    else routed_graph(self._traced, self._bound)
+                )
+                write_graph(model, self._bound, plan.folder, graph.task)
+        return Written.from_plan(plan, names, perf_counter() - started)
+
+    @cached_property
+    def _traced(self) -> TracedModel:
+        from mtl_export.graph.trace import trace
+
+        return trace(self._bound)

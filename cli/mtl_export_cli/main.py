@@ -1,0 +1,197 @@
+"""``mtl-export``: a group that imports a command when it is run, and one error boundary.
+
+``mtl-export --help`` is answered from ``COMMANDS`` alone, so it costs click and nothing else.
+A test holds the short helps below against the commands' own.
+
+What a human sees is decided here and nowhere else: our errors become one message on
+stderr (with ``--json``, an object on stdout) and the exit code of ``EXIT_CODES``;
+everything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from mtl_export.errors import (
+    AdapterError,
+    BackendError,
+    BaseModelError,
+    CalibrationError,
+    CheckpointError,
+    GraphError,
+    IntegrityError,
+    MtlExportError,
+    ParityError,
+    UsageError,
+)
+from mtl_export.version import VERSION
+
+# name -> module, short help; in the order of the work
+COMMANDS: dict[str, tuple[str, str]] = {
+    "inspect": ("mtl_export_cli.commands.inspect", "Say what a checkpoint is and holds."),
+    "merge": ("mtl_export_cli.commands.merge", "Fold tasks into standalone model folders."),
+    "onnx": ("mtl_export_cli.commands.onnx", "Export one routed graph, or one per task."),
+    "trt": ("mtl_export_cli.commands.trt", "Build TensorRT engines."),
+    "parity": ("mtl_export_cli.commands.parity", "Prove that exports still match PyTorch."),
+    "doctor": ("mtl_export_cli.commands.doctor", "Say what is installed and what is missing."),
+}
+EXIT_DONE, EXIT_BUG, EXIT_USAGE, EXIT_PARITY_FAILED = 0, 1, 2, 3
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # what a shell reports for SIGINT and SIGPIPE
+EXIT_CODES: dict[type[MtlExportError], int] = {
+    UsageError: EXIT_USAGE,
+    CheckpointError: 5,
+    BaseModelError: 5,
+    AdapterError: 5,
+    GraphError: 5,
+    # Both are about data and limits that the user chose for this command, not about the
+    # checkpoint: another --inputs or --data mends them, as another option value would.
+    CalibrationError: EXIT_USAGE,
+    ParityError: EXIT_USAGE,
+    BackendError: 6,
+    IntegrityError: 7,
+}
+
+
+class LazyGroup(click.Group):
+    """The commands of ``COMMANDS``, each imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names, in the order of the work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return the command ``cmd_name``."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(COMMANDS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table of commands without importing one."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, short) for name, (_, short) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that ``args`` begin with, or name the nearest."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], COMMANDS, n=1)
+            raise UsageError(
+                where=f"command {args[0]!r}",
+                found="there is none of that name",
+                expected=f"one of {', '.join(COMMANDS)}",
+                fix=f"Type mtl-export {near[0]}" if near else "See mtl-export --help",
+            )
+        return super().resolve_command(ctx, args)
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command line and exit with its code."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        run = super().main
+        try:
+            with warnings.catch_warnings():
+                if not sys.warnoptions:
+                    # Libraries warn developers; python -W default shows it to those.
+                    warnings.simplefilter("ignore")
+                code = run(arguments, "mtl-export", complete_var, standalone_mode=False, **extra)
+            sys.stdout.flush()
+        except MtlExportError as error:
+            _fail(error, arguments)
+        except click.ClickException as error:
+            _fail(_translated(error), arguments)
+        except click.Abort:
+            click.echo("Interrupted.", err=True)
+            sys.exit(EXIT_INTERRUPTED)
+        except BrokenPipeError:
+            # The reader of the pipe has gone; keep Python from complaining at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_BROKEN_PIPE)
+        except Exception as error:
+            _report_bug(error, arguments)
+        sys.exit(code if isinstance(code, int) else EXIT_DONE)
+
+
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="In a folder with an mtl-export.toml (base, checkpoint, output) the commands need"
+    " no more than: mtl-export merge --task NAME.",
+)
+@click.version_option(VERSION, prog_name="mtl-export")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Deploy multi-task LoRA checkpoints.
+
+    Merge tasks into standalone models, or export one ONNX graph in which every row
+    picks its own task; build TensorRT engines; prove that the numbers still match.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(EXIT_USAGE)
+
+
+def exit_code(error: MtlExportError) -> int:
+    """Return the exit code of the nearest class in ``EXIT_CODES``."""
+    return next(EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES)
+
+
+def main() -> NoReturn:
+    """Run ``mtl-export``; the console script."""
+    sys.exit(cli())
+
+
+def _wants_json(arguments: list[str]) -> bool:
+    # Read here as well as by the option: the error may be that the arguments do not parse.
+    asked = os.environ.get("MTL_EXPORT_JSON", "").lower() in {"1", "true", "yes", "on", "t", "y"}
+    return asked or "--json" in arguments
+
+
+def _translated(error: click.ClickException) -> UsageError:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "mtl-export"
+    return UsageError(
+        where=path, found=error.format_message().rstrip("."), fix=f"See {path} --help"
+    )
+
+
+def _fail(error: MtlExportError, arguments: list[str]) -> NoReturn:
+    from mtl_export_cli import render
+
+    code = exit_code(error)
+    if _wants_json(arguments):
+        render.print_json({"ok": False, "error": error.as_dict(), "exit_code": code})
+    else:
+        render.print_error(str(error))
+    sys.exit(code)
+
+
+def _report_bug(error: Exception, arguments: list[str]) -> NoReturn:
+    traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
+    fix = "Please report it with the lines above"
+    click.echo(f"This is a bug in mtl-export {VERSION}. {fix}.", err=True)
+    if _wants_json(arguments):
+        from mtl_export_cli import render
+
+        parts = {"error": "Bug", "where": "mtl-export", "found": f"{type(error).__name__}: {error}"}
+        report = {**parts, "expected": "", "why": "", "fix": "Please report it"}
+        render.print_json({"ok": False, "error": report, "exit_code": EXIT_BUG})
+    sys.exit(EXIT_BUG)

@@ -1,0 +1,192 @@
+"""Every option that more than one command has, once, and the record they become.
+
+A value is taken from the flag, else from the environment (``MTL_EXPORT_`` and the
+option's long name), else from ``mtl-export.toml``, else from the default. Commands
+receive ``Settings`` and never ask where a value came from.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from mtl_export.errors import UsageError
+from mtl_export_cli.config import Config, read_config
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+DTYPES = ("fp32", "fp16", "bf16")
+LAYOUTS = ("single-graph", "per-task")
+_CONFIG_KEY = "mtl_export_cli.config"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user asked for, wherever it was written.
+
+    Attributes:
+        checkpoint: The trained adapter.
+        base: Folder, ``package:NAME/FOLDER`` or hub id.
+        output: Write exactly here; None for the place under ``output_dir``.
+        output_dir: Parent of ``merged/``, ``onnx/`` and ``engines/``.
+        task: Tasks asked for by name.
+        all_tasks: All of them were asked for.
+        tasks: Task names in id order, where the checkpoint does not carry them.
+        alpha: LoRA alpha, likewise.
+        temperature: Softmax temperature, likewise.
+        dtype: ``fp32``, ``fp16`` or ``bf16``; None keeps the base's.
+        force: Replace an old result.
+        json: Print the result as JSON.
+        verbosity: 0 as usual, 1 more, -1 plain lines, -2 only errors.
+    """
+
+    checkpoint: Path | None = None
+    base: str | None = None
+    output: Path | None = None
+    output_dir: Path = Path("out")
+    task: tuple[str, ...] = ()
+    all_tasks: bool = False
+    tasks: tuple[str, ...] | None = None
+    alpha: float | None = None
+    temperature: float | None = None
+    dtype: str | None = None
+    force: bool = False
+    json: bool = False
+    verbosity: int = 0
+
+    def folder(self, kind: str) -> Path:
+        """Return where a command writes: ``--output``, or ``kind`` under the output folder."""
+        return self.output or self.output_dir / kind
+
+
+def _task_names(value: object) -> tuple[str, ...]:
+    """Return ``a,b,c``, or a list from the configuration, as a tuple of names."""
+    parts = value.split(",") if isinstance(value, str) else value
+    names = tuple(str(part).strip() for part in parts) if isinstance(parts, Sequence) else ()
+    if not names or not all(names):
+        raise click.BadParameter(f"{value!r} has an empty name")
+    return names
+
+
+def option(*names: str, **attributes: Any) -> Decorator:
+    """Return a click option with its environment variable, both shown in the help."""
+    long = next(name for name in names if name.startswith("--"))
+    variable = f"MTL_EXPORT_{long.removeprefix('--').replace('-', '_').upper()}"
+    decorator: Decorator = click.option(*names, envvar=variable, show_envvar=True, **attributes)
+    return decorator
+
+
+def _load_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Read the configuration before any other option looks for its default."""
+    config = read_config(value)
+    ctx.meta[_CONFIG_KEY] = config
+    ctx.default_map = config.defaults(ctx.info_name or "")
+    return value
+
+
+SOURCE: tuple[Decorator, ...] = (
+    option(
+        "--checkpoint", "-c", type=click.Path(path_type=Path), metavar="PATH",
+        help="The trained multi-task adapter: file or folder.",
+    ),
+    option(
+        "--base", "-b", metavar="DIR_OR_HUB_ID",
+        help="The base model: a folder, package:NAME/FOLDER, or a hub id.",
+    ),
+    option(
+        "--tasks", type=_task_names, metavar="A,B,C",
+        help="Task names in id order, where the checkpoint does not carry them.",
+    ),
+    option("--alpha", type=float, help="LoRA alpha, where the checkpoint does not carry it."),
+    option(
+        "--temperature", type=float,
+        help="Softmax temperature, where the checkpoint does not carry it.",
+    ),
+    option(
+        "--config", type=click.Path(path_type=Path), metavar="FILE", is_eager=True,
+        expose_value=False, callback=_load_config,
+        help="Settings file; by default mtl-export.toml in the current folder.",
+    ),
+)  # fmt: skip
+SELECTION: tuple[Decorator, ...] = (
+    option("--task", multiple=True, metavar="NAME", help="A task; may be repeated."),
+    option("--all-tasks", is_flag=True, help="Every task of the checkpoint."),
+)
+LAYOUT: Decorator = option(
+    "--layout", type=click.Choice(LAYOUTS),
+    help="single-graph (default with --all-tasks) or per-task (default with --task).",
+)  # fmt: skip
+OUTPUT: tuple[Decorator, ...] = (
+    option(
+        "--output", "-o", type=click.Path(path_type=Path), metavar="DIR",
+        help="Write exactly here, not under the output folder of mtl-export.toml.",
+    ),
+    option("--dtype", type=click.Choice(DTYPES), help="Precision of the weights written."),
+    option("--force", is_flag=True, help="Replace an old result that is different."),
+)  # fmt: skip
+TALK: tuple[Decorator, ...] = (
+    option("--json", is_flag=True, help="Print the result as JSON."),
+    option("-v", "--verbose", count=True, help="Say more."),
+    option("-q", "--quiet", count=True, help="Plain lines, no bars; -qq: only errors."),
+)
+
+
+def with_settings(*groups: Sequence[Decorator]) -> Decorator:
+    """Return a decorator that adds option groups and passes them on as ``Settings``.
+
+    The command receives the record first; its own options stay keyword arguments.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def with_record(**values: Any) -> Any:
+            context = click.get_current_context()
+            return function(_settings(context, values), **values)
+
+        command: Callable[..., Any] = with_record
+        for decorator in reversed([one for group in groups for one in group]):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+def _settings(context: click.Context, values: dict[str, Any]) -> Settings:
+    """Return the shared options as a record, and take them out of ``values``."""
+    if "task" in values:
+        _resolve_selection(context, values)
+    if values.get("task") and not _is_typed(context, "layout"):
+        # A layout from the file is meant for all tasks; naming some asks for merged graphs.
+        values.update({"layout": None} if "layout" in values else {})
+    config = context.meta.get(_CONFIG_KEY)
+    shared: dict[str, Any] = {
+        name: values.pop(name) for name in Settings.__dataclass_fields__ if name in values
+    }
+    shared["verbosity"] = values.pop("verbose") - values.pop("quiet")
+    if isinstance(config, Config):
+        shared["output_dir"] = config.output_dir
+    return Settings(**shared)
+
+
+def _resolve_selection(context: click.Context, values: dict[str, Any]) -> None:
+    """Refuse ``--task`` beside ``--all-tasks``, unless one outranks the other."""
+    if not (values["task"] and values["all_tasks"]):
+        return
+    named, everything = _is_typed(context, "task"), _is_typed(context, "all_tasks")
+    if named == everything:
+        raise UsageError(
+            where="--task and --all-tasks",
+            found="both were given",
+            expected="one of them",
+            fix="Leave one out",
+        )
+    values["task"], values["all_tasks"] = (values["task"], False) if named else ((), True)
+
+
+def _is_typed(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) == ParameterSource.COMMANDLINE

@@ -1,0 +1,195 @@
+"""What people see: results on stdout, talk and progress bars on stderr.
+
+stdout carries the command's result and nothing else, so it can be piped; with
+``--json`` it is one JSON object. Bars are drawn only on a terminal; elsewhere each
+step is one plain line. NO_COLOR is obeyed (by rich).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
+
+from mtl_export_cli.options import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+# Where output is piped, lines are as long as their content, up to this.
+PIPE_COLUMNS = 400
+
+
+def print_json(document: Mapping[str, object]) -> None:
+    """Print ``document`` on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_error(message: str) -> None:
+    """Print the one message of a failed command on stderr."""
+    console = _console(sys.stderr)
+    console.print("error:", style="bold red", end=" ")
+    console.print(message, markup=False, soft_wrap=True)
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str = "",
+    right: Sequence[str] = (),
+) -> None:
+    """Print a table on stdout.
+
+    Args:
+        columns: Headings.
+        rows: Cells, one text per column.
+        title: A line above it.
+        right: Headings of the columns with numbers, aligned to the right.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console(sys.stdout)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    if title:
+        console.print(title, style="bold", markup=False, soft_wrap=True)
+    with console.capture() as capture:
+        console.print(table)
+    # rich pads every line to the table's width; pipes and READMEs are better off without.
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    sys.stdout.write("\n".join(line for line in lines if line) + "\n")
+
+
+def print_facts(facts: Sequence[tuple[str, str]]) -> None:
+    """Print ``name  value`` lines on stdout, values aligned."""
+    console = _console(sys.stdout)
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        console.print(f"{name:<{width}}", style="bold", end="  ", markup=False)
+        console.print(value, markup=False, soft_wrap=True)
+
+
+def print_line(text: str) -> None:
+    """Print one line on stdout."""
+    _console(sys.stdout).print(text, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """Says on stderr what is going on, as loudly as the settings allow.
+
+    Attributes:
+        verbosity: As in ``Settings``.
+        bars: Draw progress bars.
+    """
+
+    verbosity: int
+    bars: bool
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Talk:
+        """Return the talk of one command."""
+        if settings.verbosity > 0:
+            _show_log(settings.verbosity)
+        quiet = settings.json or settings.verbosity < 0
+        return cls(settings.verbosity, bars=not quiet and sys.stderr.isatty())
+
+    def note(self, text: str) -> None:
+        """Say what the user should know."""
+        if self.verbosity >= 0:
+            _console(sys.stderr).print(text, markup=False, soft_wrap=True)
+
+    def detail(self, text: str) -> None:
+        """Say what only ``-v`` wants to know."""
+        if self.verbosity > 0:
+            _console(sys.stderr).print(text, style="dim", markup=False, soft_wrap=True)
+
+    @contextmanager
+    def steps(self, total: int) -> Iterator[Steps]:
+        """Show the progress of ``total`` steps during the block."""
+        if not self.bars:
+            yield Steps(total, silent=self.verbosity < -1)
+            return
+        from rich import progress
+
+        columns = (
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("eta"),
+            progress.TimeRemainingColumn(),
+        )
+        # Whoever writes to stdout during a step writes to stdout: nothing is redirected.
+        with progress.Progress(
+            *columns, console=_console(sys.stderr), transient=True,
+            redirect_stdout=False, redirect_stderr=False,
+        ) as bar:  # fmt: skip
+            yield Steps(total, bar=bar, bar_id=bar.add_task("", total=float(total)))
+
+
+class Steps:
+    """The steps of one command: a bar, or a line for each.
+
+    Args:
+        total: How many there are.
+        bar: Where to draw; None for lines.
+        bar_id: The bar's row.
+        silent: Draw nothing at all.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        bar: Progress | None = None,
+        bar_id: TaskID | None = None,
+        silent: bool = False,
+    ) -> None:
+        self._total = total
+        self._bar, self._bar_id, self._silent = bar, bar_id, silent
+        self._begun = 0
+
+    def begin(self, name: str) -> None:
+        """Begin the next step, which ends the one before."""
+        self._begun += 1
+        if self._bar is not None and self._bar_id is not None:
+            self._bar.update(self._bar_id, description=name, completed=float(self._begun - 1))
+        elif not self._silent:
+            line = f"[{self._begun}/{self._total}] {name}"
+            _console(sys.stderr).print(line, markup=False, soft_wrap=True)
+
+    def within(self, done: int, total: int) -> None:
+        """Say how much of the current step is done."""
+        if self._bar is not None and self._bar_id is not None and total:
+            self._bar.update(self._bar_id, completed=self._begun - 1 + done / total)
+
+
+def _show_log(verbosity: int) -> None:
+    """Send our log, and the builders' that it carries, to stderr: -v notes, -vv all."""
+    import logging
+
+    logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
+    logging.getLogger("mtl_export").setLevel(logging.DEBUG if verbosity > 1 else logging.INFO)
+
+
+def megabytes(size_bytes: int) -> str:
+    """Return a size for people, in decimal megabytes."""
+    return f"{size_bytes / 1e6:,.1f} MB"
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    options: dict[str, Any] = {} if stream.isatty() else {"width": PIPE_COLUMNS}
+    return Console(file=stream, highlight=False, **options)
