@@ -12,9 +12,13 @@ import pickletools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mtl_export.errors import IntegrityError, shortened
+from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array, Tensor
+from mtl_export.errors import CheckpointError, IntegrityError, shortened
+
+if TYPE_CHECKING:
+    import torch
 
 SUFFIXES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
 UNKNOWN = "? ?"
@@ -37,15 +41,107 @@ def refuse_code(path: Path) -> None:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
         if file.suffix in SUFFIXES and file.is_file():
-            foreign = sorted(imported_globals(file) - ALLOWED_GLOBALS)
-            if foreign:
-                raise IntegrityError(
-                    where=str(file),
-                    found=f"a pickle that imports {shortened(foreign)}",
-                    expected="only what a dictionary of tensors needs",
-                    why="loading a pickle runs whatever it imports",
-                    fix="Do not load it; ask its author for safetensors",
-                )
+            _refuse_foreign(file)
+
+
+def load_state_dict(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a ``torch.save`` file by key; their values stay on disk.
+
+    The file holds one flat dictionary of tensors: a state dict. Tensors that shared
+    storage when saved come back as several records of equal values.
+
+    Raises:
+        IntegrityError: It is a pickle that asks to run code.
+        CheckpointError: It is truncated, no ``torch.save`` file, or holds something other
+            than named dense tensors of a known dtype.
+    """
+    import torch
+
+    _refuse_foreign(path)
+    try:
+        # Only the zip container, torch's since 1.6, can be mapped instead of read.
+        loaded = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except Exception as error:
+        # torch raises RuntimeError, EOFError, pickle and zip errors; all mean a broken file.
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            where=str(path),
+            found=f"torch.load cannot read it ({reason[0]})",
+            expected="a whole file written by torch.save",
+            fix="Copy or save the file again; compare its size with the original",
+        ) from error
+    entries = loaded.items() if isinstance(loaded, dict) else [("", loaded)]
+    bad = [f"{key!r} is a {_kind(value)}" for key, value in entries if not _is_plain(key, value)]
+    if bad or not isinstance(loaded, dict):
+        raise CheckpointError(
+            where=str(path),
+            found=shortened(bad),
+            expected="one dictionary of names to dense tensors",
+            fix="Save model.state_dict(), or the dictionary that the trainer documents",
+        )
+    return {key: _record(key, value) for key, value in loaded.items()}
+
+
+# torch's word for a dtype -> safetensors'
+_TORCH_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+def _is_plain(key: object, value: object) -> bool:
+    import torch
+
+    return (
+        isinstance(key, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and str(value.dtype).removeprefix("torch.") in _TORCH_DTYPES
+    )
+
+
+def _kind(value: object) -> str:
+    import torch
+
+    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _record(name: str, value: torch.Tensor) -> Tensor:
+    import torch
+
+    dtype = _TORCH_DTYPES[str(value.dtype).removeprefix("torch.")]
+
+    def load() -> Array:
+        dense = value.detach().contiguous()
+        if dtype == "BF16":  # numpy has no bfloat16 of its own: reinterpret the bits
+            bits: Array = dense.view(torch.int16).numpy()
+            return bits.view(NUMPY_DTYPES[dtype])
+        array: Array = dense.numpy()
+        return array
+
+    return Tensor(name, dtype, tuple(value.shape), load)
+
+
+def _refuse_foreign(file: Path) -> None:
+    foreign = sorted(imported_globals(file) - ALLOWED_GLOBALS)
+    if foreign:
+        raise IntegrityError(
+            where=str(file),
+            found=f"a pickle that imports {shortened(foreign)}",
+            expected="only what a dictionary of tensors needs",
+            why="loading a pickle runs whatever it imports",
+            fix="Do not load it; ask its author for safetensors",
+        )
 
 
 def imported_globals(file: Path) -> frozenset[str]:
