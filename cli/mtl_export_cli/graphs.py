@@ -110,8 +110,6 @@ class Exporter:
     def write(self, graph: Graph, steps: Steps, *, force: bool) -> Written:
         """Write ``graph`` unless it is there already."""
         from mtl_export.bundle.output import output_folder
-        from mtl_export.graph.lower import merged_graph, routed_graph
-        from mtl_export.graph.writer import write_graph
         from mtl_export.merge.writer import merged_size_bytes
 
         started = perf_counter()
@@ -125,13 +123,19 @@ class Exporter:
             estimated_size_bytes=merged_size_bytes(self._bound, GRAPH_DTYPE),
         ) as plan:
             if not plan.up_to_date:
-                model = (
-                    merged_graph(self._traced, self._bound, graph.task)
-                    if graph.task
-                    else routed_graph(self._traced, self._bound)
-                )
-                write_graph(model, self._bound, plan.folder, graph.task)
+                self._lower(graph, plan.folder)
         return Written.from_plan(plan, names, perf_counter() - started)
+
+    def _lower(self, graph: Graph, folder: Path) -> None:
+        from mtl_export.graph.lower import merged_graph, routed_graph
+        from mtl_export.graph.writer import write_graph
+
+        model = (
+            merged_graph(self._traced, self._bound, graph.task)
+            if graph.task
+            else routed_graph(self._traced, self._bound)
+        )
+        write_graph(model, self._bound, folder, graph.task)
 
     @cached_property
     def _traced(self) -> TracedModel:

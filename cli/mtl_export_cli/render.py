@@ -56,7 +56,7 @@ def print_table(
     from rich.text import Text
 
     console = _console(sys.stdout)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
@@ -183,9 +183,14 @@ def _show_log(verbosity: int) -> None:
     logging.getLogger("mtl_export").setLevel(logging.DEBUG if verbosity > 1 else logging.INFO)
 
 
-def megabytes(size_bytes: int) -> str:
-    """Return a size for people, in decimal megabytes."""
-    return f"{size_bytes / 1e6:,.1f} MB"
+def size_text(size_bytes: int) -> str:
+    """Return a size for people, in decimal units."""
+    size = float(size_bytes)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
 
 
 def _console(stream: TextIO) -> Console:

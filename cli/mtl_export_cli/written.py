@@ -80,7 +80,7 @@ def print_written(command: str, outputs: Sequence[Written], *, as_json: bool) ->
             (
                 str(output.path),
                 ", ".join(output.tasks),
-                render.megabytes(output.size_bytes),
+                render.size_text(output.size_bytes),
                 f"{output.seconds:.1f}",
                 output.status,
             )

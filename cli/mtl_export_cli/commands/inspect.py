@@ -176,7 +176,7 @@ def _print(report: dict[str, Any]) -> None:
             (
                 "parameters",
                 f"{parameters['adapter']:,} in the adapter, {parameters['heads']:,} in heads,"
-                f" {render.megabytes(report['size_bytes'])} as {', '.join(report['dtypes'])}",
+                f" {render.size_text(report['size_bytes'])} as {', '.join(report['dtypes'])}",
             ),
             ("model class", report["model_class"] or "unknown"),
             ("trained on", base["trained_on"] or "unknown"),

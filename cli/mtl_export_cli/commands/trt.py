@@ -242,7 +242,7 @@ def _print(settings: Settings, exported: Sequence[Written], built: Sequence[Buil
             (
                 str(one.output.path / one.manifest.engine),
                 f"{one.manifest.builder} {one.manifest.builder_version}",
-                render.megabytes(one.manifest.engine_size_bytes),
+                render.size_text(one.manifest.engine_size_bytes),
                 f"{one.output.seconds:.1f}",
                 ", ".join(one.output.tasks),
                 one.output.status,

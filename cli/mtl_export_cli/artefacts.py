@@ -1,0 +1,145 @@
+"""Find what was exported: merged folders, graphs and engines under the output folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtl_export.adapters.binding import BoundModel
+    from mtl_export.checkpoint.checkpoint import Task
+    from mtl_export.parity.report import Cell
+    from mtl_export.parity.run import Artefact
+
+MERGED, MERGED_ONNX = "merged pytorch", "merged onnx"
+SINGLE_ONNX, ENGINE = "single graph onnx", "single graph engine"
+MERGED_ENGINE = "merged engine"
+KINDS = (MERGED, MERGED_ONNX, SINGLE_ONNX, MERGED_ENGINE, ENGINE)
+# transformers' word in config.json -> ours
+_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where to look.
+
+    Attributes:
+        merged: Holds ``<task>/``.
+        onnx: Holds ``model.onnx`` and ``<task>/model.onnx``.
+        engines: Holds ``model.engine`` and ``<task>/model.engine``.
+    """
+
+    merged: Path
+    onnx: Path
+    engines: Path
+
+
+def find_artefacts(
+    bound: BoundModel, places: Places, *, threads: int
+) -> tuple[list[Artefact], list[Cell]]:
+    """Return what exists, and a ``not-run`` cell for what could but does not."""
+    found: list[Artefact] = []
+    missing: list[Cell] = []
+    for task in bound.adapters.tasks:
+        _merged(places.merged / task.name, task, found, missing)
+    for task in bound.adapters.tasks:
+        _onnx(places.onnx / task.name / "model.onnx", task, threads, found, missing)
+    _onnx(places.onnx / "model.onnx", None, threads, found, missing)
+    for task in bound.adapters.tasks:
+        _engine(places.engines / task.name / "model.engine", task, found, missing)
+    _engine(places.engines / "model.engine", None, found, missing)
+    return found, missing
+
+
+def _merged(folder: Path, task: Task, found: list[Artefact], missing: list[Cell]) -> None:
+    from mtl_export.bundle.manifest import read_manifest
+    from mtl_export.parity.run import Artefact
+    from mtl_export.runtime.pytorch import MergedRunner
+
+    if not (folder / "config.json").is_file():
+        missing.append(_absent(MERGED, task, folder, f"merge --task {task.name}"))
+        return
+    manifest = read_manifest(folder)
+    sources = manifest.recipe.sources if manifest is not None else {}
+    found.append(
+        Artefact(
+            name=MERGED,
+            kind="merged",
+            runner=MergedRunner(folder),
+            task=task,
+            dtype=_config_dtype(folder),
+            checkpoint_sha256=sources.get("checkpoint_sha256", ""),
+            base_sha256=sources.get("base_sha256", ""),
+        )
+    )
+
+
+def _onnx(
+    path: Path, task: Task | None, threads: int, found: list[Artefact], missing: list[Cell]
+) -> None:
+    from mtl_export.parity.run import Artefact
+    from mtl_export.runtime.ort import OrtRunner, onnx_metadata
+
+    name = SINGLE_ONNX if task is None else MERGED_ONNX
+    if not path.is_file():
+        missing.append(_absent(name, task, path, _command("onnx", task)))
+        return
+    metadata = onnx_metadata(path)
+    found.append(
+        Artefact(
+            name=name,
+            kind="single-graph" if task is None else "merged",
+            runner=OrtRunner(path, threads=threads),
+            task=task,
+            dtype="fp32",
+            checkpoint_sha256=metadata.get("mtl_export.checkpoint_sha256", ""),
+            base_sha256=metadata.get("mtl_export.base_sha256", ""),
+        )
+    )
+
+
+def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[Cell]) -> None:
+    from mtl_export.parity.run import Artefact
+    from mtl_export.runtime.tensorrt import TensorRTBackend
+
+    name = ENGINE if task is None else MERGED_ENGINE
+    if not path.is_file():
+        missing.append(_absent(name, task, path, _command("trt", task)))
+        return
+    sources = _engine_sources(path)
+    found.append(
+        Artefact(
+            name=name,
+            kind="single-graph" if task is None else "merged",
+            runner=TensorRTBackend(path),
+            task=task,
+            dtype="fp32",
+            checkpoint_sha256=sources.get("checkpoint_sha256", ""),
+            base_sha256=sources.get("base_sha256", ""),
+        )
+    )
+
+
+def _engine_sources(path: Path) -> dict[str, str]:
+    from mtl_export.bundle.manifest import read_manifest
+
+    manifest = read_manifest(path.parent)
+    return dict(manifest.recipe.sources) if manifest is not None else {}
+
+
+def _command(verb: str, task: Task | None) -> str:
+    return f"{verb} --all-tasks" if task is None else f"{verb} --task {task.name}"
+
+
+def _absent(name: str, task: Task | None, path: Path, command: str) -> Cell:
+    from mtl_export.parity.report import Cell
+
+    reason = f"{path} does not exist; mtl-export {command} makes it"
+    return Cell(name, "-", task.name if task else "*", "*", "not-run", reason)
+
+
+def _config_dtype(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return _DTYPES.get(config.get("dtype") or config.get("torch_dtype") or "float32", "fp32")
