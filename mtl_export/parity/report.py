@@ -46,14 +46,14 @@ class ParityReport:
     Attributes:
         cells: In the order they were run.
         tolerance: The rule, in words.
-        noise_floors: By task name.
+        noise_floors: By dtype, then by task name.
         sources: SHA-256 of base and checkpoint.
         versions: Of what computed the numbers.
     """
 
     cells: tuple[Cell, ...]
     tolerance: str
-    noise_floors: Mapping[str, float]
+    noise_floors: Mapping[str, Mapping[str, float]]
     sources: Mapping[str, str]
     versions: Mapping[str, str]
 
@@ -76,7 +76,7 @@ class ParityReport:
             "verdict": self.verdict,
             "counts": {v: self.count(v) for v in ("passed", "failed", "not-run")},
             "tolerance": self.tolerance,
-            "noise_floors": dict(self.noise_floors),
+            "noise_floors": {dtype: dict(by_task) for dtype, by_task in self.noise_floors.items()},
             "sources": dict(self.sources),
             "versions": dict(self.versions),
             "cells": [asdict(cell) for cell in self.cells],

@@ -27,7 +27,6 @@ from mtl_export.runtime.runner import Runner
 from mtl_export.version import VERSION
 
 OUTPUT = "logits"
-Progress = Callable[[str, int, int], None]
 # No task has these ids; the last wraps to 1 in a runtime that narrows ids to int32.
 BAD_IDS = (-1, 2**32 + 1, 2**63 - 1)
 
@@ -41,6 +40,7 @@ class Artefact:
         kind: ``merged`` serves one task and takes no ``task_ids``; ``single-graph`` serves all.
         runner: Runs it.
         task: The task of a merged artefact; None for a single graph.
+        dtype: ``fp32``, ``fp16`` or ``bf16``: what it computes in; sets its noise floor.
         checkpoint_sha256: What it says it was made from.
         base_sha256: Likewise.
     """
@@ -49,6 +49,7 @@ class Artefact:
     kind: Literal["merged", "single-graph"]
     runner: Runner
     task: Task | None
+    dtype: str
     checkpoint_sha256: str
     base_sha256: str
 
@@ -61,15 +62,24 @@ class _Reference:
     logits: Array
 
 
+def step_count(artefacts: Sequence[Artefact]) -> int:
+    """Return how many steps ``run_parity`` takes."""
+    return 1 + len(_dtypes(artefacts)) + len(artefacts)
+
+
+def _dtypes(artefacts: Sequence[Artefact]) -> list[str]:
+    return sorted({artefact.dtype for artefact in artefacts})
+
+
 def run_parity(
     bound: BoundModel,
     artefacts: Sequence[Artefact],
     cases: Sequence[Case],
     *,
     tolerance: Tolerance,
-    reference: Runner,
-    lower_precision: Runner,
-    progress: Progress = lambda step, done, total: None,
+    oracle: Callable[[str], Runner],
+    not_there: Sequence[Cell] = (),
+    progress: Callable[[str], None] = lambda step: None,
 ) -> ParityReport:
     """Return the verdict on ``artefacts``.
 
@@ -78,27 +88,26 @@ def run_parity(
         artefacts: What ships.
         cases: From ``cases.build_cases``.
         tolerance: What is allowed.
-        reference: The oracle in float64.
-        lower_precision: The oracle in the candidates' dtype, for the noise floor.
-        progress: Called with the step's name, steps done and steps in all.
+        oracle: Returns the oracle in ``fp64``, the reference, or in a candidate's dtype,
+            for its noise floor.
+        not_there: Cells of artefacts that could have been compared but do not exist.
+        progress: Called with the name of each step as it begins; ``step_count`` in all.
 
     Raises:
         ParityError: The oracle itself answers with NaN or Inf, so nothing can be compared.
     """
-    total = len(artefacts) + 2
-    tasks = bound.adapters.tasks
-    progress("oracle float64", 0, total)
-    with reference:
+    progress("oracle fp64")
+    with oracle("fp64") as reference:
         exact = [_Reference(case, reference.infer(case.inputs)[OUTPUT]) for case in cases]
-    progress("oracle float32, for the noise floor", 1, total)
-    with lower_precision:
-        noisy = [lower_precision.infer(case.inputs)[OUTPUT] for case in cases]
-    floors = {task.name: _floor(task, exact, noisy) for task in tasks}
+    floors: dict[str, dict[str, float]] = {}
+    for dtype in _dtypes(artefacts):
+        progress(f"oracle {dtype}, for the noise floor")
+        floors[dtype] = _floors(bound.adapters.tasks, exact, oracle(dtype), dtype)
     cells: list[Cell] = []
-    for index, artefact in enumerate(artefacts):
-        progress(artefact.name, index + 2, total)
-        cells += _judge(bound, artefact, exact, floors, tolerance)
-    progress("done", total, total)
+    for artefact in artefacts:
+        progress(f"{artefact.name} {artefact.task.name if artefact.task else ''}".rstrip())
+        cells += _judge(bound, artefact, exact, floors[artefact.dtype], tolerance)
+    cells += not_there
     return ParityReport(
         cells=tuple(cells),
         tolerance=tolerance.describe(),
@@ -111,24 +120,34 @@ def run_parity(
     )
 
 
-def _floor(task: Task, exact: list[_Reference], noisy: list[Array]) -> float:
-    floors = []
-    for reference, lower in zip(exact, noisy, strict=True):
-        rows = reference.case.task_ids == task.index
-        own = slice(len(task.labels) or None)
-        exact_rows, lower_rows = reference.logits[rows][:, own], lower[rows][:, own]
-        for name, values in (("float64", exact_rows), ("the candidates' dtype", lower_rows)):
-            if not np.isfinite(values).all():
-                raise ParityError(
-                    where=f"oracle in {name}, task {task.name}, {reference.case.name}",
-                    found=f"{int((~np.isfinite(values)).sum())} logits are NaN or Inf",
-                    expected="finite logits",
-                    why="no error can be measured against them",
-                    fix="Check the base and the checkpoint for values that overflow",
-                )
-        if rows.any():
-            floors.append(noise_floor(exact_rows, lower_rows))
-    return max(floors)
+def _floors(
+    tasks: Sequence[Task], exact: list[_Reference], lower_precision: Runner, dtype: str
+) -> dict[str, float]:
+    """Return each task's noise floor over all cases, by task name."""
+    floors = {task.name: 0.0 for task in tasks}
+    with lower_precision as runner:
+        for reference in exact:
+            lower = runner.infer(reference.case.inputs)[OUTPUT]
+            for task in tasks:
+                rows = reference.case.task_ids == task.index
+                if rows.any():
+                    own = slice(len(task.labels) or None)
+                    pair = reference.logits[rows][:, own], lower[rows][:, own]
+                    _refuse_not_finite(task, reference.case, dtype, *pair)
+                    floors[task.name] = max(floors[task.name], noise_floor(*pair, dtype))
+    return floors
+
+
+def _refuse_not_finite(task: Task, case: Case, dtype: str, exact: Array, lower: Array) -> None:
+    for name, values in (("fp64", exact), (dtype, lower)):
+        if not np.isfinite(values).all():
+            raise ParityError(
+                where=f"oracle in {name}, task {task.name}, {case.name}",
+                found=f"{int((~np.isfinite(values)).sum())} logits are NaN or Inf",
+                expected="finite logits",
+                why="no error can be measured against them",
+                fix="Check the base and the checkpoint; a dtype that overflows cannot be shipped",
+            )
 
 
 def _judge(

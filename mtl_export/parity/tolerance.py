@@ -65,13 +65,17 @@ class Tolerance:
         return f"|error| <= {self.factor:g} x noise floor"
 
 
-def noise_floor(reference: Array, lower_precision: Array) -> float:
+# Half a unit in the last place at 1, by dtype.
+HALF_ULP = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
+
+
+def noise_floor(reference: Array, lower_precision: Array, dtype: str) -> float:
     """Return the largest error of the oracle in the candidate's dtype.
 
-    Never below half a unit in the last place of float32 at the largest output: a
+    Never below half a unit in the last place of that dtype at the largest output: a
     floor of 0, which a lucky batch can give, would fail every correct export.
     """
     finite = np.isfinite(reference)
     largest = float(np.abs(reference[finite]).max(initial=0.0))
     error = float(np.abs(lower_precision[finite] - reference[finite]).max(initial=0.0))
-    return max(error, 0.5 * float(np.finfo(np.float32).eps) * largest)
+    return max(error, HALF_ULP[dtype] * largest)

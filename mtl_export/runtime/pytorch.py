@@ -25,19 +25,32 @@ from mtl_export.checkpoint.checkpoint import HeadTensors
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BaseModelError, shortened
 
+TORCH_DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+def use_threads(count: int) -> None:
+    """Let PyTorch use ``count`` threads; 0 leaves its own choice."""
+    if count:
+        torch.set_num_threads(count)
+
 
 class OracleRunner:
     """The reference: PyTorch, unmerged, in any floating dtype.
 
     Args:
         bound: The checkpoint and its base.
-        dtype: ``torch.float64`` for the reference, the candidate's dtype for the floor.
+        dtype: ``fp64`` for the reference, the candidate's dtype for the noise floor.
     """
 
-    def __init__(self, bound: BoundModel, dtype: torch.dtype) -> None:
-        self.name = f"oracle {str(dtype).removeprefix('torch.')}"
+    def __init__(self, bound: BoundModel, dtype: str) -> None:
+        self.name = f"oracle {dtype}"
         self._bound = bound
-        self._dtype = dtype
+        self._dtype = TORCH_DTYPES[dtype]
         self._models: tuple[MultiTaskModel, ...] = ()
 
     def __enter__(self) -> OracleRunner:

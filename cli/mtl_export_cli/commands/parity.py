@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mtl_export.errors import BackendMissingError, UsageError
+from mtl_export.errors import BackendMissingError, OutputError, UsageError
 from mtl_export_cli import options, render, sources
 from mtl_export_cli.options import Settings, option, with_settings
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.checkpoint.tensors import Array
-    from mtl_export.parity.report import ParityReport
+    from mtl_export.parity.cases import Case
+    from mtl_export.parity.report import Cell, ParityReport
 
 EXIT_FAILED = 3
 EPILOG = """\b
@@ -57,7 +58,7 @@ def command(
     model (or within --atol and --rtol) and no decision changes. Exit code 3 when
     anything fails, 6 when nothing could be run.
     """
-    from mtl_export.parity.run import run_parity
+    from mtl_export.parity.run import run_parity, step_count
     from mtl_export.parity.tolerance import Tolerance
     from mtl_export.runtime.pytorch import OracleRunner, use_threads
     from mtl_export_cli.artefacts import Places, find_artefacts
@@ -80,7 +81,7 @@ def command(
         )
     use_threads(threads)
     talk = render.Talk.from_settings(settings)
-    with talk.steps(0) as steps:
+    with talk.steps(step_count(artefacts)) as steps:
         result = run_parity(
             bound,
             artefacts,
@@ -88,7 +89,7 @@ def command(
             tolerance=tolerance,
             oracle=lambda dtype: OracleRunner(bound, dtype),
             not_there=not_there,
-            progress=steps.at,
+            progress=steps.begin,
         )
     if report is not None:
         _write_report(report, result)
@@ -101,3 +102,82 @@ def command(
             fix="See mtl-export doctor for what is missing",
         )
     return EXIT_FAILED if result.verdict == "failed" else 0
+
+
+def _cases(bound: BoundModel, inputs: Path | None) -> list[Case]:
+    """Return the batches to compare on: the user's rows, or seeded ones."""
+    from mtl_export.parity.cases import build_cases, seeded_rows
+
+    config = bound.base.config
+    vocabulary = int(config["vocab_size"])
+    longest = int(config.get("max_position_embeddings") or 512)
+    task_count = len(bound.adapters.tasks)
+    if inputs is None:
+        names = ["input_ids", "attention_mask"]
+        names += ["token_type_ids"] if config.get("type_vocab_size") else []
+        rows = seeded_rows(task_count=task_count, vocabulary=vocabulary, names=names)
+    else:
+        rows = _tokenised(bound, inputs, longest)
+    return build_cases(rows, task_count=task_count, vocabulary=vocabulary, longest=longest)
+
+
+def _tokenised(bound: BoundModel, inputs: Path, longest: int) -> dict[str, Array]:
+    from mtl_export_calibration.data import load_rows, tokenize
+
+    return tokenize(load_rows(inputs), bound.base.folder, bound.adapters.tasks, max_length=longest)
+
+
+def _write_report(path: Path, result: ParityReport) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(
+            where=str(path),
+            found=f"it cannot be written ({error.strerror})",
+            expected="a file in a folder you may write to",
+            fix="Pass another file to --report",
+        ) from error
+
+
+def _print(result: ParityReport, settings: Settings) -> None:
+    if settings.json:
+        render.print_json({"ok": result.verdict == "passed", **result.as_dict()})
+        return
+    for cell in result.cells:
+        if cell.verdict == "failed":
+            render.print_line(
+                f"FAILED {cell.artefact}, task {cell.task}, {cell.case}: {cell.reason}"
+            )
+    not_run = {cell.reason: cell for cell in result.cells if cell.verdict == "not-run"}
+    for reason, cell in not_run.items():
+        render.print_line(f"not run: {cell.artefact}, task {cell.task}: {reason}")
+    counts = ", ".join(f"{result.count(v)} {v}" for v in ("passed", "failed", "not-run"))
+    title = f"parity {result.verdict}: {counts}; rule: {result.tolerance}"
+    render.print_table(*_table(result), title=title)
+
+
+def _table(result: ParityReport) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows: task by artefact, the worst cell of each speaking for it."""
+    from mtl_export.parity.report import worst
+
+    artefacts = list(dict.fromkeys(cell.artefact for cell in result.cells))
+    floors = next(iter(result.noise_floors.values()))
+    rows = []
+    for task in [*floors, "*"]:
+        cells = [cell for cell in result.cells if cell.task == task]
+        if not cells:
+            continue
+        row = ["any" if task == "*" else task, f"{floors[task]:.1e}" if task in floors else ""]
+        for artefact in artefacts:
+            own = [cell for cell in cells if cell.artefact == artefact]
+            row.append(_text(worst(own)) if own else "")
+        rows.append(row)
+    return ["task", "noise floor", *artefacts], rows
+
+
+def _text(cell: Cell) -> str:
+    error = "" if cell.max_abs_error is None else f"{cell.max_abs_error:.1e} "
+    return f"{error}{cell.verdict}"
