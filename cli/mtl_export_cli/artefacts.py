@@ -59,7 +59,7 @@ def _merged(folder: Path, task: Task, found: list[Artefact], missing: list[Cell]
     from mtl_export.runtime.pytorch import MergedRunner
 
     if not (folder / "config.json").is_file():
-        missing.append(_absent(MERGED, task, folder, f"merge --task {task.name}"))
+        missing.append(_absent(MERGED, task, "merge"))
         return
     manifest = read_manifest(folder)
     sources = manifest.recipe.sources if manifest is not None else {}
@@ -84,7 +84,7 @@ def _onnx(
 
     name = SINGLE_ONNX if task is None else MERGED_ONNX
     if not path.is_file():
-        missing.append(_absent(name, task, path, _command("onnx", task)))
+        missing.append(_absent(name, task, "onnx"))
         return
     metadata = onnx_metadata(path)
     found.append(
@@ -106,7 +106,7 @@ def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[
 
     name = ENGINE if task is None else MERGED_ENGINE
     if not path.is_file():
-        missing.append(_absent(name, task, path, _command("trt", task)))
+        missing.append(_absent(name, task, "trt"))
         return
     sources = _engine_sources(path)
     found.append(
@@ -129,14 +129,11 @@ def _engine_sources(path: Path) -> dict[str, str]:
     return dict(manifest.recipe.sources) if manifest is not None else {}
 
 
-def _command(verb: str, task: Task | None) -> str:
-    return f"{verb} --all-tasks" if task is None else f"{verb} --task {task.name}"
-
-
-def _absent(name: str, task: Task | None, path: Path, command: str) -> Cell:
+def _absent(name: str, task: Task | None, verb: str) -> Cell:
     from mtl_export.parity.report import Cell
 
-    reason = f"{path} does not exist; mtl-export {command} makes it"
+    options = "--all-tasks" if task is None else "--task NAME"
+    reason = f"not exported; mtl-export {verb} {options} makes it"
     return Cell(name, "-", task.name if task else "*", "*", "not-run", reason)
 
 

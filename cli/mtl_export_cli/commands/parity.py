@@ -151,9 +151,13 @@ def _print(result: ParityReport, settings: Settings) -> None:
             render.print_line(
                 f"FAILED {cell.artefact}, task {cell.task}, {cell.case}: {cell.reason}"
             )
-    not_run = {cell.reason: cell for cell in result.cells if cell.verdict == "not-run"}
-    for reason, cell in not_run.items():
-        render.print_line(f"not run: {cell.artefact}, task {cell.task}: {reason}")
+    not_run: dict[tuple[str, str], list[str]] = {}
+    for cell in result.cells:
+        if cell.verdict == "not-run":
+            not_run.setdefault((cell.artefact, cell.reason), []).append(cell.task)
+    for (artefact, reason), tasks in not_run.items():
+        of_tasks = "" if tasks == ["*"] else f" of {', '.join(tasks)}"
+        render.print_line(f"not run: {artefact}{of_tasks}: {reason}")
     counts = ", ".join(f"{result.count(v)} {v}" for v in ("passed", "failed", "not-run"))
     title = f"parity {result.verdict}: {counts}; rule: {result.tolerance}"
     render.print_table(*_table(result), title=title)
