@@ -205,25 +205,21 @@ def _compare_case(
             return []
         inputs = case.rows(rows)
         del inputs[TASK_IDS]
-        outputs = runner.infer(inputs)
-        candidate = outputs.get(OUTPUT)
+        candidate = runner.infer(inputs).get(OUTPUT)
+        everything = np.ones(int(rows.sum()), np.bool_)
         return [
-            _compare(artefact, case, artefact.task, reference.logits[rows], candidate,
+            _compare(artefact, case, artefact.task, everything, reference.logits[rows], candidate,
                      floors[artefact.task.name], tolerance)
         ]  # fmt: skip
     candidate = runner.infer(case.inputs).get(OUTPUT)
     cells = []
     for task in bound.adapters.tasks:
         rows = case.task_ids == task.index
-        if not rows.any():
-            continue
-        whole_shape = candidate is not None and candidate.shape == reference.logits.shape
-        own = candidate[rows] if candidate is not None and whole_shape else candidate
-        cells.append(
-            _compare(
-                artefact, case, task, reference.logits[rows], own, floors[task.name], tolerance
-            )
-        )
+        if rows.any():
+            cells.append(
+                _compare(artefact, case, task, rows, reference.logits, candidate,
+                         floors[task.name], tolerance)
+            )  # fmt: skip
     return cells
 
 
@@ -231,12 +227,13 @@ def _compare(
     artefact: Artefact,
     case: Case,
     task: Task,
+    rows: Array,
     reference: Array,
     candidate: Array | None,
     floor: float,
     tolerance: Tolerance,
 ) -> Cell:
-    """Return the cell for one task's rows; ``reference`` is [B, widest]."""
+    """Return the cell for the task's ``rows``, bool [B]; ``reference`` is [B, widest]."""
 
     def failed(reason: str) -> Cell:
         return Cell(
@@ -252,6 +249,7 @@ def _compare(
         return failed(
             f"{OUTPUT} has shape {list(candidate.shape)}, not {[reference.shape[0], width]}"
         )
+    reference, candidate = reference[rows], candidate[rows]
     if not np.isneginf(candidate[:, labels:]).all():
         return failed(f"columns {labels} and up answer, but the task has {labels} labels")
     own_reference, own = reference[:, :labels], candidate[:, :labels]
