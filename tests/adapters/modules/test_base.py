@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.adapters.modules.base import base_model, quiet_transformers
+from mtl_export.errors import AdapterError, BaseModelError
+from tests.adapters import toys
+
+
+@pytest.fixture(scope="module")
+def bound(tmp_path_factory: pytest.TempPathFactory) -> BoundModel:
+    """Return the toy checkpoint bound to the toy base."""
+    return toys.toy_bound(tmp_path_factory.mktemp("toy"))
+
+
+def test_the_model_has_the_bases_weights_in_the_dtype_asked_for(bound: BoundModel) -> None:
+    """Every base tensor is in the model class under prefix + name, in eval mode."""
+    model = base_model(bound, torch.float64)
+    assert not model.training
+    state = model.state_dict()
+    for name, tensor in bound.base.tensors.items():
+        value = state[bound.prefix + name]
+        assert value.dtype == torch.float64
+        np.testing.assert_array_equal(value.numpy(), tensor.numpy())
+
+
+@pytest.mark.parametrize("name", ["", "BertForEverything", "BertConfig"])
+def test_an_unknown_model_class_is_refused(bound: BoundModel, name: str) -> None:
+    """A class that transformers does not have, or that is no model, is named."""
+    adapters = replace(bound.adapters, model_class=name)
+    with pytest.raises(AdapterError) as caught:
+        base_model(replace(bound, adapters=adapters), torch.float32)
+    assert repr(name) in caught.value.where
+    assert "BertForSequenceClassification" in caught.value.expected
+    assert "model_class" in caught.value.fix
+
+
+def test_a_weight_that_is_nowhere_is_refused(bound: BoundModel, tmp_path: Path) -> None:
+    """A base that lacks a weight is refused: transformers would invent it."""
+    (tmp_path / "config.json").write_bytes((bound.base.folder / "config.json").read_bytes())
+    tensors = load_file(bound.base.folder / "model.safetensors")
+    del tensors["pooler.dense.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    base = replace(bound.base, folder=tmp_path)
+    with pytest.raises(BaseModelError) as caught:
+        base_model(replace(bound, base=base), torch.float32)
+    assert "bert.pooler.dense.bias" in caught.value.found
+    assert "BertForSequenceClassification" in caught.value.found
+    assert caught.value.expected
+    assert caught.value.fix
+
+
+def test_transformers_logging_is_restored() -> None:
+    """Silence ends with the block, also after an error."""
+    from transformers.utils import logging
+
+    before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
+
+    def fail_quietly() -> None:
+        with quiet_transformers():
+            assert logging.get_verbosity() == logging.ERROR
+            assert not logging.is_progress_bar_enabled()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_quietly()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
