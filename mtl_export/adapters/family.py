@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from mtl_export.adapters import mtl_lora
+from mtl_export.adapters import dora, lora, mtl_lora
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.normal_form import AdapterSet, Head, LayerAdapter
 from mtl_export.adapters.stack import stacked
@@ -47,6 +47,20 @@ FAMILIES: tuple[Family, ...] = (
         paper="https://doi.org/10.1609/AAAI.V39I20.35509",
         layer_adapter=mtl_lora.layer_adapter,
         oracle="mtl_export.adapters.modules.mtl_lora:MTLLoRALinear",
+    ),
+    Family(
+        name=lora.NAME,
+        title="LoRA",
+        paper="https://arxiv.org/abs/2106.09685",
+        layer_adapter=lora.layer_adapter,
+        oracle="mtl_export.adapters.modules.lora:LoRALinear",
+    ),
+    Family(
+        name=dora.NAME,
+        title="DoRA",
+        paper="https://arxiv.org/abs/2402.09353",
+        layer_adapter=dora.layer_adapter,
+        oracle="mtl_export.adapters.modules.dora:DoRALinear",
     ),
 )
 
