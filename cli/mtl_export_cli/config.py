@@ -163,6 +163,12 @@ def _number(value: object, folder: Path) -> float:
     return float(value)
 
 
+def _count(value: object, folder: Path) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError("a whole number, not negative")
+    return value
+
+
 def _names(value: object, folder: Path) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ValueError("a list of texts")
@@ -224,5 +230,14 @@ SECTIONS: dict[str, dict[str, Reader]] = {
         "opt_shapes": _shapes,
         "max_shapes": _shapes,
     },
-    "parity": {"inputs": _path, "atol": _number, "rtol": _number},
+    "parity": {
+        "inputs": _path,
+        "atol": _number,
+        "rtol": _number,
+        "merged": _path,
+        "onnx": _path,
+        "engines": _path,
+        "report": _path,
+        "threads": _count,
+    },
 }

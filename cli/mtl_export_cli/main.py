@@ -95,6 +95,18 @@ class LazyGroup(click.Group):
             )
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a reader of the pipe that has gone is nobody's fault."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            _leave_broken_pipe()
+        except SystemExit as end:
+            # rich exits 1 then, as click would outside of here, and 1 means a bug.
+            if isinstance(end.__context__, BrokenPipeError):
+                _leave_broken_pipe()
+            raise
+
     def main(
         self,
         args: Sequence[str] | None = None,
@@ -121,9 +133,7 @@ class LazyGroup(click.Group):
             click.echo("Interrupted.", err=True)
             sys.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:
-            # The reader of the pipe has gone; keep Python from complaining at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(EXIT_BROKEN_PIPE)
+            _leave_broken_pipe()
         except Exception as error:
             _report_bug(error, arguments)
         sys.exit(code if isinstance(code, int) else EXIT_DONE)
@@ -157,6 +167,12 @@ def exit_code(error: MtlExportError) -> int:
 def main() -> NoReturn:
     """Run ``mtl-export``; the console script."""
     sys.exit(cli())
+
+
+def _leave_broken_pipe() -> NoReturn:
+    # Keeps Python from complaining about what it cannot flush at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(EXIT_BROKEN_PIPE)
 
 
 def _wants_json(arguments: list[str]) -> bool:

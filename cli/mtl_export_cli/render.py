@@ -142,7 +142,7 @@ class Steps:
     """The steps of one command: a bar, or a line for each.
 
     Args:
-        total: How many there are.
+        total: How many there are; ``at`` may say so later.
         bar: Where to draw; None for lines.
         bar_id: The bar's row.
         silent: Draw nothing at all.
@@ -169,10 +169,21 @@ class Steps:
             line = f"[{self._begun}/{self._total}] {name}"
             _console(sys.stderr).print(line, markup=False, soft_wrap=True)
 
+    def at(self, name: str, done: int, total: int) -> None:
+        """Say that ``done`` of ``total`` steps are over and ``name`` is next, if any is left."""
+        self._begun, self._total = done, total
+        if self._bar is not None and self._bar_id is not None:
+            self._bar.update(self._bar_id, total=float(total))
+        if done < total:
+            self.begin(name)
+        elif self._bar is not None and self._bar_id is not None:
+            self._bar.update(self._bar_id, completed=float(total))
+
     def within(self, done: int, total: int) -> None:
         """Say how much of the current step is done."""
         if self._bar is not None and self._bar_id is not None and total:
-            self._bar.update(self._bar_id, completed=self._begun - 1 + done / total)
+            before = max(self._begun - 1, 0)
+            self._bar.update(self._bar_id, completed=before + min(done / total, 1.0))
 
 
 def _show_log(verbosity: int) -> None:
