@@ -27,6 +27,9 @@ class Format:
         looks_for: What makes a path its own, for the error when nothing fits.
         is_mine: Decides by content, reading no tensor.
         read: Returns the checkpoint.
+        read_in_order: The same with the tasks in the order given, for a format that may lose
+            their order; such a format's ``read`` refuses what it cannot order and names
+            ``--tasks``. It raises ``UsageError`` unless the names are its own.
     """
 
     name: str
@@ -34,6 +37,7 @@ class Format:
     looks_for: str
     is_mine: Callable[[Path], bool]
     read: Callable[[Path], Checkpoint]
+    read_in_order: Callable[[Path, Sequence[str]], Checkpoint] | None = None
 
 
 FORMATS: tuple[Format, ...] = (
@@ -76,7 +80,11 @@ def open_checkpoint(
         )
     for entry in FORMATS:
         if entry.is_mine(path):
-            checkpoint = entry.read(path)
+            if task_names is not None and entry.read_in_order is not None:
+                check_task_names("--tasks", list(task_names))
+                checkpoint = entry.read_in_order(path, task_names)
+            else:
+                checkpoint = entry.read(path)
             checkpoint = _with_hyper(checkpoint, {"alpha": alpha, "temperature": temperature})
             return _with_task_names(checkpoint, task_names)
     refuse_code(path)
