@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mtl_export.checkpoint.hashing import sha256_of_files
+from mtl_export.checkpoint.hashing import sha256_of_digests, sha256_of_files
 from mtl_export.checkpoint.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import BaseModelError, UsageError
@@ -25,6 +25,10 @@ from mtl_export.errors import BaseModelError, UsageError
 PACKAGE_PREFIX = "package:"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
+# (index, single file), the better format first.
+_FORMATS = ((INDEX_FILE, SINGLE_FILE), (PICKLE_INDEX_FILE, PICKLE_FILE))
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,16 @@ class BaseModel:
         """Return the SHA-256 of the weight files (see ``sha256_of_files``)."""
         return sha256_of_files(self.weight_files)
 
+    @property
+    def is_hashed(self) -> bool:
+        """Return whether ``sha256`` is known, so that asking reads nothing."""
+        return "sha256" in self.__dict__
+
+    def remember_digests(self, digests: Mapping[str, str]) -> None:
+        """Take each weight file's SHA-256, by name, from whoever has read them all."""
+        if digests.keys() == {file.name for file in self.weight_files}:
+            self.__dict__["sha256"] = sha256_of_digests(digests)
+
 
 def open_base(reference: str) -> BaseModel:
     """Return the index of the base model that ``reference`` names.
@@ -72,7 +86,7 @@ def open_base(reference: str) -> BaseModel:
     files = _weight_files(reference, folder)
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors.update(open_safetensors(file).tensors)
+        tensors.update(_tensors_of(file))
     return BaseModel(
         reference=reference,
         folder=folder,
@@ -80,6 +94,14 @@ def open_base(reference: str) -> BaseModel:
         tensors=MappingProxyType(tensors),
         weight_files=files,
     )
+
+
+def _tensors_of(file: Path) -> Mapping[str, Tensor]:
+    if file.suffix != ".bin":
+        return open_safetensors(file).tensors
+    from mtl_export.checkpoint.torch_pickle import load_state_dict
+
+    return load_state_dict(file)
 
 
 def _folder_of(reference: str) -> Path:
@@ -123,12 +145,12 @@ def _package_folder(reference: str) -> Path:
 def _hub_folder(reference: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    companions = ["*.json", "*.txt", "*.model"]
     try:
-        return Path(
-            snapshot_download(
-                reference, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
-            )
-        )
+        folder = Path(snapshot_download(reference, allow_patterns=[*companions, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(reference, allow_patterns=[*companions, "*.bin"]))
+        return folder
     except Exception as error:
         # huggingface_hub raises a dozen unrelated types (HTTP, cache, validation, offline).
         raise UsageError(
@@ -140,29 +162,34 @@ def _hub_folder(reference: str) -> Path:
 
 
 def _weight_files(reference: str, folder: Path) -> tuple[Path, ...]:
-    index = folder / INDEX_FILE
-    if index.is_file():
-        weight_map = _json_object(reference, index).get("weight_map")
-        shards = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        files = tuple(folder / shard for shard in shards)
-        missing = [file.name for file in files if not file.is_file()]
-        if missing or not files:
-            raise BaseModelError(
-                where=f"base {reference}",
-                found=f"missing shards {', '.join(missing)}" if missing else "no weight_map",
-                expected=f"every file that {INDEX_FILE} names",
-                fix="Fetch the missing files",
-            )
-        return files
-    if (folder / SINGLE_FILE).is_file():
-        return (folder / SINGLE_FILE,)
+    for index_name, single in _FORMATS:
+        index = folder / index_name
+        if index.is_file():
+            return _shards(reference, index)
+        if (folder / single).is_file():
+            return (folder / single,)
     raise BaseModelError(
         where=f"base {reference}",
-        found=f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}",
-        expected="safetensors weights",
+        found=f"{folder} has none of {', '.join(name for pair in _FORMATS for name in pair)}",
+        expected="a model's weights",
         why="bases are read tensor by tensor",
         fix="Save it once with model.save_pretrained(folder)",
     )
+
+
+def _shards(reference: str, index: Path) -> tuple[Path, ...]:
+    weight_map = _json_object(reference, index).get("weight_map")
+    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    files = tuple(index.parent / name for name in names)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise BaseModelError(
+            where=f"base {reference}",
+            found=f"missing shards {', '.join(missing)}" if missing else "no weight_map",
+            expected=f"every file that {index.name} names",
+            fix="Fetch the missing files",
+        )
+    return files
 
 
 def _json_object(reference: str, path: Path) -> dict[str, Any]:

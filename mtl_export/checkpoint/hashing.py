@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
@@ -33,8 +33,12 @@ def sha256_of_files(paths: Iterable[Path]) -> str:
     ``sha256sum $(ls | sort)`` prints in their folder, so the order given here
     does not matter and the result can be repeated from a shell.
     """
-    ordered = sorted(paths, key=lambda path: path.name)
-    if len(ordered) == 1:
-        return sha256_of_file(ordered[0])
-    lines = "".join(f"{sha256_of_file(path)}  {path.name}\n" for path in ordered)
+    return sha256_of_digests({path.name: sha256_of_file(path) for path in paths})
+
+
+def sha256_of_digests(digests: Mapping[str, str]) -> str:
+    """Return what ``sha256_of_files`` would, from each file's own SHA-256 by file name."""
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -87,4 +87,4 @@ def _tensor(path: Path, name: str, dtype: str, shape: tuple[int, ...], offset: i
             values = np.fromfile(file, dtype=NUMPY_DTYPES[dtype], count=count)
         return values.reshape(shape)
 
-    return Tensor(name, dtype, shape, load)
+    return Tensor(name, dtype, shape, load, path, offset)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -43,12 +44,17 @@ class Tensor:
         dtype: A key of ``NUMPY_DTYPES``.
         shape: Its shape; ``()`` for a scalar.
         load: Reads it: an array of exactly that dtype and shape, row-major.
+        file: The file whose bytes are the row-major values, little-endian; None where
+            only ``load`` can give them.
+        offset_bytes: Where in ``file`` they begin.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     load: Callable[[], Array]
+    file: Path | None = None
+    offset_bytes: int = 0
 
     @property
     def size_bytes(self) -> int:
