@@ -1,0 +1,99 @@
+"""An engine file's first bytes -> what can be known about it without a GPU.
+
+TensorRT-RTX engines open with 64 bytes, integers little-endian:
+
+    offset  size  meaning
+    0       4     ``vtrt``
+    8       8     number of parts
+    16      8     size of the whole file
+    24      4     version of the library, one byte per number
+    32      4     GPUs it may run on, one bit each (``CAPABILITIES``)
+    64      24·n  parts: tag (4, reversed), 4 zeros, offset (8), size (8)
+
+The part ``ENGN`` holds the graph and its kernels, ``WGHT`` the weights: engines of
+one structure share the first byte for byte. NVIDIA documents none of this; it was
+read off engines of 1.7.1.116, so a file that differs gives None, not an error.
+Engines of ``tensorrt`` open differently and give None too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+MAGIC = b"vtrt"
+HEADER_BYTES = 64
+GRAPH_PART = "ENGN"
+_PART = struct.Struct("<4s4xQQ")
+_MAX_PARTS = 64
+_BLOCK_BYTES = 1 << 20
+
+# Bit in the header -> compute capability. The last one stands for GPUs not yet known.
+CAPABILITIES = {
+    1: "7.5",
+    2: "8.0",
+    4: "8.6",
+    8: "8.9",
+    16: "12.0",
+    32: "12.1",
+    64: ">12.1",
+}
+# What TensorRT-RTX targets when nothing is asked for: all but the oldest.
+DEFAULT_TARGETS = tuple(CAPABILITIES.values())[1:]
+
+
+@dataclass(frozen=True)
+class EngineHeader:
+    """The readable part of a TensorRT-RTX engine.
+
+    Attributes:
+        size_bytes: Size of the file, as the file itself says.
+        version: Library that wrote it, such as ``1.7.1.116``.
+        capabilities: Compute capabilities it was built for, ascending.
+        parts: Tag -> (offset, size), both in bytes.
+    """
+
+    size_bytes: int
+    version: str
+    capabilities: tuple[str, ...]
+    parts: dict[str, tuple[int, int]]
+
+
+def read_header(path: Path) -> EngineHeader | None:
+    """Return the header of the engine at ``path``, or None if it is of no known layout."""
+    with path.open("rb") as file:
+        head = file.read(HEADER_BYTES)
+        if len(head) < HEADER_BYTES or head[:4] != MAGIC:
+            return None
+        count, size = struct.unpack_from("<QQ", head, 8)
+        if count > _MAX_PARTS:
+            return None
+        table = file.read(_PART.size * count)
+    if len(table) < _PART.size * count:
+        return None
+    mask = struct.unpack_from("<I", head, 32)[0]
+    return EngineHeader(
+        size_bytes=size,
+        version=".".join(str(number) for number in head[24:28]),
+        capabilities=tuple(name for bit, name in CAPABILITIES.items() if mask & bit),
+        parts={
+            tag[::-1].decode("ascii", "replace"): (offset, length)
+            for tag, offset, length in _PART.iter_unpack(table)
+        },
+    )
+
+
+def sha256_of_graph(path: Path, header: EngineHeader | None) -> str:
+    """Return the SHA-256 of the engine's graph part, or "" if it cannot be told apart."""
+    if header is None or GRAPH_PART not in header.parts:
+        return ""
+    offset, left = header.parts[GRAPH_PART]
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(offset)
+        while left and (block := file.read(min(left, _BLOCK_BYTES))):
+            digest.update(block)
+            left -= len(block)
+    return "" if left else digest.hexdigest()

@@ -1,0 +1,247 @@
+"""Shapes on the command line or in a model -> optimization profiles.
+
+A profile gives, for each input, the smallest shape, the one to be fast at, and the
+largest. Builders miss two mistakes, so they are looked for here: a name that is no
+input, and two inputs whose dimensions share a name but not a maximum (a request that
+fits one and not the other would fail only when served).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from mtl_export.errors import UsageError, shortened
+from mtl_export.runtime.tensorrt.source import OnnxSource, TensorInfo, read_source
+
+Shape: TypeAlias = tuple[int, ...]
+
+OPTIONS = "--min-shapes, --opt-shapes and --max-shapes"
+LIMITS = ("min", "opt", "max")
+BATCH_NAMES = ("batch", "batch_size")
+SEQUENCE_NAMES = ("sequence", "sequence_length")
+OPT_BATCH = 8
+OPT_SEQUENCE = 64
+MAX_SEQUENCE = 512
+# tokenizers without a limit store 1e30 here
+_NO_LIMIT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The range of shapes an engine accepts.
+
+    Attributes:
+        shapes: Input name -> (min, opt, max).
+    """
+
+    shapes: Mapping[str, tuple[Shape, Shape, Shape]]
+
+    def admits(self, shapes: Mapping[str, Shape]) -> bool:
+        """Return whether every given shape lies within this profile."""
+        return all(
+            len(shape) == len(self.shapes[name][0])
+            and all(
+                low <= size <= high
+                for low, size, high in zip(
+                    self.shapes[name][0], shape, self.shapes[name][2], strict=True
+                )
+            )
+            for name, shape in shapes.items()
+            if name in self.shapes
+        )
+
+
+def parse_shapes(text: str) -> dict[str, Shape]:
+    """Return shapes by input name, from trtexec's grammar.
+
+    ``input_ids:1x16,task_ids:1``; a scalar is ``name:scalar`` or the name alone.
+
+    >>> parse_shapes("input_ids:1x16,task_ids:1")
+    {'input_ids': (1, 16), 'task_ids': (1,)}
+
+    Raises:
+        UsageError: An item is not of that form, or a name comes twice.
+    """
+    shapes: dict[str, Shape] = {}
+    for item in text.split(","):
+        # Names may hold colons ("x:0"), shapes may not.
+        name, colon, sizes = item.strip().rpartition(":")
+        if not colon:
+            name, sizes = sizes, "scalar"
+        numbers = [] if sizes == "scalar" else sizes.split("x")
+        if not name or not all(number.isascii() and number.isdigit() for number in numbers):
+            raise UsageError(
+                where=f"shapes {text!r}",
+                found=f"{item.strip()!r} is not a name and a shape",
+                expected="name:1x16, several separated by commas",
+                fix="Write for example input_ids:1x16,task_ids:1",
+            )
+        if name in shapes:
+            raise UsageError(
+                where=f"shapes {text!r}", found=f"{name} is given twice", fix="Give it once"
+            )
+        shapes[name] = tuple(int(number) for number in numbers)
+    return shapes
+
+
+def default_profile(
+    onnx_path: Path, *, max_batch: int = 32, max_sequence: int | None = None
+) -> Profile:
+    """Return a profile for the model's named dimensions.
+
+    Every dimension called ``batch`` goes from 1 over 8 to ``max_batch``, every one
+    called ``sequence`` from 1 over 64 to ``max_sequence``, ``task_ids`` included.
+
+    Args:
+        onnx_path: The model.
+        max_batch: Largest number of rows.
+        max_sequence: Largest number of tokens; by default what ``config.json`` and
+            ``tokenizer_config.json`` beside the model allow, at most 512.
+
+    Raises:
+        UsageError: A dynamic dimension has another name, or a maximum is below 1.
+        EngineBuildError: The model cannot be read.
+    """
+    source = read_source(onnx_path)
+    sequence = _sequence_limit(onnx_path.parent) if max_sequence is None else max_sequence
+    for name, value in (("max_batch", max_batch), ("max_sequence", sequence)):
+        if value < 1:
+            raise UsageError(
+                where=name, found=f"it is {value}", expected="at least 1", fix="Give more"
+            )
+    ranges = dict.fromkeys(BATCH_NAMES, (1, min(OPT_BATCH, max_batch), max_batch))
+    ranges |= dict.fromkeys(SEQUENCE_NAMES, (1, min(OPT_SEQUENCE, sequence), sequence))
+    unknown = [
+        f"{size or 'without a name'} in {tensor}"
+        for tensor in source.inputs
+        for size in tensor.shape
+        if isinstance(size, str) and size not in ranges
+    ]
+    if unknown:
+        raise UsageError(
+            where=str(onnx_path),
+            found=f"dynamic dimensions with no default: {shortened(unknown)}",
+            expected="only batch and sequence",
+            fix=f"Give {OPTIONS}",
+        )
+    return Profile(
+        {
+            tensor.name: (
+                _sizes(tensor, ranges, 0),
+                _sizes(tensor, ranges, 1),
+                _sizes(tensor, ranges, 2),
+            )
+            for tensor in source.inputs
+            if tensor.is_dynamic
+        }
+    )
+
+
+def check_profiles(source: OnnxSource, profiles: Sequence[Profile]) -> None:
+    """Refuse profiles that do not fit the model, naming every mistake at once.
+
+    Raises:
+        UsageError: A name is no input, a dynamic input is missing, a rank or fixed size
+            differs, min <= opt <= max does not hold, or equal names got unequal sizes.
+    """
+    dynamic = [tensor.name for tensor in source.inputs if tensor.is_dynamic]
+    if dynamic and not profiles:
+        raise UsageError(
+            where=str(source.path),
+            found=f"no profile for its dynamic inputs {shortened(dynamic)}",
+            expected="at least one",
+            why="engines are built for a range of shapes",
+            fix=f"Give {OPTIONS}",
+        )
+    for number, profile in enumerate(profiles, start=1):
+        problems = _problems(source, profile)
+        if problems:
+            raise UsageError(
+                where=f"profile {number} for {source.path}",
+                found="; ".join(problems),
+                expected=f"shapes for {'; '.join(str(tensor) for tensor in source.inputs)}",
+                fix=f"Correct {OPTIONS}",
+            )
+
+
+def _problems(source: OnnxSource, profile: Profile) -> list[str]:
+    inputs = {tensor.name: tensor for tensor in source.inputs}
+    problems = [f"{name} is not an input" for name in profile.shapes if name not in inputs]
+    named: dict[str, list[tuple[str, Shape]]] = {}
+    for name, tensor in inputs.items():
+        if name not in profile.shapes:
+            if tensor.is_dynamic:
+                problems.append(f"{name} is missing")
+            continue
+        wrong = _tensor_problems(tensor, profile.shapes[name])
+        problems.extend(wrong)
+        if not wrong:
+            for axis, size in enumerate(tensor.shape):
+                if isinstance(size, str) and size:
+                    limits = tuple(shape[axis] for shape in profile.shapes[name])
+                    named.setdefault(size, []).append((name, limits))
+    return problems + _unequal(named)
+
+
+def _tensor_problems(tensor: TensorInfo, shapes: tuple[Shape, Shape, Shape]) -> list[str]:
+    problems = []
+    for limit, shape in zip(LIMITS, shapes, strict=True):
+        text = "x".join(map(str, shape)) or "scalar"
+        if len(shape) != len(tensor.shape):
+            problems.append(f"{tensor.name} {limit} {text} has not the rank of {tensor}")
+        elif any(
+            isinstance(fixed, int) and fixed != size
+            for fixed, size in zip(tensor.shape, shape, strict=True)
+        ):
+            problems.append(f"{tensor.name} {limit} {text} changes a fixed size of {tensor}")
+    if not problems:
+        low, middle, high = shapes
+        if not all(
+            0 <= small <= good <= large
+            for small, good, large in zip(low, middle, high, strict=True)
+        ):
+            problems.append(f"{tensor.name} is not 0 <= min <= opt <= max")
+    return problems
+
+
+def _unequal(named: Mapping[str, list[tuple[str, Shape]]]) -> list[str]:
+    problems = []
+    for dimension, uses in named.items():
+        for position, limit in enumerate(LIMITS):
+            if len({limits[position] for _, limits in uses}) > 1:
+                listed = ", ".join(f"{limits[position]} in {name}" for name, limits in uses)
+                problems.append(f"{limit} of dimension {dimension} differs: {listed}")
+    return problems
+
+
+def _sizes(tensor: TensorInfo, ranges: Mapping[str, tuple[int, int, int]], position: int) -> Shape:
+    return tuple(ranges[size][position] if isinstance(size, str) else size for size in tensor.shape)
+
+
+def _sequence_limit(folder: Path) -> int:
+    limit = MAX_SEQUENCE
+    for name, keys in (
+        ("config.json", ("max_position_embeddings", "n_positions")),
+        ("tokenizer_config.json", ("model_max_length",)),
+    ):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(
+                where=str(file),
+                found=f"it is not JSON ({error})",
+                expected="the model's largest sequence length",
+                fix="Give max_sequence, or export the graph again",
+            ) from error
+        for key in keys:
+            value = values.get(key)
+            if isinstance(value, int | float) and 0 < value < _NO_LIMIT:
+                limit = min(limit, int(value))
+    return limit
