@@ -184,7 +184,11 @@ def _globals_of(opcodes: Iterator[Opcode]) -> Iterator[str]:
 
 
 def _consecutive(data: bytes) -> Iterator[Iterator[Opcode]]:
-    """Yield each pickle in ``data``: before 1.6, torch.save wrote several in a row."""
+    """Yield each pickle in ``data``: before 1.6, torch.save wrote five in a row.
+
+    What follows them are the tensors' bytes, which must not be read as opcodes. Source:
+    ``_legacy_load`` in https://github.com/pytorch/pytorch/blob/v2.13.0/torch/serialization.py.
+    """
     stream = io.BytesIO(data)
 
     def one() -> Iterator[Opcode]:
@@ -194,8 +198,9 @@ def _consecutive(data: bytes) -> Iterator[Iterator[Opcode]]:
         except Exception:  # pickletools raises whatever the broken argument raises
             stream.seek(0, io.SEEK_END)
 
-    while stream.tell() < len(data):
-        yield one()
+    for _ in range(5):
+        if stream.tell() < len(data):
+            yield one()
 
 
 def _pickles(file: Path) -> list[bytes]:
