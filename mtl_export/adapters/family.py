@@ -8,9 +8,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from mtl_export.adapters import dora, lora, mtl_lora
+from mtl_export.adapters import adapterhub_dora, dora, ia3, lora, mtl_lora
 from mtl_export.adapters.base_layer import BaseLayer
-from mtl_export.adapters.normal_form import AdapterSet, Head, LayerAdapter
+from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Head
 from mtl_export.adapters.stack import stacked
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import Checkpoint, HeadTensors, LayerTensors
@@ -36,7 +36,7 @@ class Family:
     name: str
     title: str
     paper: str
-    layer_adapter: Callable[[LayerTensors, BaseLayer], LayerAdapter]
+    layer_adapter: Callable[[LayerTensors, BaseLayer], AnyAdapter]
     oracle: str
 
 
@@ -61,6 +61,20 @@ FAMILIES: tuple[Family, ...] = (
         paper="https://arxiv.org/abs/2402.09353",
         layer_adapter=dora.layer_adapter,
         oracle="mtl_export.adapters.modules.dora:DoRALinear",
+    ),
+    Family(
+        name=adapterhub_dora.NAME,
+        title="DoRA as AdapterHub computes it",
+        paper="https://arxiv.org/abs/2402.09353",
+        layer_adapter=adapterhub_dora.layer_adapter,
+        oracle="mtl_export.adapters.modules.adapterhub_dora:AdapterHubDoRALinear",
+    ),
+    Family(
+        name=ia3.NAME,
+        title="(IA)^3",
+        paper="https://arxiv.org/abs/2205.05638",
+        layer_adapter=ia3.layer_adapter,
+        oracle="mtl_export.adapters.modules.ia3:IA3Linear",
     ),
 )
 

@@ -1,0 +1,69 @@
+"""(IA)^3: a trained vector rescales each output of a layer, its bias included.
+
+    h = s l . (W x + b)
+
+l [O]; s is a fixed factor, 1 in the paper.
+
+Source: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
+In-Context Learning", NeurIPS 2022, arXiv:2205.05638, section 3.3, for keys, values and the
+widening feed-forward layer; AdapterHub's ``IA3Config`` adds the factor s = alpha.
+Rescaling the inputs of a layer instead, as some do for feed-forward layers, is another
+method and not this one.
+
+| paper | role here | shape |
+|-------|-----------|-------|
+| l     | scale     | [O]   |
+
+``hyper`` may hold ``scaling``; without it s = 1.
+
+Normal form: no low-rank part; gain = s l and bias s l . b.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mtl_export.adapters.base_layer import BaseLayer
+from mtl_export.adapters.normal_form import OwnAdapter
+from mtl_export.checkpoint.checkpoint import LayerTensors
+from mtl_export.errors import CheckpointError, HyperparameterError
+
+NAME = "ia3"
+
+
+def layer_adapter(layer: LayerTensors, base: BaseLayer) -> OwnAdapter:
+    """Return the normal form of one layer; the base tells its inputs and its bias.
+
+    Raises:
+        HyperparameterError: ``scaling`` is not finite.
+        CheckpointError: ``scale`` is missing, or does not fit the base layer.
+        BaseModelError: There is no base.
+    """
+    found = {role: tensor.shape for role, tensor in layer.tensors.items()}
+    out_features, in_features = base.weight().shape
+    if found != {"scale": (out_features,)}:
+        raise CheckpointError(
+            where=layer.module,
+            found=", ".join(f"{role} {list(shape)}" for role, shape in sorted(found.items())),
+            expected=f"scale [{out_features}]",
+            why=f"the base layer has {out_features} outputs, each with a factor of its own",
+            fix="Pass the base that the adapter was trained on to --base",
+        )
+    scaling = layer.hyper.get("scaling", 1.0)
+    if not np.isfinite(scaling):
+        raise HyperparameterError(
+            where=f"{layer.module}: scaling",
+            found=f"{scaling}",
+            expected="a finite number",
+            fix="Correct alpha in the adapter's config",
+        )
+    gain = scaling * layer.tensors["scale"].widened().astype(np.float64)[None]
+    kept = base.bias()
+    return OwnAdapter(
+        module=layer.module,
+        in_features=in_features,
+        out_features=out_features,
+        blocks=(None,),
+        gain=gain,
+        bias=None if kept is None else gain * kept.astype(np.float64),
+    )
