@@ -214,7 +214,7 @@ def test_a_bug_keeps_its_traceback(raising: list[BaseException], run: Run) -> No
 
 
 def test_a_bug_with_json_is_json(raising: list[BaseException], run: Run) -> None:
-    """stdout still holds one object, the traceback goes to stderr."""
+    """Stdout still holds one object, the traceback goes to stderr."""
     raising.append(ZeroDivisionError("oops"))
     outcome = run("doctor", "--json")
     assert outcome.code == 1
