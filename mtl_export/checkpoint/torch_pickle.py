@@ -65,7 +65,8 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
         )
     except Exception as error:
         # torch raises RuntimeError, EOFError, pickle and zip errors; all mean a broken file.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        # Its first sentence only: the next one advises to load the file unsafely.
+        reason = str(error).strip().split(". ")[0].splitlines() or [type(error).__name__]
         raise CheckpointError(
             where=str(path),
             found=f"torch.load cannot read it ({reason[0]})",
