@@ -11,15 +11,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 - numpy knows bfloat16 by name once this is imported
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 DOMAIN = "mtl_export"
-OPSET = 20
+OPSET = 21
 VOCABULARY, HIDDEN, RANK, LABELS = 50, 24, 4, 5
 TASKS = ("ads_rel", "sentiment", "spam")
-FLOATS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+FLOATS = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+}
 
 
 def write_routed(

@@ -1,7 +1,7 @@
 """The backend uses what ``API`` declares, and every supported TensorRT has it.
 
 The second half imports the real binding wheels. It needs the package index and a C
-compiler, so it is opt-in: ``pytest -m slow tests/runtime/test_tensorrt_api_lint.py``.
+compiler, so it is opt-in: ``pytest -m other_env tests/runtime/test_tensorrt_api_lint.py``.
 The wheels link against libraries of hundreds of MB that only matter when something is
 called, so libraries of the same names with empty functions are compiled in their place.
 """
@@ -237,7 +237,7 @@ def wheel(
     shutil.rmtree(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.other_env
 def test_wheel_has_every_attribute(wheel: Path, empty_libraries: Path) -> None:
     """All of the table but what is optional; the guard of what is missing is missing too."""
     (module,) = (path.name for path in wheel.glob("*_bindings") if path.is_dir())

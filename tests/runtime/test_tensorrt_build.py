@@ -60,7 +60,7 @@ def rest(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("external", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_routed_graph_becomes_an_engine(tmp_path: Path, dtype: str, external: bool) -> None:
     """Guarded gather, local function, half and single precision, weights in or out."""
     path = write_routed(tmp_path / "onnx", dtype=dtype, external=external)
@@ -161,15 +161,16 @@ def test_options_reach_the_manifest(tmp_path: Path) -> None:
     assert manifest.profiles == tuple(profiles)
 
 
-def test_quantised_graph_builds_and_says_int8(tmp_path: Path) -> None:
-    """Explicit Q/DQ with symmetric int8 needs no switch."""
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+def test_quantised_graph_builds_and_names_its_type(tmp_path: Path, kind: str) -> None:
+    """Explicit symmetric Q/DQ, per tensor and per channel, needs no switch."""
     random = np.random.default_rng(0)
     weights = {
-        "weight": random.integers(-127, 127, (8, 6), np.int8),
+        "weight": random.integers(-9, 9, (8, 6)).astype(kind),
         "weight_scale": random.uniform(0.01, 0.02, 6).astype(np.float32),
-        "weight_zero": np.zeros(6, np.int8),
+        "weight_zero": np.zeros(6, kind),
         "scale": np.array(0.05, np.float32),
-        "zero": np.array(0, np.int8),
+        "zero": np.zeros((), kind),
     }
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
@@ -179,10 +180,25 @@ def test_quantised_graph_builds_and_says_int8(tmp_path: Path) -> None:
         ),
         helper.make_node("MatMul", ["d", "w"], ["y"]),
     ]
-    path = write_graph(
-        tmp_path, nodes, [value("x", ["batch", 8])], [value("y", ["batch", 6])], weights
-    )
-    assert "int8" in build(path, tmp_path / "model.engine").precision
+    inputs, outputs = [value("x", ["batch", 8])], [value("y", ["batch", 6])]
+    path = write_graph(tmp_path, nodes, inputs, outputs, weights)
+    assert build(path, tmp_path / "model.engine").precision == tuple(sorted(("float32", kind)))
+
+
+def test_weight_only_int4_builds(tmp_path: Path) -> None:
+    """Blocks of 32 rows share a scale."""
+    random = np.random.default_rng(0)
+    weights = {
+        "weight": random.integers(-7, 7, (64, 32)).astype("int4"),
+        "scale": random.uniform(0.01, 0.02, (2, 32)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("DequantizeLinear", ["weight", "scale"], ["w"], axis=0, block_size=32),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+    ]
+    inputs, outputs = [value("x", ["batch", 64])], [value("y", ["batch", 32])]
+    path = write_graph(tmp_path, nodes, inputs, outputs, weights)
+    assert "int4" in build(path, tmp_path / "model.engine").precision
 
 
 def test_if_builds(tmp_path: Path) -> None:
