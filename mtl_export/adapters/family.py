@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -10,7 +11,7 @@ import numpy as np
 
 from mtl_export.adapters import adapterhub_dora, dora, ia3, lora, mtl_lora
 from mtl_export.adapters.base_layer import BaseLayer
-from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Head
+from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Head, Rows
 from mtl_export.adapters.stack import stacked
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import Checkpoint, HeadTensors, LayerTensors
@@ -118,10 +119,7 @@ def read_adapters(checkpoint: Checkpoint, base: BaseModel | None = None) -> Adap
         family=family.name,
         tasks=checkpoint.tasks,
         layers=MappingProxyType(
-            {
-                module: family.layer_adapter(layer, BaseLayer(module, base))
-                for module, layer in checkpoint.layers.items()
-            }
+            {module: _layer(family, layer, base) for module, layer in checkpoint.layers.items()}
         ),
         heads=MappingProxyType(
             {
@@ -134,7 +132,20 @@ def read_adapters(checkpoint: Checkpoint, base: BaseModel | None = None) -> Adap
         replaced=MappingProxyType(
             {name: tensor.widened() for name, tensor in checkpoint.replaced.items()}
         ),
+        rows=MappingProxyType(
+            {
+                name: (Rows(np.array(rows.indices, np.int64), rows.values.widened()),)
+                * len(checkpoint.tasks)
+                for name, rows in checkpoint.rows.items()
+            }
+        ),
     )
+
+
+def _layer(family: Family, layer: LayerTensors, base: BaseModel | None) -> AnyAdapter:
+    base_layer = BaseLayer(layer.module, base, layer.embedding)
+    adapter = family.layer_adapter(layer, base_layer)
+    return dataclasses.replace(adapter, transposed=base_layer.stored_transposed)
 
 
 def _head(tensors: HeadTensors) -> Head:
@@ -148,6 +159,7 @@ def _head(tensors: HeadTensors) -> Head:
 def _refuse_not_finite(checkpoint: Checkpoint) -> None:
     tensors = [t for layer in checkpoint.layers.values() for t in layer.tensors.values()]
     tensors += checkpoint.replaced.values()
+    tensors += [rows.values for rows in checkpoint.rows.values()]
     for heads in checkpoint.heads.values():
         tensors += [t for head in heads for t in (head.weight, head.bias) if t is not None]
     bad = []

@@ -36,6 +36,7 @@ class LayerAdapter:
         up: ``[O, U]``, float32 (float64 if stored so), shared by all tasks.
         gain: ``[T, O]``, float64, or None where every gain is 1.
         bias: ``[T, O]``, float64: replaces the base's bias; None where it stays.
+        transposed: The base stores the weight ``[I, O]``, as Conv1D and embeddings do.
     """
 
     module: str
@@ -44,6 +45,7 @@ class LayerAdapter:
     up: Array
     gain: Array | None = None
     bias: Array | None = None
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         """Check that the factors fit together."""
@@ -112,6 +114,7 @@ class OwnAdapter:
         blocks: One per task in id order; None where a task leaves the layer alone.
         gain: ``[T, O]``, float64, or None where every gain is 1.
         bias: ``[T, O]``, float64: replaces the base's bias; None where it stays.
+        transposed: The base stores the weight ``[I, O]``, as Conv1D and embeddings do.
     """
 
     module: str
@@ -120,6 +123,7 @@ class OwnAdapter:
     blocks: tuple[Factors | None, ...]
     gain: Array | None = None
     bias: Array | None = None
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         """Check that the blocks fit together."""
@@ -183,6 +187,25 @@ class Head:
     bias: Array
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a base tensor that one task trained anew.
+
+    Attributes:
+        indices: int64 ``[k]``, each once.
+        values: ``[k, ...]``, float32 or float64: what stands there instead.
+    """
+
+    indices: Array
+    values: Array
+
+    def placed_in(self, base: Array) -> Array:
+        """Return a copy of ``base``, float32 or float64, with these rows in it."""
+        result: Array = base.astype(np.result_type(base.dtype, self.values.dtype))
+        result[self.indices] = self.values
+        return result
+
+
 @dataclass(frozen=True)
 class AdapterSet:
     """A whole checkpoint in normal form.
@@ -197,6 +220,7 @@ class AdapterSet:
         replaced: Tensors of the model class, by name, whose trained values all tasks
             share and which take the place of the base's (biases, norms, embeddings).
         task_replaced: The same, one per task in id order; None where a task keeps the base's.
+        rows: Tensors of which tasks trained only some rows, one per task in id order.
     """
 
     family: str
@@ -207,6 +231,9 @@ class AdapterSet:
     checkpoint_sha256: str
     replaced: Mapping[str, Array] = field(default_factory=lambda: MappingProxyType({}))
     task_replaced: Mapping[str, tuple[Array | None, ...]] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    rows: Mapping[str, tuple[Rows | None, ...]] = field(
         default_factory=lambda: MappingProxyType({})
     )
 
@@ -224,7 +251,7 @@ class AdapterSet:
         ]
         wrong += [
             f"{name}: {len(values)} values"
-            for name, values in self.task_replaced.items()
+            for name, values in [*self.task_replaced.items(), *self.rows.items()]
             if len(values) != len(self.tasks)
         ]
         if wrong:
@@ -235,6 +262,16 @@ class AdapterSet:
                 why=f"the tasks are {shortened(task.name for task in self.tasks)}",
                 fix="Pass the right number of names to --tasks",
             )
+
+    @property
+    def own_tensors(self) -> tuple[str, ...]:
+        """Return the tensors that some tasks replace, wholly or in part, for themselves."""
+        return tuple(dict.fromkeys([*self.task_replaced, *self.rows]))
+
+    def own_rows(self, name: str, task_index: int) -> Rows | None:
+        """Return the rows that task t has in place of the base tensor's own."""
+        by_task = self.rows.get(name)
+        return None if by_task is None else by_task[task_index]
 
     def replacement(self, name: str, task_index: int) -> Array | None:
         """Return what task t has in place of the base tensor ``name``, None if it keeps it.

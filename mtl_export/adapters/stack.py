@@ -51,16 +51,19 @@ def stacked(
         family=checkpoint.family,
         tasks=checkpoint.tasks,
         layers=MappingProxyType(
-            {
-                name: _own([member.layers.get(name) for member in members], BaseLayer(name, base))
-                for name in modules
-            }
+            {name: _own(name, members, BaseLayer(name, base)) for name in modules}
         ),
         heads=MappingProxyType({name: _heads(members, name) for name in heads}),
         model_class=checkpoint.model_class,
         checkpoint_sha256=checkpoint.sha256,
         task_replaced=MappingProxyType(
             {name: tuple(member.replaced.get(name) for member in members) for name in names}
+        ),
+        rows=MappingProxyType(
+            {
+                name: tuple(member.own_rows(name, 0) for member in members)
+                for name in _union([member.rows for member in members])
+            }
         ),
     )
 
@@ -74,8 +77,9 @@ def _heads(members: Sequence[AdapterSet], name: str) -> tuple[Head, ...]:
     return tuple(member.heads[name][0] for member in members)
 
 
-def _own(layers: Sequence[AnyAdapter | None], base: BaseLayer) -> OwnAdapter:
+def _own(name: str, members: Sequence[AdapterSet], base: BaseLayer) -> OwnAdapter:
     """Return the layer of T tasks made of T layers of one task each."""
+    layers = [member.layers.get(name) for member in members]
     first = next(layer for layer in layers if layer is not None)
     return OwnAdapter(
         module=first.module,
@@ -83,7 +87,8 @@ def _own(layers: Sequence[AnyAdapter | None], base: BaseLayer) -> OwnAdapter:
         out_features=first.out_features,
         blocks=tuple(None if layer is None else layer.factors(0) for layer in layers),
         gain=_rows(first, [None if layer is None else layer.gain for layer in layers]),
-        bias=_biases(first, layers, base),
+        bias=_biases(first, members, base),
+        transposed=first.transposed,
     )
 
 
@@ -95,13 +100,12 @@ def _rows(first: AnyAdapter, gains: Sequence[Array | None]) -> Array | None:
     return np.stack([ones if gain is None else gain[0] for gain in gains])
 
 
-def _biases(
-    first: AnyAdapter, layers: Sequence[AnyAdapter | None], base: BaseLayer
-) -> Array | None:
-    """Return ``[T, O]``, or None if no task replaces the bias; the others keep the base's."""
-    biases = [None if layer is None else layer.bias for layer in layers]
-    if all(bias is None for bias in biases):
+def _biases(first: AnyAdapter, members: Sequence[AdapterSet], base: BaseLayer) -> Array | None:
+    """Return ``[T, O]``, or None if no adapter sets the bias; the others keep their own."""
+    layers = [member.layers.get(first.module) for member in members]
+    if all(layer is None or layer.bias is None for layer in layers):
         return None
+    biases = [member.replacement(f"{first.module}.bias", 0) for member in members]
     own = base.bias() if any(bias is None for bias in biases) else None
     kept = np.zeros(first.out_features) if own is None else own.astype(np.float64)
-    return np.stack([kept if bias is None else bias[0] for bias in biases])
+    return np.stack([kept if bias is None else bias for bias in biases])

@@ -56,11 +56,14 @@ class LayerTensors:
         module: Dotted name of the base linear layer, in the model class's names.
         tensors: By role; which roles exist is the family's business.
         hyper: Numbers that are not tensors (``alpha``, ``temperature``), by name.
+        embedding: The module is an embedding: a linear layer of one-hot inputs, whose
+            weight is stored ``[I, O]``.
     """
 
     module: str
     tensors: Mapping[str, Tensor]
     hyper: Mapping[str, float]
+    embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,19 @@ class HeadTensors:
 
     weight: Tensor
     bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class RowTensors:
+    """Some rows of a base tensor, trained anew (the vectors of added tokens).
+
+    Attributes:
+        indices: Which rows, each once.
+        values: ``[len(indices), ...]``: what stands there instead.
+    """
+
+    indices: tuple[int, ...]
+    values: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +135,11 @@ class Checkpoint:
         sha256: Of the files read (see ``hashing.sha256_of_files``).
         replaced: Trained tensors that take the place of the base's for all tasks, by
             their name in the model class.
+        rows: The same where only some rows of a tensor were trained.
+        base_copies: Tensors of the base, by name, that the file carries untrained: a check
+            on the base, nothing more.
         members: Set when every task brings an adapter of its own: one checkpoint of one
-            task each, in id order. ``layers``, ``heads`` and ``replaced`` are then empty.
+            task each, in id order. all other tensors are then there, none here.
         ledger: What becomes of every stored tensor.
     """
 
@@ -134,6 +153,8 @@ class Checkpoint:
     model_class: str
     sha256: str
     replaced: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
+    rows: Mapping[str, RowTensors] = field(default_factory=lambda: MappingProxyType({}))
+    base_copies: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
     members: tuple[Checkpoint, ...] = ()
     ledger: tuple[LedgerEntry, ...] = ()
 
