@@ -95,7 +95,7 @@ def test_factors_are_laid_out_as_documented() -> None:
         toys.ALPHA / toys.RANK * c * np.concatenate([p[t, i] * values["lambda"][t] for i in (0, 1)])
         for t in range(3)
     ]
-    np.testing.assert_allclose(adapter.core, expected, rtol=1e-13)
+    np.testing.assert_allclose(adapter.core, np.stack(expected), rtol=1e-13)
 
 
 @pytest.mark.parametrize("role", ["down", "lambda", "up", "mixing", "scaler"])
@@ -113,7 +113,8 @@ def test_every_hyperparameter_matters(name: str, value: float) -> None:
     """Changing alpha or the temperature changes the delta."""
     values = toys.layer_values(6)
     first = toys.normal_form(toys.layer_tensors(values)).delta(1)
-    second = toys.normal_form(toys.layer_tensors(values, **{name: value})).delta(1)
+    layer = toys.layer_tensors(values)
+    second = toys.normal_form(replace(layer, hyper={**layer.hyper, name: value})).delta(1)
     assert np.abs(first - second).max() > 1e-3
 
 
@@ -135,7 +136,7 @@ def test_half_precision_does_not_overflow_at_a_low_temperature(dtype: str) -> No
     assert np.isfinite(adapter.core).all()
     cores = adapter.core.reshape(3, 3, toys.RANK, toys.RANK)
     shares = cores[:, :, 0, 0] / cores.sum(axis=1)[:, 0, 0, None]
-    expected = [[0.5, 0, 0.5], [0, 1, 0], [1 / 3, 1 / 3, 1 / 3]]
+    expected = np.array([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
     np.testing.assert_allclose(shares, expected, rtol=1e-12)
 
 
@@ -187,8 +188,9 @@ def test_an_unknown_hyperparameter_is_asked_for(name: str) -> None:
 )
 def test_a_senseless_hyperparameter_is_refused(name: str, value: float) -> None:
     """Tau at or below zero and numbers that are not finite never reach the algebra."""
+    layer = toys.layer_tensors(toys.layer_values(1))
     with pytest.raises(HyperparameterError) as caught:
-        toys.normal_form(toys.layer_tensors(toys.layer_values(1), **{name: value}))
+        toys.normal_form(replace(layer, hyper={**layer.hyper, name: value}))
     assert name in caught.value.where
     assert caught.value.found == f"{value}"
     assert "finite number" in caught.value.expected

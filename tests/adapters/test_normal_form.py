@@ -21,10 +21,15 @@ def factors() -> dict[str, Array]:
     }
 
 
+def layer_of(module: str, parts: dict[str, Array]) -> LayerAdapter:
+    """Return the layer with these factors."""
+    return LayerAdapter(module, down=parts["down"], core=parts["core"], up=parts["up"])
+
+
 def test_delta_is_up_core_down_in_float64() -> None:
     """The delta of a task is the product of its three factors, taken in float64."""
     parts = factors()
-    layer = LayerAdapter("m", **parts)
+    layer = layer_of("m", parts)
     for task in range(T):
         expected = np.einsum(
             "ou,ud,di->oi",
@@ -37,7 +42,7 @@ def test_delta_is_up_core_down_in_float64() -> None:
 
 def test_sizes_are_read_off_the_factors() -> None:
     """T, I and O come from core, down and up."""
-    layer = LayerAdapter("m", **factors())
+    layer = layer_of("m", factors())
     assert (layer.task_count, layer.in_features, layer.out_features) == (T, I, O)
 
 
@@ -55,7 +60,7 @@ def test_sizes_are_read_off_the_factors() -> None:
 def test_factors_that_do_not_fit_are_refused(name: str, shape: tuple[int, ...]) -> None:
     """A transposed or flattened factor is an error, not a broadcast."""
     with pytest.raises(AdapterError) as caught:
-        LayerAdapter("enc.dense", **(factors() | {name: np.ones(shape)}))
+        layer_of("enc.dense", factors() | {name: np.ones(shape)})
     assert caught.value.where == "enc.dense"
     assert str(shape) in caught.value.found
     assert "core [T, U, D]" in caught.value.expected
@@ -67,7 +72,7 @@ def adapter_set(task_count: int, head_count: int) -> AdapterSet:
     return AdapterSet(
         family="mtl_lora",
         tasks=tuple(Task(f"t{i}", i) for i in range(task_count)),
-        layers={"enc.dense": LayerAdapter("enc.dense", **factors())},
+        layers={"enc.dense": layer_of("enc.dense", factors())},
         heads={"classifier": (Head(np.ones((2, I)), np.ones(2)),) * head_count},
         model_class="",
         checkpoint_sha256="",

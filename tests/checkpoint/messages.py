@@ -1,0 +1,17 @@
+"""What every message must have."""
+
+from __future__ import annotations
+
+from mtl_export.errors import MtlExportError
+
+
+def assert_whole(error: MtlExportError, *, where: str, found: str, expected: str = "") -> None:
+    """Check that ``error`` says where, what was found, what was expected, and what to do."""
+    assert where in error.where
+    assert found in error.found
+    assert expected in error.expected
+    assert error.expected
+    assert error.fix
+    assert not error.fix.endswith(".")
+    for part in (error.where, error.found, error.expected, error.fix):
+        assert part in str(error)
