@@ -92,6 +92,33 @@ class RowTensors:
     values: Tensor
 
 
+Pooling = Literal["first", "last", "pooler", "tokens"]
+POOLINGS: tuple[Pooling, ...] = ("first", "last", "pooler", "tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """How logits are read off a base, where no transformers class computes them so.
+
+    The head is a chain of linear layers ``head.0``, ``head.1``, ...: the modules of
+    ``Checkpoint.heads``, in this order, beside a ``model_class`` without a head.
+
+    Attributes:
+        pooling: What the chain is applied to: the hidden state of the ``first`` token, of the
+            ``last`` one that is not padding, the ``pooler``'s output, or all ``tokens``.
+        activations: transformers' name of the function after each linear layer but the last;
+            "linear" for none.
+    """
+
+    pooling: Pooling
+    activations: tuple[str, ...]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Return the names of the chain's linear layers."""
+        return tuple(f"head.{index}" for index in range(len(self.activations) + 1))
+
+
 @dataclass(frozen=True, slots=True)
 class BaseReference:
     """What the checkpoint says of the base it was trained on; empty when it says nothing."""
@@ -141,6 +168,7 @@ class Checkpoint:
         members: Set when every task brings an adapter of its own: one checkpoint of one
             task each, in id order. all other tensors are then there, none here.
         ledger: What becomes of every stored tensor.
+        readout: How ``heads`` read off ``model_class``; None where the class has these modules.
     """
 
     path: Path
@@ -157,6 +185,7 @@ class Checkpoint:
     base_copies: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
     members: tuple[Checkpoint, ...] = ()
     ledger: tuple[LedgerEntry, ...] = ()
+    readout: Readout | None = None
 
 
 def task_named(tasks: tuple[Task, ...], name: str) -> Task:
