@@ -9,7 +9,16 @@ from types import MappingProxyType
 
 import numpy as np
 
-from mtl_export.adapters import adapterhub_dora, dora, ia3, lora, mtl_lora
+from mtl_export.adapters import (
+    adapterhub_dora,
+    dora,
+    ia3,
+    lora,
+    moe_lora,
+    mtl_lora,
+    mtl_lora_fused,
+    multi_lora,
+)
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Head, Rows
 from mtl_export.adapters.stack import stacked
@@ -50,6 +59,27 @@ FAMILIES: tuple[Family, ...] = (
         oracle="mtl_export.adapters.modules.mtl_lora:MTLLoRALinear",
     ),
     Family(
+        name=mtl_lora_fused.NAME,
+        title="MTL-LoRA on a fused projection",
+        paper="https://doi.org/10.1609/AAAI.V39I20.35509",
+        layer_adapter=mtl_lora_fused.layer_adapter,
+        oracle="mtl_export.adapters.modules.mtl_lora_fused:MTLLoRAFusedLinear",
+    ),
+    Family(
+        name=moe_lora.NAME,
+        title="MoE-LoRA gated by the task id",
+        paper="https://arxiv.org/abs/2310.18339",
+        layer_adapter=moe_lora.layer_adapter,
+        oracle="mtl_export.adapters.modules.moe_lora:MoELoRALinear",
+    ),
+    Family(
+        name=multi_lora.NAME,
+        title="MultiLoRA",
+        paper="https://arxiv.org/abs/2311.11501",
+        layer_adapter=multi_lora.layer_adapter,
+        oracle="mtl_export.adapters.modules.multi_lora:MultiLoRALinear",
+    ),
+    Family(
         name=lora.NAME,
         title="LoRA",
         paper="https://arxiv.org/abs/2106.09685",
@@ -62,6 +92,27 @@ FAMILIES: tuple[Family, ...] = (
         paper="https://arxiv.org/abs/2402.09353",
         layer_adapter=dora.layer_adapter,
         oracle="mtl_export.adapters.modules.dora:DoRALinear",
+    ),
+    Family(
+        name=kasa.NAME,
+        title="KaSA",
+        paper="https://arxiv.org/abs/2412.06071",
+        layer_adapter=kasa.layer_adapter,
+        oracle="mtl_export.adapters.modules.kasa:KaSALinear",
+    ),
+    Family(
+        name=pissa.NAME,
+        title="PiSSA",
+        paper="https://arxiv.org/abs/2404.02948",
+        layer_adapter=pissa.layer_adapter,
+        oracle="mtl_export.adapters.modules.pissa:PiSSALinear",
+    ),
+    Family(
+        name=olora.NAME,
+        title="OLoRA",
+        paper="https://arxiv.org/abs/2406.01775",
+        layer_adapter=olora.layer_adapter,
+        oracle="mtl_export.adapters.modules.olora:OLoRALinear",
     ),
     Family(
         name=adapterhub_dora.NAME,

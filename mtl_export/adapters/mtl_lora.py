@@ -34,6 +34,8 @@ Normal form: down = A, up = [B_1 ... B_n], core_t = s c [p_t1 Lambda_t; ...; p_t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from mtl_export.adapters.base_layer import BaseLayer
@@ -57,9 +59,7 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
     _check_shapes(layer)
     values = {role: tensor.widened() for role, tensor in layer.tensors.items()}
     rank = values["down"].shape[0]
-    scale = _hyper(layer, "alpha") / rank
-    if "scaler" in values:
-        scale *= float(1.0 / (1.0 + np.exp(-values["scaler"].astype(np.float64))))
+    scale = hyper_parameter(layer, "alpha") / rank * learnt_scale(values)
     up_count, out_features, _ = values["up"].shape
     return LayerAdapter(
         module=layer.module,
@@ -67,7 +67,7 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
         core=task_cores(
             lambdas=values["lambda"],
             mixing=values["mixing"],
-            temperature=_hyper(layer, "temperature"),
+            temperature=hyper_parameter(layer, "temperature"),
             scale=scale,
         ),
         up=np.ascontiguousarray(values["up"].transpose(1, 0, 2)).reshape(
@@ -101,7 +101,19 @@ def softmax(logits: Array) -> Array:
     return result
 
 
-def _hyper(layer: LayerTensors, name: str) -> float:
+def learnt_scale(values: Mapping[str, Array]) -> float:
+    """Return sigmoid(scaler), or 1 where no scale was trained."""
+    if "scaler" not in values:
+        return 1.0
+    return float(1.0 / (1.0 + np.exp(-values["scaler"].astype(np.float64))))
+
+
+def hyper_parameter(layer: LayerTensors, name: str) -> float:
+    """Return ``alpha`` or ``temperature`` of one layer.
+
+    Raises:
+        HyperparameterError: It is unknown, not finite, or a temperature that is not above 0.
+    """
     value = layer.hyper.get(name)
     if value is None:
         raise HyperparameterError(

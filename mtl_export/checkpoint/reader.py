@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from mtl_export.checkpoint import peft, peft_config
+from mtl_export.checkpoint import official
 from mtl_export.checkpoint.checkpoint import Checkpoint, LayerTensors, check_task_names
 from mtl_export.checkpoint.folder import FORMAT, is_own_folder, read_folder
 from mtl_export.checkpoint.torch_pickle import refuse_code
@@ -47,6 +49,22 @@ FORMATS: tuple[Format, ...] = (
         looks_for='a folder with adapter_config.json whose "format" is "mtl-export"',
         is_mine=is_own_folder,
         read=read_folder,
+    ),
+    Format(
+        name=peft.FORMAT,
+        description="Hugging Face PEFT: one LoRA adapter, or one folder per task",
+        looks_for=f'a folder (or folders) with {peft_config.CONFIG_FILE} that has a "peft_type"',
+        is_mine=peft.is_peft,
+        read=peft.read_peft,
+        read_in_order=peft.read_peft_in_order,
+    ),
+    Format(
+        name=official.NAME,
+        description="the MTL-LoRA authors' repository (pUmpKin-Co/MTL-LoRA)",
+        looks_for="final_checkpoint.pt, alone or under checkpoint/, with keys such as"
+        " ....q_proj.lora_lambdas",
+        is_mine=official.is_official,
+        read=official.read_official,
     ),
 )
 
@@ -112,11 +130,12 @@ def _with_hyper(checkpoint: Checkpoint, given: dict[str, float | None]) -> Check
             )
     if not wanted:
         return checkpoint
+    members = tuple(_with_hyper(member, given) for member in checkpoint.members)
     layers = {
         module: LayerTensors(module, layer.tensors, MappingProxyType({**wanted, **layer.hyper}))
         for module, layer in checkpoint.layers.items()
     }
-    return dataclasses.replace(checkpoint, layers=MappingProxyType(layers))
+    return dataclasses.replace(checkpoint, layers=MappingProxyType(layers), members=members)
 
 
 def _with_task_names(checkpoint: Checkpoint, names: Sequence[str] | None) -> Checkpoint:

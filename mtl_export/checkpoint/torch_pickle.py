@@ -158,6 +158,17 @@ def imported_globals(file: Path) -> frozenset[str]:
     return frozenset(names)
 
 
+def pickled_strings(file: Path) -> frozenset[str]:
+    """Return every text in the pickle, a state dict's keys among them; nothing is executed."""
+    return frozenset(
+        argument
+        for data in _pickles(file)
+        for pickle in _consecutive(data)
+        for opcode, argument in pickle
+        if isinstance(argument, str) and "UNICODE" in opcode.name
+    )
+
+
 Opcode = tuple[pickletools.OpcodeInfo, Any]
 
 

@@ -89,9 +89,14 @@ class LoRAEmbedding(nn.Module):
         return h
 
 
+def tensors_of(layer: LayerTensors) -> dict[str, torch.Tensor]:
+    """Return a layer's stored values by role, float32 or float64."""
+    return {role: torch.from_numpy(tensor.widened()) for role, tensor in layer.tensors.items()}
+
+
 def values_and_scaling(layer: LayerTensors) -> tuple[dict[str, torch.Tensor], float]:
     """Return a LoRA layer's values by role, and s = alpha / r unless the producer gave s."""
-    values = {role: torch.from_numpy(t.widened()) for role, t in layer.tensors.items()}
+    values = tensors_of(layer)
     scaling = layer.hyper.get("scaling")
     if scaling is None:
         scaling = layer.hyper["alpha"] / values["down"].shape[0]
