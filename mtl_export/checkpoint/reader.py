@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from mtl_export.checkpoint import peft, peft_config
-from mtl_export.checkpoint import official
+from mtl_export.checkpoint import adapterhub, official, peft, peft_config
 from mtl_export.checkpoint.checkpoint import Checkpoint, LayerTensors, check_task_names
 from mtl_export.checkpoint.folder import FORMAT, is_own_folder, read_folder
 from mtl_export.checkpoint.torch_pickle import refuse_code
@@ -66,6 +65,14 @@ FORMATS: tuple[Format, ...] = (
         is_mine=official.is_official,
         read=official.read_official,
     ),
+    Format(
+        name=adapterhub.FORMAT,
+        description=adapterhub.DESCRIPTION,
+        looks_for=adapterhub.LOOKS_FOR,
+        is_mine=adapterhub.is_adapterhub,
+        read=adapterhub.read_adapterhub,
+        read_in_order=adapterhub.read_adapterhub,
+    ),
 )
 
 
@@ -117,6 +124,9 @@ def open_checkpoint(
 
 def _with_hyper(checkpoint: Checkpoint, given: dict[str, float | None]) -> Checkpoint:
     """Fill in numbers that no layer carries; refuse to overrule one that a layer carries."""
+    if checkpoint.members:
+        members = tuple(_with_hyper(member, given) for member in checkpoint.members)
+        return dataclasses.replace(checkpoint, members=members)
     wanted = {name: value for name, value in given.items() if value is not None}
     for name, value in wanted.items():
         carried = {layer.hyper[name] for layer in checkpoint.layers.values() if name in layer.hyper}
