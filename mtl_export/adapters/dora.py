@@ -45,21 +45,13 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
 
     Raises:
         HyperparameterError: Neither ``scaling`` nor ``alpha`` is known.
-        CheckpointError: A tensor is missing, the shapes contradict each other or the base,
-            or a row of V has no length.
-        BaseModelError: There is no base.
+        CheckpointError: A tensor is missing, the shapes contradict each other, or a row of
+            V has no length.
+        BaseModelError: There is no base, or it has another shape.
     """
     values = lora.checked_values(layer, required={"magnitude": "O"})
-    rank, in_features = values["down"].shape
-    weight = base.weight().astype(np.float64)
-    if weight.shape != (values["up"].shape[0], in_features):
-        raise CheckpointError(
-            where=layer.module,
-            found=f"the base weight is {list(weight.shape)}",
-            expected=f"[{values['up'].shape[0]}, {in_features}]",
-            why="the norm of W + s B A is part of the weight",
-            fix="Pass the base that the adapter was trained on to --base",
-        )
+    rank = values["down"].shape[0]
+    weight = lora.base_weight(values, base).astype(np.float64)
     direction = LayerAdapter(
         module=layer.module,
         down=values["down"],

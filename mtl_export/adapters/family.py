@@ -13,11 +13,14 @@ from mtl_export.adapters import (
     adapterhub_dora,
     dora,
     ia3,
+    kasa,
     lora,
     moe_lora,
     mtl_lora,
     mtl_lora_fused,
     multi_lora,
+    olora,
+    pissa,
 )
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Head, Rows

@@ -2,7 +2,8 @@
 
     h = W x + b + s (B A x + b_B)        s = alpha / r, or alpha / sqrt(r) for rsLoRA
 
-A [r, I], B [O, r]; b_B [O] only where the up-projection was trained with a bias.
+A [r, I], B [O, r]; b_B [O] only where the up-projection was trained with a bias. b is the
+base's, or a trained one beside b_B.
 
 Sources: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022,
 arXiv:2106.09685, equation 3; Kalajdzievski, "A Rank Stabilization Scaling Factor for
@@ -13,6 +14,7 @@ Fine-Tuning with LoRA", arXiv:2312.03732, for alpha / sqrt(r).
 | A     | down      | [r, I] |
 | B     | up        | [O, r] |
 | (b_B) | up_bias   | [O]    |
+| (b)   | bias      | [O]    |
 
 ``hyper`` holds ``scaling`` where the producer's rule for s is known, else ``alpha``.
 An embedding is the same layer with one-hot x: I is the vocabulary.
@@ -35,7 +37,7 @@ from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.normal_form import LayerAdapter
 from mtl_export.checkpoint.checkpoint import LayerTensors
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import CheckpointError, HyperparameterError
+from mtl_export.errors import BaseModelError, CheckpointError, HyperparameterError
 
 NAME = "lora"
 
@@ -48,7 +50,7 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
         CheckpointError: A tensor is missing, or the shapes contradict each other.
         BaseModelError: ``up_bias`` was trained, and there is no base to add it to.
     """
-    values = checked_values(layer, optional={"up_bias": "O"})
+    values = checked_values(layer, optional={"up_bias": "O", "bias": "O"})
     scaling = scaling_of(layer, values["down"].shape[0])
     return LayerAdapter(
         module=layer.module,
@@ -94,9 +96,28 @@ def trained_bias(values: Mapping[str, Array], scaling: float, base: BaseLayer) -
     if "up_bias" not in values:
         return None
     own = scaling * values["up_bias"].astype(np.float64)
-    kept = base.bias()
+    kept = values["bias"] if "bias" in values else base.bias()
     total: Array = own if kept is None else own + kept
     return total[None]
+
+
+def base_weight(values: Mapping[str, Array], base: BaseLayer) -> Array:
+    """Return the base weight, float32 or float64 ``[O, I]``, for families that need it.
+
+    Raises:
+        BaseModelError: There is no base, or its shape is not that of ``up @ down``.
+    """
+    weight = base.weight()
+    expected = (values["up"].shape[0], values["down"].shape[1])
+    if weight.shape != expected:
+        raise BaseModelError(
+            where=f"{base.module}.weight",
+            found=f"shape {list(weight.shape)}",
+            expected=f"{list(expected)}",
+            why="this adapter's weights depend on it",
+            fix="Pass the base that the adapter was trained on to --base",
+        )
+    return weight
 
 
 def checked_values(

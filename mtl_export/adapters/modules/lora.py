@@ -24,7 +24,8 @@ class LoRALinear(nn.Module):
 
     Args:
         base: The layer to adapt.
-        values: ``down`` ``[r, I]``, ``up`` ``[O, r]`` and maybe ``up_bias`` ``[O]``.
+        values: ``down`` ``[r, I]``, ``up`` ``[O, r]`` and maybe ``up_bias`` ``[O]``, with or
+            without ``bias`` ``[O]`` in place of the base's.
         scaling: s.
 
     Shape:
@@ -40,6 +41,9 @@ class LoRALinear(nn.Module):
         for role, value in values.items():
             self.register_buffer(role, value.to(base.weight.dtype))
         self.up_bias = dict(self.named_buffers()).get("up_bias")
+        if "bias" in values:
+            with torch.no_grad():
+                base.bias.copy_(values["bias"])
 
     @classmethod
     def from_tensors(

@@ -1,0 +1,76 @@
+"""Which transformers class a checkpoint was trained as, told from its base's config.
+
+A trainer often says only "sequence classification". The class is then the base
+architecture's own name with the ending of that task, as transformers' Auto classes would
+find it; transformers itself is not imported.
+
+>>> concrete_class("AutoModelForSequenceClassification", {"architectures": ["BertModel"]})
+'BertForSequenceClassification'
+>>> concrete_class("AutoModelForCausalLM", {"architectures": ["GPT2LMHeadModel"]})
+'GPT2LMHeadModel'
+>>> concrete_class("GPT2Model", {"architectures": ["GPT2LMHeadModel"]})
+'GPT2Model'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+AUTO_PREFIX = "AutoModel"
+# Auto class -> what transformers appends to an architecture's name.
+ENDINGS = {
+    "AutoModel": "Model",
+    "AutoModelForSequenceClassification": "ForSequenceClassification",
+    "AutoModelForTokenClassification": "ForTokenClassification",
+    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
+    "AutoModelForCausalLM": "ForCausalLM",
+    "AutoModelForSeq2SeqLM": "ForConditionalGeneration",
+}
+# Architectures whose causal language model is called otherwise in transformers 5.23
+# (models/auto/modeling_auto.py, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES).
+LM_HEAD_STEMS = frozenset({
+    "Bert", "CTRL", "GPT2", "OpenAIGPT", "XLNet",
+})  # fmt: skip
+# What may end an architecture's name in config.json, longest first.
+KNOWN_ENDINGS = (
+    "ForSequenceClassification", "ForConditionalGeneration", "ForTokenClassification",
+    "ForQuestionAnswering", "ForQuestionAnsweringSimple", "DoubleHeadsModel", "EncoderModel",
+    "ForPreTraining", "WithLMHeadModel", "ForCausalLM", "ForMaskedLM", "LMHeadModel",
+    "PreTrainedModel", "Model",
+)  # fmt: skip
+# model_type -> name, for a base whose config.json names no architecture.
+STEMS = {
+    "albert": "Albert", "bert": "Bert", "deberta": "Deberta", "deberta-v2": "DebertaV2",
+    "distilbert": "DistilBert", "electra": "Electra", "gemma": "Gemma", "gemma2": "Gemma2",
+    "gpt2": "GPT2", "gpt_neo": "GPTNeo", "gpt_neox": "GPTNeoX", "llama": "Llama",
+    "mistral": "Mistral", "modernbert": "ModernBert", "mpnet": "MPNet", "opt": "OPT",
+    "phi": "Phi", "phi3": "Phi3", "qwen2": "Qwen2", "qwen3": "Qwen3", "roberta": "Roberta",
+    "t5": "T5", "xlm-roberta": "XLMRoberta",
+}  # fmt: skip
+
+
+def concrete_class(name: str, config: Mapping[str, Any]) -> str:
+    """Return the transformers class that ``name`` means for a base with this config.
+
+    Args:
+        name: A class, which is returned as it is, or an Auto class.
+        config: The base's ``config.json``.
+
+    Returns:
+        The class; empty if the config does not tell.
+    """
+    if not name.startswith(AUTO_PREFIX):
+        return name
+    ending = ENDINGS.get(name)
+    architectures = config.get("architectures")
+    first = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    stem = next(
+        (first.removesuffix(known) for known in KNOWN_ENDINGS if first.endswith(known)),
+        STEMS.get(str(config.get("model_type")), ""),
+    )
+    if not stem or ending is None:
+        return ""
+    if name == "AutoModelForCausalLM" and stem in LM_HEAD_STEMS:
+        ending = "LMHeadModel"
+    return stem + ending
