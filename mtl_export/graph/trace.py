@@ -95,6 +95,8 @@ def trace(bound: BoundModel) -> TracedModel:
         GraphError: The exporter cannot trace the model, or a marker got lost.
     """
     model = base_model(bound, torch.float32)
+    # Only logits: a graph with a KV cache has other inputs and is traced by a pass of its own.
+    model.config.use_cache = False
     for module in bound.adapters.layers:
         model.set_submodule(module, _LinearMarker(linear_named(model, module), module))
     for module, heads in bound.adapters.heads.items():
@@ -148,7 +150,8 @@ def _exported(model: Any, inputs: dict[str, Any]) -> ir.Model:
             expected="a model that torch.export can trace with a dynamic batch and sequence",
             fix="Merge per task instead (mtl-export merge), or report the model class",
         ) from error
-    model_ir: ir.Model = exported.program
+    # transformers 5.20, the newest for Python 3.10, returns torch's own ONNXProgram.
+    model_ir: ir.Model = getattr(exported, "program", None) or exported.model
     return model_ir
 
 
