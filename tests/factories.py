@@ -44,6 +44,8 @@ def toy_base(folder: Path, *, seed: int = 0, hidden: int = HIDDEN) -> Path:
     import torch
     from transformers import BertConfig, BertModel
 
+    from mtl_export.adapters.modules.base import quiet_transformers
+
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
@@ -60,7 +62,8 @@ def toy_base(folder: Path, *, seed: int = 0, hidden: int = HIDDEN) -> Path:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
             if name.endswith("LayerNorm.weight"):
                 parameter.add_(1.0)
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     toy_tokenizer(folder)
     return folder
 

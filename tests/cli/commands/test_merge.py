@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.cli.conftest import Run, files_below
+
+
+def statuses(document: dict[str, object]) -> list[str]:
+    """Return the status of every output."""
+    outputs = document["outputs"]
+    assert isinstance(outputs, list)
+    return [output["status"] for output in outputs]
+
+
+def test_one_task_is_merged_into_its_folder(project: Path, run: Run) -> None:
+    """``merge --task NAME`` writes a model folder with a manifest, and nothing else."""
+    outcome = run("merge", "--task", "spam")
+    assert outcome.code == 0
+    assert outcome.stderr == "[1/1] merge: spam\n"
+    assert "out/merged/spam" in outcome.stdout
+    written = files_below(project / "out")
+    assert all(name.startswith("merged/spam/") for name in written)
+    assert {
+        f"merged/spam/{name}"
+        for name in (
+            "config.json", "model.safetensors", "mtl-export.json", "tokenizer.json",
+            "tokenizer_config.json",
+        )
+    } <= {*written}  # fmt: skip
+
+
+def test_tasks_are_merged_in_id_order(project: Path, run: Run) -> None:
+    """Whatever the order of --task, ids decide; --all-tasks takes every one."""
+    named = run("merge", "--task", "spam", "--task", "ads_rel", "--json").json
+    assert [output["tasks"] for output in named["outputs"]] == [["ads_rel"], ["spam"]]
+    everything = run("merge", "--all-tasks", "--json").json
+    assert statuses(everything) == ["up to date", "written", "up to date"]
+
+
+def test_json_says_what_lies_where(project: Path, run: Run) -> None:
+    """Path, size and hash of every file, as the manifest has them."""
+    (output,) = run("merge", "--task", "spam", "--json").json["outputs"]
+    manifest = json.loads((project / output["path"] / "mtl-export.json").read_text())
+    assert output["files"] == manifest["files"]
+    assert output["path"] == "out/merged/spam"
+    assert manifest["command"] == "merge"
+    assert manifest["options"]["task"] == "spam"
+    assert manifest["options"]["alpha"] == 5.0
+
+
+def test_the_same_command_again_does_nothing(project: Path, run: Run) -> None:
+    """A second run is up to date and touches no file."""
+    run("merge", "--all-tasks")
+    before = {path: path.stat().st_mtime_ns for path in (project / "out").rglob("*")}
+    outcome = run("merge", "--all-tasks")
+    assert outcome.code == 0
+    assert outcome.stdout.count("up to date") == 3
+    assert {path: path.stat().st_mtime_ns for path in (project / "out").rglob("*")} == before
+
+
+def test_numbers_the_checkpoint_carries_may_be_repeated(project: Path, run: Run) -> None:
+    """--alpha equal to the checkpoint's own is the same recipe."""
+    run("merge", "--task", "spam")
+    again = run("merge", "--task", "spam", "--alpha", "5", "--json")
+    assert statuses(again.json) == ["up to date"]
+
+
+def test_another_dtype_needs_force(project: Path, run: Run) -> None:
+    """A different result is refused until --force, and then replaced."""
+    run("merge", "--task", "spam")
+    refused = run("merge", "--task", "spam", "--dtype", "fp16")
+    assert refused.code == 2
+    assert "dtype was None, is 'fp16'" in refused.stderr
+    assert "--force" in refused.stderr
+    assert run("merge", "--task", "spam", "--dtype", "fp16", "--force").code == 0
+    tensors = load_file(project / "out" / "merged" / "spam" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float16)}
+
+
+def test_output_is_the_exact_place(project: Path, run: Run) -> None:
+    """--output replaces the usual parent, the task's folder stays."""
+    run("merge", "--task", "spam", "-o", "models")
+    assert (project / "models" / "spam" / "model.safetensors").is_file()
+    assert not (project / "out").exists()
+
+
+def test_the_same_input_gives_the_same_bytes(project: Path, run: Run) -> None:
+    """Two runs to two places differ in no byte."""
+    run("merge", "--all-tasks", "-o", "first")
+    run("merge", "--all-tasks", "-o", "second")
+    assert files_below(project / "first") == files_below(project / "second")
+    for name in files_below(project / "first"):
+        assert (project / "first" / name).read_bytes() == (project / "second" / name).read_bytes()
+
+
+def test_no_task_given_lists_them(project: Path, run: Run) -> None:
+    """With several tasks, which one is a question the user must answer."""
+    outcome = run("merge")
+    assert outcome.code == 2
+    assert "ads_rel, topic, spam" in outcome.stderr
+    assert "--all-tasks" in outcome.stderr
+
+
+def test_an_only_task_needs_no_naming(project: Path, run: Run) -> None:
+    """With one task there is no question."""
+    from tests.factories import TASKS, toy_checkpoint
+
+    toy_checkpoint(project / "single", project / "base", tasks=TASKS[:1])
+    outcome = run("merge", "-c", "single", "--json")
+    assert outcome.code == 0
+    assert [output["tasks"] for output in outcome.json["outputs"]] == [["ads_rel"]]
+
+
+def test_transformers_loads_the_folder(project: Path, run: Run) -> None:
+    """from_pretrained finds every weight and the task's labels."""
+    run("merge", "--task", "topic")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        project / "out" / "merged" / "topic", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert list(model.config.id2label.values()) == ["who", "what", "where", "when"]

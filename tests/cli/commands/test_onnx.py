@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import mtl_export.graph.trace
+from tests.cli.conftest import Run, files_below
+from tests.factories import TASKS
+
+FILES = (
+    "config.json", "model.onnx", "model.onnx.data", "mtl-export.json", "tokenizer.json",
+    "tokenizer_config.json",
+)  # fmt: skip
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Count how often the base is traced."""
+    seen: list[object] = []
+    real = mtl_export.graph.trace.trace
+
+    def counted(bound: object) -> object:
+        seen.append(bound)
+        return real(bound)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mtl_export.graph.trace, "trace", counted)
+    return seen
+
+
+def test_both_layouts_lie_side_by_side(exported: Path) -> None:
+    """The single graph lies at onnx/, each task's graph in a folder inside."""
+    folders = ["", *(f"{task.name}/" for task in TASKS)]
+    assert files_below(exported / "out" / "onnx") == sorted(
+        folder + name for folder in folders for name in FILES
+    )
+
+
+def test_all_graphs_come_from_one_trace(project: Path, run: Run, traces: list[object]) -> None:
+    """Three tasks cost one export; a second run costs none."""
+    assert run("onnx", "--all-tasks", "--layout", "per-task").code == 0
+    assert len(traces) == 1
+    again = run("onnx", "--all-tasks", "--layout", "per-task", "--json")
+    assert len(traces) == 1
+    assert [output["status"] for output in again.json["outputs"]] == ["up to date"] * 3
+
+
+def test_a_named_task_means_its_merged_graph(
+    exported: Path, run: Run, traces: list[object]
+) -> None:
+    """``onnx --task NAME`` is that task's per-task graph."""
+    outcome = run("onnx", "--task", "spam", "--json")
+    assert [output["path"] for output in outcome.json["outputs"]] == ["out/onnx/spam"]
+    assert [output["status"] for output in outcome.json["outputs"]] == ["up to date"]
+    assert not traces
+
+
+def test_a_single_graph_of_some_tasks_is_refused(exported: Path, run: Run) -> None:
+    """The single graph serves all tasks; half of it is no layout."""
+    outcome = run("onnx", "--task", "spam", "--layout", "single-graph")
+    assert outcome.code == 2
+    assert "--all-tasks" in outcome.stderr
+
+
+def test_half_precision_graphs_are_refused(exported: Path, run: Run) -> None:
+    """What cannot be written is said, not ignored."""
+    outcome = run("onnx", "--all-tasks", "--dtype", "fp16")
+    assert outcome.code == 2
+    assert "graphs are written in fp32" in outcome.stderr
+
+
+def test_the_single_graph_can_be_replaced_without_losing_the_others(
+    exported: Path, run: Run
+) -> None:
+    """--force on the single graph leaves the graphs of the tasks where they are."""
+    (exported / "out" / "onnx" / "model.onnx").write_bytes(b"damaged")
+    before = (exported / "out" / "onnx" / "spam" / "model.onnx").read_bytes()
+    assert run("onnx", "--all-tasks").code == 2
+    assert run("onnx", "--all-tasks", "--force").code == 0
+    assert (exported / "out" / "onnx" / "spam" / "model.onnx").read_bytes() == before
+    assert (exported / "out" / "onnx" / "model.onnx").read_bytes() != b"damaged"
