@@ -68,15 +68,16 @@ def difference(reference: Array, candidate: Array, allowed: Array) -> Difference
 def decisions(reference: Array, candidate: Array, kind: TaskKind, limit: float) -> Decisions:
     """Return how often ``candidate`` decides as ``reference`` does.
 
-    Classification decides by the largest logit, multi-label by each logit's sign,
-    regression not at all. A changed decision counts as a tie when the reference's
-    margin is at most twice ``limit``: each side may be off by ``limit``.
+    Classification decides by the largest logit, and so does a language model (a headless
+    task: the next token); multi-label by each logit's sign; regression not at all. A
+    changed decision counts as a tie when the reference's margin is at most twice
+    ``limit``: each side may be off by ``limit``.
     """
     rows = reference.shape[0]
     if kind == "multi_label_classification":
         same = (reference > 0) == (candidate > 0)
         close = np.abs(reference) <= limit
-    elif kind == "single_label_classification" and reference.shape[1] > 1:
+    elif kind in {"single_label_classification", "headless"} and reference.shape[1] > 1:
         same = reference.argmax(axis=1) == candidate.argmax(axis=1)
         ordered = np.sort(reference, axis=1)
         close = ordered[:, -1] - ordered[:, -2] <= 2 * limit

@@ -19,7 +19,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError, ParityError
-from mtl_export.parity.cases import TASK_IDS, Case
+from mtl_export.parity.cases import ATTENTION_MASK, TASK_IDS, Case
 from mtl_export.parity.metrics import decisions, difference
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.parity.tolerance import Tolerance, noise_floor
@@ -132,10 +132,23 @@ def _floors(
                 rows = reference.case.task_ids == task.index
                 if rows.any():
                     own = slice(len(task.labels) or None)
-                    pair = reference.logits[rows][:, own], lower[rows][:, own]
-                    _refuse_not_finite(task, reference.case, dtype, *pair)
-                    floors[task.name] = max(floors[task.name], noise_floor(*pair, dtype))
+                    wanted = _answers(reference.case, rows, reference.logits)[:, own]
+                    found = _answers(reference.case, rows, lower)[:, own]
+                    _refuse_not_finite(task, reference.case, dtype, wanted, found)
+                    floor = noise_floor(wanted, found, dtype)
+                    floors[task.name] = max(floors[task.name], floor)
     return floors
+
+
+def _answers(case: Case, rows: Array, logits: Array) -> Array:
+    """Return the logits that count, [N, L]: of the task's rows, and no padding token's."""
+    if logits.ndim == 2:
+        return logits[rows]
+    mask = case.inputs.get(ATTENTION_MASK)
+    shape = logits.shape[:2]
+    counts = np.ones(shape, np.bool_) if mask is None else mask == 1
+    answers: Array = logits[counts & rows[:, None]]
+    return answers
 
 
 def _refuse_not_finite(task: Task, case: Case, dtype: str, exact: Array, lower: Array) -> None:
@@ -203,12 +216,12 @@ def _compare_case(
         rows = case.task_ids == artefact.task.index
         if not rows.any():
             return []
-        inputs = case.rows(rows)
-        del inputs[TASK_IDS]
+        own = Case(case.name, case.rows(rows))
+        inputs = {name: value for name, value in own.inputs.items() if name != TASK_IDS}
         candidate = runner.infer(inputs).get(OUTPUT)
         everything = np.ones(int(rows.sum()), np.bool_)
         return [
-            _compare(artefact, case, artefact.task, everything, reference.logits[rows], candidate,
+            _compare(artefact, own, artefact.task, everything, reference.logits[rows], candidate,
                      floors[artefact.task.name], tolerance)
         ]  # fmt: skip
     candidate = runner.infer(case.inputs).get(OUTPUT)
@@ -233,7 +246,10 @@ def _compare(
     floor: float,
     tolerance: Tolerance,
 ) -> Cell:
-    """Return the cell for the task's ``rows``, bool [B]; ``reference`` is [B, widest]."""
+    """Return the cell for the task's ``rows``, bool [B].
+
+    ``reference`` is [B, widest], or [B, S, widest] where every token has its own logits.
+    """
 
     def failed(reason: str) -> Cell:
         return Cell(
@@ -243,13 +259,12 @@ def _compare(
 
     if candidate is None:
         return failed(f"no output {OUTPUT!r}")
-    labels = len(task.labels) or reference.shape[1]
-    width = reference.shape[1] if artefact.task is None else labels
-    if candidate.shape != (reference.shape[0], width):
-        return failed(
-            f"{OUTPUT} has shape {list(candidate.shape)}, not {[reference.shape[0], width]}"
-        )
-    reference, candidate = reference[rows], candidate[rows]
+    labels = len(task.labels) or reference.shape[-1]
+    width = reference.shape[-1] if artefact.task is None else labels
+    expected = (len(rows), *reference.shape[1:-1], width)
+    if candidate.shape != expected:
+        return failed(f"{OUTPUT} has shape {list(candidate.shape)}, not {list(expected)}")
+    reference, candidate = _answers(case, rows, reference), _answers(case, rows, candidate)
     if not np.isneginf(candidate[:, labels:]).all():
         return failed(f"columns {labels} and up answer, but the task has {labels} labels")
     own_reference, own = reference[:, :labels], candidate[:, :labels]
@@ -287,14 +302,15 @@ def _bad_ids(bound: BoundModel, artefact: Artefact, runner: Runner, reference: _
         raise
     except MtlExportError:
         return cell  # refusing the whole batch is as good as poisoning the rows
-    expected = (len(bad) + 1, reference.logits.shape[1])
+    expected = (len(bad) + 1, *reference.logits.shape[1:])
     if logits is None or logits.shape != expected:
         found = "is missing" if logits is None else f"has shape {list(logits.shape)}"
         reason = f"{OUTPUT} {found}, not {list(expected)}"
     elif np.isnan(logits[0]).any():
         reason = "they spoil the good row beside them"
     elif not np.isnan(logits[1:]).all():
-        reason = f"ids {bad[~np.isnan(logits[1:]).all(axis=1)].tolist()} are answered"
+        silent = np.isnan(logits[1:]).reshape(len(bad), -1).all(axis=1)
+        reason = f"ids {bad[~silent].tolist()} are answered"
     else:
         return cell
     return Cell(cell.artefact, cell.runtime, "*", cell.case, "failed", reason)
