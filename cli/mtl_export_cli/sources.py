@@ -69,7 +69,7 @@ def open_bound(settings: Settings) -> BoundModel:
     checkpoint = open_settings_checkpoint(settings)
     _refuse_unknown(settings, checkpoint.tasks)
     base = open_settings_base(settings, checkpoint)
-    return bind(checkpoint, read_adapters(checkpoint), base)
+    return bind(checkpoint, read_adapters(checkpoint, base), base)
 
 
 def selected_tasks(settings: Settings, tasks: Sequence[Task]) -> tuple[Task, ...]:
