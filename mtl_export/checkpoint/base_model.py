@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +41,7 @@ class BaseModel:
         config: Its ``config.json``.
         tensors: Its tensors by name, read on demand.
         weight_files: The files that hold them, in name order.
+        file_of: For each tensor, by name, which of ``weight_files`` holds it.
     """
 
     reference: str
@@ -48,6 +49,7 @@ class BaseModel:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     weight_files: tuple[Path, ...]
+    file_of: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     @cached_property
     def sha256(self) -> str:
@@ -85,14 +87,18 @@ def open_base(reference: str) -> BaseModel:
         )
     files = _weight_files(reference, folder)
     tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors.update(_tensors_of(file))
+    file_of: dict[str, int] = {}
+    for number, file in enumerate(files):
+        found = _tensors_of(file)
+        tensors.update(found)
+        file_of.update(dict.fromkeys(found, number))
     return BaseModel(
         reference=reference,
         folder=folder,
         config=MappingProxyType(_json_object(reference, config_path)),
         tensors=MappingProxyType(tensors),
         weight_files=files,
+        file_of=MappingProxyType(file_of),
     )
 
 

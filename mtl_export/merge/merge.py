@@ -1,16 +1,80 @@
 """Fold one task into one weight: ``W_t = diag(gain_t) (W + up core_t down)``, rounded once.
 
-O outputs, I inputs. The sum is taken in float64 and rounded to the output dtype at
-the very end, so that a bfloat16 base does not also lose the delta's rounding.
+O outputs, I inputs, K the smaller inner rank. The sum is taken in float64 and rounded
+to the output dtype at the very end, so that a bfloat16 base does not also lose the
+delta's rounding. The product is ``(up core) down`` or ``up (core down)``, whichever has
+the smaller inner dimension: K multiplications an element, not U.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NoReturn
+
 import numpy as np
 
-from mtl_export.adapters.normal_form import AnyAdapter
+from mtl_export.adapters.normal_form import AnyAdapter, Factors
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array
 from mtl_export.errors import BaseModelError
+from mtl_export.merge.rounding import Scratch, round_values
+
+# 64 Ki elements: base, sum and float32 copy are 1.3 MB, which a core's own cache holds.
+BLOCK = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a task adds to one weight, ready to be multiplied out row by row.
+
+    Attributes:
+        left: float64 ``[O, K]``.
+        right: float64 ``[K, I]``.
+        gain: float64 ``[O]``, or None where every gain is 1.
+    """
+
+    left: Array
+    right: Array
+    gain: Array | None
+
+    def fold(self, base: Array, rows: slice, scratch: Scratch) -> Array:
+        """Return the exact rows of the task's weight, flat, in ``scratch.total``.
+
+        Args:
+            base: The base's rows as float64, flat; as many as ``rows`` says.
+            rows: Which rows of the weight they are.
+            scratch: Holds the result.
+        """
+        count = base.size // self.right.shape[1]
+        total: Array = scratch.total[: base.size]
+        grid = total.reshape(count, -1)
+        np.matmul(self.left[rows], self.right, out=grid)
+        np.add(total, base, out=total)
+        if self.gain is not None:
+            np.multiply(grid, self.gain[rows, None], out=grid)
+        return total
+
+
+def task_delta(layer: AnyAdapter, task_index: int) -> Delta | None:
+    """Return what task t adds to the layer's weight, None if it leaves it alone."""
+    factors = layer.factors(task_index)
+    gain = None if layer.gain is None else layer.gain[task_index]
+    if factors is None or not factors.core.any():
+        if gain is None:
+            return None
+        return Delta(np.zeros((layer.out_features, 1)), np.zeros((1, layer.in_features)), gain)
+    left, right = _two_factors(factors)
+    return Delta(left, right, gain)
+
+
+def _two_factors(factors: Factors) -> tuple[Array, Array]:
+    # One LoRA per task stacked side by side has a core that is zero outside the task's block.
+    up_used, down_used = factors.core.any(axis=1), factors.core.any(axis=0)
+    core = factors.core[np.ix_(up_used, down_used)]
+    up = factors.up[:, up_used].astype(np.float64)
+    down = factors.down[down_used].astype(np.float64)
+    if core.shape[1] <= core.shape[0]:
+        return up @ core, down
+    return up, core @ down
 
 
 def merged_weight(weight: Array, layer: AnyAdapter, task_index: int, dtype: str) -> Array:
@@ -25,10 +89,23 @@ def merged_weight(weight: Array, layer: AnyAdapter, task_index: int, dtype: str)
     Raises:
         BaseModelError: The result does not fit the dtype's range, or the base has NaN.
     """
-    exact = weight.astype(np.float64) + layer.delta(task_index)
-    if layer.gain is not None:
-        exact *= layer.gain[task_index][:, None]
-    return rounded(exact, dtype, f"{layer.module}, task id {task_index}")
+    where = f"{layer.module}, task id {task_index}"
+    delta = task_delta(layer, task_index)
+    if delta is None:
+        return rounded(weight, dtype, where)
+    result: Array = np.empty(weight.shape, NUMPY_DTYPES[dtype])
+    width = weight.shape[1]
+    step = max(1, BLOCK // width)
+    scratch = Scratch(step * width)
+    finite = True
+    for begin in range(0, weight.shape[0], step):
+        rows = slice(begin, begin + step)
+        base = scratch.widen(np.ascontiguousarray(weight[rows]).reshape(-1))
+        exact = delta.fold(base, rows, scratch)
+        finite &= scratch.round_to(exact, dtype, result[rows].reshape(-1))
+    if not finite:
+        refuse_not_finite(where, dtype)
+    return result
 
 
 def rounded(values: Array, dtype: str, where: str) -> Array:
@@ -42,32 +119,22 @@ def rounded(values: Array, dtype: str, where: str) -> Array:
     Raises:
         BaseModelError: A value is NaN or does not fit the dtype's range.
     """
-    with np.errstate(over="ignore", under="ignore"):
-        # ml_dtypes goes from float64 to bfloat16 by way of float32, which rounds twice.
-        via_odd = dtype == "BF16" and values.dtype == np.float64
-        result: Array = (_odd_float32(values) if via_odd else values).astype(NUMPY_DTYPES[dtype])
-    if not np.isfinite(result.astype(np.float64)).all():
-        largest = np.abs(values.astype(np.float64)).max(initial=0.0)
-        raise BaseModelError(
-            where=where,
-            found=f"NaN or Inf in {dtype} (largest exact value {largest:.3g})",
-            expected="finite weights",
-            why="they would spread to every output of the task",
-            fix="Check the base for NaN, or merge into --dtype fp32 or bf16",
-        )
+    result, finite = round_values(values, dtype, Scratch(min(BLOCK, max(1, values.size))))
+    if not finite:
+        refuse_not_finite(where, dtype)
     return result
 
 
-def _odd_float32(exact: Array) -> Array:
-    """Return float64 values as float32, every inexact one with an odd last bit.
+def refuse_not_finite(where: str, dtype: str) -> NoReturn:
+    """Raise the error for a weight that is not finite in ``dtype``.
 
-    Odd is never half way between two bfloat16, so a second rounding to nearest gives what
-    one rounding of ``exact`` gives. Source: Boldo and Melquiond, "Emulation of a FMA and
-    correctly rounded sums", IEEE Trans. Computers 57(4), 2008, doi 10.1109/TC.2007.70819.
+    Raises:
+        BaseModelError: Always.
     """
-    nearest = exact.astype(np.float32)
-    inexact = nearest.astype(np.float64) != exact
-    even = nearest.view(np.uint32) % 2 == 0
-    beyond = np.where(nearest < exact, np.inf, -np.inf).astype(np.float32)
-    odd: Array = np.where(inexact & even, np.nextafter(nearest, beyond), nearest)
-    return odd
+    raise BaseModelError(
+        where=where,
+        found=f"NaN or Inf in {dtype}",
+        expected="finite weights",
+        why="they would spread to every output of the task",
+        fix="Check the base for NaN, or merge into --dtype fp32 or bf16",
+    )

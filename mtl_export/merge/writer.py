@@ -1,54 +1,80 @@
-"""Write one task as a standalone model folder, tensor by tensor.
+"""Write tasks as standalone model folders, all of them in one pass over the base.
 
-Nothing is loaded as a model: each base tensor is read, folded if the task touches
-it, and written. Memory is that of the largest tensor, whatever the model's size.
+Nothing is loaded as a model; see ``stream`` for how, ``layout`` for what goes where.
+A folder is what ``from_pretrained`` loads: weights, shard index, config, the base's
+tokenizer and processor files, and ``merge-report.json`` (see ``drift``).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mtl_export.adapters.binding import BoundModel
-from mtl_export.checkpoint.base_model import SINGLE_FILE, companion_files
+from mtl_export.checkpoint.base_model import INDEX_FILE, companion_files
 from mtl_export.checkpoint.checkpoint import Task
-from mtl_export.checkpoint.tensors import FLOAT_DTYPES, NUMPY_DTYPES, Array, Tensor
-from mtl_export.merge.merge import merged_weight, rounded
+from mtl_export.checkpoint.tensors import NUMPY_DTYPES
+from mtl_export.merge.drift import Squares, TaskDrift
+from mtl_export.merge.lanes import Progress
+from mtl_export.merge.layout import DTYPES, Layout, MergeLayout, merge_layout, output_dtype
+from mtl_export.merge.stream import Pass
 
-# --dtype word -> (safetensors dtype, transformers config dtype)
-DTYPES = {
-    "fp32": ("F32", "float32"),
-    "fp16": ("F16", "float16"),
-    "bf16": ("BF16", "bfloat16"),
-}
-Progress = Callable[[int, int], None]
+REPORT_FILE = "merge-report.json"
+Tick = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One tensor of the output file."""
+@dataclass(frozen=True)
+class MergeOptions:
+    """What decides the bytes of merged folders, besides base, checkpoint and task.
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    values: Callable[[], Array]
+    Attributes:
+        dtype: ``fp32``, ``fp16`` or ``bf16``; None keeps each tensor's own.
+        layout: ``standalone``, or ``shared``: tensors that no task changes are stored once.
+        max_shard_bytes: Cut weight files at this size; None keeps the base's files.
+        is_linked: Shared files are hard links in each folder; else they stay where they
+            are and the folders' indexes point there.
+    """
 
-    @property
-    def size_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * NUMPY_DTYPES[self.dtype].itemsize
+    dtype: str | None = None
+    layout: MergeLayout = "standalone"
+    max_shard_bytes: int | None = None
+    is_linked: bool = True
+
+
+@dataclass
+class Written:
+    """How far a merge is, and what it found.
+
+    Attributes:
+        files: By path, how much is written and the hash of that.
+        squares: By task name and module, then by row, what was measured.
+    """
+
+    files: dict[Path, Progress] = field(default_factory=dict)
+    squares: dict[tuple[str, str], dict[int, Squares]] = field(default_factory=dict)
+
+
+def layout_of(bound: BoundModel, tasks: Sequence[Task], options: MergeOptions) -> Layout:
+    """Return the files that ``write_tasks`` would write."""
+    return merge_layout(
+        bound,
+        tasks,
+        dtype=options.dtype,
+        layout=options.layout,
+        max_shard_bytes=options.max_shard_bytes,
+    )
 
 
 def merged_size_bytes(bound: BoundModel, dtype: str | None) -> int:
     """Return about how many bytes one merged task takes on disk."""
     return sum(
-        int(np.prod(tensor.shape, dtype=np.int64))
-        * NUMPY_DTYPES[_output_dtype(tensor, dtype)].itemsize
+        prod(tensor.shape) * NUMPY_DTYPES[output_dtype(tensor, dtype)].itemsize
         for tensor in bound.base.tensors.values()
     )
 
@@ -59,7 +85,7 @@ def write_merged(
     folder: Path,
     *,
     dtype: str | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Tick = lambda done, total: None,
 ) -> None:
     """Write ``task`` merged into the base as a folder that ``from_pretrained`` loads.
 
@@ -73,16 +99,79 @@ def write_merged(
     Raises:
         BaseModelError: A weight is not finite in the output dtype.
     """
-    entries = list(_entries(bound, task, dtype))
-    _write_safetensors(folder / SINGLE_FILE, entries, progress)
-    config = task_config(bound, task, dtype)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for file in companion_files(bound.base):
-        shutil.copyfile(file, folder / file.name)
+    options = MergeOptions(dtype=dtype)
+
+    def tick(done: int, total: int, written: Written) -> None:
+        progress(done, total)
+
+    write_tasks(bound, {task: folder}, options=options, tick=tick)
 
 
-def task_config(bound: BoundModel, task: Task, dtype: str | None) -> dict[str, Any]:
-    """Return ``config.json`` for a model that serves only ``task``."""
+def write_tasks(
+    bound: BoundModel,
+    folders: Mapping[Task, Path],
+    *,
+    options: MergeOptions = MergeOptions(),
+    shared_folder: Path | None = None,
+    resumed: Written | None = None,
+    tick: Callable[[int, int, Written], None] = lambda done, total, written: None,
+) -> tuple[Written, list[TaskDrift]]:
+    """Write several tasks, reading the base once.
+
+    Args:
+        bound: The adapter and its base. If the base was not hashed yet, it is on the way.
+        folders: The tasks to fold in, in id order, and an existing folder for each.
+        options: What decides the bytes.
+        shared_folder: Where shared files go: beside ``folders`` on the same disk.
+        resumed: What an earlier run with the same arguments left there, checked by hash
+            while it is taken up.
+        tick: Called now and then with bytes done, bytes in all, and how far each file is.
+
+    Returns:
+        Every weight file with its hash, and the drift of each task.
+
+    Raises:
+        BaseModelError: A weight is not finite in the output dtype.
+        ValueError: What ``resumed`` says is not what is there.
+    """
+    tasks = list(folders)
+    layout = layout_of(bound, tasks, options)
+    places = [(folders[t] / file.name, file) for t in tasks for file in layout.own[t.name]]
+    if shared_folder is not None:
+        places = [(shared_folder / file.name, file) for file in layout.shared] + places
+    done = resumed or Written()
+    one_pass = Pass(bound, places, resumed=done.files, hash_base=not bound.base.is_hashed)
+    one_pass.squares.update(done.squares)
+
+    def report() -> Written:
+        return Written(one_pass.progress(), one_pass.squares)
+
+    one_pass.run(lambda count: tick(count, one_pass.total_bytes, report()))
+    bound.base.remember_digests(one_pass.base_digests())
+    written = report()
+    measured = one_pass.measured()
+    drifts = [_drift(bound, layout, task, measured) for task in tasks]
+    for task, drift in zip(tasks, drifts, strict=True):
+        folder = folders[task]
+        for file in layout.shared if shared_folder is not None and options.is_linked else ():
+            _link(shared_folder / file.name, folder / file.name)  # type: ignore[operator]
+            written.files[folder / file.name] = written.files[shared_folder / file.name]  # type: ignore[operator]
+        _write_companions(bound, task, folder, layout, options, shared_folder)
+        _write_json(folder / REPORT_FILE, drift.as_dict())
+    return written, drifts
+
+
+def task_config(
+    bound: BoundModel, task: Task, dtype: str | None, *, untied: bool = False
+) -> dict[str, Any]:
+    """Return ``config.json`` for a model that serves only ``task``.
+
+    Args:
+        bound: The adapter and its base.
+        task: The task.
+        dtype: As written; None keeps the base's word.
+        untied: The output embedding has a tensor of its own.
+    """
     config = dict(bound.base.config)
     if bound.adapters.model_class:
         config["architectures"] = [bound.adapters.model_class]
@@ -93,72 +182,75 @@ def task_config(bound: BoundModel, task: Task, dtype: str | None) -> dict[str, A
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = DTYPES[dtype][1]
+    if untied:
+        config["tie_word_embeddings"] = False
     return config
 
 
-def _entries(bound: BoundModel, task: Task, dtype: str | None) -> Iterator[_Entry]:
-    layers, heads = bound.adapters.layers, bound.adapters.heads
-    for base_name, tensor in bound.base.tensors.items():
-        name = bound.prefix + base_name
-        module, _, kind = name.rpartition(".")
-        if module in heads:
-            continue
-        out = _output_dtype(tensor, dtype)
-        replaced = bound.adapters.replacement(name, task.index)
-        if replaced is not None:
-            yield _Entry(name, out, tensor.shape, _cast(replaced, out, name))
-        elif module in layers and kind == "weight":
-            yield _Entry(name, out, tensor.shape, _merged(tensor, bound, module, task.index, out))
-        else:
-            yield _Entry(name, out, tensor.shape, _converted(tensor, out, name))
-    touched = bound.base_tensor(f"{next(iter(layers))}.weight")
-    out = _output_dtype(touched, dtype)
-    for module, task_heads in heads.items():
-        head = task_heads[task.index]
-        for kind, values in (("weight", head.weight), ("bias", head.bias)):
-            name = f"{module}.{kind}"
-            yield _Entry(name, out, values.shape, _cast(values, out, name))
+def _drift(
+    bound: BoundModel,
+    layout: Layout,
+    task: Task,
+    measured: Mapping[tuple[str, str], Squares],
+) -> TaskDrift:
+    modules = [
+        piece.module for file in layout.own[task.name] for piece in file.pieces if piece.task
+    ]
+    dtypes = {piece.dtype for file in layout.own[task.name] for piece in file.pieces if piece.task}
+    return TaskDrift(
+        task=task.name,
+        dtype=", ".join(sorted(dtypes)),
+        layers={
+            module: measured[task.name, module]
+            for module in modules
+            if (task.name, module) in measured
+        },
+    )
 
 
-def _output_dtype(tensor: Tensor, dtype: str | None) -> str:
-    return DTYPES[dtype][0] if dtype and tensor.dtype in FLOAT_DTYPES else tensor.dtype
+def _write_companions(
+    bound: BoundModel,
+    task: Task,
+    folder: Path,
+    layout: Layout,
+    options: MergeOptions,
+    shared_folder: Path | None,
+) -> None:
+    """Write everything but the weights."""
+    untied = any(
+        piece.task is not None and _is_output_embedding(bound, piece.shape)
+        for file in layout.own[task.name]
+        for piece in file.pieces
+    )
+    config = task_config(bound, task, options.dtype, untied=untied)
+    _write_json(folder / "config.json", config)
+    where = "" if options.is_linked or shared_folder is None else f"../{shared_folder.name}/"
+    index = layout.index(task, where)
+    if index is not None:
+        _write_json(folder / INDEX_FILE, index)
+    for file in companion_files(bound.base):
+        shutil.copyfile(file, folder / file.name)
 
 
-def _merged(
-    tensor: Tensor, bound: BoundModel, module: str, task_index: int, out: str
-) -> Callable[[], Array]:
-    layer = bound.adapters.layers[module]
-    return lambda: merged_weight(tensor.numpy(), layer, task_index, out)
+def _is_output_embedding(bound: BoundModel, shape: tuple[int, ...]) -> bool:
+    """Return whether a folded weight of this shape is the output embedding.
+
+    Where the config ties it to the input embedding, ``from_pretrained`` would overwrite it.
+    """
+    sizes = {bound.base.config.get("vocab_size")}
+    text = bound.base.config.get("text_config")
+    if isinstance(text, dict):
+        sizes.add(text.get("vocab_size"))
+    return shape[0] in sizes
 
 
-def _converted(tensor: Tensor, out: str, name: str) -> Callable[[], Array]:
-    if tensor.dtype == out:
-        return tensor.numpy
-    return lambda: rounded(tensor.numpy(), out, name)
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # Not every file system has links.
+        shutil.copyfile(source, target)
 
 
-def _cast(values: Array, out: str, name: str) -> Callable[[], Array]:
-    return lambda: rounded(values, out, name)
-
-
-def _write_safetensors(path: Path, entries: list[_Entry], progress: Progress) -> None:
-    """Stream ``entries`` to ``path`` (layout: ``mtl_export.checkpoint.safetensors``)."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in entries:
-        header[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.size_bytes],
-        }
-        offset += entry.size_bytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the data must start on a multiple of 8 bytes
-    done = 0
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for entry in entries:
-            np.ascontiguousarray(entry.values()).tofile(file)
-            done += entry.size_bytes
-            progress(done, offset)
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

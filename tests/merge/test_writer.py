@@ -192,7 +192,7 @@ def test_the_same_input_gives_the_same_bytes(bound: BoundModel, tmp_path: Path) 
 
 
 def test_a_sharded_base_merges_to_the_same_weights(bound: BoundModel, tmp_path: Path) -> None:
-    """How the base is cut into files does not show in the result."""
+    """The base's files and their names are kept, and what they hold is the same."""
     base = shutil.copytree(bound.base.folder, tmp_path / "base")
     tensors = load_file(base / SINGLE_FILE)
     (base / SINGLE_FILE).unlink()
@@ -204,10 +204,12 @@ def test_a_sharded_base_merges_to_the_same_weights(bound: BoundModel, tmp_path: 
         weight_map.update(dict.fromkeys(part, name))
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     sharded = replace(bound, base=open_base(str(base)))
-    found, expected = (
-        load_file(merged(model, toys.TASKS[0], tmp_path / name) / SINGLE_FILE)
-        for name, model in (("sharded", sharded), ("whole", bound))
-    )
+    folder = merged(sharded, toys.TASKS[0], tmp_path / "sharded")
+    expected = load_file(merged(bound, toys.TASKS[0], tmp_path / "whole") / SINGLE_FILE)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = {name: load_file(folder / name) for name in sorted(set(index["weight_map"].values()))}
+    assert sorted(files) == sorted(set(weight_map.values()))
+    found = {name: files[file][name] for name, file in index["weight_map"].items()}
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value)

@@ -1,0 +1,65 @@
+"""The base's weight files, read in pieces by several threads and hashed on the way."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import numpy as np
+
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.checkpoint.tensors import Array, Tensor
+from mtl_export.merge.lanes import Lane, read_at
+
+
+class BaseFiles:
+    """The base's files, open, each with a lane that hashes it if asked to.
+
+    Args:
+        bound: Whose base it is.
+        hashed: Whether to hash.
+    """
+
+    def __init__(self, bound: BoundModel, *, hashed: bool) -> None:
+        base = bound.base
+        self._paths = [file for file in base.weight_files if file.suffix == ".safetensors"]
+        # Other formats are not read from front to back.
+        self.hashed = hashed and len(self._paths) == len(base.weight_files)
+        self.lanes: dict[Path, Lane] = {}
+        self._descriptors: dict[Path, int] = {}
+
+    def open(self, stack: ExitStack) -> None:
+        """Open the files until ``stack`` ends, and hash their headers."""
+        for path in self._paths:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            stack.callback(os.close, descriptor)
+            self._descriptors[path] = descriptor
+            if hasattr(os, "posix_fadvise"):
+                with suppress(OSError):
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            if self.hashed:
+                self.lanes[path] = Lane()
+                size = bytearray(8)
+                read_at(descriptor, memoryview(size), 0)
+                header = bytearray(8 + int.from_bytes(size, "little"))
+                read_at(descriptor, memoryview(header), 0)
+                self.lanes[path].hash_at(0, memoryview(header))
+
+    def read(
+        self, tensor: Tensor, begin: int, end: int, buffer: Array, *, is_hashed: bool
+    ) -> Array:
+        """Return elements ``begin`` to ``end`` of ``tensor``, flat, in ``buffer`` or elsewhere."""
+        if tensor.file is None:
+            flat: Array = tensor.numpy().reshape(-1)[begin:end]
+            return flat
+        offset = tensor.offset_bytes + begin * buffer.itemsize
+        data = buffer.view(np.uint8).data
+        read_at(self._descriptors[tensor.file], data, offset)
+        if is_hashed and self.hashed:
+            self.lanes[tensor.file].hash_at(offset, data)
+        return buffer
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of each file, by name; empty if they were not hashed."""
+        return {path.name: lane.progress().sha256 for path, lane in self.lanes.items()}
