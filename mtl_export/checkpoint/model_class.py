@@ -10,6 +10,8 @@ find it; transformers itself is not imported.
 'GPT2LMHeadModel'
 >>> concrete_class("GPT2Model", {"architectures": ["GPT2LMHeadModel"]})
 'GPT2Model'
+>>> concrete_class("", {"architectures": ["LlamaForCausalLM"]})
+'LlamaForCausalLM'
 """
 
 from __future__ import annotations
@@ -54,17 +56,18 @@ def concrete_class(name: str, config: Mapping[str, Any]) -> str:
     """Return the transformers class that ``name`` means for a base with this config.
 
     Args:
-        name: A class, which is returned as it is, or an Auto class.
+        name: A class, which is returned as it is, an Auto class, or nothing where the
+            checkpoint does not say: adapters are then trained on the base's own class.
         config: The base's ``config.json``.
 
     Returns:
         The class; empty if the config does not tell.
     """
-    if not name.startswith(AUTO_PREFIX):
-        return name
-    ending = ENDINGS.get(name)
     architectures = config.get("architectures")
     first = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    if not name.startswith(AUTO_PREFIX):
+        return name or first
+    ending = ENDINGS.get(name)
     stem = next(
         (first.removesuffix(known) for known in KNOWN_ENDINGS if first.endswith(known)),
         STEMS.get(str(config.get("model_type")), ""),
