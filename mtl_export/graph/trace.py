@@ -26,7 +26,7 @@ from torch import nn
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.base import base_model, quiet_transformers
 from mtl_export.adapters.modules.model import linear_named
-from mtl_export.errors import GraphError, shortened
+from mtl_export.errors import BaseModelError, GraphError, shortened
 from mtl_export.graph import names
 
 OPSET = 20
@@ -93,6 +93,7 @@ def trace(bound: BoundModel) -> TracedModel:
 
     Raises:
         GraphError: The exporter cannot trace the model, or a marker got lost.
+        BaseModelError: The heads do not fit the model's features.
     """
     model = base_model(bound, torch.float32)
     # Only logits: a graph with a KV cache has other inputs and is traced by a pass of its own.
@@ -100,12 +101,26 @@ def trace(bound: BoundModel) -> TracedModel:
     for module in bound.adapters.layers:
         model.set_submodule(module, _LinearMarker(linear_named(model, module), module))
     for module, heads in bound.adapters.heads.items():
+        _refuse_misfit(bound, linear_named(model, module), module)
         width = max(head.weight.shape[0] for head in heads)
         model.set_submodule(module, _HeadMarker(width, module))
     inputs = _sample_inputs(model)
     traced = _exported(model, inputs)
     _name_dimensions(traced)
     return _checked(traced, bound)
+
+
+def _refuse_misfit(bound: BoundModel, layer: nn.Linear, module: str) -> None:
+    """Refuse heads that take another number of features than the model gives them."""
+    taken = {head.weight.shape[1] for head in bound.adapters.heads[module]}
+    if taken != {layer.in_features}:
+        raise BaseModelError(
+            where=f"head {module}",
+            found=f"the checkpoint's heads take {shortened(map(str, sorted(taken)))} features",
+            expected=f"{layer.in_features} features",
+            why=f"{bound.adapters.model_class} on base {bound.base.reference} gives as many",
+            fix="Pass the base the adapter was trained on to --base",
+        )
 
 
 def _sample_inputs(model: Any) -> dict[str, torch.Tensor]:
