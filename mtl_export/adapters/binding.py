@@ -3,18 +3,30 @@
 Base folders and checkpoints may name the same layer differently by one prefix:
 a bare ``BertModel`` saves ``encoder.layer.0...``, the trained
 ``BertForSequenceClassification`` says ``bert.encoder.layer.0...``. The names used from
-here on are the model class's; ``prefix`` turns a base name into one.
+here on are the model class's; ``prefix`` turns a base name into one. Where the checkpoint
+names only the kind of model, the base decides the class. The other way round, a base
+saved with a head for a class without one, the base's names lose their first part, and what
+lies outside it (the head) is left behind.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter
+import numpy as np
+
+from mtl_export.adapters.base_layer import is_conv1d
+from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Rows
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import Checkpoint
+from mtl_export.checkpoint.model_class import concrete_class
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import BaseModelError, IntegrityError, shortened
+
+# How the classes of transformers end that have an output layer as large as the vocabulary.
+LM_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
 
 
 @dataclass(frozen=True)
@@ -24,7 +36,7 @@ class BoundModel:
     Attributes:
         checkpoint: What was read; parity builds its oracle from it.
         adapters: The same in normal form; everything else builds from it.
-        base: The base model.
+        base: The base model, without what the model class does not have.
         prefix: ``prefix + base tensor name`` is the name in the model class.
     """
 
@@ -42,14 +54,18 @@ def bind(checkpoint: Checkpoint, adapters: AdapterSet, base: BaseModel) -> Bound
     """Return the adapter bound to ``base``.
 
     Raises:
-        BaseModelError: Layers are missing in the base or have other shapes.
+        BaseModelError: Layers are missing in the base or have other shapes, or an adapted
+            embedding is also the output layer.
         IntegrityError: The checkpoint names the SHA-256 of another base.
     """
+    adapters = _settled(adapters, base)
+    base = _inside(base, adapters)
     prefix = _prefix(adapters, base)
     problems = [
         problem for layer in adapters.layers.values() if (problem := _mismatch(layer, base, prefix))
     ]
     problems += _misplaced(adapters, base, prefix)
+    problems += _altered(checkpoint, base, prefix)
     if problems:
         raise BaseModelError(
             where=f"base {base.reference}",
@@ -58,6 +74,7 @@ def bind(checkpoint: Checkpoint, adapters: AdapterSet, base: BaseModel) -> Bound
             why="the delta is added to the base weight, element by element",
             fix=f"Pass that base to --base{_trained_on(checkpoint)}",
         )
+    _refuse_tied(checkpoint, adapters, base)
     expected = checkpoint.base.sha256
     if expected and base.sha256 != expected:
         raise IntegrityError(
@@ -70,8 +87,46 @@ def bind(checkpoint: Checkpoint, adapters: AdapterSet, base: BaseModel) -> Bound
     return BoundModel(checkpoint, adapters, base, prefix)
 
 
+def _settled(adapters: AdapterSet, base: BaseModel) -> AdapterSet:
+    """Return ``adapters`` with what only the base can tell: model class and weight layout."""
+    return dataclasses.replace(
+        adapters,
+        model_class=concrete_class(adapters.model_class, base.config),
+        layers=MappingProxyType(
+            {
+                name: dataclasses.replace(layer, transposed=True)
+                if is_conv1d(base.config, name)
+                else layer
+                for name, layer in adapters.layers.items()
+            }
+        ),
+    )
+
+
 def _trained_on(checkpoint: Checkpoint) -> str:
     return f" (the checkpoint says {checkpoint.base.id})" if checkpoint.base.id else ""
+
+
+def _inside(base: BaseModel, adapters: AdapterSet) -> BaseModel:
+    """Return the part of ``base`` that has the adapted layers, under its own names."""
+    layer = f".{next(iter(adapters.layers))}.weight"
+    parts = {name.removesuffix(layer) for name in base.tensors if name.endswith(layer)}
+    if layer[1:] in base.tensors or len(parts) != 1:
+        return base
+    part = f"{parts.pop()}."
+    tensors = {
+        name.removeprefix(part): tensor
+        for name, tensor in base.tensors.items()
+        if name.startswith(part)
+    }
+    files = {
+        name.removeprefix(part): file
+        for name, file in base.file_of.items()
+        if name.startswith(part)
+    }
+    return dataclasses.replace(
+        base, tensors=MappingProxyType(tensors), file_of=MappingProxyType(files)
+    )
 
 
 def _prefix(adapters: AdapterSet, base: BaseModel) -> str:
@@ -94,6 +149,7 @@ def _mismatch(layer: AnyAdapter, base: BaseModel, prefix: str) -> str | None:
     if tensor is None:
         return f"{name!r} is missing"
     expected = (layer.out_features, layer.in_features)
+    expected = expected[::-1] if layer.transposed else expected
     if tensor.shape != expected:
         return f"{name!r} is {list(tensor.shape)}, the adapter needs {list(expected)}"
     return None
@@ -114,4 +170,59 @@ def _misplaced(adapters: AdapterSet, base: BaseModel, prefix: str) -> list[str]:
             problems.append(f"{name!r} is missing, so there is nothing to replace")
         elif tensor.shape != shape:
             problems.append(f"{name!r} is {list(tensor.shape)}, the adapter's is {list(shape)}")
+    for name, rows in _own_rows(adapters):
+        tensor = base.tensors.get(name.removeprefix(prefix))
+        if tensor is None:
+            problems.append(f"{name!r} is missing, so it has no rows to replace")
+        elif tensor.shape[1:] != rows.values.shape[1:] or rows.indices.max() >= tensor.shape[0]:
+            problems.append(
+                f"{name!r} is {list(tensor.shape)}, the adapter has rows up to"
+                f" {rows.indices.max()} of {list(rows.values.shape[1:])}"
+            )
     return problems
+
+
+def _own_rows(adapters: AdapterSet) -> list[tuple[str, Rows]]:
+    return [
+        (name, rows)
+        for name, by_task in adapters.rows.items()
+        for rows in by_task
+        if rows is not None
+    ]
+
+
+def _altered(checkpoint: Checkpoint, base: BaseModel, prefix: str) -> list[str]:
+    """Return which of the base's tensors the checkpoint remembers differently."""
+    problems = []
+    for member in [checkpoint, *checkpoint.members]:
+        for name, copy in member.base_copies.items():
+            tensor = base.tensors.get(name.removeprefix(prefix))
+            if tensor is None or tensor.shape != copy.shape:
+                found = "missing" if tensor is None else str(list(tensor.shape))
+                problems.append(f"{name!r} is {found}, the checkpoint's copy {list(copy.shape)}")
+            elif not np.array_equal(tensor.widened(), copy.widened()):
+                problems.append(f"{name!r} has other values than the checkpoint's copy of it")
+    return problems
+
+
+def _refuse_tied(checkpoint: Checkpoint, adapters: AdapterSet, base: BaseModel) -> None:
+    """Refuse an adapted embedding whose weight is the output layer's too."""
+    # transformers ties by default; only an untied base stores the output layer.
+    is_tied = base.config.get("tie_word_embeddings", True)
+    if not (is_tied and adapters.model_class.endswith(LM_ENDINGS)):
+        return
+    embeddings = [
+        name
+        for member in [checkpoint, *checkpoint.members]
+        for name, layer in member.layers.items()
+        if layer.embedding
+    ]
+    if embeddings:
+        raise BaseModelError(
+            where=f"base {base.reference}",
+            found=f"its output layer is tied to the adapted embedding {shortened(embeddings)}",
+            expected="an output layer with a weight of its own",
+            why="the adapter was trained on the embedding alone",
+            fix="Save the base untied: config.tie_word_embeddings = False and a copy of the"
+            " embedding as output layer",
+        )

@@ -7,6 +7,7 @@ layer (``mtl_export.adapters.modules``); it knows nothing of the normal form.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -133,7 +134,12 @@ class MergedRunner:
 def member_models(bound: BoundModel) -> tuple[BoundModel, ...]:
     """Return one bound model per task where each task has an adapter of its own, else none."""
     return tuple(
-        BoundModel(member, read_adapters(member, bound.base), bound.base, bound.prefix)
+        BoundModel(
+            member,
+            replace(read_adapters(member, bound.base), model_class=bound.adapters.model_class),
+            bound.base,
+            bound.prefix,
+        )
         for member in bound.checkpoint.members
     )
 

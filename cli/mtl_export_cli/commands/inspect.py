@@ -81,7 +81,9 @@ def _trial(checkpoint: Checkpoint, base: BaseModel | None) -> tuple[list[str], s
     from mtl_export.errors import BaseModelError, HyperparameterError, IntegrityError
 
     try:
-        adapters = read_adapters(checkpoint)
+        adapters = read_adapters(checkpoint, base)
+    except BaseModelError as error:
+        return ([error.fix] if base is None else []), (error.found if base else "")
     except HyperparameterError:
         names = [name for name, value in sources.hyper_parameters(checkpoint).items() if not value]
         return [
