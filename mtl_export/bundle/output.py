@@ -110,6 +110,12 @@ def output_folder(
                 if place.exists():
                     _carry_over(place, folder, _listed(old), target, force=force)
                 put_in_place(folder, place)
+    except OutputError as error:
+        if not any(is_staging(part) for part in Path(error.where).parts):
+            raise
+        raise OutputError(
+            where=str(target), found=error.found, expected=error.expected, fix=error.fix
+        ) from error
     except MtlExportError:
         raise
     except Exception as error:

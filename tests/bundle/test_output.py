@@ -322,6 +322,17 @@ def test_a_failing_source_is_not_blamed_on_the_output(tmp_path: Path) -> None:
         raise PermissionError(errno.EACCES, "denied", str(tmp_path / "checkpoint"))
 
 
+def test_a_writers_own_complaint_names_the_target(tmp_path: Path) -> None:
+    """A stage that cannot write speaks of a temporary folder; the user never typed that."""
+
+    def refuse() -> None:
+        with output_folder(tmp_path / "out", recipe=RECIPE) as plan:
+            raise OutputError(where=str(plan.folder / "model"), found="no room")
+
+    with pytest.raises(OutputError, match=r"^/.*/out: no room\.$"):
+        refuse()
+
+
 KILL = """
 import os, signal, sys
 from pathlib import Path

@@ -132,11 +132,12 @@ def command(
     onnx_folder = settings.output_dir / "onnx"
     exporter = graphs.Exporter(bound, onnx_folder)
     engines = _EngineWriter(settings, bound, builder, (min_shapes, opt_shapes, max_shapes))
-    with talk.steps(2 * len(wanted)) as steps:
+    with talk.steps(len(wanted)) as steps:
         exported = [exporter.write(graph, steps, force=settings.force) for graph in wanted]
-        built = [engines.write(graph, graph.folder(onnx_folder), steps) for graph in wanted]
     for output in exported:
         talk.note(f"ONNX {output.path}: {output.status}.")
+    with talk.steps(len(wanted)) as steps:
+        built = [engines.write(graph, graph.folder(onnx_folder), steps) for graph in wanted]
     _print(settings, exported, built)
 
 
