@@ -166,17 +166,21 @@ def _print(result: ParityReport, settings: Settings) -> None:
 def _table(result: ParityReport) -> tuple[list[str], list[list[str]]]:
     """Return columns and rows: task by artefact, the worst cell of each speaking for it."""
     from mtl_export.parity.report import worst
+    from mtl_export_cli.artefacts import KINDS
 
-    artefacts = list(dict.fromkeys(cell.artefact for cell in result.cells))
+    found = {cell.artefact for cell in result.cells}
+    artefacts = [kind for kind in KINDS if kind in found]
     floors = next(iter(result.noise_floors.values()))
     rows = []
-    for task in [*floors, "*"]:
-        cells = [cell for cell in result.cells if cell.task == task]
-        if not cells:
-            continue
-        row = ["any" if task == "*" else task, f"{floors[task]:.1e}" if task in floors else ""]
+    for task in floors:
+        row = [task, f"{floors[task]:.1e}"]
         for artefact in artefacts:
-            own = [cell for cell in cells if cell.artefact == artefact]
+            # What holds for all tasks (bad ids, an engine that cannot run) counts for each.
+            own = [
+                cell
+                for cell in result.cells
+                if cell.artefact == artefact and cell.task in {task, "*"}
+            ]
             row.append(_text(worst(own)) if own else "")
         rows.append(row)
     return ["task", "noise floor", *artefacts], rows
