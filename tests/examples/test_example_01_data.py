@@ -116,6 +116,14 @@ def test_holding_out_dev_rows_leaves_the_test_split_alone(data: ModuleType, cach
         assert {*splits.train, *splits.dev} == set(without[task].train)
 
 
+def test_more_draws_reach_the_training_rows_only(data: ModuleType, cache: Path) -> None:
+    """Further negatives are drawn for training queries; dev and test stay as they were."""
+    once, often = data.load_splits(cache)["ads_rel"], data.load_splits(cache, draws=4)["ads_rel"]
+    assert (once.dev, once.test) == (often.dev, often.test)
+    assert len(often.train) == 4 * len(once.train)
+    assert {row.group for row in often.train} == {row.group for row in once.train}
+
+
 def test_negatives_are_wrong_titles_one_per_right_one(data: ModuleType) -> None:
     """A query's negative is never one of its right titles, and every query has both labels."""
     rows = data.read_ads_rel(soc_codes())
