@@ -169,6 +169,7 @@ class Checkpoint:
             task each, in id order. all other tensors are then there, none here.
         ledger: What becomes of every stored tensor.
         readout: How ``heads`` read off ``model_class``; None where the class has these modules.
+        notes: What the user should know of the file, one sentence each, without a full stop.
     """
 
     path: Path
@@ -186,6 +187,7 @@ class Checkpoint:
     members: tuple[Checkpoint, ...] = ()
     ledger: tuple[LedgerEntry, ...] = ()
     readout: Readout | None = None
+    notes: tuple[str, ...] = ()
 
 
 def task_named(tasks: tuple[Task, ...], name: str) -> Task:

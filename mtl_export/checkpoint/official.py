@@ -1,8 +1,8 @@
 """Checkpoints of the MTL-LoRA authors' repository: one pickled state dict, no config.
 
 ``<run>/checkpoint/final_checkpoint.pt`` holds every state-dict entry whose name contains
-``lora``, keys relative to the bare Hugging Face model (``module.`` is dropped wherever it
-stands, as the repository's own loader does). Source of names, shapes and rules:
+``lora``, keys relative to the bare Hugging Face model (a part ``module`` is dropped wherever
+it stands, as the repository's own loader does). Source of names, shapes and rules:
 https://github.com/pUmpKin-Co/MTL-LoRA/tree/7848a70/src, files adapter/*.py and
 utils/peft_loading_utilts.py.
 
@@ -48,6 +48,8 @@ from mtl_export.errors import CheckpointError, shortened
 
 NAME = "official"
 FILE = "final_checkpoint.pt"
+# What DistributedDataParallel and DeepSpeed put before a model's names.
+WRAPPER = "module"
 NO_HIDDEN_BIAS = (
     "the trainer's wrapper gives bias-free layers a random, frozen bias that it does not save; "
     "exports leave it out, as the paper's equation does"
@@ -109,9 +111,7 @@ def read_official(path: Path) -> Checkpoint:
     file = checkpoint_file(path)
     if file is None:
         raise CheckpointError(where=str(path), found=f"no {FILE}", expected="a checkpoint file")
-    tensors = {
-        name.replace("module.", ""): tensor for name, tensor in load_state_dict(file).items()
-    }
+    tensors = _unwrapped(file, load_state_dict(file))
     modules = _by_module(file, tensors)
     families = sorted({_family(file, module, roles) for module, roles in modules.items()})
     if len(families) != 1:
@@ -139,7 +139,27 @@ def read_official(path: Path) -> Checkpoint:
         model_class="",
         sha256=sha256_of_files([file]),
         ledger=_ledger(tensors, layers),
+        notes=(NO_HIDDEN_BIAS,),
     )
+
+
+def _unwrapped(file: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors by name, without the part that a wrapper adds to it."""
+    tensors: dict[str, Tensor] = {}
+    twice = []
+    for key, tensor in stored.items():
+        name = ".".join(part for part in key.split(".") if part != WRAPPER)
+        if name in tensors:
+            twice.append(f"{name!r} twice")
+        tensors[name] = tensor
+    if twice:
+        raise CheckpointError(
+            where=str(file),
+            found=shortened(twice),
+            expected=f"each tensor once, with or without {WRAPPER!r} in its name",
+            fix="Save the state dict of a single run",
+        )
+    return tensors
 
 
 def _role(suffix: str) -> str | None:
@@ -242,8 +262,9 @@ def _expert_roles(file: Path, module: str, stored: Mapping[str, Tensor]) -> Mapp
     problems += [
         f"{tensor.name!r} differs from its .mlp twin"
         for role, tensor in stored.items()
-        if role.startswith("alias_")
-        and not np.array_equal(tensor.numpy(), stored[role.removeprefix("alias_")].numpy())
+        if (twin := role.removeprefix("alias_")) != role
+        and twin in stored
+        and not np.array_equal(tensor.numpy(), stored[twin].numpy())
     ]
     gate, embedding = stored["gate_weight"], stored["task_embedding"]
     if gate.shape[1:] != embedding.shape[1:]:

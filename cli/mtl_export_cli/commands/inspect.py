@@ -67,6 +67,7 @@ def _report(checkpoint: Checkpoint, base: BaseModel | None) -> dict[str, Any]:
         **sources.hyper_parameters(checkpoint),
         "base": _base_facts(checkpoint, base, shapes_fit),
         "missing": missing,
+        "notes": list(checkpoint.notes),
     }
 
 
@@ -184,6 +185,7 @@ def _print(report: dict[str, Any]) -> None:
             ("trained on", base["trained_on"] or "unknown"),
             ("base given", _base_sentence(base)),
             *(("missing", line) for line in report["missing"]),
+            *(("note", line) for line in report["notes"]),
         ]
     )
     render.print_table(
