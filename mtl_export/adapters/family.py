@@ -21,6 +21,7 @@ from mtl_export.adapters import (
     multi_lora,
     olora,
     pissa,
+    ta_lora,
 )
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Head, Rows
@@ -81,6 +82,13 @@ FAMILIES: tuple[Family, ...] = (
         paper="https://arxiv.org/abs/2311.11501",
         layer_adapter=multi_lora.layer_adapter,
         oracle="mtl_export.adapters.modules.multi_lora:MultiLoRALinear",
+    ),
+    Family(
+        name=ta_lora.NAME,
+        title="TA-LoRA",
+        paper="https://doi.org/10.1609/AAAI.V39I20.35509",
+        layer_adapter=ta_lora.layer_adapter,
+        oracle="mtl_export.adapters.modules.ta_lora:TALoRALinear",
     ),
     Family(
         name=lora.NAME,
