@@ -17,6 +17,7 @@ from math import prod
 from typing import Literal
 
 from mtl_export.adapters.binding import BoundModel
+from mtl_export.adapters.normal_form import Rows
 from mtl_export.checkpoint.base_model import SINGLE_FILE
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES, NUMPY_DTYPES, Array, Tensor
@@ -214,8 +215,11 @@ def _pieces(bound: BoundModel, task: Task, dtype: str | None) -> list[Piece]:
             continue
         out = output_dtype(tensor, dtype)
         replaced = adapters.replacement(name, index)
+        rows = adapters.own_rows(name, index)
         if replaced is not None:
             pieces.append(_value(name, out, replaced, order))
+        elif rows is not None:
+            pieces.append(_patched(name, out, tensor, rows, order))
         elif kind == "weight" and _is_folded(bound, module, index):
             pieces.append(_folded(name, out, tensor, task, order))
         else:
@@ -246,6 +250,13 @@ def _folded(name: str, dtype: str, tensor: Tensor, task: Task, order: int) -> Pi
 
 def _value(name: str, dtype: str, values: Array, order: int) -> Piece:
     return Piece(name, dtype, values.shape, None, lambda: values, order=order)
+
+
+def _patched(name: str, dtype: str, tensor: Tensor, rows: Rows, order: int) -> Piece:
+    def values() -> Array:
+        return rows.placed_in(tensor.widened())
+
+    return Piece(name, dtype, tensor.shape, None, values, order=order)
 
 
 def _is_folded(bound: BoundModel, module: str, task_index: int) -> bool:

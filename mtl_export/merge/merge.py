@@ -30,11 +30,14 @@ class Delta:
         left: float64 ``[O, K]``.
         right: float64 ``[K, I]``.
         gain: float64 ``[O]``, or None where every gain is 1.
+        transposed: The weight is stored ``[I, O]``: then left is ``[I, K]``, right
+            ``[K, O]``, and the gain is that of the columns.
     """
 
     left: Array
     right: Array
     gain: Array | None
+    transposed: bool = False
 
     def fold(self, base: Array, rows: slice, scratch: Scratch) -> Array:
         """Return the exact rows of the task's weight, flat, in ``scratch.total``.
@@ -50,7 +53,7 @@ class Delta:
         np.matmul(self.left[rows], self.right, out=grid)
         np.add(total, base, out=total)
         if self.gain is not None:
-            np.multiply(grid, self.gain[rows, None], out=grid)
+            np.multiply(grid, self.gain if self.transposed else self.gain[rows, None], out=grid)
         return total
 
 
@@ -61,9 +64,12 @@ def task_delta(layer: AnyAdapter, task_index: int) -> Delta | None:
     if factors is None or not factors.core.any():
         if gain is None:
             return None
-        return Delta(np.zeros((layer.out_features, 1)), np.zeros((1, layer.in_features)), gain)
-    left, right = _two_factors(factors)
-    return Delta(left, right, gain)
+        left, right = np.zeros((layer.out_features, 1)), np.zeros((1, layer.in_features))
+    else:
+        left, right = _two_factors(factors)
+    if layer.transposed:
+        left, right = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)
+    return Delta(left, right, gain, layer.transposed)
 
 
 def _two_factors(factors: Factors) -> tuple[Array, Array]:
@@ -81,7 +87,7 @@ def merged_weight(weight: Array, layer: AnyAdapter, task_index: int, dtype: str)
     """Return task t's own weight.
 
     Args:
-        weight: The base weight ``[O, I]``, any floating dtype.
+        weight: The base weight as it is stored, ``[O, I]`` or ``[I, O]``, any floating dtype.
         layer: The layer's adapter.
         task_index: t.
         dtype: Output dtype, a key of ``NUMPY_DTYPES``.

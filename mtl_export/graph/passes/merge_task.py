@@ -53,8 +53,8 @@ class MergeTaskPass(ir.passes.InPlacePass):
         index = self._task.index
 
         def weight() -> Array:
-            transposed: Array = merged_weight(base.numpy(), layer, index, "F32").T
-            return transposed
+            stored = merged_weight(base.numpy(), layer, index, "F32")
+            return stored if layer.transposed else stored.T
 
         shape = (layer.in_features, layer.out_features)
         initializer = add_initializer(graph, names.weight_t(module), shape, weight)
