@@ -22,6 +22,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mtl_export.checkpoint.hashing import sha256_of_file
@@ -115,12 +116,18 @@ def read_manifest(folder: Path) -> Manifest | None:
         ) from error
 
 
-def write_manifest(folder: Path, recipe: Recipe) -> Manifest:
-    """Hash what ``folder`` holds, write its manifest, and return it."""
-    files = {
-        path.relative_to(folder).as_posix(): FileEntry(sha256_of_file(path), path.stat().st_size)
-        for path in own_files(folder)
-    }
+def write_manifest(
+    folder: Path, recipe: Recipe, known: Mapping[str, FileEntry] = MappingProxyType({})
+) -> Manifest:
+    """Hash what ``folder`` holds, write its manifest, and return it.
+
+    Args:
+        folder: The folder.
+        recipe: What made it.
+        known: Files that need not be hashed, because who wrote them did, by name.
+    """
+    names = (path.relative_to(folder).as_posix() for path in own_files(folder))
+    files = {name: _entry(folder / name, known.get(name)) for name in names}
     document = {
         "schema": SCHEMA,
         "tool_version": recipe.tool_version,
@@ -135,6 +142,13 @@ def write_manifest(folder: Path, recipe: Recipe) -> Manifest:
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
     return Manifest(recipe, files)
+
+
+def _entry(path: Path, known: FileEntry | None) -> FileEntry:
+    size = path.stat().st_size
+    if known is not None and known.size_bytes == size:
+        return known
+    return FileEntry(sha256_of_file(path), size)
 
 
 def damage(folder: Path, manifest: Manifest) -> list[str]:

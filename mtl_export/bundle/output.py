@@ -26,13 +26,14 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mtl_export.bundle.manifest import (
     MANIFEST_FILE,
+    FileEntry,
     Manifest,
     Recipe,
     damage,
@@ -69,22 +70,30 @@ class OutputPlan:
         target: Where the result will lie, as the caller named it.
         folder: Where to write it now; the target itself if ``up_to_date``.
         up_to_date: The target already holds exactly this result: write nothing.
+        known: Files in ``folder`` that the writer has hashed itself, by name; to be filled.
     """
 
     target: Path
     folder: Path
     up_to_date: bool
+    known: dict[str, FileEntry] = field(default_factory=dict)
 
 
 @contextmanager
 def output_folder(
-    target: Path, *, recipe: Recipe, force: bool = False, estimated_size_bytes: int = 0
+    target: Path,
+    *,
+    recipe: Recipe | Callable[[], Recipe],
+    force: bool = False,
+    estimated_size_bytes: int = 0,
 ) -> Iterator[OutputPlan]:
     """Give a folder to write to, and make it ``target`` when the block ends well.
 
     Args:
         target: The folder to create; its parents are created too.
-        recipe: What decides its bytes; goes into its manifest.
+        recipe: What decides its bytes; goes into its manifest. A function is called when
+            there is an old manifest to compare with, else at the end, when the block may
+            have learnt what the recipe needs (the base's hash, from reading it).
         force: Replace an old result that is different.
         estimated_size_bytes: About what will be written; checked before the first byte.
 
@@ -97,15 +106,16 @@ def output_folder(
     try:
         _refuse_place(place, target)
         old = _old_manifest(place, force=force)
-        if old is not None and old.recipe == recipe and not damage(place, old):
+        if old is not None and old.recipe == _recipe(recipe) and not damage(place, old):
             yield OutputPlan(target, place, up_to_date=True)
             return
         if not force:
             _refuse_difference(target, place, old, recipe)
         _refuse_full_disk(target, place, estimated_size_bytes)
         with staging_folder(place) as folder:
-            yield OutputPlan(target, folder, up_to_date=False)
-            write_manifest(folder, recipe)
+            plan = OutputPlan(target, folder, up_to_date=False)
+            yield plan
+            write_manifest(folder, _recipe(recipe), plan.known)
             with held_alone(place):
                 if place.exists():
                     _carry_over(place, folder, _listed(old), target, force=force)
@@ -162,11 +172,17 @@ def _refuse_place(place: Path, target: Path) -> None:
         )
 
 
-def _refuse_difference(target: Path, place: Path, old: Manifest | None, recipe: Recipe) -> None:
+def _recipe(recipe: Recipe | Callable[[], Recipe]) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else recipe()
+
+
+def _refuse_difference(
+    target: Path, place: Path, old: Manifest | None, recipe: Recipe | Callable[[], Recipe]
+) -> None:
     if not place.exists():
         return
     if old is not None:
-        changes = recipe.differences(old.recipe) or damage(place, old)
+        changes = _recipe(recipe).differences(old.recipe) or damage(place, old)
         raise OutputError(
             where=str(target),
             found=f"it holds another result: {shortened(changes)}",

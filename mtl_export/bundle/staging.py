@@ -23,7 +23,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -55,6 +55,37 @@ def staging_folder(target: Path) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+@contextmanager
+def resumable_folder(target: Path, is_wanted: Callable[[Path], bool]) -> Iterator[Path]:
+    """Like ``staging_folder``, but take up the rest of a killed run if there is one.
+
+    An interrupt from the keyboard leaves the folder behind, as a kill does; it is removed
+    by the next run that writes in the same place and does not take it up.
+
+    Args:
+        target: Absolute; its parents are created.
+        is_wanted: Whether a rest is what this run would write.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.parent, exclusive=False, wait=True):
+        folder, lock = _rest(target, is_wanted) or (None, None)
+        remove_stale(target.parent)
+        if folder is None:
+            folder, lock = _new_folder(target)
+        try:
+            yield folder
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
             if lock is not None:
                 os.close(lock)
 
@@ -128,6 +159,23 @@ def remove_stale(parent: Path) -> None:
 def is_staging(name: str) -> bool:
     """Return whether ``name`` is one that this file gives out."""
     return _STAGING_NAME.fullmatch(name) is not None
+
+
+def _rest(target: Path, is_wanted: Callable[[Path], bool]) -> tuple[Path, int | None] | None:
+    """Return what a killed run left for ``target`` and is wanted, locked."""
+    for child in sorted(target.parent.iterdir()):
+        match = _STAGING_NAME.fullmatch(child.name)
+        if not match or match["target"] != target.name or match["old"] or not child.is_dir():
+            continue
+        try:
+            lock = _lock(child, exclusive=True, wait=False)
+        except BlockingIOError:
+            continue
+        if is_wanted(child):
+            return child, lock
+        if lock is not None:
+            os.close(lock)
+    return None
 
 
 def _new_folder(target: Path) -> tuple[Path, int | None]:

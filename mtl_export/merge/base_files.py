@@ -24,8 +24,8 @@ class BaseFiles:
     def __init__(self, bound: BoundModel, *, hashed: bool) -> None:
         base = bound.base
         self._paths = [file for file in base.weight_files if file.suffix == ".safetensors"]
-        # Other formats are not read from front to back.
-        self.hashed = hashed and len(self._paths) == len(base.weight_files)
+        # Other formats are not read from front to back, nor is a base of which a part is left out.
+        self.hashed = hashed and len(self._paths) == len(base.weight_files) and _is_all_read(bound)
         self.lanes: dict[Path, Lane] = {}
         self._descriptors: dict[Path, int] = {}
 
@@ -63,3 +63,21 @@ class BaseFiles:
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of each file, by name; empty if they were not hashed."""
         return {path.name: lane.progress().sha256 for path, lane in self.lanes.items()}
+
+
+def _is_all_read(bound: BoundModel) -> bool:
+    """Return whether the base's tensors are all that its files hold after their headers."""
+    base = bound.base
+    ends: dict[Path, int] = {}
+    for tensor in base.tensors.values():
+        if tensor.file is not None:
+            known = ends.get(tensor.file, _header_bytes(tensor.file))
+            if tensor.offset_bytes != known:
+                return False
+            ends[tensor.file] = known + tensor.size_bytes
+    return all(ends.get(file) == file.stat().st_size for file in base.weight_files)
+
+
+def _header_bytes(file: Path) -> int:
+    with file.open("rb") as opened:
+        return 8 + int.from_bytes(opened.read(8), "little")

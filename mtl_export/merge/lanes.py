@@ -65,6 +65,10 @@ class Lane:
             self._settled = (self._position, settled)
             self._turn.notify_all()
 
+    def _restart(self) -> None:
+        self._hash, self._position = hashlib.sha256(), 0
+        self._settled = (0, self._hash)
+
     def cancel(self) -> None:
         """Wake everyone who waits for a turn that will not come."""
         with self._turn:
@@ -84,19 +88,22 @@ class WriteLane(Lane):
     Args:
         path: The file; created, or continued where ``resumed`` says so.
         header: What it begins with.
-        resumed: How much of it is there already, checked; None for a new file.
+        resumed: How much of it an earlier run says is there. That is checked, and if it is
+            not so the file is begun anew. None for a new file.
+
+    Attributes:
+        path: The file.
+        begun_at: How many bytes were there already, or are the header.
     """
 
     def __init__(self, path: Path, header: bytes, resumed: Progress | None = None) -> None:
         super().__init__()
         self.path = path
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-        self._file = os.open(path, flags if resumed else flags | os.O_TRUNC, 0o666)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         self._start_lock = threading.Lock()
         self._written_back = 0
-        if resumed is not None:
-            self._take_up(resumed)
-        else:
+        if resumed is None or not self._take_up(resumed):
+            os.ftruncate(self._file, 0)
             self.write(0, memoryview(header))
         self.begun_at = self._position
 
@@ -110,19 +117,20 @@ class WriteLane(Lane):
         """Close the file."""
         os.close(self._file)
 
-    def _take_up(self, resumed: Progress) -> None:
-        """Hash what is there; what does not agree with ``resumed`` is refused.
-
-        Raises:
-            ValueError: It is not what was written.
-        """
+    def _take_up(self, resumed: Progress) -> bool:
+        """Hash what is there; return whether it is what ``resumed`` says."""
         block = memoryview(bytearray(1 << 20))
-        while self._position < resumed.done_bytes:
-            wanted = block[: min(len(block), resumed.done_bytes - self._position)]
-            read_at(self._file, wanted, self._position)
-            self.hash_at(self._position, wanted)
-        if self.progress() != resumed:
-            raise ValueError(f"{self.path} has changed")
+        try:
+            while self._position < resumed.done_bytes:
+                wanted = block[: min(len(block), resumed.done_bytes - self._position)]
+                read_at(self._file, wanted, self._position)
+                self.hash_at(self._position, wanted)
+        except OSError:  # shorter than it was
+            pass
+        if self.progress() == resumed:
+            return True
+        self._restart()
+        return False
 
     def _write_back(self) -> None:
         if not hasattr(os, "posix_fadvise") or not self._start_lock.acquire(blocking=False):

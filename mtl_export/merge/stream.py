@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,9 +158,10 @@ class Pass:
     def _open(self) -> dict[int, list[Target]]:
         """Open every output file; return where the pieces go, by their order."""
         places: dict[int, list[Target]] = {}
-        for path, file in self._files:
-            header = file.header()
-            lane = WriteLane(path, header, self._resumed.get(path))
+        headers = [file.header() for _, file in self._files]
+        with ThreadPoolExecutor(core_count()) as pool:  # what is resumed is hashed
+            lanes = list(pool.map(self._lane, (path for path, _ in self._files), headers))
+        for (path, file), header, lane in zip(self._files, headers, lanes, strict=True):
             self._stack.callback(lane.close)
             self._lanes[path] = lane
             self._done_bytes += lane.begun_at - len(header)
@@ -169,6 +171,9 @@ class Pass:
                 offset += piece.size_bytes
         self._base.open(self._stack)
         return places
+
+    def _lane(self, path: Path, header: bytes) -> WriteLane:
+        return WriteLane(path, header, self._resumed.get(path))
 
     def _chunks(self, places: dict[int, list[Target]]) -> Iterator[_Chunk]:
         """Yield the work in file order."""
