@@ -91,9 +91,11 @@ class BaseLayer:
         return None if tensor is None else tensor.widened()
 
     def _tensor(self, kind: str) -> Tensor | None:
-        """Return the layer's tensor, under whatever prefix the base lacks."""
+        """Return the layer's tensor, under whatever prefix the base lacks or adds."""
         if self.base is None:
             return None
-        parts = f"{self.module}.{kind}".split(".")
-        names = (".".join(parts[start:]) for start in range(len(parts) - 1))
+        full = f"{self.module}.{kind}"
+        parts = full.split(".")
+        names = [".".join(parts[start:]) for start in range(len(parts) - 1)]
+        names += [name for name in self.base.tensors if name.endswith(f".{full}")]
         return next((self.base.tensors[name] for name in names if name in self.base.tensors), None)

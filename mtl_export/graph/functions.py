@@ -10,6 +10,8 @@ A runtime that knows ``mtl_export::TaskDelta`` may replace it; all others inline
         (x . downs[task_ids]) . ups[task_ids]
     TaskHeadRows(x, task_ids, weights, biases)  x [B, I]     ->  [B, L]
         x . weights[task_ids] + biases[task_ids]
+    TaskHeadTokens(x, task_ids, weights, biases)  x [B, S, I]  ->  [B, S, L]
+        the same for every position
     TaskVectors(task_ids, rows)                 [B, 1, O];  TaskVectorRows  [B, O]
         rows[task_ids]
 
@@ -31,6 +33,7 @@ TASK_DELTA = "TaskDelta"
 TASK_DELTA_ROWS = "TaskDeltaRows"
 TASK_OWN_DELTA = "TaskOwnDelta"
 TASK_OWN_DELTA_ROWS = "TaskOwnDeltaRows"
+TASK_HEAD_TOKENS = "TaskHeadTokens"
 TASK_HEAD_ROWS = "TaskHeadRows"
 TASK_VECTORS = "TaskVectors"
 TASK_VECTOR_ROWS = "TaskVectorRows"
@@ -109,11 +112,23 @@ def task_head_rows(opset: int) -> ir.Function:
     return _function(TASK_HEAD_ROWS, inputs, y, body, opset)
 
 
+def task_head_tokens(opset: int) -> ir.Function:
+    """Return ``TaskHeadTokens``."""
+    x, ids, weights, biases = inputs = _values("x", "task_ids", "weights", "biases")
+    body = tape.Tape()
+    axis = body.op("Constant", [], {"value_ints": [1]})
+    logits = body.op("MatMul", [x, body.op("Gather", [weights, ids], {"axis": 0})])
+    picked = body.op("Gather", [biases, ids], {"axis": 0})
+    y = body.op("Add", [logits, body.op("Unsqueeze", [picked, axis])])
+    return _function(TASK_HEAD_TOKENS, inputs, y, body, opset)
+
+
 FUNCTIONS = {
     TASK_DELTA: task_delta,
     TASK_DELTA_ROWS: task_delta_rows,
     TASK_OWN_DELTA: task_own_delta,
     TASK_OWN_DELTA_ROWS: task_own_delta_rows,
+    TASK_HEAD_TOKENS: task_head_tokens,
     TASK_HEAD_ROWS: task_head_rows,
     TASK_VECTORS: task_vectors,
     TASK_VECTOR_ROWS: task_vector_rows,

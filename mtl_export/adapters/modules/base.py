@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mtl_export.adapters.binding import BoundModel
+from mtl_export.adapters.modules.readout import with_readout
 from mtl_export.errors import AdapterError, BaseModelError, shortened
 
 
@@ -24,7 +25,11 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
         BaseModelError: The class has a weight that neither the base nor the checkpoint
             provides.
     """
-    model_class = _class_named(bound.adapters.model_class)
+    model_class = class_named(bound.adapters.model_class)
+    readout = bound.checkpoint.readout
+    if readout is not None:
+        shapes = [bound.adapters.heads[module][0].weight.shape for module in readout.modules]
+        model_class = with_readout(model_class, readout, shapes)
     with quiet_transformers():
         model, info = model_class.from_pretrained(
             bound.base.folder, dtype=dtype, output_loading_info=True
@@ -49,9 +54,16 @@ def _replace(model: Any, bound: BoundModel, dtype: torch.dtype) -> None:
     with torch.no_grad():
         for name, tensor in bound.checkpoint.replaced.items():
             state[name].copy_(torch.from_numpy(tensor.widened()).to(dtype))
+        for name, rows in bound.checkpoint.rows.items():
+            state[name][list(rows.indices)] = torch.from_numpy(rows.values.widened()).to(dtype)
 
 
-def _class_named(name: str) -> Any:
+def class_named(name: str) -> Any:
+    """Return the transformers class called ``name``.
+
+    Raises:
+        AdapterError: There is none, or it is no model.
+    """
     import transformers
 
     model_class = getattr(transformers, name, None) if name else None

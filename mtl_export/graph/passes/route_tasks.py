@@ -20,6 +20,9 @@ from mtl_export.graph.passes.stacks import (
 )
 from mtl_export.graph.passes.weights import add_initializer
 
+# [B, I] and [B, S, I]
+RANKS = (2, 3)
+
 
 class RouteTasksPass(ir.passes.InPlacePass):
     """Replace the markers by layers that gather each row's task.
@@ -34,8 +37,10 @@ class RouteTasksPass(ir.passes.InPlacePass):
         5. an adapter with gains: ``Mul`` by the gathered gain, before the bias.
         6. a bias that tasks train themselves: the gathered one is added instead of ``b``.
         7. ``TaskHead(x)``, x [B, I]  ->  ``TaskHeadRows(x, ids, weights, biases)``, as wide as
-           the widest head; columns a task does not have are -inf.
-        8. x whose first dimension is not the graph's ``batch``: refused, for its rows
+           the widest head; columns a task does not have are -inf. A chain of heads is one
+           ``TaskHeadRows`` each.
+        8. the same with x [B, S, I], logits for every token: ``TaskHeadTokens``
+        9. x whose first dimension is not the graph's ``batch``: refused, for its rows
            could not be told apart.
 
     ``ids`` is ``task_ids`` with every id outside [0, T) replaced by T, and row T of each
@@ -179,7 +184,9 @@ class RouteTasksPass(ir.passes.InPlacePass):
             self._stack(graph, module, "biases", biases),
         ]
         name = names.value(module, "head")
-        return self._call(functions.TASK_HEAD_ROWS, [_x_of(node), ids, *stacks], name, ops)
+        x = _x_of(node)
+        function = functions.TASK_HEAD_ROWS if _rank(x) == 2 else functions.TASK_HEAD_TOKENS
+        return self._call(function, [x, ids, *stacks], name, ops)
 
 
 def _x_of(node: ir.Node) -> ir.Value:
@@ -195,13 +202,12 @@ def _rank(x: ir.Value) -> int:
 
 def _refuse_unknown_rows(node: ir.Node) -> None:
     x = _x_of(node)
-    ranks = (2,) if node.op_type == names.MARKER_HEAD else (2, 3)
-    first = x.shape[0] if x.shape is not None and _rank(x) in ranks else None
+    first = x.shape[0] if x.shape is not None and _rank(x) in RANKS else None
     if not isinstance(first, ir.SymbolicDim) or first.value != names.BATCH:
         raise GraphError(
             where=module_of(node),
             found=f"its input has shape {x.shape}",
-            expected=f"[{names.BATCH}, ...] with {' or '.join(map(str, ranks))} dimensions",
+            expected=f"[{names.BATCH}, ...] with {' or '.join(map(str, RANKS))} dimensions",
             why="every row must be told its task",
             fix="Export this model per task: --layout per-task",
         )
