@@ -1,10 +1,7 @@
-"""Trace the base model once, with an opaque marker in place of every adapted layer.
+"""Trace the base model once, with an opaque marker in place of all that tasks change.
 
-    mtl_export::TaskLinear(x, weight, bias?)  module="<dotted name>"   an adapted linear layer
-    mtl_export::TaskHead(x)                   module="<dotted name>"   a per-task head
-
-x ``[B, ..., I]``, weight ``[O, I]``, bias ``[O]``. The markers have no meaning to any
-runtime; ``lower`` replaces every one. One trace serves all tasks and layouts.
+``marking`` describes the markers; ``lower`` replaces every one. One trace serves all tasks
+and layouts.
 """
 
 from __future__ import annotations
@@ -21,13 +18,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import nn
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.base import base_model, quiet_transformers
-from mtl_export.adapters.modules.model import linear_named
-from mtl_export.errors import BaseModelError, GraphError, shortened
+from mtl_export.errors import GraphError, shortened
 from mtl_export.graph import names
+from mtl_export.graph.marking import mark, marked_modules
+from mtl_export.graph.passes.markers import markers, module_of
 
 OPSET = 20
 # Lengths that no model has by accident, so that no size is mistaken for a constant.
@@ -41,7 +38,7 @@ class TracedModel:
 
     Attributes:
         model: Initializers carry their state-dict names; never changed, lowering clones it.
-        modules: Names of the adapted layers, in graph order.
+        modules: Names of the other modules that tasks change, in graph order.
         heads: Names of the head modules, in graph order.
     """
 
@@ -50,77 +47,22 @@ class TracedModel:
     heads: tuple[str, ...]
 
 
-class _LinearMarker(nn.Module):
-    def __init__(self, layer: nn.Linear, name: str) -> None:
-        super().__init__()
-        self.weight, self.bias, self._name = layer.weight, layer.bias, name
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        shape = (*x.shape[:-1], self.weight.shape[0])
-        return _marker(names.MARKER_LINEAR, (x, *parameters), self._name, x.dtype, shape)
-
-
-class _HeadMarker(nn.Module):
-    def __init__(self, width: int, name: str) -> None:
-        super().__init__()
-        self._width, self._name = width, name
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shape = (*x.shape[:-1], self._width)
-        return _marker(names.MARKER_HEAD, (x,), self._name, x.dtype, shape)
-
-
-def _marker(
-    op_type: str,
-    inputs: tuple[torch.Tensor, ...],
-    module: str,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-) -> torch.Tensor:
-    return torch.onnx.ops.symbolic(
-        f"{names.DOMAIN}::{op_type}",
-        inputs,
-        {names.MODULE_ATTRIBUTE: module},
-        dtype=dtype,
-        shape=shape,
-        version=names.DOMAIN_VERSION,
-    )
-
-
 def trace(bound: BoundModel) -> TracedModel:
     """Return the base of ``bound`` as a float32 graph with markers.
 
     Raises:
-        GraphError: The exporter cannot trace the model, or a marker got lost.
+        GraphError: The exporter cannot trace the model, a marker got lost, or tasks change a
+            module of a kind that has no marker.
         BaseModelError: The heads do not fit the model's features.
     """
     model = base_model(bound, torch.float32)
     # Only logits: a graph with a KV cache has other inputs and is traced by a pass of its own.
     model.config.use_cache = False
-    for module in bound.adapters.layers:
-        model.set_submodule(module, _LinearMarker(linear_named(model, module), module))
-    for module, heads in bound.adapters.heads.items():
-        _refuse_misfit(bound, linear_named(model, module), module)
-        width = max(head.weight.shape[0] for head in heads)
-        model.set_submodule(module, _HeadMarker(width, module))
+    mark(model, bound)
     inputs = _sample_inputs(model)
     traced = _exported(model, inputs)
     _name_dimensions(traced)
     return _checked(traced, bound)
-
-
-def _refuse_misfit(bound: BoundModel, layer: nn.Linear, module: str) -> None:
-    """Refuse heads that take another number of features than the model gives them."""
-    taken = {head.weight.shape[1] for head in bound.adapters.heads[module]}
-    if taken != {layer.in_features}:
-        raise BaseModelError(
-            where=f"head {module}",
-            found=f"the checkpoint's heads take {shortened(map(str, sorted(taken)))} features",
-            expected=f"{layer.in_features} features",
-            why=f"{bound.adapters.model_class} on base {bound.base.reference} gives as many",
-            fix="Pass the base the adapter was trained on to --base",
-        )
 
 
 def _sample_inputs(model: Any) -> dict[str, torch.Tensor]:
@@ -204,15 +146,11 @@ def _checked(model: ir.Model, bound: BoundModel) -> TracedModel:
 
     # Stack traces with the exporting machine's paths would make bytes differ between machines.
     common.ClearMetadataAndDocStringPass()(model)
-    found: dict[str, list[str]] = {names.MARKER_LINEAR: [], names.MARKER_HEAD: []}
-    for node in model.graph.all_nodes():
-        if node.domain == names.DOMAIN:
-            found[node.op_type].append(node.attributes[names.MODULE_ATTRIBUTE].as_string())
-    linears, heads = found[names.MARKER_LINEAR], found[names.MARKER_HEAD]
-    expected = sorted([*bound.adapters.layers, *bound.adapters.heads])
-    if sorted([*linears, *heads]) != expected:
-        lost = sorted(set(expected) - {*linears, *heads})
-        twice = sorted({name for name in linears if linears.count(name) > 1})
+    found = [module_of(node) for node in markers(model)]
+    expected = sorted(marked_modules(bound.adapters))
+    if sorted(found) != expected:
+        lost = sorted(set(expected) - set(found))
+        twice = sorted({name for name in found if found.count(name) > 1})
         raise GraphError(
             where=bound.adapters.model_class,
             found=f"layers not in the graph: {shortened(lost)}; used twice: {shortened(twice)}",
@@ -220,7 +158,12 @@ def _checked(model: ir.Model, bound: BoundModel) -> TracedModel:
             why="a layer the graph lost would be exported without its adapter",
             fix="Check that the model class is the one that was trained",
         )
-    return TracedModel(model, tuple(linears), tuple(heads))
+    heads = bound.adapters.heads
+    return TracedModel(
+        model,
+        tuple(name for name in found if name not in heads),
+        tuple(name for name in found if name in heads),
+    )
 
 
 @contextlib.contextmanager

@@ -62,14 +62,14 @@ class MultiTaskModel(nn.Module):
         self,
         model: nn.Module,
         *,
-        adapters: Mapping[str, Callable[[nn.Linear, TaskRouting], nn.Module]],
+        adapters: Mapping[str, Callable[[Any, TaskRouting], nn.Module]],
         heads: Mapping[str, Sequence[nn.Linear]],
     ) -> None:
         super().__init__()
         self.routing = TaskRouting()
         self.model = model.requires_grad_(False)
         for name, adapt in adapters.items():
-            model.set_submodule(name, adapt(linear_named(model, name), self.routing))
+            model.set_submodule(name, adapt(layer_named(model, name), self.routing))
         for name, task_heads in heads.items():
             linear_named(model, name)
             model.set_submodule(name, TaskHeads(task_heads, self.routing))
@@ -82,14 +82,33 @@ class MultiTaskModel(nn.Module):
         return self.model(**inputs)
 
 
-def linear_named(model: nn.Module, name: str) -> nn.Linear:
-    """Return the linear layer called ``name``.
+def layer_named(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
+    """Return the linear layer or the embedding called ``name``.
 
     Raises:
-        TypeError: It exists but is no ``nn.Linear``.
+        TypeError: It exists but is neither, or an embedding that does more than look up.
         AttributeError: There is none.
     """
     layer = model.get_submodule(name)
+    return layer if type(layer) is nn.Embedding else linear_named(model, name)
+
+
+def linear_named(model: nn.Module, name: str) -> nn.Linear:
+    """Return the linear layer called ``name``; a transformers ``Conv1D`` as one.
+
+    Raises:
+        TypeError: It exists but is no linear layer.
+        AttributeError: There is none.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    layer = model.get_submodule(name)
+    if isinstance(layer, Conv1D):
+        inputs, outputs = layer.weight.shape
+        linear = nn.Linear(inputs, outputs, device="meta", dtype=layer.weight.dtype)
+        linear.weight = nn.Parameter(layer.weight.T.contiguous(), requires_grad=False)
+        linear.bias = layer.bias
+        return linear
     if not isinstance(layer, nn.Linear):
         raise TypeError(f"{name} is a {type(layer).__name__}, not an nn.Linear")
     return layer

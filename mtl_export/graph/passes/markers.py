@@ -7,7 +7,9 @@ from onnx_ir import convenience, tape
 
 from mtl_export.graph import names
 
-_MARKERS = frozenset({names.MARKER_LINEAR, names.MARKER_HEAD})
+_MARKERS = frozenset(
+    {names.MARKER_LINEAR, names.MARKER_HEAD, names.MARKER_EMBEDDING, names.MARKER_NORM}
+)
 
 
 def markers(model: ir.Model) -> list[ir.Node]:
