@@ -1,6 +1,8 @@
 """Our own checkpoint folder: read it, and write it from a trainer.
 
-Two files, PEFT's habit:
+There are two versions. Version 1, below, holds an MTL-LoRA adapter whose layers share
+their numbers; version 2 (``folder_v2``) holds everything else: other families, numbers per
+layer, one adapter per task, trained tensors of the base. Two files, PEFT's habit:
 
 ``adapter_config.json``, UTF-8 JSON, one object with exactly these keys
 
@@ -35,7 +37,8 @@ and per task NAME and head module H
     heads.NAME.H.weight   [L, I]
     heads.NAME.H.bias     [L], optional
 
-Nothing else may be in either file.
+Nothing else may be in either file. A checkpoint is written as version 1 if that can hold
+it, so that older readers can read it.
 """
 
 from __future__ import annotations
@@ -50,23 +53,39 @@ from typing import Any
 import numpy as np
 
 from mtl_export.checkpoint.checkpoint import (
-    TASK_KINDS,
     BaseReference,
     Checkpoint,
     HeadTensors,
     LayerTensors,
+    LedgerEntry,
     Task,
     check_task_names,
+)
+from mtl_export.checkpoint.folder_v2 import fate_of, read_v2, task_entry
+from mtl_export.checkpoint.folder_v2_checks import (
+    CONFIG_FILE,
+    FORMAT,
+    VERSION,
+    WEIGHTS_FILE,
+    is_task_entry,
 )
 from mtl_export.checkpoint.hashing import sha256_of_files
 from mtl_export.checkpoint.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES, Array, Tensor
 from mtl_export.errors import CheckpointError, shortened
 
-FORMAT = "mtl-export"
+__all__ = [
+    "CONFIG_FILE",
+    "CONFIG_KEYS",
+    "FORMAT",
+    "SUFFIXES",
+    "WEIGHTS_FILE",
+    "is_own_folder",
+    "read_folder",
+    "write_folder",
+]
+
 FORMAT_VERSION = 1
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 # role in the family -> suffix in the file
 SUFFIXES = {
     "down": "lora_A",
@@ -113,6 +132,8 @@ def read_folder(path: Path) -> Checkpoint:
         CheckpointError: The config lacks a key or has a wrong one, the weights are
             missing, truncated, or hold more or fewer tensors than the config says.
     """
+    if _version(path / CONFIG_FILE) == VERSION:
+        return read_v2(path)
     config = _read_config(path / CONFIG_FILE)
     weights_path = path / WEIGHTS_FILE
     if not weights_path.is_file():
@@ -166,6 +187,7 @@ def read_folder(path: Path) -> Checkpoint:
         base=BaseReference(config["base_model_name_or_path"], config["base_sha256"]),
         model_class=config["model_class"],
         sha256=sha256_of_files([path / CONFIG_FILE, weights_path]),
+        ledger=_ledger(config, tensors),
     )
 
 
@@ -175,8 +197,8 @@ def write_folder(
     tasks: tuple[Task, ...],
     layers: Mapping[str, Mapping[str, Array]],
     heads: Mapping[str, Mapping[str, tuple[Array, Array | None]]],
-    alpha: float,
-    temperature: float,
+    alpha: float | None,
+    temperature: float | None,
     model_class: str,
     base: BaseReference,
 ) -> None:
@@ -187,8 +209,8 @@ def write_folder(
         tasks: In id order.
         layers: By module, then by role (``down``, ``lambda``, ``up``, ``mixing``, ``scaler``).
         heads: By head module, then by task name: weight ``[L, I]`` and bias ``[L]`` or None.
-        alpha: s = alpha / r.
-        temperature: Softmax temperature tau.
+        alpha: s = alpha / r; None leaves it to be asked for.
+        temperature: Softmax temperature tau, likewise.
         model_class: transformers class whose module names are used.
         base: The base it was trained on.
 
@@ -214,9 +236,7 @@ def write_folder(
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "adapter_type": "mtl_lora",
-        "tasks": [
-            {"name": task.name, "labels": list(task.labels), "kind": task.kind} for task in tasks
-        ],
+        "tasks": [task_entry(task) for task in tasks],
         "r": int(first["down"].shape[0]),
         "lora_alpha": alpha,
         "temperature": temperature,
@@ -235,6 +255,21 @@ def write_folder(
     partial_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     os.replace(path / f"{WEIGHTS_FILE}.partial", path / WEIGHTS_FILE)
     os.replace(partial_config, path / CONFIG_FILE)
+
+
+def _version(config: Path) -> object:
+    parsed = json.loads(config.read_text(encoding="utf-8"))
+    return parsed.get("format_version")
+
+
+def _ledger(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LedgerEntry, ...]:
+    """Return what becomes of every tensor, in file order."""
+    fates = {
+        f"{module}.{suffix}": fate_of(role)
+        for module in config["target_modules"]
+        for role, suffix in SUFFIXES.items()
+    }
+    return tuple(LedgerEntry(name, fates.get(name, "head")) for name in tensors)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -256,7 +291,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             problems.append(f"format_version {config['format_version']}")
         if config["lambda_format"] not in {"full", "diagonal"}:
             problems.append(f"lambda_format {config['lambda_format']!r}")
-        problems += [f"task {entry!r}" for entry in config["tasks"] if not _is_task(entry)]
+        problems += [f"task {entry!r}" for entry in config["tasks"] if not is_task_entry(entry)]
         problems += [
             f"{key} is {config[key]!r}"
             for key in ("target_modules", "head_modules")
@@ -274,18 +309,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     check_task_names(str(path), [entry["name"] for entry in config["tasks"]])
     return dict(config)
-
-
-def _is_task(entry: object) -> bool:
-    return (
-        isinstance(entry, dict)
-        and entry.keys() == {"name", "labels", "kind"}
-        and isinstance(entry["name"], str)
-        and isinstance(entry["labels"], list)
-        and all(isinstance(label, str) for label in entry["labels"])
-        and entry["kind"] in TASK_KINDS
-        and (entry["kind"] == "headless") == (not entry["labels"])
-    )
 
 
 def _check_keys(path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:

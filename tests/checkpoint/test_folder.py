@@ -222,7 +222,7 @@ def task_entry(**changes: Any) -> list[dict[str, Any]]:
         ({"temperature": [0.1]}, "temperature is [0.1]"),
         ({"learn_scale": 1}, "learn_scale is 1"),
         ({"tasks": {}}, "tasks is {}"),
-        ({"format_version": 2}, "format_version 2"),
+        ({"format_version": 3}, "format_version 3"),
         ({"lambda_format": "sparse"}, "lambda_format 'sparse'"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": [MODULE, MODULE]}, "target_modules is"),
