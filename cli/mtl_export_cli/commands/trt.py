@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.bundle.output import OutputPlan
     from mtl_export.runtime.tensorrt.available import BuilderInfo
-    from mtl_export.runtime.tensorrt.manifest import EngineManifest
+    from mtl_export.runtime.tensorrt.manifest import Check, EngineManifest
     from mtl_export.runtime.tensorrt.shapes import Profile
     from mtl_export.runtime.tensorrt.task_engines import Structure
 
@@ -84,8 +84,12 @@ class Built:
     @property
     def run_here(self) -> str:
         """Return whether it was run here, and if not, why."""
-        check = self.manifest.validated[-1]
-        return f"{check.verdict} ({check.reason})" if check.reason else check.verdict
+        return f"{self.run_check.verdict} ({self.run_check.reason})".removesuffix(" ()")
+
+    @property
+    def run_check(self) -> Check:
+        """Return the check that ran the engine, or says why nothing did."""
+        return self.manifest.validated[-1]
 
     def as_dict(self) -> dict[str, object]:
         """Return the record as JSON's types."""
@@ -247,9 +251,11 @@ def _print(settings: Settings, exported: Sequence[Written], built: Sequence[Buil
                 f"{one.output.seconds:.1f}",
                 ", ".join(one.output.tasks),
                 one.output.status,
-                one.run_here,
+                one.run_check.verdict,
             )
             for one in built
         ],
         right=("size", "seconds"),
     )
+    for reason in dict.fromkeys(one.run_check.reason for one in built if one.run_check.reason):
+        render.print_line(f"not run here: {reason}")
