@@ -105,7 +105,8 @@ class MergedRunner:
                 self._folder, output_loading_info=True, ignore_mismatched_sizes=True
             )
         problems = [f"missing {key!r}" for key in sorted(info["missing_keys"])]
-        problems += [f"mismatched {key!r}" for key in sorted(entry[0] for entry in info["mismatched_keys"])]
+        mismatched = sorted(entry[0] for entry in info["mismatched_keys"])
+        problems += [f"mismatched {key!r}" for key in mismatched]
         if problems:
             raise BaseModelError(
                 where=str(self._folder),
