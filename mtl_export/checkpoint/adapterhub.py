@@ -49,6 +49,8 @@ LOOKS_FOR = (
     f'a folder with {SETUP_FILE}, with adapters whose adapter_config.json has a "model_class",'
     ' or with a config.json that lists "adapters"'
 )
+# Every adapted model refers to its word embeddings a second time, prompts or not.
+EMBEDDINGS_ALIAS = "prompt_tuning.base_model_embeddings.weight"
 SHARED = ("down", "up")
 PER_TASK = ("lambda", "mixing")
 
@@ -204,7 +206,7 @@ def _base_copies(task: _TaskAdapter) -> Mapping[str, Tensor]:
     copies = {
         _named(key, task.head): tensor
         for key, tensor in task.stored.rest.items()
-        if ".shared_parameters." not in key
+        if ".shared_parameters." not in key and not key.endswith(EMBEDDINGS_ALIAS)
     }
     return MappingProxyType(copies)
 
@@ -228,6 +230,8 @@ def _ledger(tasks: Sequence[_TaskAdapter], *, is_shared: bool) -> tuple[LedgerEn
     for key in tasks[0].stored.rest:
         if ".shared_parameters." in key:
             entries[key] = tied_copy(key)
+        elif key.endswith(EMBEDDINGS_ALIAS):
+            entries[key] = LedgerEntry(key, "known-dead", "the word embeddings, stored twice")
         else:
             entries[key] = LedgerEntry(key, "known-dead", "the base's own; --base must hold it")
     return tuple(entries.values())

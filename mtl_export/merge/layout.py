@@ -236,7 +236,9 @@ def _pieces(bound: BoundModel, task: Task, dtype: str | None) -> list[Piece]:
             pieces.append(_folded(name, output_dtype(tensor, dtype), tensor, task, order))
     touched = bound.base_tensor(f"{next(iter(adapters.layers))}.weight")
     out = output_dtype(touched, dtype)
-    for module, heads in adapters.heads.items():
+    # A head that the model class does not have goes to a file of its own: see ``head_file``.
+    heads_inside = {} if bound.checkpoint.readout else adapters.heads
+    for module, heads in heads_inside.items():
         order += 2
         pieces.append(_value(f"{module}.weight", out, heads[index].weight, order - 1))
         pieces.append(_value(f"{module}.bias", out, heads[index].bias, order))

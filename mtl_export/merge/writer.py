@@ -2,13 +2,13 @@
 
 Nothing is loaded as a model; see ``stream`` for how, ``layout`` for what goes where.
 A folder is what ``from_pretrained`` loads: weights, shard index, config, the base's
-tokenizer and processor files, and ``merge-report.json`` (see ``drift``).
+tokenizer and processor files, and ``merge-report.json`` (see ``drift``); a head that no
+transformers class has lies beside it (see ``head_file``).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +20,13 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.base_model import INDEX_FILE, companion_files
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES
-from mtl_export.merge.drift import Squares, TaskDrift
+from mtl_export.merge.drift import Squares, TaskDrift, sum_of
+from mtl_export.merge.head_file import head_note, write_head
 from mtl_export.merge.lanes import Progress
 from mtl_export.merge.layout import DTYPES, Layout, MergeLayout, merge_layout, output_dtype
 from mtl_export.merge.stream import Pass
 
 REPORT_FILE = "merge-report.json"
-Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class Written:
     squares: dict[tuple[str, str], dict[int, Squares]] = field(default_factory=dict)
 
 
+Tick = Callable[[int, int, Written], None]
+
+
 def layout_of(bound: BoundModel, tasks: Sequence[Task], options: MergeOptions) -> Layout:
     """Return the files that ``write_tasks`` would write."""
     return merge_layout(
@@ -85,7 +88,7 @@ def write_merged(
     folder: Path,
     *,
     dtype: str | None = None,
-    progress: Tick = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write ``task`` merged into the base as a folder that ``from_pretrained`` loads.
 
@@ -99,66 +102,106 @@ def write_merged(
     Raises:
         BaseModelError: A weight is not finite in the output dtype.
     """
-    options = MergeOptions(dtype=dtype)
+    layout = layout_of(bound, (task,), MergeOptions(dtype=dtype))
 
     def tick(done: int, total: int, written: Written) -> None:
         progress(done, total)
 
-    write_tasks(bound, {task: folder}, options=options, tick=tick)
+    written = write_tasks(bound, {task: folder}, layout, tick=tick)
+    write_companions(bound, task, folder, layout, dtype=dtype)
+    write_json(folder / REPORT_FILE, task_drift(layout, task, written).as_dict())
 
 
 def write_tasks(
     bound: BoundModel,
     folders: Mapping[Task, Path],
+    layout: Layout,
     *,
-    options: MergeOptions = MergeOptions(),
-    shared_folder: Path | None = None,
+    shared: Path | None = None,
     resumed: Written | None = None,
-    tick: Callable[[int, int, Written], None] = lambda done, total, written: None,
-) -> tuple[Written, list[TaskDrift]]:
-    """Write several tasks, reading the base once.
+    tick: Tick = lambda done, total, written: None,
+) -> Written:
+    """Write the weights of several tasks, reading the base once.
+
+    The base's hash, if it is not known yet, is taken on the way and known afterwards.
 
     Args:
-        bound: The adapter and its base. If the base was not hashed yet, it is on the way.
-        folders: The tasks to fold in, in id order, and an existing folder for each.
-        options: What decides the bytes.
-        shared_folder: Where shared files go: beside ``folders`` on the same disk.
-        resumed: What an earlier run with the same arguments left there, checked by hash
-            while it is taken up.
+        bound: The adapter and its base.
+        folders: The tasks to write, and an existing folder for each.
+        layout: The files to write; may hold more tasks than ``folders``.
+        shared: The folder for shared files; None leaves them out.
+        resumed: What an earlier run with the same layout left there, checked by hash while
+            it is taken up.
         tick: Called now and then with bytes done, bytes in all, and how far each file is.
 
     Returns:
-        Every weight file with its hash, and the drift of each task.
+        Every weight file with its hash, and what was measured.
 
     Raises:
         BaseModelError: A weight is not finite in the output dtype.
-        ValueError: What ``resumed`` says is not what is there.
     """
-    tasks = list(folders)
-    layout = layout_of(bound, tasks, options)
-    places = [(folders[t] / file.name, file) for t in tasks for file in layout.own[t.name]]
-    if shared_folder is not None:
-        places = [(shared_folder / file.name, file) for file in layout.shared] + places
-    done = resumed or Written()
-    one_pass = Pass(bound, places, resumed=done.files, hash_base=not bound.base.is_hashed)
-    one_pass.squares.update(done.squares)
+    places = [(shared / file.name, file) for file in layout.shared] if shared else []
+    places += [
+        (folder / file.name, file)
+        for task, folder in folders.items()
+        for file in layout.own[task.name]
+    ]
+    before = resumed or Written()
+    one_pass = Pass(bound, places, resumed=before.files, hash_base=not bound.base.is_hashed)
+    one_pass.squares.update(before.squares)
 
-    def report() -> Written:
+    def written() -> Written:
         return Written(one_pass.progress(), one_pass.squares)
 
-    one_pass.run(lambda count: tick(count, one_pass.total_bytes, report()))
+    one_pass.run(lambda done: tick(done, one_pass.total_bytes, written()))
     bound.base.remember_digests(one_pass.base_digests())
-    written = report()
-    measured = one_pass.measured()
-    drifts = [_drift(bound, layout, task, measured) for task in tasks]
-    for task, drift in zip(tasks, drifts, strict=True):
-        folder = folders[task]
-        for file in layout.shared if shared_folder is not None and options.is_linked else ():
-            _link(shared_folder / file.name, folder / file.name)  # type: ignore[operator]
-            written.files[folder / file.name] = written.files[shared_folder / file.name]  # type: ignore[operator]
-        _write_companions(bound, task, folder, layout, options, shared_folder)
-        _write_json(folder / REPORT_FILE, drift.as_dict())
-    return written, drifts
+    return written()
+
+
+def write_companions(
+    bound: BoundModel,
+    task: Task,
+    folder: Path,
+    layout: Layout,
+    *,
+    dtype: str | None = None,
+    shared: str = "",
+) -> None:
+    """Write everything of a task's folder but weights and report.
+
+    Args:
+        bound: The adapter and its base.
+        task: The task.
+        folder: Its folder.
+        layout: Its weight files.
+        dtype: As in ``MergeOptions``.
+        shared: Where the shared files lie, seen from ``folder``: "" or ending in "/".
+    """
+    untied = any(
+        piece.task is not None and _is_output_embedding(bound, piece.shape)
+        for file in layout.own[task.name]
+        for piece in file.pieces
+    )
+    write_json(folder / "config.json", task_config(bound, task, dtype, untied=untied))
+    index = layout.index(task, shared)
+    if index is not None:
+        write_json(folder / INDEX_FILE, index)
+    for file in companion_files(bound.base):
+        shutil.copyfile(file, folder / file.name)
+    if bound.checkpoint.readout is not None:
+        touched = bound.base_tensor(f"{next(iter(bound.adapters.layers))}.weight")
+        write_head(bound, task, folder, output_dtype(touched, dtype))
+
+
+def task_drift(layout: Layout, task: Task, written: Written) -> TaskDrift:
+    """Return how far ``task`` moves each layer, as measured while it was written."""
+    folded = [piece for file in layout.own[task.name] for piece in file.pieces if piece.task]
+    layers = {}
+    for piece in folded:
+        blocks = written.squares.get((task.name, piece.module), {})
+        # Threads bring the blocks in any order; sums must not depend on it.
+        layers[piece.module] = sum_of(squares for _, squares in sorted(blocks.items()))
+    return TaskDrift(task.name, ", ".join(sorted({piece.dtype for piece in folded})), layers)
 
 
 def task_config(
@@ -187,51 +230,6 @@ def task_config(
     return config
 
 
-def _drift(
-    bound: BoundModel,
-    layout: Layout,
-    task: Task,
-    measured: Mapping[tuple[str, str], Squares],
-) -> TaskDrift:
-    modules = [
-        piece.module for file in layout.own[task.name] for piece in file.pieces if piece.task
-    ]
-    dtypes = {piece.dtype for file in layout.own[task.name] for piece in file.pieces if piece.task}
-    return TaskDrift(
-        task=task.name,
-        dtype=", ".join(sorted(dtypes)),
-        layers={
-            module: measured[task.name, module]
-            for module in modules
-            if (task.name, module) in measured
-        },
-    )
-
-
-def _write_companions(
-    bound: BoundModel,
-    task: Task,
-    folder: Path,
-    layout: Layout,
-    options: MergeOptions,
-    shared_folder: Path | None,
-) -> None:
-    """Write everything but the weights."""
-    untied = any(
-        piece.task is not None and _is_output_embedding(bound, piece.shape)
-        for file in layout.own[task.name]
-        for piece in file.pieces
-    )
-    config = task_config(bound, task, options.dtype, untied=untied)
-    _write_json(folder / "config.json", config)
-    where = "" if options.is_linked or shared_folder is None else f"../{shared_folder.name}/"
-    index = layout.index(task, where)
-    if index is not None:
-        _write_json(folder / INDEX_FILE, index)
-    for file in companion_files(bound.base):
-        shutil.copyfile(file, folder / file.name)
-
-
 def _is_output_embedding(bound: BoundModel, shape: tuple[int, ...]) -> bool:
     """Return whether a folded weight of this shape is the output embedding.
 
@@ -244,13 +242,6 @@ def _is_output_embedding(bound: BoundModel, shape: tuple[int, ...]) -> bool:
     return shape[0] in sizes
 
 
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        # Not every file system has links.
-        shutil.copyfile(source, target)
-
-
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write ``document`` so that equal documents are equal bytes."""
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

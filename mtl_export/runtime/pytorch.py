@@ -21,10 +21,13 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.family import family_named, read_adapters
 from mtl_export.adapters.modules.base import base_model, quiet_transformers
 from mtl_export.adapters.modules.model import MultiTaskModel
+from mtl_export.adapters.modules.readout import with_readout
 from mtl_export.adapters.normal_form import NO_LABEL
 from mtl_export.checkpoint.checkpoint import HeadTensors
+from mtl_export.checkpoint.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BaseModelError, shortened
+from mtl_export.merge.head_file import HEAD_FILE, read_readout
 
 TORCH_DTYPES = {
     "fp64": torch.float64,
@@ -100,11 +103,15 @@ class MergedRunner:
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(self._folder)
             model_class = getattr(transformers, config.architectures[0])
+            head_file = self._folder / HEAD_FILE
+            if head_file.is_file():
+                model_class = with_readout(model_class, *read_readout(head_file))
             # Mismatched weights are let through only to be refused below, all at once.
             self._model, info = model_class.from_pretrained(
                 self._folder, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        problems = [f"missing {key!r}" for key in sorted(info["missing_keys"])]
+        beside = _load_head(self._model, head_file) if head_file.is_file() else set()
+        problems = [f"missing {key!r}" for key in sorted(info["missing_keys"] - beside)]
         mismatched = sorted(entry[0] for entry in info["mismatched_keys"])
         problems += [f"mismatched {key!r}" for key in mismatched]
         if problems:
@@ -133,6 +140,15 @@ class MergedRunner:
                 if name != "task_ids"
             }
             return _arrays(self._model(**tensors))
+
+
+def _load_head(model: nn.Module, file: Path) -> set[str]:
+    """Fill in the head that lies beside the model; return the names of its parameters."""
+    tensors = open_safetensors(file).tensors
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(torch.from_numpy(tensor.widened()))
+    return set(tensors)
 
 
 def member_models(bound: BoundModel) -> tuple[BoundModel, ...]:

@@ -1,0 +1,105 @@
+"""``head.safetensors``: a task's head where no transformers class can hold it.
+
+The merged folder is then the bare base's, which ``from_pretrained`` loads as it is, and the
+head lies beside it: ``head.0.weight`` ``[O, I]``, ``head.0.bias`` ``[O]``, ``head.1.weight``
+and so on. The file's metadata says how they are applied: ``pooling`` (``first``, ``last``,
+``pooler`` or ``tokens``) and ``activations``, transformers' names, one after each layer but the
+last, joined by commas. The ONNX graphs of the same checkpoint have the head inside.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast, get_args
+
+import numpy as np
+
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.checkpoint.checkpoint import Pooling, Readout, Task
+from mtl_export.checkpoint.safetensors import open_safetensors
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import CheckpointError
+from mtl_export.merge.merge import rounded
+
+HEAD_FILE = "head.safetensors"
+
+
+def write_head(bound: BoundModel, task: Task, folder: Path, dtype: str) -> None:
+    """Write ``task``'s head beside its merged base.
+
+    Args:
+        bound: A checkpoint with a readout.
+        task: The task.
+        folder: The merged folder.
+        dtype: A key of ``NUMPY_DTYPES``.
+
+    Raises:
+        BaseModelError: A weight does not fit the dtype's range.
+    """
+    from safetensors.numpy import save_file
+
+    readout = bound.checkpoint.readout
+    if readout is None:
+        raise ValueError("the model class has this head itself")
+    tensors: dict[str, Array] = {}
+    for module in readout.modules:
+        head = bound.adapters.heads[module][task.index]
+        for kind, values in (("weight", head.weight), ("bias", head.bias)):
+            name = f"{module}.{kind}"
+            tensors[name] = np.ascontiguousarray(rounded(values, dtype, name))
+    save_file(
+        tensors,
+        str(folder / HEAD_FILE),
+        metadata={
+            "format": "pt",
+            "pooling": readout.pooling,
+            "activations": ",".join(readout.activations),
+        },
+    )
+
+
+def read_readout(file: Path) -> tuple[Readout, tuple[tuple[int, ...], ...]]:
+    """Return what a ``head.safetensors`` computes, and the shapes of its weights in order.
+
+    Raises:
+        CheckpointError: It is no file that ``write_head`` wrote.
+    """
+    stored = open_safetensors(file)
+    words = stored.metadata.get("activations", "")
+    pooling = stored.metadata.get("pooling", "")
+    readout = Readout(cast(Pooling, pooling), tuple(words.split(",")) if words else ())
+    names = {f"{module}.{kind}" for module in readout.modules for kind in ("weight", "bias")}
+    if pooling not in get_args(Pooling) or stored.tensors.keys() != names:
+        raise CheckpointError(
+            where=str(file),
+            found=f"pooling {pooling!r} and {len(stored.tensors)} tensors",
+            expected=f"{', '.join(sorted(names))}, and how they are applied",
+            why="the head is rebuilt from them",
+            fix="Merge again with --force",
+        )
+    return readout, tuple(stored.tensors[f"{m}.weight"].shape for m in readout.modules)
+
+
+def head_note(bound: BoundModel) -> str | None:
+    """Return what to tell of a head that is not in the merged model, None if it is.
+
+    The sentence ends without a full stop.
+    """
+    readout = bound.checkpoint.readout
+    if readout is None:
+        return None
+    states = {
+        "first": "the first token's hidden state",
+        "last": "the hidden state of the last token that is not padding",
+        "pooler": "the pooler's output",
+        "tokens": "every token's hidden state",
+    }[readout.pooling]
+    layers = len(readout.modules)
+    functions = (
+        f" with {', '.join(dict.fromkeys(readout.activations))} between" if layers > 1 else ""
+    )
+    return (
+        f"no transformers class has this head ({layers} linear layer{'s' * (layers > 1)}"
+        f"{functions}, on {states}): model.safetensors is the bare {bound.adapters.model_class},"
+        f" the head lies beside it in {HEAD_FILE}; ONNX graphs have it inside"
+    )
