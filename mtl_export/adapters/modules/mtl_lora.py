@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from mtl_export.adapters.modules.routing import TaskRouting
+from mtl_export.adapters.mtl_lora import NAME
 from mtl_export.checkpoint.checkpoint import LayerTensors
 
 
@@ -39,6 +40,8 @@ class MTLLoRALinear(nn.Module):
     Shape:
         x ``[B, ..., I]``, B rows as in ``routing.task_ids``; result ``[B, ..., O]``.
     """
+
+    family = NAME
 
     def __init__(
         self,
@@ -104,6 +107,13 @@ class MTLLoRALinear(nn.Module):
         if self.scaler is not None:
             values["scaler"] = self.scaler
         return {role: value.detach() for role, value in values.items()}
+
+    def hyper(self) -> dict[str, float]:
+        """Return the numbers beside the tensors, as a checkpoint stores them."""
+        return {
+            "alpha": self.scaling * self.down.shape[0],
+            "temperature": self.temperature,
+        }
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return h for every row of ``x``."""

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from mtl_export.adapters.modules.lora import tensors_of
 from mtl_export.adapters.modules.routing import TaskRouting
+from mtl_export.adapters.ta_lora import NAME
 from mtl_export.checkpoint.checkpoint import LayerTensors
 
 Gate = Literal["sigmoid", "softmax"]
@@ -41,6 +42,8 @@ class TALoRALinear(nn.Module):
     Shape:
         x ``[B, ..., I]``, B rows as in ``routing.task_ids``; result ``[B, ..., O]``.
     """
+
+    family = NAME
 
     def __init__(
         self,
