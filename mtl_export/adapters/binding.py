@@ -50,8 +50,17 @@ class BoundModel:
         return self.base.tensors[name.removeprefix(self.prefix)]
 
 
-def bind(checkpoint: Checkpoint, adapters: AdapterSet, base: BaseModel) -> BoundModel:
+def bind(
+    checkpoint: Checkpoint, adapters: AdapterSet, base: BaseModel, *, check_hash: bool = True
+) -> BoundModel:
     """Return the adapter bound to ``base``.
+
+    Args:
+        checkpoint: What was read.
+        adapters: The same in normal form.
+        base: The base model.
+        check_hash: Read the base to check its hash, if the checkpoint names one. Who reads
+            all of it anyway may leave that to ``check_base_hash`` afterwards.
 
     Raises:
         BaseModelError: Layers are missing in the base or have other shapes, or an adapted
@@ -75,16 +84,27 @@ def bind(checkpoint: Checkpoint, adapters: AdapterSet, base: BaseModel) -> Bound
             fix=f"Pass that base to --base{_trained_on(checkpoint)}",
         )
     _refuse_tied(checkpoint, adapters, base)
-    expected = checkpoint.base.sha256
-    if expected and base.sha256 != expected:
+    bound = BoundModel(checkpoint, adapters, base, prefix)
+    if check_hash:
+        check_base_hash(bound)
+    return bound
+
+
+def check_base_hash(bound: BoundModel) -> None:
+    """Refuse a base other than the one the checkpoint names.
+
+    Raises:
+        IntegrityError: The checkpoint names the SHA-256 of another base.
+    """
+    expected = bound.checkpoint.base.sha256
+    if expected and bound.base.sha256 != expected:
         raise IntegrityError(
-            where=f"base {base.reference}",
-            found=f"its weights have SHA-256 {base.sha256}",
+            where=f"base {bound.base.reference}",
+            found=f"its weights have SHA-256 {bound.base.sha256}",
             expected=expected,
             why="the checkpoint was trained on that very base",
-            fix=f"Pass that base to --base{_trained_on(checkpoint)}",
+            fix=f"Pass that base to --base{_trained_on(bound.checkpoint)}",
         )
-    return BoundModel(checkpoint, adapters, base, prefix)
 
 
 def _settled(adapters: AdapterSet, base: BaseModel) -> AdapterSet:

@@ -70,11 +70,13 @@ def _is_all_read(bound: BoundModel) -> bool:
     base = bound.base
     ends: dict[Path, int] = {}
     for tensor in base.tensors.values():
-        if tensor.file is not None:
-            known = ends.get(tensor.file, _header_bytes(tensor.file))
-            if tensor.offset_bytes != known:
-                return False
-            ends[tensor.file] = known + tensor.size_bytes
+        if tensor.file is None:
+            return False
+        if tensor.file not in ends:
+            ends[tensor.file] = _header_bytes(tensor.file)
+        if tensor.offset_bytes != ends[tensor.file]:
+            return False
+        ends[tensor.file] += tensor.size_bytes
     return all(ends.get(file) == file.stat().st_size for file in base.weight_files)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from mtl_export.checkpoint.tensors import Array
 
-SAMPLE = 8
+SAMPLE = 32
 # Above this share of a task's change lost, the user is told.
 LOSS_LIMIT = 0.10
 

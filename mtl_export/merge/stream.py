@@ -29,7 +29,7 @@ import numpy as np
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array, Tensor
 from mtl_export.merge.base_files import BaseFiles
-from mtl_export.merge.drift import SAMPLE, Squares, measure, sum_of
+from mtl_export.merge.drift import SAMPLE, Squares, measure
 from mtl_export.merge.lanes import CancelledError, Progress, WriteLane
 from mtl_export.merge.layout import OutputFile, Piece
 from mtl_export.merge.merge import BLOCK, Delta, refuse_not_finite, task_delta
@@ -84,6 +84,10 @@ class Pass:
         files: What to write, each with its place.
         resumed: How much of a file is there already, by its place.
         hash_base: Hash the base's files on the way.
+
+    Attributes:
+        total_bytes: What there is to write.
+        squares: By task name and module, then by first row, what was measured.
     """
 
     def __init__(
@@ -147,13 +151,6 @@ class Pass:
     def base_digests(self) -> dict[str, str]:
         """Return the SHA-256 of each base file, by name, if the base was hashed."""
         return self._base.digests()
-
-    def measured(self) -> dict[tuple[str, str], Squares]:
-        """Return what was measured, by task name and module, whatever the threads' order."""
-        return {
-            key: sum_of(squares for _, squares in sorted(blocks.items()))
-            for key, blocks in self.squares.items()
-        }
 
     def _open(self) -> dict[int, list[Target]]:
         """Open every output file; return where the pieces go, by their order."""

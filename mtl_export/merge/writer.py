@@ -9,6 +9,7 @@ transformers class has lies beside it (see ``head_file``).
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from mtl_export.merge.layout import DTYPES, Layout, MergeLayout, merge_layout, o
 from mtl_export.merge.stream import Pass
 
 REPORT_FILE = "merge-report.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,7 @@ def write_companions(
     if bound.checkpoint.readout is not None:
         touched = bound.base_tensor(f"{next(iter(bound.adapters.layers))}.weight")
         write_head(bound, task, folder, output_dtype(touched, dtype))
+        _log.warning("%s: %s", task.name, head_note(bound))
 
 
 def task_drift(layout: Layout, task: Task, written: Written) -> TaskDrift:
