@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import ParityError
+from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE
+from mtl_export.parity.cases import MIXED_ROWS, Case, build_cases, seeded_rows
+
+NAMES = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def cases_of(task_count: int, *, longest: int = 512, per_task: int = 4) -> list[Case]:
+    """Return the cases made of seeded rows."""
+    rows = seeded_rows(task_count=task_count, vocabulary=31, names=NAMES, per_task=per_task)
+    return build_cases(rows, task_count=task_count, vocabulary=31, longest=longest)
+
+
+def test_seeded_rows_are_valid_and_repeat() -> None:
+    """Rows lie inside the vocabulary, are ragged, cover every task, and never change."""
+    first, second = (seeded_rows(task_count=3, vocabulary=31, names=NAMES) for _ in range(2))
+    assert set(first) == {*NAMES, "task_ids"}
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name])
+        assert value.dtype == np.int64
+    assert first["input_ids"].min() >= 0
+    assert first["input_ids"].max() < 31
+    lengths = first["attention_mask"].sum(axis=1)
+    assert lengths.min() >= 1
+    assert len(set(lengths.tolist())) > 1
+    assert np.bincount(first["task_ids"]).tolist() == [4, 4, 4]
+
+
+def test_seeded_rows_have_only_the_models_inputs() -> None:
+    """A model without token types gets none."""
+    rows = seeded_rows(task_count=2, vocabulary=31, names=("input_ids", "pixel_values"))
+    assert set(rows) == {"input_ids", "task_ids"}
+
+
+@pytest.mark.parametrize("task_count", [1, 2, 3, 5, 20])
+def test_every_task_is_compared_alone_in_one_row_and_mixed(task_count: int) -> None:
+    """No task is left out of any kind of case."""
+    cases = {case.name: case for case in cases_of(task_count)}
+    assert len(cases) == 2 * task_count + 2
+    for task in range(task_count):
+        assert set(cases[f"task {task}"].task_ids.tolist()) == {task}
+        assert cases[f"one row of task {task}"].task_ids.tolist() == [task]
+    everything = set(range(task_count))
+    mixed = cases["mixed tasks"].task_ids
+    assert set(mixed.tolist()) == everything
+    assert len(mixed) <= max(MIXED_ROWS, task_count)
+    long = next(case for name, case in cases.items() if name.startswith("batch "))
+    assert set(long.task_ids.tolist()) == everything
+    for case in cases.values():
+        assert {len(value) for value in case.inputs.values()} == {len(case.task_ids)}
+        assert case.task_ids.dtype == np.int64
+
+
+def test_tasks_take_turns_in_the_mixed_batch() -> None:
+    """Neighbouring rows belong to different tasks."""
+    mixed = next(case for case in cases_of(3) if case.name == "mixed tasks").task_ids
+    assert (mixed[1:] != mixed[:-1]).all()
+
+
+def test_sizes_are_not_those_traced() -> None:
+    """A batch of one and an odd batch at a long odd length were never traced."""
+    sizes = {tuple(case.inputs["input_ids"].shape) for case in cases_of(3)}
+    assert any(batch == 1 for batch, _ in sizes)
+    assert (5, 97) in sizes
+    assert all(batch != SAMPLE_BATCH for batch, _ in sizes)
+    assert all(length != SAMPLE_SEQUENCE for _, length in sizes)
+
+
+@pytest.mark.parametrize("longest", [5, 40, 96, 512])
+def test_the_long_case_fits_the_model(longest: int) -> None:
+    """The longest case is as long as the model takes, ragged, never without a token."""
+    case = cases_of(2, longest=longest)[-1]
+    mask = case.inputs["attention_mask"]
+    assert mask.shape[1] == min(97, longest)
+    assert mask[0].all()
+    assert mask.any(axis=1).all()
+    assert case.inputs["input_ids"].max() < 31
+
+
+def real_rows(task_ids: list[int]) -> dict[str, Array]:
+    """Return rows of 9 columns whose last 4 are padding everywhere."""
+    rows = len(task_ids)
+    mask = np.zeros((rows, 9), np.int64)
+    mask[:, :3] = 1
+    mask[0, :5] = 1
+    return {
+        "input_ids": np.arange(rows * 9).reshape(rows, 9) % 31,
+        "attention_mask": mask,
+        "task_ids": np.array(task_ids),
+    }
+
+
+def test_rows_are_those_given_without_common_padding() -> None:
+    """Real rows are used as they are, cut to the longest of their case."""
+    rows = real_rows([1, 0, 1])
+    cases = {case.name: case for case in build_cases(rows, task_count=2, vocabulary=31, longest=64)}
+    np.testing.assert_array_equal(cases["task 0"].inputs["input_ids"], rows["input_ids"][1:2, :3])
+    np.testing.assert_array_equal(
+        cases["task 1"].inputs["input_ids"], rows["input_ids"][[0, 2], :5]
+    )
+    assert cases["mixed tasks"].task_ids.tolist() == [0, 1, 1]
+
+
+def test_inputs_without_a_mask_are_not_cut() -> None:
+    """Without a mask every column counts."""
+    rows = real_rows([0, 1])
+    del rows["attention_mask"]
+    case = build_cases(rows, task_count=2, vocabulary=31, longest=64)[0]
+    assert case.inputs["input_ids"].shape == (1, 9)
+
+
+@pytest.mark.parametrize("ids", [[0, 0, 2], [0, 1], [0, 1, 2, 3], [0, 1, 2, -1], []])
+def test_a_task_without_rows_is_refused(ids: list[int]) -> None:
+    """A task that is not compared must not pass; neither may an unknown id."""
+    with pytest.raises(ParityError) as caught:
+        build_cases(real_rows(ids) if ids else {"task_ids": np.zeros(0, np.int64)},
+                    task_count=3, vocabulary=31, longest=64)  # fmt: skip
+    assert caught.value.where == "parity inputs"
+    assert "task ids" in caught.value.found
+    assert caught.value.expected == "every id from 0 to 2 and no other"
+    assert caught.value.fix
+
+
+def test_rows_of_a_case_are_picked_together() -> None:
+    """Picking rows picks them in every input."""
+    case = Case("c", real_rows([0, 1, 2]))
+    picked = case.rows(np.array([True, False, True]))
+    assert picked["task_ids"].tolist() == [0, 2]
+    np.testing.assert_array_equal(picked["input_ids"], case.inputs["input_ids"][[0, 2]])
