@@ -23,7 +23,7 @@ def test_one_engine_serves_all_tasks(exported: Path, run: Run) -> None:
     outcome = run("trt", "--all-tasks")
     assert outcome.code == 0, outcome.stderr
     assert files_below(exported / "out" / "engines") == ENGINE_FILES
-    for cell in ("artefact", "out/engines/model.engine", "ads_rel, topic, spam", "not-run ("):
+    for cell in ("artefact", "out/engines/model.engine", "ads_rel, topic, spam", "not run here: "):
         assert cell in outcome.stdout
     assert "ONNX out/onnx: up to date." in outcome.stderr
     manifest = json.loads((exported / "out" / "engines" / "model.engine.json").read_text())
