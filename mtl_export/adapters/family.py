@@ -18,6 +18,7 @@ from mtl_export.adapters import (
     moe_lora,
     mtl_lora,
     mtl_lora_fused,
+    mtlora_swin,
     multi_lora,
     olora,
     pissa,
@@ -44,7 +45,8 @@ class Family:
             reads the base layer, which only some families (DoRA) need.
         oracle: ``"module:class"`` of the paper's forward pass in PyTorch, imported only
             by training and parity, so that merging needs no torch. The class has
-            ``from_tensors(base, routing, layer)``.
+            ``from_tensors(base, routing, layer)``. Empty where ``layer_adapter`` refuses
+            the family, which only ``inspect`` knows.
     """
 
     name: str
@@ -138,6 +140,13 @@ FAMILIES: tuple[Family, ...] = (
         paper="https://arxiv.org/abs/2205.05638",
         layer_adapter=ia3.layer_adapter,
         oracle="mtl_export.adapters.modules.ia3:IA3Linear",
+    ),
+    Family(
+        name=mtlora_swin.NAME,
+        title="MTLoRA (Swin)",
+        paper="https://arxiv.org/abs/2403.20320",
+        layer_adapter=mtlora_swin.layer_adapter,
+        oracle="",
     ),
 )
 

@@ -35,6 +35,7 @@ objects are sorted by key and tensors by name, so one checkpoint is one sequence
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -149,7 +150,8 @@ def write_v2(path: Path, checkpoint: Checkpoint) -> None:
     _refuse_not_finite(checkpoint)
     path.mkdir(parents=True, exist_ok=True)
     for task, member in zip(checkpoint.tasks, checkpoint.members, strict=bool(checkpoint.members)):
-        write_v2(path / MEMBERS / task.name, member)
+        own = (dataclasses.replace(task, index=0),)
+        write_v2(path / MEMBERS / task.name, dataclasses.replace(member, tasks=own))
     if not checkpoint.members:
         # Not ascontiguousarray: it turns a scalar into shape [1].
         arrays = {

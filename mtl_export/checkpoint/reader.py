@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from mtl_export.checkpoint import adapterhub, official, peft, peft_config
+from mtl_export.checkpoint import adapterhub, mtlora_swin, official, official_vlbart, peft, peft_config
 from mtl_export.checkpoint.checkpoint import Checkpoint, LayerTensors, check_task_names
 from mtl_export.checkpoint.folder import FORMAT, is_own_folder, read_folder
 from mtl_export.checkpoint.torch_pickle import refuse_code
@@ -56,6 +56,22 @@ FORMATS: tuple[Format, ...] = (
         is_mine=peft.is_peft,
         read=peft.read_peft,
         read_in_order=peft.read_peft_in_order,
+    ),
+    Format(
+        name=mtlora_swin.FORMAT,
+        description=mtlora_swin.DESCRIPTION,
+        looks_for=mtlora_swin.LOOKS_FOR,
+        is_mine=mtlora_swin.is_mtlora,
+        read=mtlora_swin.read_mtlora,
+        read_in_order=mtlora_swin.read_mtlora,
+    ),
+    Format(
+        name=official_vlbart.NAME,
+        description="a VL-BART of the MTL-LoRA authors' repository, as a whole",
+        looks_for=f"{official_vlbart.FILE} with keys such as"
+        " module.model.encoder.visual_embedding....",
+        is_mine=official_vlbart.is_vlbart,
+        read=official_vlbart.read_vlbart,
     ),
     Format(
         name=official.NAME,
@@ -110,7 +126,7 @@ def open_checkpoint(
                 checkpoint = entry.read_in_order(path, task_names)
             else:
                 checkpoint = entry.read(path)
-            checkpoint = _with_hyper(checkpoint, {"alpha": alpha, "temperature": temperature})
+            checkpoint = with_hyper(checkpoint, {"alpha": alpha, "temperature": temperature})
             return _with_task_names(checkpoint, task_names)
     refuse_code(path)
     seen = sorted(child.name for child in path.iterdir()) if path.is_dir() else [path.name]
@@ -122,10 +138,14 @@ def open_checkpoint(
     )
 
 
-def _with_hyper(checkpoint: Checkpoint, given: dict[str, float | None]) -> Checkpoint:
-    """Fill in numbers that no layer carries; refuse to overrule one that a layer carries."""
+def with_hyper(checkpoint: Checkpoint, given: dict[str, float | None]) -> Checkpoint:
+    """Fill in numbers that no layer carries.
+
+    Raises:
+        UsageError: A layer carries another one.
+    """
     if checkpoint.members:
-        members = tuple(_with_hyper(member, given) for member in checkpoint.members)
+        members = tuple(with_hyper(member, given) for member in checkpoint.members)
         return dataclasses.replace(checkpoint, members=members)
     wanted = {name: value for name, value in given.items() if value is not None}
     for name, value in wanted.items():
@@ -140,7 +160,7 @@ def _with_hyper(checkpoint: Checkpoint, given: dict[str, float | None]) -> Check
             )
     if not wanted:
         return checkpoint
-    members = tuple(_with_hyper(member, given) for member in checkpoint.members)
+    members = tuple(with_hyper(member, given) for member in checkpoint.members)
     layers = {
         module: LayerTensors(module, layer.tensors, MappingProxyType({**wanted, **layer.hyper}))
         for module, layer in checkpoint.layers.items()

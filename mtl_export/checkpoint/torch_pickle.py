@@ -41,7 +41,7 @@ def refuse_code(path: Path) -> None:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
         if file.suffix in SUFFIXES and file.is_file():
-            _refuse_foreign(file)
+            refuse_foreign(file)
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     """
     import torch
 
-    _refuse_foreign(path)
+    refuse_foreign(path)
     try:
         # Only the zip container, torch's since 1.6, can be mapped instead of read.
         loaded = torch.load(
@@ -82,7 +82,7 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
             expected="one dictionary of names to dense tensors",
             fix="Save model.state_dict(), or the dictionary that the trainer documents",
         )
-    return {key: _record(key, value) for key, value in loaded.items()}
+    return {key: tensor_record(key, value) for key, value in loaded.items()}
 
 
 # torch's word for a dtype -> safetensors'
@@ -117,7 +117,8 @@ def _kind(value: object) -> str:
     return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def _record(name: str, value: torch.Tensor) -> Tensor:
+def tensor_record(name: str, value: torch.Tensor) -> Tensor:
+    """Return a loaded tensor as a record, bfloat16 included."""
     import torch
 
     dtype = _TORCH_DTYPES[str(value.dtype).removeprefix("torch.")]
@@ -133,8 +134,13 @@ def _record(name: str, value: torch.Tensor) -> Tensor:
     return Tensor(name, dtype, tuple(value.shape), load)
 
 
-def _refuse_foreign(file: Path) -> None:
-    foreign = sorted(imported_globals(file) - ALLOWED_GLOBALS)
+def refuse_foreign(file: Path, also: frozenset[str] = frozenset()) -> None:
+    """Refuse a pickle that imports more than a state dict needs, and more than ``also``.
+
+    Raises:
+        IntegrityError: It does; the message names what it imports.
+    """
+    foreign = sorted(imported_globals(file) - ALLOWED_GLOBALS - also)
     if foreign:
         raise IntegrityError(
             where=str(file),
