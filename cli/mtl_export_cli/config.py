@@ -200,6 +200,12 @@ def _choice(*words: str) -> Reader:
     return read
 
 
+def _word(value: object, folder: Path) -> str:
+    if not isinstance(value, str):
+        raise ValueError("text")
+    return value
+
+
 def _shapes(value: object, folder: Path) -> str:
     """Return shapes as ``--min-shapes`` takes them, from that or from a table of lists."""
     if isinstance(value, str):
@@ -223,6 +229,11 @@ OPTIONS: dict[str, Reader] = {
 _LAYOUT: Reader = _choice("single-graph", "per-task")
 SECTIONS: dict[str, dict[str, Reader]] = {
     "output": {"dir": _path},
+    "merge": {
+        "layout": _choice("standalone", "shared"),
+        "shared_by": _choice("link", "reference"),
+        "max_shard_size": _word,
+    },
     "onnx": {"layout": _LAYOUT},
     "trt": {
         "layout": _LAYOUT,

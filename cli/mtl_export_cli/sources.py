@@ -61,15 +61,20 @@ def open_settings_base(settings: Settings, checkpoint: Checkpoint) -> BaseModel:
     return open_base(settings.base)
 
 
-def open_bound(settings: Settings) -> BoundModel:
-    """Return the checkpoint bound to its base, every shape and hash checked."""
+def open_bound(settings: Settings, *, check_hash: bool = True) -> BoundModel:
+    """Return the checkpoint bound to its base, every shape checked.
+
+    Args:
+        settings: Name both.
+        check_hash: Check the base's hash as well, if the checkpoint names one.
+    """
     from mtl_export.adapters.binding import bind
     from mtl_export.adapters.family import read_adapters
 
     checkpoint = open_settings_checkpoint(settings)
     _refuse_unknown(settings, checkpoint.tasks)
     base = open_settings_base(settings, checkpoint)
-    return bind(checkpoint, read_adapters(checkpoint, base), base)
+    return bind(checkpoint, read_adapters(checkpoint, base), base, check_hash=check_hash)
 
 
 def selected_tasks(settings: Settings, tasks: Sequence[Task]) -> tuple[Task, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mtl_export_cli import render
@@ -68,11 +69,24 @@ class Written:
         }
 
 
-def print_written(command: str, outputs: Sequence[Written], *, as_json: bool) -> None:
-    """Print the result of a command that writes folders."""
+def print_written(
+    command: str,
+    outputs: Sequence[Written],
+    *,
+    as_json: bool,
+    more: Mapping[str, object] = MappingProxyType({}),
+) -> None:
+    """Print the result of a command that writes folders.
+
+    Args:
+        command: The verb.
+        outputs: What it wrote.
+        as_json: One JSON object; else a table.
+        more: What else the JSON object says.
+    """
     if as_json:
         listed = [output.as_dict() for output in outputs]
-        render.print_json({"ok": True, "command": command, "outputs": listed})
+        render.print_json({"ok": True, "command": command, "outputs": listed, **more})
         return
     render.print_table(
         ("output", "tasks", "size", "seconds", "status"),

@@ -109,10 +109,11 @@ def merge_tasks(
     layout = layout_of(request.bound, request.tasks, request.options)
     with ExitStack() as stack:
         journal = stack.enter_context(_journal(request))
-        plans = _plans(request, layout, journal.written_bytes(), stack)
+        plans = _plans(request, layout, stack)
         todo = [task for task in request.tasks if not plans[task.name].up_to_date]
         if not todo:
             return [MergedTask(task, plans[task.name], None) for task in request.tasks]
+        before = journal.read()
         folders = {task: journal.folder / task.name for task in todo}
         shared = journal.folder / SHARED_FOLDER if layout.shared else None
         for folder in (*folders.values(), *([shared] if shared else [])):
@@ -123,7 +124,7 @@ def merge_tasks(
             tick(done, total)
 
         written = write_tasks(
-            request.bound, folders, layout, shared=shared, resumed=journal.read(), tick=keep
+            request.bound, folders, layout, shared=shared, resumed=before, tick=keep
         )
         check_base_hash(request.bound)
         counts = {
@@ -143,13 +144,12 @@ def merge_tasks(
         ]
 
 
-def _plans(
-    request: MergeRequest, layout: Layout, written_bytes: int, stack: ExitStack
-) -> dict[str, OutputPlan]:
+def _plans(request: MergeRequest, layout: Layout, stack: ExitStack) -> dict[str, OutputPlan]:
     """Return the output folders by name; they are put in place when ``stack`` ends."""
-    names = [task.name for task in request.tasks]
+    # Entered last is put in place first: shared tensors, then the tasks in id order.
+    names = [task.name for task in reversed(request.tasks)]
     if layout.shared and not request.options.is_linked:
-        names.append(SHARED_FOLDER)  # entered last, so put in place first
+        names.append(SHARED_FOLDER)
     plans = {}
     for name in names:
         plans[name] = stack.enter_context(
@@ -157,7 +157,7 @@ def _plans(
                 request.parent / name,
                 recipe=lambda name=name: request.recipe(name),  # type: ignore[misc]
                 force=request.force,
-                estimated_size_bytes=max(0, layout.size_bytes - written_bytes),
+                estimated_size_bytes=layout.size_bytes,
             )
         )
     return plans
@@ -210,14 +210,19 @@ class _Journal:
     """The work folder and how much of each file in it is written.
 
     Args:
-        folder: The work folder.
+        make: Returns the work folder.
         key: What the request is; another request's journal is not read.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder = folder
+    def __init__(self, make: Callable[[], Path], key: str) -> None:
+        self._make = make
         self._key = key
         self._next_s = 0.0
+
+    @property
+    def folder(self) -> Path:
+        """Return the work folder."""
+        return self._make()
 
     def read(self) -> Written:
         """Return what the journal says, nothing if there is none."""
@@ -233,10 +238,6 @@ class _Journal:
             for task, module, blocks in document["squares"]
         }
         return Written(files, squares)
-
-    def written_bytes(self) -> int:
-        """Return how much an earlier run has written."""
-        return sum(progress.done_bytes for progress in self.read().files.values())
 
     def keep(self, written: Written) -> None:
         """Write down how far things are, if the last time is a while ago."""
@@ -277,8 +278,8 @@ def _journal(request: MergeRequest) -> Iterator[_Journal]:
         return request.resume and document is not None and document.get("key") == key
 
     target = request.parent.absolute().resolve() / "merge"
-    with resumable_folder(target, is_wanted) as folder:
-        yield _Journal(folder, key)
+    with resumable_folder(target, is_wanted) as make:
+        yield _Journal(make, key)
 
 
 def _key(request: MergeRequest) -> str:

@@ -60,34 +60,55 @@ def staging_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def resumable_folder(target: Path, is_wanted: Callable[[Path], bool]) -> Iterator[Path]:
-    """Like ``staging_folder``, but take up the rest of a killed run if there is one.
+def resumable_folder(
+    target: Path, is_wanted: Callable[[Path], bool]
+) -> Iterator[Callable[[], Path]]:
+    """Give a staging folder that can be a killed run's, and is only made when asked for.
 
-    An interrupt from the keyboard leaves the folder behind, as a kill does; it is removed
-    by the next run that writes in the same place and does not take it up.
+    An interrupt from the keyboard leaves it behind, as a kill does; the next run that
+    writes in the same place and does not take it up removes it.
 
     Args:
-        target: Absolute; its parents are created.
-        is_wanted: Whether a rest is what this run would write.
+        target: Absolute.
+        is_wanted: Whether the rest of a killed run is what this run would write.
+
+    Yields:
+        A function that returns the folder: always the same, made with its parents at the
+        first call if there was no rest.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.parent, exclusive=False, wait=True):
-        folder, lock = _rest(target, is_wanted) or (None, None)
-        remove_stale(target.parent)
-        if folder is None:
-            folder, lock = _new_folder(target)
+    with ExitStack() as stack:
+        held: list[Path] = []
+
+        def hold(folder: Path, lock: int | None) -> Path:
+            if lock is not None:
+                stack.callback(os.close, lock)
+            held.append(folder)
+            return folder
+
+        def folder() -> Path:
+            if held:
+                return held[0]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(target.parent, exclusive=False, wait=True))
+            return hold(*_new_folder(target))
+
+        if target.parent.is_dir() and (rest := _rest(target, is_wanted)):
+            stack.enter_context(_locked(target.parent, exclusive=False, wait=True))
+            hold(*rest)
         try:
             yield folder
         except KeyboardInterrupt:
             raise
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove_all(held)
             raise
         else:
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            if lock is not None:
-                os.close(lock)
+            _remove_all(held)
+
+
+def _remove_all(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_in_place(folder: Path, target: Path) -> None:

@@ -9,7 +9,6 @@ transformers class has lies beside it (see ``head_file``).
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +21,12 @@ from mtl_export.checkpoint.base_model import INDEX_FILE, companion_files
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES
 from mtl_export.merge.drift import Squares, TaskDrift, sum_of
-from mtl_export.merge.head_file import head_note, write_head
+from mtl_export.merge.head_file import write_head
 from mtl_export.merge.lanes import Progress
 from mtl_export.merge.layout import DTYPES, Layout, MergeLayout, merge_layout, output_dtype
 from mtl_export.merge.stream import Pass
 
 REPORT_FILE = "merge-report.json"
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,6 @@ def write_companions(
     if bound.checkpoint.readout is not None:
         touched = bound.base_tensor(f"{next(iter(bound.adapters.layers))}.weight")
         write_head(bound, task, folder, output_dtype(touched, dtype))
-        _log.warning("%s: %s", task.name, head_note(bound))
 
 
 def task_drift(layout: Layout, task: Task, written: Written) -> TaskDrift:
