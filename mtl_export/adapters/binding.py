@@ -22,6 +22,7 @@ from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Rows
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import Checkpoint
 from mtl_export.checkpoint.model_class import concrete_class
+from mtl_export.checkpoint.own_classes import own_class
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import BaseModelError, IntegrityError, shortened
 
@@ -68,6 +69,7 @@ def bind(
         IntegrityError: The checkpoint names the SHA-256 of another base.
     """
     adapters = _settled(adapters, base)
+    adapters, base = _whole(checkpoint, adapters, base)
     base = _inside(base, adapters)
     prefix = _prefix(adapters, base)
     problems = [
@@ -121,6 +123,34 @@ def _settled(adapters: AdapterSet, base: BaseModel) -> AdapterSet:
             }
         ),
     )
+
+
+def _whole(
+    checkpoint: Checkpoint, adapters: AdapterSet, base: BaseModel
+) -> tuple[AdapterSet, BaseModel]:
+    """Return the base that a checkpoint brings itself, where it is a whole model.
+
+    The base given then tells no more than the config; ``replaced`` becomes the base, so that
+    adapters are folded into the checkpoint's weights.
+    """
+    own = own_class(adapters.model_class)
+    if own is None:
+        return adapters, base
+    tensors = {
+        # Not read in one pass over a file: some tensors of the file are not the model's.
+        name: dataclasses.replace(tensor, file=None)
+        for name, tensor in checkpoint.replaced.items()
+    }
+    carried = BaseModel(
+        reference=base.reference,
+        folder=base.folder,
+        config=MappingProxyType(own.config(base.config, tensors)),
+        tensors=MappingProxyType(tensors),
+        weight_files=(checkpoint.path,),
+        file_of=MappingProxyType(dict.fromkeys(tensors, 0)),
+    )
+    carried.__dict__["sha256"] = checkpoint.sha256
+    return dataclasses.replace(adapters, replaced=MappingProxyType({})), carried
 
 
 def _trained_on(checkpoint: Checkpoint) -> str:
@@ -186,6 +216,8 @@ def _misplaced(adapters: AdapterSet, base: BaseModel, prefix: str) -> list[str]:
     problems = []
     for name, shape in shapes.items():
         tensor = base.tensors.get(name.removeprefix(prefix))
+        if tensor is None and _is_tied_copy(name, adapters, base):
+            continue
         if tensor is None:
             problems.append(f"{name!r} is missing, so there is nothing to replace")
         elif tensor.shape != shape:
@@ -200,6 +232,24 @@ def _misplaced(adapters: AdapterSet, base: BaseModel, prefix: str) -> list[str]:
                 f" {rows.indices.max()} of {list(rows.values.shape[1:])}"
             )
     return problems
+
+
+def _is_tied_copy(name: str, adapters: AdapterSet, base: BaseModel) -> bool:
+    """Return whether ``name`` is an output layer that the base ties to its embedding.
+
+    Some trainers save it with the adapter all the same; it replaces nothing then.
+    """
+    copies = [values for values in adapters.task_replaced.get(name, ()) if values is not None]
+    copies += [adapters.replaced[name]] if name in adapters.replaced else []
+    return (
+        bool(copies)
+        and adapters.model_class.endswith(LM_ENDINGS)
+        and any(
+            all(np.array_equal(tensor.widened(), values) for values in copies)
+            for key, tensor in base.tensors.items()
+            if "embed" in key and tensor.shape == copies[0].shape
+        )
+    )
 
 
 def _own_rows(adapters: AdapterSet) -> list[tuple[str, Rows]]:

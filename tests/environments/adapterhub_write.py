@@ -7,7 +7,8 @@ Runs in an environment of its own, for ``adapters`` needs transformers 4:
 
 ``OUT/bases/NAME`` are the base models, ``OUT/cases/NAME`` the checkpoints; beside a checkpoint's
 files lies ``case.json`` (its base, its tasks in id order) and ``reference.npz``: the inputs, and
-per task the logits (or hidden states) of all rows under that task.
+per task the logits (or hidden states) of all rows under that task, computed by the library in
+float64 from what it saved in float32.
 
 Every parameter is drawn at random, biases and norms included: the library's own initial
 values (B = 0, equal mixing weights, zero biases) would hide most mistakes.
@@ -37,6 +38,7 @@ BASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "roberta": ("RobertaConfig", "RobertaModel", {"pad_token_id": 1, "type_vocab_size": 1}),
     "distilbert": ("DistilBertConfig", "DistilBertModel", {"hidden_dim": 24}),
     "llama": ("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 2}),
+    "llama_tied": ("LlamaConfig", "LlamaForCausalLM", {"tie_word_embeddings": True}),
 }
 MTL = {"r": 3, "alpha": 5, "n_up_projection": 3, "weights_sharpness": 0.4, "init_weights": "bert"}
 EVERYWHERE = {
@@ -71,9 +73,10 @@ def randomise_trained(model: Any) -> None:
     """Draw what training would have changed, tied parameters once."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("m.weight"):
+            if name.endswith(".m.weight"):
                 parameter.mul_(1.0 + 0.3 * torch.randn_like(parameter))
             elif "loras." in name or "heads." in name or name.startswith(("classifier", "lm_head")):
+                # A tied output layer goes by its embedding's name and so stays frozen.
                 parameter.copy_(torch.randn_like(parameter) * 0.4 + 0.1)
 
 
@@ -85,8 +88,9 @@ def inputs_for(base: str) -> dict[str, torch.Tensor]:
     lengths = torch.tensor([9, 4, 7, 9, 2])
     mask = (torch.arange(LENGTH) < lengths[:, None]).long()
     inputs = {"input_ids": torch.where(mask.bool(), ids, pad), "attention_mask": mask}
-    if base == "bert":
-        inputs["token_type_ids"] = torch.randint(0, 2, (ROWS, LENGTH), generator=generator)
+    if base in {"bert", "roberta"}:
+        types = 2 if base == "bert" else 1
+        inputs["token_type_ids"] = torch.randint(0, types, (ROWS, LENGTH), generator=generator)
     return inputs
 
 
@@ -107,26 +111,25 @@ def finish(
     tasks: list[str],
     *,
     save: str,
-    head_of: Callable[[str], str | None] = lambda task: task,
     output: str = "logits",
 ) -> None:
     """Save ``model`` the way ``save`` names, and what it answers."""
     folder = out / "cases" / case
     model.eval()
-    inputs = inputs_for(base)
-    arrays = {name: value.numpy() for name, value in inputs.items()}
-    for task in tasks:
-        model.set_active_adapters(task)
-        head = {"head": head_of(task)} if hasattr(model, "heads") and head_of(task) else {}
-        with torch.no_grad():
-            arrays[f"{output}_{task}"] = model(**inputs, **head)[output].numpy()
     if save == "setup":
         model.save_adapter_setup(str(folder), composition.MultiTask(*tasks))
     elif save == "whole":
-        model.set_active_adapters(None)
         model.save_pretrained(folder, safe_serialization=False)
     else:
         model.save_all_adapters(str(folder), use_safetensors=save == "all_safetensors")
+    inputs = inputs_for(base)
+    arrays = {name: value.numpy() for name, value in inputs.items()}
+    model.double()
+    for task in tasks:
+        model.set_active_adapters(task)
+        head = {"head": task} if hasattr(model, "heads") else {}
+        with torch.no_grad():
+            arrays[f"{output}_{task}"] = model(**inputs, **head)[output].numpy()
     np.savez(folder / "reference.npz", **arrays)
     (folder / "case.json").write_text(
         json.dumps({"base": base, "tasks": tasks, "output": output, "save": save})
@@ -207,19 +210,19 @@ CASES: dict[str, Callable[[Path, str], None]] = {
             "a": {"num_labels": 3, "add": "add_classification_head", "multilabel": True},
             "b": {"num_labels": 2},
         },
-    ),  # fmt: skip
+    ),
     "bert_tagging": flex(
         "bert",
         "BertAdapterModel",
         {"a": {"num_labels": 3}, "b": {"num_labels": 5}},
         kind="tagging",
-    ),  # fmt: skip
+    ),
     "bert_tagging_two_layers": flex(
         "bert",
         "BertAdapterModel",
         {"a": {"num_labels": 3, "layers": 2}, "b": {"num_labels": 5, "layers": 2}},
         kind="tagging",
-    ),  # fmt: skip
+    ),
     "bert_whole": flex("bert", "BertAdapterModel", three(), save="whole"),
     "bert_unshared": flex("bert", "BertAdapterModel", three(), share=False),
     "bert_lora": flex(
@@ -232,14 +235,14 @@ CASES: dict[str, Callable[[Path, str], None]] = {
         share=False,
         save="all_safetensors",
         config=lambda i: adapters.DoRAConfig(r=3 + i, alpha=7, **EVERYWHERE),
-    ),  # fmt: skip
+    ),
     "bert_ia3": flex(
         "bert",
         "BertAdapterModel",
         three(),
         share=False,
         config=lambda i: adapters.IA3Config(alpha=1 + i),
-    ),  # fmt: skip
+    ),
     "bert_mixed": flex(
         "bert",
         "BertAdapterModel",
@@ -250,7 +253,7 @@ CASES: dict[str, Callable[[Path, str], None]] = {
             adapters.DoRAConfig(r=2, alpha=5),
             adapters.IA3Config(),
         ][i],
-    ),  # fmt: skip
+    ),
     "bert_static": static("bert", "BertForSequenceClassification", num_labels=3),
     "bert_static_whole": static(
         "bert", "BertForSequenceClassification", num_labels=3, save="whole"
@@ -264,6 +267,7 @@ CASES: dict[str, Callable[[Path, str], None]] = {
     "llama_two_layers": flex("llama", "LlamaAdapterModel", three()),
     "llama_one_layer": flex("llama", "LlamaAdapterModel", three(layers=1)),
     "llama_causal": static("llama", "LlamaForCausalLM"),
+    "llama_causal_tied": static("llama_tied", "LlamaForCausalLM"),
 }
 
 if __name__ == "__main__":
