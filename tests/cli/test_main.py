@@ -97,8 +97,8 @@ def test_every_option_has_an_environment_variable_and_help(name: str) -> None:
             continue
         long = next(opt for opt in parameter.opts if opt.startswith("--"))
         word = long[2:].replace("-", "_").upper()
-        # merge's layout has other words than that of graphs and engines.
-        own = "MERGE_" if (name, long) == ("merge", "--layout") else ""
+        # merge's layout is not that of graphs and engines, nor its report parity's file.
+        own = "MERGE_" if name == "merge" and long in {"--layout", "--report"} else ""
         assert parameter.envvar == f"MTL_EXPORT_{own}{word}"
         assert parameter.show_envvar
         assert parameter.help

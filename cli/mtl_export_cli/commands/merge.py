@@ -29,11 +29,16 @@ Example:
   mtl-export merge --all-tasks --layout shared --report
 """
 LAYOUTS = ("standalone", "shared")
-# A variable of its own: MTL_EXPORT_LAYOUT is that of graphs and engines.
+# Variables of their own: MTL_EXPORT_LAYOUT is that of graphs and engines, MTL_EXPORT_REPORT
+# the file that parity writes.
 LAYOUT = click.option(
     "--layout", type=click.Choice(LAYOUTS), default="standalone", show_default=True,
     envvar="MTL_EXPORT_MERGE_LAYOUT", show_envvar=True,
     help="shared: store tensors that no task changes once for all tasks.",
+)  # fmt: skip
+REPORT = click.option(
+    "--report", is_flag=True, envvar="MTL_EXPORT_MERGE_REPORT", show_envvar=True,
+    help="Print how far each task moves each layer.",
 )  # fmt: skip
 
 
@@ -47,7 +52,7 @@ LAYOUT = click.option(
 @option("--max-shard-size", metavar="SIZE", help="Cut weight files at this size, such as 5GB.")
 @option("--resume", is_flag=True, help="Continue what a killed run of this command has begun.")
 @option("--verify", is_flag=True, help="Read the result again and compare it with base + delta.")
-@option("--report", is_flag=True, help="Print how far each task moves each layer.")
+@REPORT
 def command(
     settings: Settings,
     *,
