@@ -12,11 +12,17 @@ A runtime that knows ``mtl_export::TaskDelta`` may replace it; all others inline
         x . weights[task_ids] + biases[task_ids]
     TaskHeadTokens(x, task_ids, weights, biases)  x [B, S, I]  ->  [B, S, L]
         the same for every position
+    TaskEmbeddingDelta(x, task_ids, starts, downs, ups)     x [B, S]  ->  [B, S, O]
+        downs[starts[task_ids] + x] . ups[task_ids]
+    TaskEmbeddingRows(x, task_ids, starts, table, slots)    x [B, S]  ->  [B, S, O]
+        table[slots[starts[task_ids] + x]]
     TaskVectors(task_ids, rows)                 [B, 1, O];  TaskVectorRows  [B, O]
         rows[task_ids]
 
 task_ids int64 [B]; down [I, D], core [T + 1, D, U], up [U, O]; downs [T + 1, I, R],
 ups [T + 1, R, O]; weights [T + 1, I, L], biases [T + 1, L]; rows [T + 1, O].
+For embeddings of V entries, with int64 token ids x: starts [T + 1] = t V; downs [(T + 1) V, R];
+slots int64 [(T + 1) V]; table [N, O].
 TaskDelta costs two shared GEMMs and one gather of D x U numbers a row, whatever T is.
 """
 
@@ -35,6 +41,8 @@ TASK_OWN_DELTA = "TaskOwnDelta"
 TASK_OWN_DELTA_ROWS = "TaskOwnDeltaRows"
 TASK_HEAD_TOKENS = "TaskHeadTokens"
 TASK_HEAD_ROWS = "TaskHeadRows"
+TASK_EMBEDDING_DELTA = "TaskEmbeddingDelta"
+TASK_EMBEDDING_ROWS = "TaskEmbeddingRows"
 TASK_VECTORS = "TaskVectors"
 TASK_VECTOR_ROWS = "TaskVectorRows"
 
@@ -123,6 +131,31 @@ def task_head_tokens(opset: int) -> ir.Function:
     return _function(TASK_HEAD_TOKENS, inputs, y, body, opset)
 
 
+def task_embedding_delta(opset: int) -> ir.Function:
+    """Return ``TaskEmbeddingDelta``."""
+    x, ids, starts, downs, ups = inputs = _values("x", "task_ids", "starts", "downs", "ups")
+    body = tape.Tape()
+    z = body.op("Gather", [downs, _place(body, x, ids, starts)], {"axis": 0})
+    y = body.op("MatMul", [z, body.op("Gather", [ups, ids], {"axis": 0})])
+    return _function(TASK_EMBEDDING_DELTA, inputs, y, body, opset)
+
+
+def task_embedding_rows(opset: int) -> ir.Function:
+    """Return ``TaskEmbeddingRows``."""
+    x, ids, starts, table, slots = inputs = _values("x", "task_ids", "starts", "table", "slots")
+    body = tape.Tape()
+    slot = body.op("Gather", [slots, _place(body, x, ids, starts)], {"axis": 0})
+    y = body.op("Gather", [table, slot], {"axis": 0})
+    return _function(TASK_EMBEDDING_ROWS, inputs, y, body, opset)
+
+
+def _place(body: tape.Tape, x: ir.Value, ids: ir.Value, starts: ir.Value) -> ir.Value:
+    """Return ``starts[task_ids] + x``, one start for each row of x."""
+    axis = body.op("Constant", [], {"value_ints": [1]})
+    own = body.op("Unsqueeze", [body.op("Gather", [starts, ids], {"axis": 0}), axis])
+    return body.op("Add", [own, x])
+
+
 FUNCTIONS = {
     TASK_DELTA: task_delta,
     TASK_DELTA_ROWS: task_delta_rows,
@@ -130,6 +163,8 @@ FUNCTIONS = {
     TASK_OWN_DELTA_ROWS: task_own_delta_rows,
     TASK_HEAD_TOKENS: task_head_tokens,
     TASK_HEAD_ROWS: task_head_rows,
+    TASK_EMBEDDING_DELTA: task_embedding_delta,
+    TASK_EMBEDDING_ROWS: task_embedding_rows,
     TASK_VECTORS: task_vectors,
     TASK_VECTOR_ROWS: task_vector_rows,
 }

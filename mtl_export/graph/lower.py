@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.graph.passes.markers import ensure_no_markers
 from mtl_export.graph.passes.merge_task import MergeTaskPass
+from mtl_export.graph.passes.route_embeddings import RouteEmbeddingsPass
+from mtl_export.graph.passes.route_norms import RouteNormsPass
 from mtl_export.graph.passes.route_tasks import RouteTasksPass
 from mtl_export.graph.trace import TracedModel
 from mtl_export.version import VERSION
@@ -20,22 +24,25 @@ LAYOUT_SINGLE = "single-graph"
 
 def merged_graph(traced: TracedModel, bound: BoundModel, task: Task) -> ir.Model:
     """Return the graph of ``task`` alone, its weights merged."""
-    return _lowered(traced, MergeTaskPass(bound, task), _metadata(bound, LAYOUT_MERGED, (task,)))
+    metadata = _metadata(bound, LAYOUT_MERGED, (task,))
+    return _lowered(traced, [MergeTaskPass(bound, task)], metadata)
 
 
 def routed_graph(traced: TracedModel, bound: BoundModel) -> ir.Model:
     """Return the graph of all tasks, with the extra input ``task_ids`` int64 [batch]."""
     metadata = _metadata(bound, LAYOUT_SINGLE, bound.adapters.tasks)
-    return _lowered(traced, RouteTasksPass(bound), metadata)
+    passes = [RouteTasksPass(bound), RouteEmbeddingsPass(bound), RouteNormsPass(bound)]
+    return _lowered(traced, passes, metadata)
 
 
 def _lowered(
-    traced: TracedModel, lowering: ir.passes.InPlacePass, metadata: dict[str, str]
+    traced: TracedModel, lowering: Sequence[ir.passes.InPlacePass], metadata: dict[str, str]
 ) -> ir.Model:
     model = traced.model.clone()
     # One by one: ir.passes.Sequential would hide our own errors inside its PassError.
-    for step in (lowering, common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass()):
+    for step in (*lowering, common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass()):
         model = step(model).model
+    ensure_no_markers(model)
     model.metadata_props.update(metadata)
     model.producer_name, model.producer_version = "mtl-export", VERSION
     model.graph.name = metadata["mtl_export.layout"]

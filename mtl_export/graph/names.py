@@ -6,6 +6,10 @@ Initializers of the base keep their state-dict names. What we add:
                         quantisers recognise a stock linear layer
     <module>.down       [I, D]           <module>.core   [T + 1, D, U]      <module>.up   [U, O]
     <module>.weights    [T + 1, I, L]    <module>.biases [T + 1, L]         (per-task heads)
+    <module>.downs      [T + 1, I, R]        <module>.ups    [T + 1, R, O]         (own factors)
+    <module>.gain, .biases  [T + 1, O]       (DoRA; trained biases)
+    <module>.starts     [T + 1]              <module>.table  [N, O]    <module>.slots [(T + 1) V]
+                        (embeddings of V entries, whose downs are [(T + 1) V, R])
     <module>/<step>     values between nodes
 
 Row T of every per-task stack is NaN: see ``passes.route_tasks``.

@@ -9,10 +9,12 @@ from mtl_export.graph.functions import FUNCTIONS
 from tests.graph import marked
 
 B, S, I, O, D, U, R, L, T = 4, 3, 5, 7, 2, 6, 2, 4, 3  # noqa: E741 - the names of functions
+V, N = 6, 9  # an embedding's entries, and those of all tasks together
 IDS = np.array([2, 0, 1, 3])
 SHAPES: dict[str, tuple[int, ...]] = {
     "down": (I, D), "core": (T + 1, D, U), "up": (U, O), "downs": (T + 1, I, R),
     "ups": (T + 1, R, O), "weights": (T + 1, I, L), "biases": (T + 1, L), "rows": (T + 1, O),
+    "table": (N, O),
 }  # fmt: skip
 
 
@@ -20,10 +22,20 @@ def operands(name: str) -> dict[str, Array]:
     """Return seeded values for the function's inputs, by name."""
     generator = np.random.default_rng(0)
     found: dict[str, Array] = {}
+    whole_numbers = {
+        "task_ids": IDS,
+        "starts": np.arange(T + 1) * V,
+        "slots": generator.integers(0, N, (T + 1) * V),
+    }
+    is_embedding = name.startswith("TaskEmbedding")
     for value in FUNCTIONS[name](20).inputs:
         assert value.name is not None
-        if value.name == "task_ids":
-            found[value.name] = IDS
+        if value.name in whole_numbers:
+            found[value.name] = whole_numbers[value.name]
+        elif value.name == "x" and is_embedding:
+            found[value.name] = generator.integers(0, V, (B, S))
+        elif value.name == "downs" and is_embedding:
+            found[value.name] = generator.normal(size=((T + 1) * V, R)).astype(np.float32)
         else:
             x_shape = (B, I) if name.endswith("Rows") else (B, S, I)
             shape = x_shape if value.name == "x" else SHAPES[value.name]
@@ -58,6 +70,10 @@ def expected_row(name: str, v: dict[str, Array], row: int, task: int) -> Array:
         return np.asarray(v["rows"][task] if name.endswith("Rows") else v["rows"][task][None])
     if name.startswith("TaskHead"):
         return np.asarray(v["x"][row] @ v["weights"][task] + v["biases"][task])
+    if name == "TaskEmbeddingDelta":
+        return np.asarray(v["downs"][task * V + v["x"][row]] @ v["ups"][task])
+    if name == "TaskEmbeddingRows":
+        return np.asarray(v["table"][v["slots"][task * V + v["x"][row]]])
     if name.startswith("TaskOwnDelta"):
         return np.asarray(v["x"][row] @ v["downs"][task] @ v["ups"][task])
     return np.asarray(v["x"][row] @ v["down"] @ v["core"][task] @ v["up"])

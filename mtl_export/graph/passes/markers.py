@@ -7,17 +7,17 @@ from onnx_ir import convenience, tape
 
 from mtl_export.graph import names
 
-_MARKERS = frozenset(
+MARKERS = frozenset(
     {names.MARKER_LINEAR, names.MARKER_HEAD, names.MARKER_EMBEDDING, names.MARKER_NORM}
 )
 
 
-def markers(model: ir.Model) -> list[ir.Node]:
-    """Return every marker node, subgraphs included, in graph order."""
+def markers(model: ir.Model, op_types: frozenset[str] = MARKERS) -> list[ir.Node]:
+    """Return every marker node of these kinds, subgraphs included, in graph order."""
     return [
         node
         for node in model.graph.all_nodes()
-        if node.domain == names.DOMAIN and node.op_type in _MARKERS
+        if node.domain == names.DOMAIN and node.op_type in op_types
     ]
 
 
@@ -27,9 +27,9 @@ def module_of(node: ir.Node) -> str:
     return module
 
 
-def ensure_no_markers(model: ir.Model) -> None:
-    """Fail if a marker is left: no runtime could run it."""
-    left = [module_of(node) for node in markers(model)]
+def ensure_no_markers(model: ir.Model, op_types: frozenset[str] = MARKERS) -> None:
+    """Fail if a marker of these kinds is left: no runtime could run it."""
+    left = [module_of(node) for node in markers(model, op_types)]
     if left:
         raise ir.passes.PostconditionError(f"markers left in the graph: {left}")
 

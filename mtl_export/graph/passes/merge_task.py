@@ -5,11 +5,13 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir import tape
 
+from mtl_export.adapters.base_layer import is_conv1d
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph import names
 from mtl_export.graph.passes.markers import ensure_no_markers, markers, module_of, replace_marker
+from mtl_export.graph.passes.own_tensors import task_linear, task_tensor
 from mtl_export.graph.passes.weights import add_initializer
 from mtl_export.merge.merge import merged_weight
 
@@ -22,6 +24,9 @@ class MergeTaskPass(ir.passes.InPlacePass):
         2. ``TaskLinear(x, W)``     ->  ``MatMul(x, W_t^T)``
         3. ``TaskHead(x)``          ->  ``Add(MatMul(x, H_t^T), h_t)``, as wide as the task's
            own labels; the graph output's last dimension follows.
+        4. ``TaskHead`` of a layer inside the model that tasks trained whole: the same.
+        5. ``TaskEmbedding(ids)``    ->  ``Gather(W_t, ids)``
+        6. ``TaskNorm(x, w, b)``     ->  ``LayerNormalization(x, w_t, b_t)``
 
     The traced weights stay in the graph's initializers, unused, for a later
     ``RemoveUnusedNodesPass``.
@@ -36,7 +41,12 @@ class MergeTaskPass(ir.passes.InPlacePass):
         """Lower all markers of ``model``."""
         found = markers(model)
         for node in found:
-            lower = self._head if node.op_type == names.MARKER_HEAD else self._linear
+            lower = {
+                names.MARKER_LINEAR: self._linear,
+                names.MARKER_HEAD: self._head,
+                names.MARKER_EMBEDDING: self._embedding,
+                names.MARKER_NORM: self._norm,
+            }[node.op_type]
             ops = tape.Tape(node.graph)
             result = lower(model.graph, node, ops)
             replace_marker(node, ops, result)
@@ -48,15 +58,14 @@ class MergeTaskPass(ir.passes.InPlacePass):
 
     def _linear(self, graph: ir.Graph, node: ir.Node, ops: tape.Tape) -> ir.Value:
         module = module_of(node)
-        layer = self._bound.adapters.layers[module]
-        base = self._bound.base_tensor(f"{module}.weight")
-        index = self._task.index
+        shape = self._bound.base_tensor(f"{module}.weight").shape
+        is_transposed = is_conv1d(self._bound.base.config, module)
 
         def weight() -> Array:
-            stored = merged_weight(base.numpy(), layer, index, "F32")
-            return stored if layer.transposed else stored.T
+            stored = self._weight(module)
+            return stored if is_transposed else stored.T
 
-        shape = (layer.in_features, layer.out_features)
+        shape = shape if is_transposed else shape[::-1]
         initializer = add_initializer(graph, names.weight_t(module), shape, weight)
         y = ops.op("MatMul", [node.inputs[0], initializer], name=names.value(module, "matmul"))
         bias = self._bias(graph, node, module)
@@ -64,6 +73,44 @@ class MergeTaskPass(ir.passes.InPlacePass):
             y.name = names.value(module, "product")
             y = ops.op("Add", [y, bias], name=names.value(module, "add"))
         return y
+
+    def _weight(self, module: str) -> Array:
+        """Return the task's weight as it is stored: merged, replaced, or the base's."""
+        layer, index = self._bound.adapters.layers.get(module), self._task.index
+        name = f"{module}.weight"
+        if layer is None or self._bound.adapters.replacement(name, index) is not None:
+            return task_tensor(self._bound, name, index)
+        return merged_weight(self._bound.base_tensor(name).numpy(), layer, index, "F32")
+
+    def _embedding(self, graph: ir.Graph, node: ir.Node, ops: tape.Tape) -> ir.Value:
+        module = module_of(node)
+        shape = self._bound.base_tensor(f"{module}.weight").shape
+        table = add_initializer(
+            graph, names.part(module, "task_weight"), shape, lambda: self._weight(module)
+        )
+        name = names.value(module, "gather")
+        return ops.op("Gather", [table, node.inputs[0]], {"axis": 0}, name=name)
+
+    def _norm(self, graph: ir.Graph, node: ir.Node, ops: tape.Tape) -> ir.Value:
+        module = module_of(node)
+        own = [self._own(graph, module, kind) for kind in ("weight", "bias")]
+        epsilon = node.attributes["epsilon"].as_float()
+        return ops.op(
+            "LayerNormalization",
+            [node.inputs[0], *own],
+            {"axis": -1, "epsilon": epsilon},
+            name=names.value(module, "normalised"),
+        )
+
+    def _own(self, graph: ir.Graph, module: str, kind: str) -> ir.Value:
+        """Return the task's own tensor, or the base's, as an initializer."""
+        bound, index, name = self._bound, self._task.index, f"{module}.{kind}"
+        return add_initializer(
+            graph,
+            names.part(module, f"task_{kind}"),
+            bound.base_tensor(name).shape,
+            lambda: task_tensor(bound, name, index),
+        )
 
     def _bias(self, graph: ir.Graph, node: ir.Node, module: str) -> ir.Value | None:
         """Return the traced bias, or the task's own."""
@@ -75,7 +122,9 @@ class MergeTaskPass(ir.passes.InPlacePass):
 
     def _head(self, graph: ir.Graph, node: ir.Node, ops: tape.Tape) -> ir.Value:
         module = module_of(node)
-        head = self._bound.adapters.heads[module][self._task.index]
+        heads = self._bound.adapters.heads.get(module)
+        index = self._task.index
+        head = task_linear(self._bound, module, index) if heads is None else heads[index]
         labels, features = head.weight.shape
         weight = add_initializer(
             graph, names.weight_t(module), (features, labels), lambda: head.weight.T

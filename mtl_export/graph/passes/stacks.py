@@ -7,9 +7,18 @@ like an answer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from mtl_export.adapters.normal_form import NO_LABEL, Head, LayerAdapter, OwnAdapter
+from mtl_export.adapters.normal_form import (
+    NO_LABEL,
+    AnyAdapter,
+    Head,
+    LayerAdapter,
+    OwnAdapter,
+    Rows,
+)
 from mtl_export.checkpoint.tensors import Array
 
 
@@ -43,6 +52,46 @@ def stacked_blocks(layer: OwnAdapter) -> dict[str, Array]:
             downs[index, :, :own] = block.down.T
             ups[index, :own] = (block.up.astype(np.float64) @ block.core).T
     return {"downs": with_poison(downs), "ups": with_poison(ups)}
+
+
+def embedding_blocks(layer: AnyAdapter) -> dict[str, Array]:
+    """Return downs ``[(T + 1) V, R]`` and ups ``[T + 1, R, O]`` of an embedding of V entries."""
+    blocks = tuple(layer.factors(index) for index in range(layer.task_count))
+    own = OwnAdapter(layer.module, layer.in_features, layer.out_features, blocks)
+    stacks = stacked_blocks(own)
+    downs = stacks["downs"]
+    return {"downs": downs.reshape(-1, downs.shape[-1]), "ups": stacks["ups"]}
+
+
+def embedding_table(
+    base: Array, whole: Sequence[Array | None], rows: Sequence[Rows | None]
+) -> tuple[Array, Array]:
+    """Return a table of all tasks' vectors, and where in it each task's tokens are.
+
+    Args:
+        base: ``[V, O]``.
+        whole: Each task's own embedding ``[V, O]``, or None.
+        rows: Each task's own rows, or None.
+
+    Returns:
+        Table ``[N, O]``: the base's, what tasks have of their own, and a last row of NaN.
+        Slots, int64 ``[(T + 1) V]``: task t finds token v in row ``slots[t V + v]``.
+    """
+    parts, slots = [base], []
+    used = len(base)
+    for own, new in zip(whole, rows, strict=True):
+        mine = np.arange(len(base), dtype=np.int64)
+        if own is not None:
+            parts.append(own)
+            mine += used
+            used += len(own)
+        elif new is not None:
+            parts.append(new.values)
+            mine[new.indices] = np.arange(used, used + len(new.values))
+            used += len(new.values)
+        slots.append(mine)
+    slots.append(np.full(len(base), used, np.int64))
+    return with_poison(np.concatenate(parts)), np.concatenate(slots)
 
 
 def stacked_heads(heads: tuple[Head, ...]) -> tuple[Array, Array]:

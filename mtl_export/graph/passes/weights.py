@@ -14,19 +14,31 @@ from mtl_export.checkpoint.tensors import Array
 
 
 def add_initializer(
-    graph: ir.Graph, name: str, shape: tuple[int, ...], values: Callable[[], Array]
+    graph: ir.Graph,
+    name: str,
+    shape: tuple[int, ...],
+    values: Callable[[], Array],
+    dtype: ir.DataType = ir.DataType.FLOAT,
 ) -> ir.Value:
-    """Return a new float32 initializer of ``graph`` whose values are computed on use."""
+    """Return a new initializer of ``graph`` whose values are computed on use.
+
+    Args:
+        graph: The graph.
+        name: The initializer's name.
+        shape: Shape of the values.
+        values: Returns them.
+        dtype: FLOAT or INT64.
+    """
     tensor = ir.LazyTensor(
-        lambda: ir.tensor(np.ascontiguousarray(values(), dtype=np.float32), name=name),
-        dtype=ir.DataType.FLOAT,
+        lambda: ir.tensor(np.ascontiguousarray(values(), dtype=dtype.numpy()), name=name),
+        dtype=dtype,
         shape=ir.Shape(shape),
         name=name,
     )
     value = ir.Value(
         name=name,
         shape=ir.Shape(shape),
-        type=ir.TensorType(ir.DataType.FLOAT),
+        type=ir.TensorType(dtype),
         const_value=tensor,
     )
     graph.register_initializer(value)
