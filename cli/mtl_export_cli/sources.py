@@ -125,10 +125,9 @@ def recipe(command: str, bound: BoundModel, options: dict[str, OptionValue]) -> 
 
 def hyper_parameters(checkpoint: Checkpoint) -> dict[str, float | None]:
     """Return the numbers all layers share, by name; None where layers differ or have none."""
-    found = {
-        name: {layer.hyper.get(name) for layer in checkpoint.layers.values()}
-        for name in ("alpha", "temperature")
-    }
+    layers = [layer for part in checkpoint.members or (checkpoint,)
+              for layer in part.layers.values()]  # fmt: skip
+    found = {name: {layer.hyper.get(name) for layer in layers} for name in ("alpha", "temperature")}
     return {name: next(iter(v)) if len(v) == 1 else None for name, v in found.items()}
 
 

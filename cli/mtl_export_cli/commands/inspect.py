@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mtl_export_cli import options, render, sources
-from mtl_export_cli.options import Settings, with_settings
+from mtl_export_cli.conversion import FORMATS, OWN, convert
+from mtl_export_cli.options import Settings, option, with_settings
+from mtl_export_cli.written import print_written
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.base_model import BaseModel
@@ -20,12 +24,40 @@ EPILOG = """\b
 Example:
   mtl-export inspect
   mtl-export inspect -c adapter -b ./base --json
+  mtl-export inspect -c final_checkpoint.pt --alpha 16 --temperature 0.1 --convert adapter
 """
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What came of reading a checkpoint as an export would.
+
+    Attributes:
+        missing: What must still be given, and how.
+        shapes: How the base's shapes compare: "fit", what does not, or nothing without a base.
+        unsupported: Why it cannot be exported; empty if it can.
+    """
+
+    missing: tuple[str, ...]
+    shapes: str
+    unsupported: str = ""
+
+
 @click.command(short_help="Say what a checkpoint is and holds.", epilog=EPILOG)
-@with_settings(options.SOURCE, options.TALK)
-def command(settings: Settings) -> None:
+@with_settings(options.SOURCE, options.OUTPUT[-1:], options.TALK)
+@option("--ledger", is_flag=True, help="List every stored tensor and what becomes of it.")
+@option(
+    "--convert",
+    "target",
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="Write the checkpoint to the folder OUT, so that the next run needs no other flags.",
+)
+@option(
+    "--convert-format", "target_format", type=click.Choice(FORMATS), default=OWN,
+    show_default=True, help="mtl-export's own folder, or one PEFT LoRA folder per task.",
+)  # fmt: skip
+def command(settings: Settings, *, ledger: bool, target: Path | None, target_format: str) -> None:
     """Say what a checkpoint is and holds.
 
     Format, family, tasks, sizes, the base it was trained on and whether the base given
@@ -35,27 +67,44 @@ def command(settings: Settings) -> None:
 
     checkpoint = sources.open_settings_checkpoint(settings)
     base = open_base(settings.base) if settings.base else None
-    report = _report(checkpoint, base)
+    report = _report(settings, checkpoint, base)
+    if ledger:
+        report["ledger"] = [
+            {"tensor": entry.tensor, "fate": entry.fate, "reason": entry.reason}
+            for entry in checkpoint.ledger
+        ]
+    outputs = []
+    if target is not None:
+        outputs = [convert(settings, checkpoint, base, target=target, form=target_format)]
+        report["outputs"] = [output.as_dict() for output in outputs]
     if settings.json:
         render.print_json({"ok": True, "command": "inspect", **report})
-    else:
-        _print(report)
+        return
+    _print(report)
+    if outputs:
+        print_written("inspect", outputs, as_json=False)
 
 
-def _report(checkpoint: Checkpoint, base: BaseModel | None) -> dict[str, Any]:
+def _report(settings: Settings, checkpoint: Checkpoint, base: BaseModel | None) -> dict[str, Any]:
     from mtl_export.adapters.family import family_named
-    from mtl_export.checkpoint.reader import FORMATS
+    from mtl_export.checkpoint.reader import FORMATS as KNOWN
 
     family = family_named(checkpoint.family)
-    missing, shapes_fit = _trial(checkpoint, base)
-    if base is None:
+    trial = _trial(checkpoint, base)
+    missing = list(trial.missing)
+    if settings.tasks is None and _has_placeholder_names(checkpoint):
+        missing.append(
+            f"task names: Pass --tasks A,B,... (or set tasks in mtl-export.toml),"
+            f" {len(checkpoint.tasks)} in id order; until then they are numbered"
+        )
+    if base is None and not trial.unsupported:
         missing.append("base: Pass --base DIR_OR_HUB_ID, or set base in mtl-export.toml")
     return {
         "checkpoint": str(checkpoint.path),
         "sha256": checkpoint.sha256,
         "format": checkpoint.format,
         "format_description": next(
-            entry.description for entry in FORMATS if entry.name == checkpoint.format
+            entry.description for entry in KNOWN if entry.name == checkpoint.format
         ),
         "family": {"name": family.name, "title": family.title, "paper": family.paper},
         "model_class": checkpoint.model_class,
@@ -65,42 +114,61 @@ def _report(checkpoint: Checkpoint, base: BaseModel | None) -> dict[str, Any]:
         ],
         **_sizes(checkpoint),
         **sources.hyper_parameters(checkpoint),
-        "base": _base_facts(checkpoint, base, shapes_fit),
+        "fates": dict(sorted(Counter(entry.fate for entry in checkpoint.ledger).items())),
+        "base": _base_facts(checkpoint, base, trial.shapes),
         "missing": missing,
+        "unsupported": trial.unsupported,
         "notes": list(checkpoint.notes),
     }
 
 
-def _trial(checkpoint: Checkpoint, base: BaseModel | None) -> tuple[list[str], str]:
-    """Return what must still be given, and how the base's shapes compare.
+def _has_placeholder_names(checkpoint: Checkpoint) -> bool:
+    """Return whether the format does not carry task names; our own folder always does."""
+    from mtl_export.checkpoint.folder import FORMAT
+
+    names = [f"task{index}" for index in range(len(checkpoint.tasks))]
+    return checkpoint.format != FORMAT and [task.name for task in checkpoint.tasks] == names
+
+
+def _trial(checkpoint: Checkpoint, base: BaseModel | None) -> Trial:
+    """Read the checkpoint as an export would, and go on where a number is missing.
 
     Raises:
         CheckpointError: The checkpoint is broken, whatever is given.
     """
     from mtl_export.adapters.binding import bind
     from mtl_export.adapters.family import read_adapters
-    from mtl_export.errors import BaseModelError, HyperparameterError, IntegrityError
+    from mtl_export.checkpoint.reader import with_hyper
+    from mtl_export.errors import (
+        AdapterError,
+        BaseModelError,
+        HyperparameterError,
+        IntegrityError,
+    )
 
-    try:
-        adapters = read_adapters(checkpoint, base)
-    except BaseModelError as error:
-        return ([error.fix] if base is None else []), (error.found if base else "")
-    except HyperparameterError:
-        names = [name for name, value in sources.hyper_parameters(checkpoint).items() if not value]
-        return [
-            f"{name}: Pass --{name} (or set {name} in mtl-export.toml) with the value used in"
-            " training"
-            for name in names
-        ], ""
-    if base is None:
-        return [], ""
-    try:
-        bind(checkpoint, adapters, base)
-    except BaseModelError as error:
-        return [], error.found
-    except IntegrityError:
-        return [], "fit"  # bind compares hashes only once all shapes fit
-    return [], "fit"
+    missing: list[str] = []
+    while True:
+        try:
+            adapters = read_adapters(checkpoint, base)
+            if base is not None:
+                bind(checkpoint, adapters, base)
+        except HyperparameterError as error:
+            name = error.where.rpartition(": ")[2]
+            parts = checkpoint.members or (checkpoint,)
+            carried = any(name in la.hyper for part in parts for la in part.layers.values())
+            if carried or name not in sources.hyper_parameters(checkpoint):
+                raise
+            missing.append(f"{name}: {error.fix}")
+            # Any number will do to see what else is missing, and whether the shapes fit.
+            checkpoint = with_hyper(checkpoint, {name: 1.0})
+        except BaseModelError as error:
+            return Trial(tuple(missing), error.found if base is not None else "")
+        except AdapterError as error:
+            return Trial(tuple(missing), "", f"{error.found}: {error.why}")
+        except IntegrityError:
+            return Trial(tuple(missing), "fit")  # bind compares hashes once all shapes fit
+        else:
+            return Trial(tuple(missing), "" if base is None else "fit")
 
 
 def _base_facts(
@@ -124,23 +192,27 @@ def _base_facts(
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
-    layers = checkpoint.layers.values()
+    parts = checkpoint.members or (checkpoint,)
+    layers = [layer for part in parts for layer in part.layers.values()]
     adapter = [tensor for layer in layers for tensor in layer.tensors.values()]
     heads = [
         tensor
-        for module in checkpoint.heads.values()
+        for part in parts
+        for module in part.heads.values()
         for head in module
         for tensor in (head.weight, head.bias)
         if tensor is not None
     ]
-    shapes = Counter(
-        f"[{layer.tensors['up'].shape[-2]}, {layer.tensors['down'].shape[-1]}]"
+    pairs = {
+        layer.module: (layer.tensors["up"], layer.tensors["down"])
         for layer in layers
         if {"up", "down"} <= layer.tensors.keys()
-    )
+    }
+    shapes = Counter(f"[{up.shape[-2]}, {down.shape[-1]}]" for up, down in pairs.values())
+    downs = [layer.tensors["down"] for layer in layers if "down" in layer.tensors]
     ups = [layer.tensors["up"] for layer in layers if "up" in layer.tensors]
     return {
-        "rank": sorted({layer.tensors["down"].shape[0] for layer in layers}),
+        "rank": sorted({down.shape[-2] for down in downs}),
         "up_projections": sorted({up.shape[0] for up in ups if len(up.shape) == 3}),
         "lambda": sorted(
             {
@@ -149,9 +221,10 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
                 if "lambda" in layer.tensors
             }
         ),
-        "adapted_modules": len(checkpoint.layers),
+        "adapted_modules": len({layer.module for layer in layers}),
         "adapted_shapes": dict(sorted(shapes.items())),
-        "head_modules": sorted(checkpoint.heads),
+        "head_modules": sorted({module for part in parts for module in part.heads}),
+        "replaced_tensors": len({name for part in parts for name in (*part.replaced, *part.rows)}),
         "parameters": {"adapter": _count(adapter), "heads": _count(heads)},
         "size_bytes": sum(tensor.size_bytes for tensor in (*adapter, *heads)),
         "dtypes": sorted({tensor.dtype for tensor in (*adapter, *heads)}),
@@ -181,10 +254,15 @@ def _print(report: dict[str, Any]) -> None:
                 f"{parameters['adapter']:,} in the adapter, {parameters['heads']:,} in heads,"
                 f" {render.size_text(report['size_bytes'])} as {', '.join(report['dtypes'])}",
             ),
+            (
+                "tensors",
+                ", ".join(f"{count} {fate}" for fate, count in report["fates"].items()) or "none",
+            ),
             ("model class", report["model_class"] or "unknown"),
             ("trained on", base["trained_on"] or "unknown"),
             ("base given", _base_sentence(base)),
             *(("missing", line) for line in report["missing"]),
+            *(("exports", text) for text in [report["unsupported"]] if text),
             *(("note", line) for line in report["notes"]),
         ]
     )
@@ -196,6 +274,11 @@ def _print(report: dict[str, Any]) -> None:
         ],
         right=("id",),
     )
+    if "ledger" in report:
+        render.print_table(
+            ("tensor", "fate", "reason"),
+            [(entry["tensor"], entry["fate"], entry["reason"]) for entry in report["ledger"]],
+        )
 
 
 def _value(value: object) -> str:
