@@ -18,6 +18,7 @@ from types import MappingProxyType
 import numpy as np
 
 from mtl_export.adapters.base_layer import is_conv1d
+from mtl_export.adapters.lazy import mapped
 from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Rows
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import Checkpoint
@@ -73,7 +74,9 @@ def bind(
     base = _inside(base, adapters)
     prefix = _prefix(adapters, base)
     problems = [
-        problem for layer in adapters.layers.values() if (problem := _mismatch(layer, base, prefix))
+        problem
+        for layer in adapters.outlines.values()
+        if (problem := _mismatch(layer, base, prefix))
     ]
     problems += _misplaced(adapters, base, prefix)
     problems += _altered(checkpoint, base, prefix)
@@ -111,17 +114,15 @@ def check_base_hash(bound: BoundModel) -> None:
 
 def _settled(adapters: AdapterSet, base: BaseModel) -> AdapterSet:
     """Return ``adapters`` with what only the base can tell: model class and weight layout."""
+
+    def settled(layer: AnyAdapter) -> AnyAdapter:
+        is_transposed = is_conv1d(base.config, layer.module)
+        return dataclasses.replace(layer, transposed=True) if is_transposed else layer
+
     return dataclasses.replace(
         adapters,
         model_class=concrete_class(adapters.model_class, base.config),
-        layers=MappingProxyType(
-            {
-                name: dataclasses.replace(layer, transposed=True)
-                if is_conv1d(base.config, name)
-                else layer
-                for name, layer in adapters.layers.items()
-            }
-        ),
+        layers=mapped(adapters.layers, settled),
     )
 
 
@@ -210,7 +211,7 @@ def _misplaced(adapters: AdapterSet, base: BaseModel, prefix: str) -> list[str]:
     shapes = {name: values.shape for name, values in adapters.replaced.items()}
     for name, by_task in adapters.task_replaced.items():
         shapes[name] = next(values.shape for values in by_task if values is not None)
-    for layer in adapters.layers.values():
+    for layer in adapters.outlines.values():
         if layer.bias is not None:
             shapes[f"{layer.module}.bias"] = (layer.out_features,)
     problems = []

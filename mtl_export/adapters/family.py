@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -25,6 +25,7 @@ from mtl_export.adapters import (
     ta_lora,
 )
 from mtl_export.adapters.base_layer import BaseLayer
+from mtl_export.adapters.lazy import LAZY_BYTES, LazyLayers
 from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Head, Rows
 from mtl_export.adapters.stack import stacked
 from mtl_export.checkpoint.base_model import BaseModel
@@ -149,6 +150,10 @@ FAMILIES: tuple[Family, ...] = (
         oracle="",
     ),
 )
+# Families whose layers cost little more than reading their tensors: no base weight is needed.
+CHEAP = frozenset(
+    {mtl_lora.NAME, mtl_lora_fused.NAME, moe_lora.NAME, multi_lora.NAME, ta_lora.NAME, lora.NAME}
+)
 
 
 def family_named(name: str) -> Family:
@@ -189,9 +194,7 @@ def read_adapters(checkpoint: Checkpoint, base: BaseModel | None = None) -> Adap
     return AdapterSet(
         family=family.name,
         tasks=checkpoint.tasks,
-        layers=MappingProxyType(
-            {module: _layer(family, layer, base) for module, layer in checkpoint.layers.items()}
-        ),
+        layers=_layers(family, checkpoint, base),
         heads=MappingProxyType(
             {
                 module: tuple(_head(head) for head in heads)
@@ -211,6 +214,18 @@ def read_adapters(checkpoint: Checkpoint, base: BaseModel | None = None) -> Adap
             }
         ),
     )
+
+
+def _layers(
+    family: Family, checkpoint: Checkpoint, base: BaseModel | None
+) -> Mapping[str, AnyAdapter]:
+    def load(module: str) -> AnyAdapter:
+        return _layer(family, checkpoint.layers[module], base)
+
+    size = sum(t.size_bytes for layer in checkpoint.layers.values() for t in layer.tensors.values())
+    if family.name in CHEAP and size > LAZY_BYTES:
+        return LazyLayers.of(checkpoint.layers, load)
+    return MappingProxyType({module: load(module) for module in checkpoint.layers})
 
 
 def _layer(family: Family, layer: LayerTensors, base: BaseModel | None) -> AnyAdapter:

@@ -241,7 +241,7 @@ class AdapterSet:
         """Check that every layer and head serves every task."""
         wrong = [
             f"{name}: {layer.task_count} tasks"
-            for name, layer in self.layers.items()
+            for name, layer in self.outlines.items()
             if layer.task_count != len(self.tasks)
         ]
         wrong += [
@@ -273,13 +273,19 @@ class AdapterSet:
         by_task = self.rows.get(name)
         return None if by_task is None else by_task[task_index]
 
+    @property
+    def outlines(self) -> Mapping[str, AnyAdapter]:
+        """Return the layers for whoever needs no values of ``down`` and ``up``: see ``lazy``."""
+        found: Mapping[str, AnyAdapter] = getattr(self.layers, "outlines", self.layers)
+        return found
+
     def replacement(self, name: str, task_index: int) -> Array | None:
         """Return what task t has in place of the base tensor ``name``, None if it keeps it.
 
         Weights of adapted layers are not replaced but merged; see ``merge``.
         """
         module, _, kind = name.rpartition(".")
-        layer = self.layers.get(module)
+        layer = self.outlines.get(module)
         if kind == "bias" and layer is not None and layer.bias is not None:
             bias: Array = layer.bias[task_index]
             return bias

@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from mtl_export.adapters.base_layer import BaseLayer
+from mtl_export.adapters.lazy import LazyLayers
 from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Head, OwnAdapter
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import Checkpoint
@@ -50,9 +51,7 @@ def stacked(
     return AdapterSet(
         family=checkpoint.family,
         tasks=checkpoint.tasks,
-        layers=MappingProxyType(
-            {name: _own(name, members, BaseLayer(name, base)) for name in modules}
-        ),
+        layers=_layers(modules, members, base),
         heads=MappingProxyType({name: _heads(members, name) for name in heads}),
         model_class=checkpoint.model_class,
         checkpoint_sha256=checkpoint.sha256,
@@ -66,6 +65,17 @@ def stacked(
             }
         ),
     )
+
+
+def _layers(
+    modules: Sequence[str], members: Sequence[AdapterSet], base: BaseModel | None
+) -> Mapping[str, AnyAdapter]:
+    def load(name: str) -> AnyAdapter:
+        return _own(name, members, BaseLayer(name, base))
+
+    if any(isinstance(member.layers, LazyLayers) for member in members):
+        return LazyLayers.of(modules, load)
+    return MappingProxyType({name: load(name) for name in modules})
 
 
 def _union(mappings: Sequence[Mapping[str, Value]]) -> list[str]:

@@ -262,7 +262,7 @@ def _patched(name: str, dtype: str, tensor: Tensor, rows: Rows, order: int) -> P
 
 
 def _is_folded(bound: BoundModel, module: str, task_index: int) -> bool:
-    layer = bound.adapters.layers.get(module)
+    layer = bound.adapters.outlines.get(module)
     if layer is None:
         return False
     return layer.gain is not None or layer.factors(task_index) is not None
