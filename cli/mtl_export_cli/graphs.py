@@ -105,6 +105,9 @@ class Exporter:
     """
 
     def __init__(self, bound: BoundModel, parent: Path) -> None:
+        from mtl_export.checkpoint.own_classes import refuse_graph
+
+        refuse_graph(bound.adapters.model_class)
         self._bound, self._parent = bound, parent
 
     def write(self, graph: Graph, steps: Steps, *, force: bool) -> Written:

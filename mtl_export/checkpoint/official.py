@@ -111,7 +111,7 @@ def read_official(path: Path) -> Checkpoint:
     file = checkpoint_file(path)
     if file is None:
         raise CheckpointError(where=str(path), found=f"no {FILE}", expected="a checkpoint file")
-    tensors = _unwrapped(file, load_state_dict(file))
+    tensors = unwrapped(file, load_state_dict(file))
     modules = _by_module(file, tensors)
     families = sorted({_family(file, module, roles) for module, roles in modules.items()})
     if len(families) != 1:
@@ -143,7 +143,7 @@ def read_official(path: Path) -> Checkpoint:
     )
 
 
-def _unwrapped(file: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(file: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors by name, without the part that a wrapper adds to it."""
     tensors: dict[str, Tensor] = {}
     twice = []
@@ -218,7 +218,7 @@ def _roles(
         return _expert_roles(file, module, stored)
     roles = dict(stored)
     if family in {"mtl_lora", "mtl_lora_fused"}:
-        roles["down"] = _without_first(file, roles["down"])
+        roles["down"] = without_first(file, roles["down"])
     if family == "dora":
         roles["magnitude"] = _flattened(roles["magnitude"])
     if family == "multi_lora":
@@ -227,7 +227,7 @@ def _roles(
     return MappingProxyType(roles)
 
 
-def _without_first(file: Path, tensor: Tensor) -> Tensor:
+def without_first(file: Path, tensor: Tensor) -> Tensor:
     """Return ``lora_A [1, r, I]`` as ``[r, I]``."""
     if len(tensor.shape) != 3 or tensor.shape[0] != 1:
         raise CheckpointError(

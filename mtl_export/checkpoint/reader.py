@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from mtl_export.checkpoint import adapterhub, mtlora_swin, official, official_vlbart, peft, peft_config
+from mtl_export.checkpoint import (
+    adapterhub,
+    mtlora_swin,
+    official,
+    official_vlbart,
+    peft,
+    peft_config,
+)
 from mtl_export.checkpoint.checkpoint import Checkpoint, LayerTensors, check_task_names
 from mtl_export.checkpoint.folder import FORMAT, is_own_folder, read_folder
 from mtl_export.checkpoint.torch_pickle import refuse_code

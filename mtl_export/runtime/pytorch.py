@@ -19,7 +19,7 @@ from torch import nn
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.family import family_named, read_adapters
-from mtl_export.adapters.modules.base import base_model, quiet_transformers
+from mtl_export.adapters.modules.base import base_model, class_named, quiet_transformers
 from mtl_export.adapters.modules.model import MultiTaskModel
 from mtl_export.adapters.modules.readout import with_readout
 from mtl_export.adapters.normal_form import NO_LABEL
@@ -102,7 +102,7 @@ class MergedRunner:
 
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(self._folder)
-            model_class = getattr(transformers, config.architectures[0])
+            model_class = class_named(config.architectures[0])
             head_file = self._folder / HEAD_FILE
             if head_file.is_file():
                 model_class = with_readout(model_class, *read_readout(head_file))

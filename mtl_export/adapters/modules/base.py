@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.readout import with_readout
+from mtl_export.checkpoint.own_classes import own_class
 from mtl_export.errors import AdapterError, BaseModelError, shortened
 
 
@@ -21,11 +23,13 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
     modules keep random weights: the caller replaces them.
 
     Raises:
-        AdapterError: The checkpoint names no transformers class, or an unknown one.
+        AdapterError: The checkpoint names no model class, or an unknown one.
         BaseModelError: The class has a weight that neither the base nor the checkpoint
             provides.
     """
     model_class = class_named(bound.adapters.model_class)
+    if own_class(bound.adapters.model_class) is not None:
+        return model_class.from_tensors(bound.base.config, bound.base.tensors, dtype)
     readout = bound.checkpoint.readout
     if readout is not None:
         shapes = [bound.adapters.heads[module][0].weight.shape for module in readout.modules]
@@ -59,13 +63,17 @@ def _replace(model: Any, bound: BoundModel, dtype: torch.dtype) -> None:
 
 
 def class_named(name: str) -> Any:
-    """Return the transformers class called ``name``.
+    """Return the class called ``name``: transformers', or one of ours.
 
     Raises:
         AdapterError: There is none, or it is no model.
     """
     import transformers
 
+    own = own_class(name)
+    if own is not None:
+        module, _, attribute = own.path.partition(":")
+        return getattr(import_module(module), attribute)
     model_class = getattr(transformers, name, None) if name else None
     if not isinstance(model_class, type) or not issubclass(
         model_class, transformers.PreTrainedModel
