@@ -41,10 +41,10 @@ class Case:
 
 
 def seeded_rows(
-    *, task_count: int, vocabulary: int, names: Sequence[str], per_task: int = 4
+    *, task_count: int, vocabulary: int, names: Sequence[str], per_task: int = 4, seed: int = 0
 ) -> dict[str, Array]:
     """Return rows of random token ids inside the vocabulary, for want of real inputs."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     shape = (task_count * per_task, 23)
     lengths = generator.integers(5, shape[1] + 1, shape[0])
     mask = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
