@@ -16,8 +16,10 @@ from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.errors import AdapterError, CheckpointError, IntegrityError, UsageError
 from tests.checkpoint import mtlora_toys as toys
 from tests.checkpoint.messages import assert_whole
+from tests.checkpoint.own_toys import assert_same
+from tests.fixtures.folder import FIXTURES, needs
 
-FIXTURE = Path(__file__).parents[2].parent / "shared" / "fixtures" / "mtlora" / "matrix"
+FIXTURE = FIXTURES / "mtlora" / "matrix"
 FILE = "ckpt_epoch_12.pth"
 LAST = "backbone.layers.1.blocks.1.mlp.fc2"
 
@@ -214,20 +216,11 @@ def test_it_is_kept_bit_for_bit_in_our_own_folder(tmp_path: Path) -> None:
     """Converted and read back, no tensor or number is lost."""
     checkpoint = opened(tmp_path)
     write_checkpoint(tmp_path / "own", checkpoint)
-    again = open_checkpoint(tmp_path / "own")
-    assert again.layers.keys() == checkpoint.layers.keys()
-    for module, layer in checkpoint.layers.items():
-        assert dict(again.layers[module].hyper) == dict(layer.hyper)
-        for role, tensor in layer.tensors.items():
-            assert again.layers[module].tensors[role].numpy().tobytes() == tensor.numpy().tobytes()
-    assert again.replaced.keys() == checkpoint.replaced.keys()
-    for name, tensor in checkpoint.replaced.items():
-        assert again.replaced[name].dtype == tensor.dtype
-        assert again.replaced[name].numpy().tobytes() == tensor.numpy().tobytes()
+    assert_same(open_checkpoint(tmp_path / "own"), checkpoint)
 
 
-@pytest.mark.fixtures
-@pytest.mark.skipif(not FIXTURE.exists(), reason="the fixtures are not beside the repository")
+@needs("mtlora")[0]
+@needs("mtlora")[1]
 def test_the_trainers_own_file_is_read() -> None:
     """A file of the real trainer: every key it lists has a fate, and the scales are its own."""
     checkpoint = open_checkpoint(FIXTURE)

@@ -247,7 +247,7 @@ def _print(report: dict[str, Any]) -> None:
             ("format", f"{report['format']} ({report['format_description']})"),
             ("family", f"{family['title']}, {family['paper']}"),
             ("numbers", ", ".join(f"{name} {_value(value)}" for name, value in numbers)),
-            ("adapted modules", f"{report['adapted_modules']}: {shapes}"),
+            ("adapted modules", f"{report['adapted_modules']}: {shapes}".removesuffix(": ")),
             ("heads", ", ".join(report["head_modules"]) or "none"),
             (
                 "parameters",
