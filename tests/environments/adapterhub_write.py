@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import adapters
+import adapters  # type: ignore[import-not-found]
 import numpy as np
 import torch
 import transformers
@@ -123,7 +123,7 @@ def finish(
     else:
         model.save_all_adapters(str(folder), use_safetensors=save == "all_safetensors")
     inputs = inputs_for(base)
-    arrays = {name: value.numpy() for name, value in inputs.items()}
+    arrays: dict[str, Any] = {name: value.numpy() for name, value in inputs.items()}
     model.double()
     for task in tasks:
         model.set_active_adapters(task)
