@@ -140,7 +140,7 @@ def _whole(
     tensors = {
         # Not read in one pass over a file: some tensors of the file are not the model's.
         name: dataclasses.replace(tensor, file=None)
-        for name, tensor in checkpoint.replaced.items()
+        for name, tensor in sorted(checkpoint.replaced.items())
     }
     carried = BaseModel(
         reference=base.reference,

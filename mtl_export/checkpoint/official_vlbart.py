@@ -46,8 +46,8 @@ NAME = "official-vlbart"
 FILE = "LAST.pth"
 NOTES = (
     "the trainer's multitask.py numbers its tasks vqa, gqa, nlvr, caption",
-    "its tokenizer is the base's with the 200 tokens <extra_id_0..99> and <vis_extra_id_0..99>"
-    " added by the trainer's data loaders; only the base's own tokenizer is copied",
+    "the trainer adds the special tokens <extra_id_*> and <vis_extra_id_*> to the base's"
+    " tokenizer; exports copy the base's tokenizer as it is",
 )
 TIED = frozenset({
     "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtl_export.checkpoint import vl_bart_config
-from mtl_export.checkpoint.tensors import Tensor
+from mtl_export.checkpoint.tensors import Array, Tensor
 from mtl_export.errors import GraphError
 
 
@@ -25,12 +25,14 @@ class OwnClass:
             ``from_tensors(config, tensors, dtype)``.
         config: Returns ``config.json`` for these tensors, from the base's own.
         inputs: What it takes besides text, for people.
+        seeded_inputs: Draws such inputs for so many rows, to compare models on.
     """
 
     name: str
     path: str
     config: Callable[[Mapping[str, Any], Mapping[str, Tensor]], dict[str, Any]]
     inputs: str
+    seeded_inputs: Callable[[Mapping[str, Any], int], dict[str, Array]]
 
 
 OWN_CLASSES: tuple[OwnClass, ...] = (
@@ -39,6 +41,7 @@ OWN_CLASSES: tuple[OwnClass, ...] = (
         path="mtl_export.adapters.modules.vl_bart:VLBart",
         config=vl_bart_config.config_of,
         inputs="image features and boxes, and a decoder's tokens",
+        seeded_inputs=vl_bart_config.seeded_inputs,
     ),
 )
 

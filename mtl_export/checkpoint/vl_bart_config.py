@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mtl_export.checkpoint.tensors import Tensor
+import numpy as np
+
+from mtl_export.checkpoint.tensors import Array, Tensor
 from mtl_export.errors import BaseModelError, CheckpointError, shortened
 
 MODEL_CLASS = "VLBart"
@@ -18,6 +20,7 @@ SHARED = "model.shared.weight"
 VISUAL = "model.encoder.visual_embedding"
 # The positions table begins with two rows that no position uses.
 POSITION_OFFSET = 2
+SEEDED_REGIONS = 7
 
 
 def config_of(base: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -62,6 +65,14 @@ def config_of(base: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
         "individual_vis_layer_norm": individual,
         "use_vis_layer_norm": individual or f"{VISUAL}.layer_norm.weight" in tensors,
     }
+
+
+def seeded_inputs(config: Mapping[str, Any], rows: int) -> dict[str, Array]:
+    """Return features and boxes of some regions of one image, float32 ``[rows, V, ...]``."""
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(rows, SEEDED_REGIONS, int(config["feat_dim"])))
+    boxes = generator.uniform(size=(rows, SEEDED_REGIONS, int(config["pos_dim"])))
+    return {"vis_feats": features.astype(np.float32), "boxes": boxes.astype(np.float32)}
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -104,7 +104,7 @@ def _trimmed(rows: dict[str, Array]) -> dict[str, Array]:
     if ATTENTION_MASK not in rows:
         return rows
     used = int(np.flatnonzero(rows[ATTENTION_MASK].any(axis=0)).max(initial=0)) + 1
-    return {name: v if v.ndim == 1 else v[:, :used] for name, v in rows.items()}
+    return {name: v[:, :used] if v.ndim == 2 else v for name, v in rows.items()}
 
 
 def _interleaved(ids: Array, task_count: int) -> Array:
@@ -133,6 +133,8 @@ def _long_case(rows: Mapping[str, Array], task_count: int, vocabulary: int, leng
             inputs[name] = generator.integers(0, vocabulary, (batch, length), dtype=value.dtype)
         elif name == ATTENTION_MASK:
             inputs[name] = mask.astype(value.dtype)
+        elif value.ndim > 2:  # no text: as many rows as there are, again and again
+            inputs[name] = np.resize(value, (batch, *value.shape[1:]))
         else:
             inputs[name] = np.zeros((batch, length), value.dtype)
     return Case(f"batch {batch} x {length}", inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from mtl_export.adapters.binding import BoundModel, bind
 from mtl_export.adapters.family import read_adapters
@@ -101,6 +102,29 @@ def test_everything_is_taken_from_the_checkpoint(merged: Path) -> None:
         np.testing.assert_array_equal(stored[name], state[name].numpy(), err_msg=name)
     for module in adapted:
         assert np.abs(stored[f"{module}.weight"] - state[f"{module}.weight"].numpy()).max() > 1e-2
+
+
+def parity(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return the exit code of ``mtl-export parity`` in a folder with base and run."""
+    monkeypatch.chdir(folder)
+    words = ["-c", "run", "-b", "base", "--alpha", str(toys.ALPHA), "--temperature",
+             str(toys.TEMPERATURE), "--tasks", NAMES]  # fmt: skip
+    return CliRunner().invoke(cli, ["parity", *words]).exit_code
+
+
+def test_parity_sees_the_image(
+    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged folders pass; one whose visual embedding is off does not."""
+    for name in ("base", "run"):
+        shutil.copytree(merged.parent / name, tmp_path / name)
+    shutil.copytree(merged, tmp_path / "out" / "merged")
+    assert parity(tmp_path, monkeypatch) == 0
+    file = tmp_path / "out" / "merged" / "gqa" / "model.safetensors"
+    stored = load_file(file)
+    stored[f"{toys.VISUAL}.feat_embedding.0.weight"] *= 1.01
+    save_file(stored, file, {"format": "pt"})
+    assert parity(tmp_path, monkeypatch) == 3
 
 
 def test_tied_tensors_stay_tied(merged: Path) -> None:

@@ -72,6 +72,16 @@ def test_sizes_are_not_those_traced() -> None:
     assert all(length != SAMPLE_SEQUENCE for _, length in sizes)
 
 
+def test_inputs_that_are_not_text_are_neither_cut_nor_emptied() -> None:
+    """Image regions keep their number and values, whatever the text's length."""
+    rows = seeded_rows(task_count=2, vocabulary=50, names=NAMES)
+    rows["vis_feats"] = np.random.default_rng(1).normal(size=(8, 30, 3))
+    for case in build_cases(rows, task_count=2, vocabulary=50, longest=64):
+        regions = case.inputs["vis_feats"]
+        assert regions.shape == (len(case.task_ids), 30, 3)
+        assert {row.tobytes() for row in regions} <= {row.tobytes() for row in rows["vis_feats"]}
+
+
 @pytest.mark.parametrize("longest", [5, 40, 96, 512])
 def test_the_long_case_fits_the_model(longest: int) -> None:
     """The longest case is as long as the model takes, ragged, never without a token."""

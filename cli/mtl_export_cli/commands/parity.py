@@ -106,7 +106,8 @@ def command(
 
 def _cases(bound: BoundModel, inputs: Path | None) -> list[Case]:
     """Return the batches to compare on: the user's rows, or seeded ones."""
-    from mtl_export.parity.cases import build_cases, seeded_rows
+    from mtl_export.checkpoint.own_classes import own_class
+    from mtl_export.parity.cases import TASK_IDS, build_cases, seeded_rows
 
     config = bound.base.config
     vocabulary = int(config["vocab_size"])
@@ -118,6 +119,9 @@ def _cases(bound: BoundModel, inputs: Path | None) -> list[Case]:
         rows = seeded_rows(task_count=task_count, vocabulary=vocabulary, names=names)
     else:
         rows = _tokenised(bound, inputs, longest)
+    own = own_class(bound.adapters.model_class)
+    if own is not None:
+        rows |= own.seeded_inputs(config, len(rows[TASK_IDS]))
     return build_cases(rows, task_count=task_count, vocabulary=vocabulary, longest=longest)
 
 

@@ -67,11 +67,12 @@ class VisualEmbedding(nn.Module):
         """Return one vector per region.
 
         Args:
-            vis_feats: ``[B, V, F]``.
+            vis_feats: ``[B, V, F]``, any floating dtype.
             boxes: ``[B, V, 4]``: x1, x2, y1, y2.
             img_order_ids: int64 ``[B, V]``: which image a region is of; the first by default.
             obj_order_ids: int64 ``[B, V]``: the region's number; 0 to V - 1 by default.
         """
+        vis_feats, boxes = (x.to(self.img_order_embedding.weight.dtype) for x in (vis_feats, boxes))
         regions = torch.arange(vis_feats.shape[1], device=vis_feats.device)[None]
         images = torch.zeros_like(regions) if img_order_ids is None else img_order_ids
         numbers = regions if obj_order_ids is None else obj_order_ids
