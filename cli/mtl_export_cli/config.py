@@ -5,6 +5,7 @@
     tasks = ["ads_rel", "spam"]                  # names in id order, where the checkpoint has none
     alpha = 16.0                                 # where the checkpoint does not carry it
     temperature = 0.1                            # likewise
+    biases = "hidden_biases.pt"                  # likewise
     dtype = "fp16"                               # of merged folders
 
     [output]
@@ -224,6 +225,7 @@ OPTIONS: dict[str, Reader] = {
     "tasks": _names,
     "alpha": _number,
     "temperature": _number,
+    "biases": _path,
     "dtype": _choice("fp32", "fp16", "bf16"),
 }
 _LAYOUT: Reader = _choice("single-graph", "per-task")

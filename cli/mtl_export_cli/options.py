@@ -39,6 +39,7 @@ class Settings:
         tasks: Task names in id order, where the checkpoint does not carry them.
         alpha: LoRA alpha, likewise.
         temperature: Softmax temperature, likewise.
+        biases: File of biases that the trainer added, likewise.
         dtype: ``fp32``, ``fp16`` or ``bf16``; None keeps the base's.
         force: Replace an old result.
         json: Print the result as JSON.
@@ -54,6 +55,7 @@ class Settings:
     tasks: tuple[str, ...] | None = None
     alpha: float | None = None
     temperature: float | None = None
+    biases: Path | None = None
     dtype: str | None = None
     force: bool = False
     json: bool = False
@@ -106,6 +108,11 @@ SOURCE: tuple[Decorator, ...] = (
     option(
         "--temperature", type=float,
         help="Softmax temperature, where the checkpoint does not carry it.",
+    ),
+    option(
+        "--biases", type=click.Path(path_type=Path), metavar="FILE",
+        help="Biases that the trainer added to bias-free layers and did not save with them:"
+        " a dictionary MODULE.bias, by torch.save.",
     ),
     option(
         "--config", type=click.Path(path_type=Path), metavar="FILE", is_eager=True,

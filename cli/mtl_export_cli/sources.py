@@ -38,6 +38,7 @@ def open_settings_checkpoint(settings: Settings) -> Checkpoint:
         alpha=settings.alpha,
         temperature=settings.temperature,
         task_names=settings.tasks,
+        biases=settings.biases,
     )
 
 

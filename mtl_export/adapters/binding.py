@@ -22,6 +22,7 @@ from mtl_export.adapters.lazy import mapped
 from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Rows
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import Checkpoint
+from mtl_export.checkpoint.hidden_biases import biased_base
 from mtl_export.checkpoint.model_class import concrete_class
 from mtl_export.checkpoint.own_classes import own_class
 from mtl_export.checkpoint.tensors import Tensor
@@ -73,6 +74,7 @@ def bind(
     adapters, base = _whole(checkpoint, adapters, base)
     base = _inside(base, adapters)
     prefix = _prefix(adapters, base)
+    base = biased_base(base, prefix, _own_biases(adapters))
     problems = [
         problem
         for layer in adapters.outlines.values()
@@ -124,6 +126,12 @@ def _settled(adapters: AdapterSet, base: BaseModel) -> AdapterSet:
         model_class=concrete_class(adapters.model_class, base.config),
         layers=mapped(adapters.layers, settled),
     )
+
+
+def _own_biases(adapters: AdapterSet) -> list[str]:
+    """Return the biases of adapted layers that the checkpoint brings for all tasks."""
+    names = (f"{module}.bias" for module in adapters.layers)
+    return [name for name in names if name in adapters.replaced]
 
 
 def _whole(

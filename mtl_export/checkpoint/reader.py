@@ -21,6 +21,7 @@ from mtl_export.checkpoint import (
 )
 from mtl_export.checkpoint.checkpoint import Checkpoint, LayerTensors, check_task_names
 from mtl_export.checkpoint.folder import FORMAT, is_own_folder, read_folder
+from mtl_export.checkpoint.hidden_biases import with_biases
 from mtl_export.checkpoint.torch_pickle import refuse_code
 from mtl_export.errors import CheckpointError, UsageError, shortened
 
@@ -105,6 +106,7 @@ def open_checkpoint(
     alpha: float | None = None,
     temperature: float | None = None,
     task_names: Sequence[str] | None = None,
+    biases: Path | None = None,
 ) -> Checkpoint:
     """Return the checkpoint at ``path``; tensors stay on disk.
 
@@ -113,6 +115,7 @@ def open_checkpoint(
         alpha: LoRA alpha, where the checkpoint does not carry it.
         temperature: Softmax temperature, where the checkpoint does not carry it.
         task_names: Names in id order, where the checkpoint does not carry them.
+        biases: File of biases that the trainer added and the checkpoint does not carry.
 
     Raises:
         UsageError: ``path`` does not exist, or a value given contradicts the checkpoint.
@@ -134,7 +137,8 @@ def open_checkpoint(
             else:
                 checkpoint = entry.read(path)
             checkpoint = with_hyper(checkpoint, {"alpha": alpha, "temperature": temperature})
-            return _with_task_names(checkpoint, task_names)
+            checkpoint = _with_task_names(checkpoint, task_names)
+            return checkpoint if biases is None else with_biases(checkpoint, biases)
     refuse_code(path)
     seen = sorted(child.name for child in path.iterdir()) if path.is_dir() else [path.name]
     raise CheckpointError(

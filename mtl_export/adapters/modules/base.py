@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.readout import with_readout
+from mtl_export.checkpoint.hidden_biases import SWITCHES
 from mtl_export.checkpoint.own_classes import own_class
 from mtl_export.errors import AdapterError, BaseModelError, shortened
 
@@ -36,10 +37,13 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
         model_class = with_readout(model_class, readout, shapes)
     with quiet_transformers():
         model, info = model_class.from_pretrained(
-            bound.base.folder, dtype=dtype, output_loading_info=True
+            bound.base.folder, dtype=dtype, output_loading_info=True, **_switched(bound)
         )
     heads = tuple(f"{module}." for module in bound.adapters.heads)
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith(heads))
+    added = {bound.prefix + name for name in bound.base.tensors} & set(info["missing_keys"])
+    missing = sorted(
+        key for key in info["missing_keys"] if not key.startswith(heads) and key not in added
+    )
     if missing:
         raise BaseModelError(
             where=f"base {bound.base.reference}",
@@ -48,14 +52,26 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
             why="transformers would fill the gap with random numbers",
             fix="Pass the base the adapter was trained on, or save these modules with the adapter",
         )
-    _replace(model, bound, dtype)
+    _replace(model, bound, dtype, added)
     return model.eval()
 
 
-def _replace(model: Any, bound: BoundModel, dtype: torch.dtype) -> None:
-    """Put the tensors that the checkpoint trained for all tasks in place of the base's."""
+def _switched(bound: BoundModel) -> dict[str, Any]:
+    """Return what the bound base's config says beyond the one in its folder."""
+    switches = SWITCHES.get(str(bound.base.config.get("model_type")), {})
+    return {name: True for name in switches if bound.base.config.get(name)}
+
+
+def _replace(model: Any, bound: BoundModel, dtype: torch.dtype, added: Iterable[str]) -> None:
+    """Put the tensors that the checkpoint trained for all tasks in place of the base's.
+
+    Before, ``added`` ones get the values that the bound base has and its folder has not.
+    """
     state = model.state_dict()
     with torch.no_grad():
+        for name in added:
+            value = torch.from_numpy(bound.base_tensor(name).widened())
+            state[name].copy_(value.to(dtype))
         for name, tensor in bound.checkpoint.replaced.items():
             state[name].copy_(torch.from_numpy(tensor.widened()).to(dtype))
         for name, rows in bound.checkpoint.rows.items():
