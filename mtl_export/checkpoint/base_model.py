@@ -17,7 +17,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mtl_export.checkpoint.hashing import sha256_of_digests, sha256_of_files
+from mtl_export.checkpoint.hashing import (
+    cached_sha256,
+    remember_sha256,
+    sha256_of_digests,
+    sha256_of_file,
+)
 from mtl_export.checkpoint.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import BaseModelError, UsageError
@@ -54,17 +59,19 @@ class BaseModel:
     @cached_property
     def sha256(self) -> str:
         """Return the SHA-256 of the weight files (see ``sha256_of_files``)."""
-        return sha256_of_files(self.weight_files)
+        return sha256_of_digests({file.name: _sha256(file) for file in self.weight_files})
 
     @property
     def is_hashed(self) -> bool:
         """Return whether ``sha256`` is known, so that asking reads nothing."""
-        return "sha256" in self.__dict__
+        return "sha256" in self.__dict__ or all(map(cached_sha256, self.weight_files))
 
     def remember_digests(self, digests: Mapping[str, str]) -> None:
         """Take each weight file's SHA-256, by name, from whoever has read them all."""
         if digests.keys() == {file.name for file in self.weight_files}:
             self.__dict__["sha256"] = sha256_of_digests(digests)
+            for file in self.weight_files:
+                remember_sha256(file, digests[file.name])
 
 
 def open_base(reference: str) -> BaseModel:
@@ -100,6 +107,14 @@ def open_base(reference: str) -> BaseModel:
         weight_files=files,
         file_of=MappingProxyType(file_of),
     )
+
+
+def _sha256(file: Path) -> str:
+    known = cached_sha256(file)
+    if known is None:
+        known = sha256_of_file(file)
+        remember_sha256(file, known)
+    return known
 
 
 def _tensors_of(file: Path) -> Mapping[str, Tensor]:

@@ -8,15 +8,19 @@ wait in a circle, because the one that is furthest behind never waits.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-# After this many bytes the system is told to begin writing back, so that the disk works
-# while we compute and a later sync finds little to do.
-WRITE_BACK_BYTES = 32 << 20
+# Files from this size on are written past the page cache (O_DIRECT): that takes a tenth of
+# the processor time of a write through it, the disk works while we compute, and nothing is
+# left to be written back. Smaller ones stay in memory for whoever loads them next.
+DIRECT_BYTES = 64 << 20
+# What O_DIRECT wants offsets, sizes and addresses to be multiples of.
+PAGE = 4096
 
 
 class CancelledError(Exception):
@@ -88,6 +92,7 @@ class WriteLane(Lane):
     Args:
         path: The file; created, or continued where ``resumed`` says so.
         header: What it begins with.
+        size_bytes: How large it will be.
         resumed: How much of it an earlier run says is there. That is checked, and if it is
             not so the file is begun anew. None for a new file.
 
@@ -96,26 +101,54 @@ class WriteLane(Lane):
         begun_at: How many bytes were there already, or are the header.
     """
 
-    def __init__(self, path: Path, header: bytes, resumed: Progress | None = None) -> None:
+    def __init__(
+        self, path: Path, header: bytes, size_bytes: int, resumed: Progress | None = None
+    ) -> None:
         super().__init__()
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-        self._start_lock = threading.Lock()
-        self._written_back = 0
         if resumed is None or not self._take_up(resumed):
             os.ftruncate(self._file, 0)
-            self.write(0, memoryview(header))
+            write_at(self._file, memoryview(header), 0)
+            self.hash_at(0, memoryview(header))
+        self._direct = _open_direct(path) if size_bytes >= DIRECT_BYTES else None
         self.begun_at = self._position
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write ``data`` at ``offset``, then hash it in its turn."""
-        write_at(self._file, data, offset)
+    def write(self, offset: int, data: memoryview, address: int) -> None:
+        """Write ``data`` at ``offset``, then hash it in its turn.
+
+        Args:
+            offset: Where in the file.
+            data: What.
+            address: Where ``data`` lies in memory; whole pages go past the page cache if
+                it is ``offset`` modulo ``PAGE``.
+        """
+        begin = -offset % PAGE
+        end = begin + (len(data) - begin) // PAGE * PAGE
+        if self._direct is None or (address - offset) % PAGE or end <= begin:
+            write_at(self._file, data, offset)
+        else:
+            self._write_directly(data[begin:end], offset + begin)
+            # Pages that are shared with the neighbours go through the cache.
+            write_at(self._file, data[:begin], offset)
+            write_at(self._file, data[end:], offset + end)
         self.hash_at(offset, data)
-        self._write_back()
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
+        if self._direct is not None:
+            os.close(self._direct)
+
+    def _write_directly(self, data: memoryview, offset: int) -> None:
+        done = 0
+        try:
+            while self._direct is not None and done < len(data):
+                done += os.pwrite(self._direct, data[done:], offset + done)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        write_at(self._file, data[done:], offset + done)
 
     def _take_up(self, resumed: Progress) -> bool:
         """Hash what is there; return whether it is what ``resumed`` says."""
@@ -132,18 +165,15 @@ class WriteLane(Lane):
         self._restart()
         return False
 
-    def _write_back(self) -> None:
-        if not hasattr(os, "posix_fadvise") or not self._start_lock.acquire(blocking=False):
-            return
-        try:
-            begin, end = self._written_back, self._position
-            if end - begin >= WRITE_BACK_BYTES:
-                # On Linux, "not needed" starts writing the dirty pages of the range and
-                # does not wait; pages that are not on the disk yet stay in memory.
-                os.posix_fadvise(self._file, begin, end - begin, os.POSIX_FADV_DONTNEED)
-                self._written_back = end
-        finally:
-            self._start_lock.release()
+
+def _open_direct(path: Path) -> int | None:
+    """Open ``path`` past the page cache; None where the system or the disk cannot."""
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+    except OSError:
+        return None
 
 
 def read_at(file: int, buffer: memoryview, offset: int) -> None:

@@ -22,6 +22,7 @@ from mtl_export.checkpoint.base_model import SINGLE_FILE
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES, NUMPY_DTYPES, Array, Tensor
 from mtl_export.errors import UsageError
+from mtl_export.merge.lanes import DIRECT_BYTES, PAGE
 
 # --dtype word -> (safetensors dtype, transformers config dtype)
 DTYPES = {
@@ -104,7 +105,10 @@ class OutputFile:
             }
             offset += piece.size_bytes
         encoded = json.dumps(entries, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # the data must start on a multiple of 8 bytes
+        # The format wants the data to start on a multiple of 8 bytes; large files are written
+        # in pages, which is cheapest if tensors begin with one.
+        step = PAGE if offset >= DIRECT_BYTES else 8
+        encoded += b" " * (-(8 + len(encoded)) % step)
         return len(encoded).to_bytes(8, "little") + encoded
 
 

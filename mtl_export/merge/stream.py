@@ -3,8 +3,8 @@
     base file --read--> chunk --+--> copy or round --+--> write, hash    task 1
                                 +--> fold, round   --+--> write, hash    task 2 ...
 
-Chunks are a few megabytes of whole rows, taken in file order by as many threads as
-there are cores. Each thread reads its chunk, and for every task folds it in blocks that
+Chunks are a few megabytes of whole rows, taken in file order by a thread for every core and
+one more. Each thread reads its chunk, and for every task folds it in blocks that
 stay in its core's cache, writes it and hashes it: the three overlap because threads are
 at different places, and memory is a few buffers a thread, whatever the model's size. The
 base is read once and, where asked for, hashed on the way.
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array, Tensor
 from mtl_export.merge.base_files import BaseFiles
 from mtl_export.merge.drift import SAMPLE, Squares, measure
-from mtl_export.merge.lanes import CancelledError, Progress, WriteLane
+from mtl_export.merge.lanes import PAGE, CancelledError, Progress, WriteLane
 from mtl_export.merge.layout import OutputFile, Piece
 from mtl_export.merge.merge import BLOCK, Delta, refuse_not_finite, task_delta
 from mtl_export.merge.rounding import Scratch, round_values
@@ -116,7 +117,8 @@ class Pass:
 
         Args:
             tick: Called now and then with the bytes written so far.
-            threads: How many; None for one a core.
+            threads: How many; None for one a core and one more, because some wait for
+                the disk.
 
         Raises:
             BaseModelError: A weight is not finite in its output dtype.
@@ -126,7 +128,7 @@ class Pass:
             chunks = self._chunks(self._open())
             workers = [
                 threading.Thread(target=self._work, args=(chunks,), daemon=True)
-                for _ in range(threads or core_count())
+                for _ in range(threads or core_count() + 1)
             ]
             for worker in workers:
                 worker.start()
@@ -157,7 +159,7 @@ class Pass:
         places: dict[int, list[Target]] = {}
         headers = [file.header() for _, file in self._files]
         with ThreadPoolExecutor(core_count()) as pool:  # what is resumed is hashed
-            lanes = list(pool.map(self._lane, (path for path, _ in self._files), headers))
+            lanes = list(pool.map(self._lane, self._files, headers))
         for (path, file), header, lane in zip(self._files, headers, lanes, strict=True):
             self._stack.callback(lane.close)
             self._lanes[path] = lane
@@ -169,8 +171,10 @@ class Pass:
         self._base.open(self._stack)
         return places
 
-    def _lane(self, path: Path, header: bytes) -> WriteLane:
-        return WriteLane(path, header, self._resumed.get(path))
+    def _lane(self, place: tuple[Path, OutputFile], header: bytes) -> WriteLane:
+        path, file = place
+        size = len(header) + sum(piece.size_bytes for piece in file.pieces)
+        return WriteLane(path, header, size, self._resumed.get(path))
 
     def _chunks(self, places: dict[int, list[Target]]) -> Iterator[_Chunk]:
         """Yield the work in file order."""
@@ -239,7 +243,7 @@ class _Worker:
             chunk.source,
             chunk.begin,
             chunk.end,
-            self._buffer(0, chunk.source.dtype, chunk.end - chunk.begin),
+            self._buffer(0, chunk.source.dtype, chunk.end - chunk.begin, _phase(wanted, chunk)),
             is_hashed=chunk.is_hashed,
         )
         for target in wanted:
@@ -247,7 +251,7 @@ class _Worker:
                 _put(target, chunk.begin, values)
         converted = [t for t in wanted if not t.piece.is_copied and t.piece.task is None]
         if converted:
-            result = self._converted(converted[0].piece, values)
+            result = self._converted(converted[0].piece, values, _phase(converted, chunk))
             for target in converted:
                 _put(target, chunk.begin, result)
         folded = [target for target in wanted if target.piece.task is not None]
@@ -268,9 +272,9 @@ class _Worker:
         _put(target, 0, result.reshape(-1))
         return piece.size_bytes
 
-    def _converted(self, piece: Piece, values: Array) -> Array:
+    def _converted(self, piece: Piece, values: Array, phase: int) -> Array:
         """Return the base's ``values`` in the piece's dtype."""
-        out = self._buffer(1, piece.dtype, values.size)
+        out = self._buffer(1, piece.dtype, values.size, phase)
         finite = True
         for begin in range(0, values.size, BLOCK):
             block = slice(begin, begin + BLOCK)
@@ -284,7 +288,10 @@ class _Worker:
         """Fold several tasks into the base's ``values``, which are widened once for all."""
         pieces = [target.piece for target in targets]
         deltas = [self._deltas.of(piece) for piece in pieces]
-        outs = [self._buffer(1 + i, p.dtype, values.size) for i, p in enumerate(pieces)]
+        outs = [
+            self._buffer(number, target.piece.dtype, values.size, _phase([target], chunk))
+            for number, target in enumerate(targets, 1)
+        ]
         width = pieces[0].shape[-1]
         step = max(1, BLOCK // width) * width
         if step > self._scratch.size:
@@ -306,14 +313,17 @@ class _Worker:
         for target, out in zip(targets, outs, strict=True):
             _put(target, chunk.begin, out)
 
-    def _buffer(self, number: int, dtype: str, count: int) -> Array:
-        """Return buffer ``number`` as ``count`` elements."""
+    def _buffer(self, number: int, dtype: str, count: int, phase: int) -> Array:
+        """Return buffer ``number`` as ``count`` elements that begin ``phase`` into a page."""
         wanted = NUMPY_DTYPES[dtype]
+        size = count * wanted.itemsize
         while len(self._buffers) <= number:
-            self._buffers.append(np.empty(CHUNK_BYTES, np.uint8))
-        if self._buffers[number].nbytes < count * wanted.itemsize:
-            self._buffers[number] = np.empty(count * wanted.itemsize, np.uint8)
-        return self._buffers[number][: count * wanted.itemsize].view(wanted)
+            self._buffers.append(np.empty(0, np.uint8))
+        if self._buffers[number].nbytes < size + 2 * PAGE:
+            self._buffers[number] = np.empty(max(size, CHUNK_BYTES) + 2 * PAGE, np.uint8)
+        whole = self._buffers[number]
+        begin = (phase - whole.ctypes.data) % PAGE
+        return whole[begin : begin + size].view(wanted)
 
 
 class _Deltas:
@@ -355,7 +365,9 @@ def _slices(source: Tensor, targets: tuple[Target, ...], *, is_hashed: bool) -> 
     itemsize = NUMPY_DTYPES[source.dtype].itemsize
     is_folded = any(target.piece.task is not None for target in targets)
     row = source.shape[-1] if is_folded else 1
-    step = max(1, CHUNK_BYTES // (row * itemsize)) * row
+    rows = max(1, CHUNK_BYTES // (row * itemsize))
+    whole_pages = PAGE // gcd(row * itemsize, PAGE)
+    step = (rows // whole_pages * whole_pages or rows) * row
     for begin in range(0, count, step):
         yield _Chunk(source, begin, min(begin + step, count), targets, is_hashed)
 
@@ -365,12 +377,17 @@ def _is_wanted(target: Target, chunk: _Chunk) -> bool:
     return target.lane.begun_at < target.offset + chunk.end * target.piece.itemsize
 
 
+def _phase(targets: Sequence[Target], chunk: _Chunk) -> int:
+    """Return how far into a page of its file the first target's part of ``chunk`` begins."""
+    if not targets:
+        return 0
+    return (targets[0].offset + chunk.begin * targets[0].piece.itemsize) % PAGE
+
+
 def _put(target: Target, begin: int, values: Array) -> None:
-    target.lane.write(target.offset + begin * target.piece.itemsize, _bytes_of(values))
-
-
-def _bytes_of(values: Array) -> memoryview:
-    return np.ascontiguousarray(values).view(np.uint8).data
+    data = np.ascontiguousarray(values).view(np.uint8)
+    offset = target.offset + begin * target.piece.itemsize
+    target.lane.write(offset, data.data, data.ctypes.data)
 
 
 def _count(tensor: Tensor) -> int:
