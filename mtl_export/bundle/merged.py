@@ -35,6 +35,7 @@ from mtl_export.merge.writer import (
     MergeOptions,
     Written,
     layout_of,
+    merge_report,
     task_drift,
     write_companions,
     write_json,
@@ -135,7 +136,8 @@ def merge_tasks(
         drifts = {task.name: task_drift(layout, task, written) for task in todo}
         for task, folder in folders.items():
             _fill(request, layout, task, folder, shared, written, plans[task.name])
-            write_json(plans[task.name].folder / REPORT_FILE, drifts[task.name].as_dict())
+            report = merge_report(request.bound, drifts[task.name])
+            write_json(plans[task.name].folder / REPORT_FILE, report)
         if shared is not None and not request.options.is_linked:
             _move(shared, written, plans[SHARED_FOLDER])
         return [

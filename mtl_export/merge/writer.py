@@ -21,7 +21,7 @@ from mtl_export.checkpoint.base_model import INDEX_FILE, companion_files
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES
 from mtl_export.merge.drift import Squares, TaskDrift, sum_of
-from mtl_export.merge.head_file import write_head
+from mtl_export.merge.head_file import head_note, write_head
 from mtl_export.merge.lanes import Progress
 from mtl_export.merge.layout import DTYPES, Layout, MergeLayout, merge_layout, output_dtype
 from mtl_export.merge.stream import Pass
@@ -109,7 +109,7 @@ def write_merged(
 
     written = write_tasks(bound, {task: folder}, layout, tick=tick)
     write_companions(bound, task, folder, layout, dtype=dtype)
-    write_json(folder / REPORT_FILE, task_drift(layout, task, written).as_dict())
+    write_json(folder / REPORT_FILE, merge_report(bound, task_drift(layout, task, written)))
 
 
 def write_tasks(
@@ -202,6 +202,12 @@ def task_drift(layout: Layout, task: Task, written: Written) -> TaskDrift:
         # Threads bring the blocks in any order; sums must not depend on it.
         layers[piece.module] = sum_of(squares for _, squares in sorted(blocks.items()))
     return TaskDrift(task.name, ", ".join(sorted({piece.dtype for piece in folded})), layers)
+
+
+def merge_report(bound: BoundModel, drift: TaskDrift) -> dict[str, object]:
+    """Return what ``merge-report.json`` says: the drift, and where the head is if not inside."""
+    note = head_note(bound)
+    return drift.as_dict() | ({"head": note} if note else {})
 
 
 def task_config(

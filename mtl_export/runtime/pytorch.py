@@ -75,8 +75,7 @@ class OracleRunner:
             tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
             if len(self._models) == 1:
                 return _arrays(self._models[0](**tensors))
-            heads = self._bound.adapters.heads.values()
-            widest = max((len(head.bias) for by_task in heads for head in by_task), default=0)
+            widest = max(len(task.labels) for task in self._bound.adapters.tasks)
             return _joined(self._models, tensors, widest)
 
 
