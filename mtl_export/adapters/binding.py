@@ -30,6 +30,12 @@ from mtl_export.errors import BaseModelError, IntegrityError, shortened
 
 # How the classes of transformers end that have an output layer as large as the vocabulary.
 LM_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
+# What transformers calls these output layers, and the input embeddings they may be tied to.
+OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", "decoder", "output_projection"})
+EMBEDDING_ENDINGS = (
+    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
+    "shared.weight",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,11 @@ class BoundModel:
     prefix: str
 
     def base_tensor(self, name: str) -> Tensor:
-        """Return the base tensor that the model class calls ``name``."""
-        return self.base.tensors[name.removeprefix(self.prefix)]
+        """Return the base tensor that the model class calls ``name``, or that it is tied to."""
+        base_name = name.removeprefix(self.prefix)
+        if base_name not in self.base.tensors:
+            base_name = tied_embedding(self.base, base_name) or base_name
+        return self.base.tensors[base_name]
 
 
 def bind(
@@ -83,9 +92,12 @@ def bind(
     problems += _misplaced(adapters, base, prefix)
     problems += _altered(checkpoint, base, prefix)
     if problems:
+        trained_on = checkpoint.base.sha256
+        other = bool(trained_on) and base.sha256 != trained_on
         raise BaseModelError(
             where=f"base {base.reference}",
-            found=f"{len(problems)} tensors do not fit: {shortened(problems)}",
+            found=f"{len(problems)} tensors do not fit: {shortened(problems)}"
+            + (f"; SHA-256 {base.sha256}, trained on {trained_on}" if other else ""),
             expected="the base that the adapter was trained on",
             why="the delta is added to the base weight, element by element",
             fix=f"Pass that base to --base{_trained_on(checkpoint)}",
@@ -202,9 +214,21 @@ def _prefix(adapters: AdapterSet, base: BaseModel) -> str:
     )
 
 
+def tied_embedding(base: BaseModel, name: str) -> str | None:
+    """Return the input embedding that serves as the output layer ``name``, which is not stored."""
+    text = base.config.get("text_config")
+    own = text if isinstance(text, dict) else {}
+    # transformers ties by default.
+    if not own.get("tie_word_embeddings", base.config.get("tie_word_embeddings", True)):
+        return None
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    found = [other for other in base.tensors if other.endswith(EMBEDDING_ENDINGS) and name != other]
+    return found[0] if module in OUTPUT_LAYERS and len(found) == 1 else None
+
+
 def _mismatch(layer: AnyAdapter, base: BaseModel, prefix: str) -> str | None:
     name = f"{layer.module.removeprefix(prefix)}.weight"
-    tensor = base.tensors.get(name)
+    tensor = base.tensors.get(name) or base.tensors.get(tied_embedding(base, name) or "")
     if tensor is None:
         return f"{name!r} is missing"
     expected = (layer.out_features, layer.in_features)

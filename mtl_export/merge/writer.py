@@ -233,6 +233,8 @@ def task_config(
         config["dtype"] = DTYPES[dtype][1]
     if untied:
         config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
     return config
 
 
