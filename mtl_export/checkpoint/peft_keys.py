@@ -11,7 +11,8 @@ A key is ``base_model.model.`` + module + one of
     .weight .bias                                    a tensor that takes the base's place
 
 With bias="all" beside a saved head, ``<head>.modules_to_save.bias`` repeats the head's bias
-and ``<head>.original_module.bias`` is the base's unused one.
+(``<head>.modules_to_save.default.out_proj.bias`` where the head has layers) and
+``<head>.original_module.bias`` is the base's unused one.
 
 Source: https://github.com/huggingface/peft, release 0.21.2: ``utils/save_and_load.py``
 (get_peft_model_state_dict), ``tuners/lora/layer.py`` (adapter_layer_names), and files that
@@ -43,7 +44,7 @@ _MODULE = r"base_model\.model\.(?P<module>.+)\."
 _ADAPTER = re.compile(_MODULE + f"(?P<suffix>{'|'.join(map(re.escape, ROLES))})")
 _BASE_LAYER = re.compile(_MODULE + r"base_layer\.(?P<kind>weight|bias)")
 _TOKENS = re.compile(_MODULE + r"token_adapter\.trainable_tokens_delta")
-_WRAPPED = re.compile(_MODULE + r"(?P<copy>modules_to_save|original_module)\.(?P<kind>weight|bias)")
+_WRAPPED = re.compile(_MODULE + r"(?P<copy>modules_to_save|original_module)\.(?P<inner>.+)")
 _WHOLE = re.compile(_MODULE + "(?P<kind>weight|bias)")
 # What PEFT itself puts into a module path; in a whole tensor's name it is a rule we lack.
 _INFIX = re.compile(
@@ -148,8 +149,10 @@ def _place_wrapped(
     if match["copy"] == "original_module":
         found.note(key, "known-dead", "the base's own head, which the trained one replaces")
         return True
-    trained = tensors.get(f"base_model.model.{match['module']}.{match['kind']}")
-    if trained is None or not np.array_equal(trained.numpy(), tensor.numpy()):
-        return False
-    found.note(key, "known-dead", f"repeats {trained.name}")
-    return True
+    # An adapter's name may stand before the inner one.
+    for inner in (match["inner"], match["inner"].partition(".")[2]):
+        trained = tensors.get(f"base_model.model.{match['module']}.{inner}")
+        if trained is not None and np.array_equal(trained.numpy(), tensor.numpy()):
+            found.note(key, "known-dead", f"repeats {trained.name}")
+            return True
+    return False

@@ -31,7 +31,8 @@ def merged_graph(traced: TracedModel, bound: BoundModel, task: Task) -> ir.Model
 def routed_graph(traced: TracedModel, bound: BoundModel) -> ir.Model:
     """Return the graph of all tasks, with the extra input ``task_ids`` int64 [batch]."""
     metadata = _metadata(bound, LAYOUT_SINGLE, bound.adapters.tasks)
-    passes = [RouteTasksPass(bound), RouteEmbeddingsPass(bound), RouteNormsPass(bound)]
+    # Embeddings first: they may widen what linear layers take from [1, S, I] to [B, S, I].
+    passes = [RouteEmbeddingsPass(bound), RouteTasksPass(bound), RouteNormsPass(bound)]
     return _lowered(traced, passes, metadata)
 
 

@@ -29,7 +29,7 @@ class RouteEmbeddingsPass(RoutePass):
            ``TaskEmbeddingRows(x, ids, starts, table, slots)``; the table is the base's with the
            trained rows below it, and the slots say where in it each task's tokens are.
         4. an embedding that tasks trained whole: the same, its table is theirs stacked.
-        5. x [1, S], as positions are: its rows are every row's.
+        5. x [1, S], as positions are: the vectors become each row's own, [B, S, O].
         6. x of another shape, or an embedding that one task adapts and another replaces:
            refused.
     """
@@ -55,6 +55,7 @@ class RouteEmbeddingsPass(RoutePass):
         else:
             y = self._adapted(graph, layer, x, ids, ops)
         name_values(ops, y)
+        _widen(node.outputs[0])
         return y
 
     def _adapted(
@@ -122,3 +123,15 @@ def _refuse_unknown_shape(module: str, x: ir.Value) -> None:
             why="every row must be told its task",
             fix="Export this model per task: --layout per-task",
         )
+
+
+def _widen(value: ir.Value) -> None:
+    """Give ``value``, and what is computed from it alone, one row for each row of the batch."""
+    pending = [value]
+    while pending:
+        current = pending.pop()
+        if current.shape is None or len(current.shape) == 0 or current.shape[0] != 1:
+            continue
+        current.shape = ir.Shape([names.BATCH, *current.shape.dims[1:]])
+        for consumer in current.consumers():
+            pending += consumer.outputs
