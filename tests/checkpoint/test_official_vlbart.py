@@ -293,3 +293,18 @@ def test_another_base_is_refused(tmp_path: Path, changes: dict[str, Any], found:
     with pytest.raises(BaseModelError) as caught:
         bound_toy(tmp_path, toys.state_dict(), **changes)
     assert_whole(caught.value, where="config.json", found=found)
+
+
+def test_converted_to_our_own_folder_it_merges_to_the_same_bytes(
+    merged: Path, tmp_path: Path
+) -> None:
+    """Nothing is lost on the way, and the next run needs no alpha, temperature or names."""
+    run, own = str(merged.parent / "run"), str(tmp_path / "own")
+    words = ["-c", run, "--alpha", str(toys.ALPHA), "--temperature", str(toys.TEMPERATURE),
+             "--tasks", NAMES, "--convert", own]  # fmt: skip
+    assert CliRunner().invoke(cli, ["inspect", *words]).exit_code == 0
+    words = ["-c", own, "-b", str(merged.parent / "base"), "--task", "nlvr"]
+    result = CliRunner().invoke(cli, ["merge", *words, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    (file,) = (tmp_path / "out").rglob("model.safetensors")
+    assert file.read_bytes() == (merged / "nlvr" / "model.safetensors").read_bytes()
