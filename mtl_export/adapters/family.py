@@ -27,6 +27,7 @@ from mtl_export.adapters import (
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.lazy import LAZY_BYTES, LazyLayers
 from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Head, Rows
+from mtl_export.adapters.preflight import read_all
 from mtl_export.adapters.stack import stacked
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import Checkpoint, HeadTensors, LayerTensors
@@ -187,10 +188,12 @@ def read_adapters(checkpoint: Checkpoint, base: BaseModel | None = None) -> Adap
         BaseModelError: The family needs the base, and it was not given.
     """
     if checkpoint.members:
-        members = [read_adapters(member, base) for member in checkpoint.members]
-        return stacked(checkpoint, members, base)
+        by_task = {member.tasks[0].name: member for member in checkpoint.members}
+        members = read_all(
+            str(checkpoint.path), by_task, lambda name: read_adapters(by_task[name], base)
+        )
+        return stacked(checkpoint, list(members.values()), base)
     family = family_named(checkpoint.family)
-    _refuse_not_finite(checkpoint)
     return AdapterSet(
         family=family.name,
         tasks=checkpoint.tasks,
@@ -222,10 +225,17 @@ def _layers(
     def load(module: str) -> AnyAdapter:
         return _layer(family, checkpoint.layers[module], base)
 
+    bad = _not_finite(checkpoint)
     size = sum(t.size_bytes for layer in checkpoint.layers.values() for t in layer.tensors.values())
-    if family.name in CHEAP and size > LAZY_BYTES:
+    if family.name in CHEAP and size > LAZY_BYTES and not bad:
         return LazyLayers.of(checkpoint.layers, load)
-    return MappingProxyType({module: load(module) for module in checkpoint.layers})
+    finite = [
+        module
+        for module, layer in checkpoint.layers.items()
+        if not any(tensor.name in bad for tensor in layer.tensors.values())
+    ]
+    error = _not_finite_error(checkpoint, bad) if bad else None
+    return MappingProxyType(read_all(str(checkpoint.path), finite, load, error))
 
 
 def _layer(family: Family, layer: LayerTensors, base: BaseModel | None) -> AnyAdapter:
@@ -242,23 +252,27 @@ def _head(tensors: HeadTensors) -> Head:
     return Head(weight, bias)
 
 
-def _refuse_not_finite(checkpoint: Checkpoint) -> None:
+def _not_finite(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return where NaN or Inf is, by tensor name."""
     tensors = [t for layer in checkpoint.layers.values() for t in layer.tensors.values()]
     tensors += checkpoint.replaced.values()
     tensors += [rows.values for rows in checkpoint.rows.values()]
     for heads in checkpoint.heads.values():
         tensors += [t for head in heads for t in (head.weight, head.bias) if t is not None]
-    bad = []
+    bad = {}
     for tensor in tensors:
         finite = np.isfinite(tensor.widened())
         if not finite.all():
             first = tuple(int(i) for i in np.argwhere(~finite)[0])
-            bad.append(f"{tensor.name!r} ({int((~finite).sum())} values, first at {list(first)})")
-    if bad:
-        raise CheckpointError(
-            where=str(checkpoint.path),
-            found=f"NaN or Inf in {shortened(bad)}",
-            expected="finite numbers",
-            why="they would spread to every output of the task",
-            fix="Export an earlier checkpoint of the run, from before it diverged",
-        )
+            bad[tensor.name] = f"{int((~finite).sum())} values, first at {list(first)}"
+    return bad
+
+
+def _not_finite_error(checkpoint: Checkpoint, bad: Mapping[str, str]) -> CheckpointError:
+    return CheckpointError(
+        where=str(checkpoint.path),
+        found="NaN or Inf in " + shortened(f"{name!r} ({where})" for name, where in bad.items()),
+        expected="finite numbers",
+        why="they would spread to every output of the task",
+        fix="Export an earlier checkpoint of the run, from before it diverged",
+    )

@@ -1,0 +1,63 @@
+"""Read every layer before complaining, so that one message lists all that is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from mtl_export.errors import (
+    BaseModelError,
+    CheckpointError,
+    HyperparameterError,
+    shortened,
+)
+
+Value = TypeVar("Value")
+
+
+def read_all(
+    where: str,
+    names: Iterable[str],
+    load: Callable[[str], Value],
+    earlier: CheckpointError | None = None,
+) -> dict[str, Value]:
+    """Return ``load(name)`` of every name.
+
+    Args:
+        where: What is read, for a message about several names.
+        names: In the order of the result.
+        load: Raises ``CheckpointError`` or ``BaseModelError`` for one that is broken.
+        earlier: What was found wrong before; raised with the rest.
+
+    Raises:
+        HyperparameterError: At the first one: it is missing for all.
+        CheckpointError: Something is broken: a single error as it is, several as one.
+        BaseModelError: The same, where the base is to blame for the first.
+    """
+    values: dict[str, Value] = {}
+    errors: list[CheckpointError | BaseModelError] = [earlier] if earlier else []
+    texts = [f"{error.where}: {error.found}" for error in errors]
+    for name in names:
+        try:
+            values[name] = load(name)
+        except HyperparameterError:
+            if not errors:
+                raise
+        except (CheckpointError, BaseModelError) as error:
+            errors.append(error)
+            place = error.where if name in error.where else f"{name}: {error.where}"
+            texts.append(f"{place}: {error.found}")
+    if not errors:
+        return values
+    first = errors[0]
+    if len(errors) == 1:
+        raise first
+    if isinstance(first, BaseModelError) and len({error.found for error in errors}) == 1:
+        raise first  # one cause: the base was not given
+    raise type(first)(
+        where=where,
+        found=f"{len(errors)} problems: {shortened(texts, 6)}",
+        expected=first.expected,
+        why=first.why,
+        fix=first.fix,
+    )
