@@ -14,6 +14,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.base_model import SINGLE_FILE, open_base
 from mtl_export.checkpoint.checkpoint import BaseReference, Task
 from mtl_export.checkpoint.tensors import Array
+from mtl_export.graph import lower
 from mtl_export.graph.lower import merged_graph, routed_graph
 from mtl_export.graph.passes.markers import markers
 from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE, TracedModel, trace
@@ -23,6 +24,7 @@ from mtl_export.runtime.pytorch import OracleRunner
 from mtl_export.version import VERSION
 from tests.adapters import toys
 from tests.factories import toy_base
+from tests.graph import marked
 
 # Batches and lengths, none of them traced; the logits are of order 1.
 SHAPES = [(1, 1), (1, 7), (2, 33), (5, 9), (7, 40)]
@@ -200,6 +202,23 @@ def test_lowered_graphs_hold_what_they_need_and_no_more(
         "TaskDeltaRows",
         "TaskHeadRows",
     ]
+
+
+def test_a_marker_that_no_pass_took_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind of marker that every pass leaves to another never reaches a file."""
+
+    class Idle(ir.passes.InPlacePass):
+        def __init__(self, bound: BoundModel) -> None:
+            super().__init__()
+
+        def call(self, model: ir.Model) -> ir.passes.PassResult:
+            return ir.passes.PassResult(model, modified=False)
+
+    monkeypatch.setattr(lower, "RouteNormsPass", Idle)
+    text = marked.GRAPH.replace("r = Relu (h)", 'r = mtl_export.TaskNorm <module = "enc.norm"> (h)')
+    traced = TracedModel(marked.model(text), tuple(marked.SIZES), (marked.HEAD,))
+    with pytest.raises(ir.passes.PostconditionError, match=r"enc\.norm"):
+        routed_graph(traced, marked.bound())
 
 
 def test_the_file_says_what_it_is(bound: BoundModel, traced: TracedModel) -> None:
