@@ -40,7 +40,8 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
             bound.base.folder, dtype=dtype, output_loading_info=True, **_switched(bound)
         )
     heads = tuple(f"{module}." for module in bound.adapters.heads)
-    added = {bound.prefix + name for name in bound.base.tensors} & set(info["missing_keys"])
+    in_no_file = bound.base.tensors.keys() - bound.base.file_of.keys()
+    added = {bound.prefix + name for name in in_no_file} & set(info["missing_keys"])
     missing = sorted(
         key for key in info["missing_keys"] if not key.startswith(heads) and key not in added
     )
