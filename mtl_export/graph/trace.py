@@ -21,6 +21,7 @@ import torch
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.base import base_model, quiet_transformers
+from mtl_export.checkpoint.own_classes import refuse_graph
 from mtl_export.errors import GraphError, shortened
 from mtl_export.graph import names
 from mtl_export.graph.marking import mark, marked_modules
@@ -55,6 +56,7 @@ def trace(bound: BoundModel) -> TracedModel:
             module of a kind that has no marker.
         BaseModelError: The heads do not fit the model's features.
     """
+    refuse_graph(bound.adapters.model_class)
     model = base_model(bound, torch.float32)
     # Only logits: a graph with a KV cache has other inputs and is traced by a pass of its own.
     model.config.use_cache = False
@@ -108,7 +110,8 @@ def _exported(model: Any, inputs: dict[str, Any]) -> ir.Model:
             fix="Merge per task instead (mtl-export merge), or report the model class",
         ) from error
     # transformers 5.20, the newest for Python 3.10, returns torch's own ONNXProgram.
-    model_ir: ir.Model = getattr(exported, "program", None) or exported.model
+    result: Any = exported
+    model_ir: ir.Model = getattr(result, "program", None) or result.model
     return model_ir
 
 

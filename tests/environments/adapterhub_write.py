@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import adapters  # type: ignore[import-not-found]
+import adapters
 import numpy as np
 import torch
 import transformers

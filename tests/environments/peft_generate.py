@@ -206,7 +206,7 @@ def main(out: Path) -> None:
         arrays = {key: value.numpy() for key, value in inputs_for(case.base).items()}
         for index, task in enumerate(case.tasks):
             arrays[f"logits_{task}"] = answers(out, folder, case, index)
-        np.savez(folder / "reference.npz", **arrays)
+        np.savez(folder / "reference.npz", allow_pickle=False, **arrays)
         (folder / "case.json").write_text(
             json.dumps({"base": case.base, "tasks": list(case.tasks), "kind": case.kind})
         )
