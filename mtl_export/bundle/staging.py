@@ -88,13 +88,16 @@ def resumable_folder(
         def folder() -> Path:
             if held:
                 return held[0]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(target.parent, exclusive=False, wait=True))
+            if not target.parent.is_dir():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(target.parent, exclusive=False, wait=True))
             return hold(*_new_folder(target))
 
-        if target.parent.is_dir() and (rest := _rest(target, is_wanted)):
+        if target.parent.is_dir():
             stack.enter_context(_locked(target.parent, exclusive=False, wait=True))
-            hold(*rest)
+            if rest := _rest(target, is_wanted):
+                hold(*rest)
+            remove_stale(target.parent)
         try:
             yield folder
         except KeyboardInterrupt:

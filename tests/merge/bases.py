@@ -70,7 +70,7 @@ class Shape:
 
 
 # Nothing divides anything: a block, a page or a chunk that is off by one shows.
-ODD = Shape(hidden=66, inner=131, heads=6, kv_heads=3, layers=2, vocabulary=57)
+ODD = Shape(hidden=66, inner=131, heads=3, kv_heads=1, layers=2, vocabulary=57)
 
 
 def write_base(

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.bundle import merged
+from mtl_export.bundle.manifest import OptionValue, Recipe, damage, read_manifest
+from mtl_export.bundle.merged import MergedTask, MergeRequest, merge_tasks
+from mtl_export.checkpoint.hashing import sha256_of_file
+from mtl_export.checkpoint.tensors import Tensor
+from mtl_export.errors import IntegrityError, OutputError
+from mtl_export.merge import stream
+from mtl_export.merge.lanes import WriteLane
+from mtl_export.merge.writer import MergeOptions
+from tests.merge import bases
+
+SHARD = 40_000
+TASKS = ("task0", "task1", "task2")
+
+
+@pytest.fixture
+def bound(tmp_path: Path) -> BoundModel:
+    """Return a toy over a base in several files, its attention adapted."""
+    base = bases.write_base(tmp_path / "base", shard_bytes=SHARD)
+    adapter = bases.write_checkpoint(tmp_path / "adapter", projections=bases.ATTENTION)
+    return bases.bound_model(base, adapter)
+
+
+def request_for(
+    bound: BoundModel,
+    parent: Path,
+    options: MergeOptions | None = None,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+) -> MergeRequest:
+    """Return the request for all tasks."""
+    options = options or MergeOptions()
+
+    def recipe(name: str) -> Recipe:
+        own: dict[str, OptionValue] = {"task": name, "dtype": options.dtype}
+        return Recipe("merge", own, {"base_sha256": bound.base.sha256}, "1")
+
+    tasks = bound.adapters.tasks
+    return MergeRequest(bound, tasks, parent, options, recipe, force, resume, verify)
+
+
+def assert_whole(folder: Path) -> None:
+    """Check that every file is what the folder's manifest says."""
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert damage(folder, manifest) == []
+    listed = {*manifest.files, "mtl-export.json"}
+    assert listed == {path.name for path in folder.iterdir()}
+
+
+def statuses(results: list[MergedTask]) -> list[bool]:
+    """Return which tasks were up to date."""
+    return [result.plan.up_to_date for result in results]
+
+
+def test_all_tasks_are_put_in_place(bound: BoundModel, tmp_path: Path) -> None:
+    """One folder per task, whole, and nothing else beside them."""
+    out = tmp_path / "out"
+    results = merge_tasks(request_for(bound, out, verify=True))
+    assert sorted(path.name for path in out.iterdir()) == list(TASKS)
+    count = sum(piece.size_bytes // 2 for piece in _tensors(bound))
+    for result in results:
+        assert_whole(out / result.task.name)
+        assert result.verified_count == count
+        report = json.loads((out / result.task.name / "merge-report.json").read_text())
+        assert report["task"] == result.task.name
+        assert set(report["layers"]) == set(bound.adapters.layers)
+
+
+def test_what_is_there_is_left_alone(bound: BoundModel, tmp_path: Path) -> None:
+    """Only tasks that are missing or damaged are written again."""
+    out = tmp_path / "out"
+    merge_tasks(request_for(bound, out))
+    assert statuses(merge_tasks(request_for(bound, out))) == [True, True, True]
+    shutil.rmtree(out / "task1")
+    (out / "task2" / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"config.json has 2 bytes"):
+        merge_tasks(request_for(bound, out))
+    assert statuses(merge_tasks(request_for(bound, out, force=True))) == [True, False, False]
+    for name in TASKS:
+        assert_whole(out / name)
+
+
+def test_nothing_is_hashed_twice(
+    bound: BoundModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest takes the weights' hashes from the writer; small files are hashed for it."""
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.suffix)
+        return sha256_of_file(path)
+
+    monkeypatch.setattr("mtl_export.bundle.manifest.sha256_of_file", counted)
+    merge_tasks(request_for(bound, tmp_path / "out"))
+    assert ".safetensors" not in hashed
+    assert ".json" in hashed
+
+
+@pytest.mark.parametrize("is_linked", [True, False])
+def test_shared_tensors_are_on_the_disk_once(
+    is_linked: bool, bound: BoundModel, tmp_path: Path
+) -> None:
+    """As links or by reference, three tasks cost the base once and each task's own weights."""
+    out = tmp_path / "out"
+    options = MergeOptions(layout="shared", is_linked=is_linked)
+    merge_tasks(request_for(bound, out, options, verify=True))
+    inodes = {path.stat().st_ino: path.stat().st_size for path in out.rglob("*.safetensors")}
+    touched = sum(bound.base_tensor(f"{m}.weight").size_bytes for m in bound.adapters.layers)
+    everything = sum(piece.size_bytes for piece in _tensors(bound))
+    headers = 30_000
+    assert sum(inodes.values()) < everything + 2 * touched + headers
+    names = [*TASKS] if is_linked else ["_shared", *TASKS]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    for name in names:
+        assert_whole(out / name)
+    if is_linked:  # a folder is whole without its neighbours
+        shutil.rmtree(out / "task0")
+        assert_whole(out / "task1")
+
+
+def test_shared_models_load(bound: BoundModel, tmp_path: Path) -> None:
+    """Linked and referenced tensors are found, and they are the standalone ones."""
+    import torch
+    import transformers
+
+    loaded = {}
+    for name, options in {
+        "standalone": MergeOptions(),
+        "linked": MergeOptions(layout="shared"),
+        "referenced": MergeOptions(layout="shared", is_linked=False),
+    }.items():
+        merge_tasks(request_for(bound, tmp_path / name, options))
+        found: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / name / "task1", output_loading_info=True
+        )
+        model, info = found
+        assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        loaded[name] = model.state_dict()
+    for name in ("linked", "referenced"):
+        for key, value in loaded["standalone"].items():
+            assert torch.equal(loaded[name][key], value), (name, key)
+
+
+def test_a_wrong_base_is_refused_at_the_end(bound: BoundModel, tmp_path: Path) -> None:
+    """The base's hash comes from the pass that reads it; until then nothing is in place."""
+    import dataclasses
+
+    checkpoint = dataclasses.replace(
+        bound.checkpoint, base=dataclasses.replace(bound.checkpoint.base, sha256="0" * 64)
+    )
+    wrong = dataclasses.replace(bound, checkpoint=checkpoint)
+    with pytest.raises(IntegrityError, match="its weights have SHA-256"):
+        merge_tasks(request_for(wrong, tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupt_leaves_what_resume_takes_up(
+    bound: BoundModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C keeps the work; --resume writes only the rest; another request starts anew."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(stream, "TICK_S", 0.0005)
+    monkeypatch.setattr(merged, "JOURNAL_EVERY_S", 0.0)
+    calls: list[int] = []
+
+    def interrupt(done: int, total: int) -> None:
+        calls.append(done)
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_tasks(request_for(bound, out), interrupt)
+    rests = [path.name for path in out.iterdir()]
+    assert len(rests) == 1
+    assert rests[0].startswith(".merge.mtl-export-")
+    written: list[int] = []
+    original = WriteLane.write
+
+    def counted(self: WriteLane, offset: int, data: memoryview, address: int) -> None:
+        written.append(len(data))
+        original(self, offset, data, address)
+
+    monkeypatch.setattr(WriteLane, "write", counted)
+    merge_tasks(request_for(bound, out, resume=True))
+    everything = 3 * sum(piece.size_bytes for piece in _tensors(bound))
+    assert sum(written) < 0.6 * everything
+    assert sorted(path.name for path in out.iterdir()) == list(TASKS)
+    merge_tasks(request_for(bound, tmp_path / "whole"))
+    for name in TASKS:
+        assert_whole(out / name)
+        for path in (out / name).iterdir():
+            assert path.read_bytes() == (tmp_path / "whole" / name / path.name).read_bytes()
+
+
+SLOW_MERGE = """
+import sys, time
+from mtl_export.bundle import merged
+from mtl_export.merge import lanes, stream
+stream.CHUNK_BYTES, stream.TICK_S, merged.JOURNAL_EVERY_S = 2000, 0.002, 0.0
+write = lanes.write_at
+def slow_write(*arguments):
+    time.sleep(0.001)
+    write(*arguments)
+lanes.write_at = slow_write
+print("ready", flush=True)
+from mtl_export_cli.main import cli
+cli(sys.argv[1:])
+"""
+
+
+def test_a_run_killed_at_20_random_moments_leaves_the_old_result_or_the_new(
+    bound: BoundModel, tmp_path: Path
+) -> None:
+    """Each folder is whole after every kill, and --resume ends where an undisturbed run does."""
+    arguments = [
+        "merge", "--all-tasks", "--force", "-c", str(tmp_path / "adapter"),
+        "-b", str(bound.base.folder), "-o", str(tmp_path / "out"),
+    ]  # fmt: skip
+
+    def start(*more: str) -> subprocess.Popen[str]:
+        """Start the command and return when its imports are over."""
+        process = subprocess.Popen(
+            [sys.executable, "-c", SLOW_MERGE, *arguments, *more],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    def end(process: subprocess.Popen[str]) -> int:
+        """Wait for the process and return its exit code."""
+        process.communicate()
+        return process.returncode
+
+    def hashes() -> dict[str, str]:
+        return {
+            f"{name}/{path.name}": sha256_of_file(path)
+            for name in TASKS
+            for path in (tmp_path / "out" / name).iterdir()
+        }
+
+    begun = time.monotonic()
+    assert end(start()) == 0
+    lasts = time.monotonic() - begun
+    new = hashes()
+    shutil.rmtree(tmp_path / "out")
+    assert end(start("--dtype", "fp32")) == 0
+    old = hashes()
+    shutil.copytree(tmp_path / "out", tmp_path / "old")
+    generator = random.Random(20)
+    cut = 0
+    for _ in range(20):
+        process = start()
+        time.sleep(generator.uniform(0, lasts))
+        process.send_signal(signal.SIGKILL)
+        cut += end(process) == -signal.SIGKILL
+        for name in TASKS:
+            assert_whole(tmp_path / "out" / name)
+        found = hashes()
+        for name in TASKS:
+            mine = {key: value for key, value in found.items() if key.startswith(f"{name}/")}
+            assert mine in (
+                {key: value for key, value in old.items() if key.startswith(f"{name}/")},
+                {key: value for key, value in new.items() if key.startswith(f"{name}/")},
+            )
+        assert end(start("--resume")) == 0
+        assert hashes() == new
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == list(TASKS)
+        shutil.rmtree(tmp_path / "out")
+        shutil.copytree(tmp_path / "old", tmp_path / "out")
+    assert cut > 10
+
+
+def _tensors(bound: BoundModel) -> list[Tensor]:
+    return list(bound.base.tensors.values())
