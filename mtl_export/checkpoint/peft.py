@@ -152,6 +152,11 @@ def _joined(path: Path, members: tuple[Checkpoint, ...]) -> Checkpoint:
             for name, member in zip(names, members, strict=True)
             for entry in member.ledger
         ),
+        notes=tuple(
+            f"{name}: {note}"
+            for name, member in zip(names, members, strict=True)
+            for note in member.notes
+        ),
     )
 
 
@@ -170,10 +175,8 @@ def _read_adapter(folder: Path, name: str) -> Checkpoint:
         else entry
         for entry in found.ledger
     ]
-    ledger += [
-        LedgerEntry(f"{CONFIG_FILE}: {field}", "known-dead", "a field that PEFT 0.21 does not know")
-        for field in config.unknown_fields
-    ]
+    unknown = config.unknown_fields
+    notes = (f"{CONFIG_FILE} sets {shortened(unknown)}, which PEFT 0.21 does not know: ignored",)
     return Checkpoint(
         path=folder,
         format=FORMAT,
@@ -188,6 +191,7 @@ def _read_adapter(folder: Path, name: str) -> Checkpoint:
         rows=MappingProxyType(_rows(weights, config, found)),
         base_copies=MappingProxyType(found.base_copies),
         ledger=tuple(ledger),
+        notes=notes if unknown else (),
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from mtl_export.errors import AdapterError, CheckpointError, shortened
 
 CONFIG_FILE = "adapter_config.json"
-# What a release up to 0.21.2 writes; anything else that is set is listed in the ledger.
+# What a release up to 0.21.2 writes; of anything else that is set the user is told.
 KNOWN_FIELDS = frozenset({
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping",
     "base_model_name_or_path", "bias", "corda_config", "enable_lora", "ensure_weight_tying",
