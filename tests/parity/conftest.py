@@ -1,0 +1,31 @@
+"""The model and the batches that fake artefacts are judged on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.parity.cases import Case, build_cases, seeded_rows
+from tests.graph import marked
+
+
+@pytest.fixture
+def bound(tmp_path: Path) -> BoundModel:
+    """Return three tasks of widths 2, 4 and 1 on a base that is one small file."""
+    model = marked.bound()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    adapters = replace(model.adapters, checkpoint_sha256="c" * 64)
+    return replace(model, base=replace(model.base, weight_files=(file,)), adapters=adapters)
+
+
+@pytest.fixture
+def cases() -> list[Case]:
+    """Return the usual cases of seeded rows."""
+    rows = seeded_rows(
+        task_count=3, vocabulary=31, names=("input_ids", "attention_mask"), per_task=5
+    )
+    return build_cases(rows, task_count=3, vocabulary=31, longest=40)
