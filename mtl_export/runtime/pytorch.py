@@ -26,7 +26,7 @@ from mtl_export.adapters.normal_form import NO_LABEL
 from mtl_export.checkpoint.checkpoint import HeadTensors
 from mtl_export.checkpoint.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import BaseModelError, shortened
+from mtl_export.errors import BaseModelError, EngineRunError, shortened
 from mtl_export.merge.head_file import HEAD_FILE, read_readout
 
 TORCH_DTYPES = {
@@ -68,9 +68,21 @@ class OracleRunner:
         self._models = ()
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the outputs for ``inputs``, which hold ``task_ids``."""
+        """Return the outputs for ``inputs``, which hold ``task_ids``.
+
+        Raises:
+            EngineRunError: A task id is outside [0, T).
+        """
         if not self._models:
             raise RuntimeError("enter the runner before calling infer")
+        count, ids = len(self._bound.adapters.tasks), inputs["task_ids"]
+        if ids.min() < 0 or ids.max() >= count:
+            raise EngineRunError(
+                where="task_ids",
+                found=f"{sorted(set(ids.tolist()))}",
+                expected=f"ids from 0 to {count - 1}",
+                why=f"the checkpoint has {count} tasks",
+            )
         with torch.inference_mode():
             tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
             if len(self._models) == 1:

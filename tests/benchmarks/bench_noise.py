@@ -65,7 +65,7 @@ FAULTS: dict[str, Change] = {
     "mean of the B_i": changed("mixing", np.zeros_like),
     "B_i in another order": changed("up", lambda v: v[::-1]),
     "alpha / r dropped": number("alpha", 0.5),
-    "two tasks swapped": changed("lambda", lambda v: v[[1, 0, 2, 3, 4]]),
+    "Lambdas one task on": changed("lambda", lambda v: v[[1, 2, 3, 4, 0]]),
 }
 
 
