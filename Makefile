@@ -17,13 +17,14 @@ DEMO := examples/01_ads_relevance
 CODE := mtl_export cli calibration tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench clean
+.PHONY: help venv demo test check bench bench-merge clean
 
 help:
 	@echo 'make demo    take the example checkpoint through every stage; ends with the parity table'
 	@echo 'make test    run the tests'
 	@echo 'make check   lint, types, layers and the content of the wheel'
 	@echo 'make bench   measure, against named peers'
+	@echo 'make bench-merge   merging a 1.1 B model beside cp and PEFT; needs 70 GB in BENCH_CACHE'
 	@echo 'make clean   remove .venv, caches and what the demo wrote'
 
 venv: $(INSTALLED)
@@ -62,6 +63,11 @@ check: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s
+
+# Keeps its inputs (7 GB) and PEFT's environment for the next time.
+BENCH_CACHE ?= $(HOME)/.cache/mtl-export/bench-merge
+bench-merge: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/bench_merge.py --cache $(BENCH_CACHE)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
