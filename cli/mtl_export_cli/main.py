@@ -37,6 +37,7 @@ from mtl_export.version import VERSION
 # name -> module, short help; in the order of the work
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("mtl_export_cli.commands.inspect", "Say what a checkpoint is and holds."),
+    "plan": ("mtl_export_cli.commands.plan", "Say what each way to deploy costs."),
     "merge": ("mtl_export_cli.commands.merge", "Fold tasks into standalone model folders."),
     "onnx": ("mtl_export_cli.commands.onnx", "Export one routed graph, or one per task."),
     "trt": ("mtl_export_cli.commands.trt", "Build TensorRT engines."),

@@ -9,7 +9,8 @@ summation. What no task changes must be the base's bytes, or these rounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.safetensors import open_safetensors
-from mtl_export.checkpoint.tensors import Array, Tensor
+from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array, Tensor
 from mtl_export.errors import IntegrityError, shortened
 from mtl_export.merge.layout import Layout, OutputFile, Piece
 
@@ -62,46 +63,69 @@ def verify_task(bound: BoundModel, task: Task, layout: Layout, folder: Path, sha
 def _compared(bound: BoundModel, path: Path, file: OutputFile) -> Iterator[tuple[Piece, int, int]]:
     stored = open_safetensors(path).tensors
     for piece in file.pieces:
-        tensor = stored[piece.name]
-        size = int(np.prod(piece.shape, dtype=np.int64))
-        yield piece, _wrong(bound, piece, tensor), size
+        size = prod(piece.shape)
+        yield piece, _wrong(bound, piece, stored[piece.name]), size
 
 
 def _wrong(bound: BoundModel, piece: Piece, stored: Tensor) -> int:
     """Return how many of the piece's stored elements are wrong."""
-    values = stored.numpy()
-    if piece.is_copied and piece.source is not None:
-        return int((_bits(values) != _bits(piece.source.numpy())).sum())
-    if piece.task is None:
-        exact = piece.values() if piece.values is not None else _source(piece).numpy()
-        return _not_nearest(values, exact.astype(np.float64), 0.0)
-    layer = bound.adapters.layers[piece.module]
-    base = _source(piece).numpy()
-    factors = layer.factors(piece.task.index)
-    gain = None if layer.gain is None else layer.gain[piece.task.index][:, None]
-    if layer.transposed:
-        values, base = values.T, base.T
-    right = None if factors is None else factors.core @ factors.down.astype(np.float64)
+    if piece.values is not None:
+        return _not_nearest(stored.numpy(), piece.values().astype(np.float64), 0.0)
+    if piece.source is None:
+        raise ValueError(f"{piece.name} is made from nothing")
+    width = prod(piece.shape[1:])
+    step = max(1, ROWS_OF // max(1, width))
+    exact = _exact_rows(bound, piece)
     wrong = 0
-    step = max(1, ROWS_OF // base.shape[1])
-    for begin in range(0, base.shape[0], step):
+    for begin in range(0, piece.shape[0] if piece.shape else 1, step):
         rows = slice(begin, begin + step)
-        exact = base[rows].astype(np.float64)
-        size = np.abs(exact)
-        if factors is not None and right is not None:
-            up = factors.up[rows].astype(np.float64)
-            exact = exact + up @ right
-            size = size + np.abs(up) @ np.abs(right)
-        if gain is not None:
-            exact, size = exact * gain[rows], size * np.abs(gain[rows])
-        wrong += _not_nearest(np.ascontiguousarray(values[rows]), exact, size * DOUBT)
+        values, base = _rows(stored, rows), _rows(piece.source, rows)
+        if piece.is_copied:
+            wrong += int((_bits(values) != _bits(base)).sum())
+        else:
+            wrong += _not_nearest(values, *exact(base.astype(np.float64), rows))
     return wrong
 
 
-def _source(piece: Piece) -> Tensor:
-    if piece.source is None:
-        raise ValueError(f"{piece.name} has no source")
-    return piece.source
+def _exact_rows(
+    bound: BoundModel, piece: Piece
+) -> Callable[[Array, slice], tuple[Array, Array | float]]:
+    """Return what makes of the base's rows the exact ones, and how much float64 may err."""
+    if piece.task is None:
+        return lambda base, rows: (base, 0.0)
+    layer = bound.adapters.layers[piece.module]
+    factors = layer.factors(piece.task.index)
+    gain = None if layer.gain is None else layer.gain[piece.task.index]
+    left, right = np.zeros((layer.out_features, 1)), np.zeros((1, layer.in_features))
+    if factors is not None:
+        left, right = factors.up.astype(np.float64), factors.core @ factors.down.astype(np.float64)
+    if layer.transposed:
+        left, right = right.T, left.T
+
+    def exact(base: Array, rows: slice) -> tuple[Array, Array | float]:
+        total = base + left[rows] @ right
+        size = np.abs(base) + np.abs(left[rows]) @ np.abs(right)
+        if gain is not None:
+            factor = gain if layer.transposed else gain[rows, None]
+            total, size = total * factor, size * np.abs(factor)
+        return total, size * DOUBT
+
+    return exact
+
+
+def _rows(tensor: Tensor, rows: slice) -> Array:
+    """Return some rows of ``tensor``; of one in a file, no others are read."""
+    count = tensor.shape[0] if tensor.shape else 1
+    width = prod(tensor.shape[1:])
+    begin, end = rows.start, min(rows.stop, count)
+    if tensor.file is None:
+        return tensor.numpy().reshape(count, width)[begin:end]
+    dtype = NUMPY_DTYPES[tensor.dtype]
+    offset = tensor.offset_bytes + begin * width * dtype.itemsize
+    values: Array = np.fromfile(
+        tensor.file, dtype=dtype, count=(end - begin) * width, offset=offset
+    )
+    return values.reshape(end - begin, width)
 
 
 def _not_nearest(stored: Array, exact: Array, doubt: Array | float) -> int:

@@ -126,3 +126,49 @@ def test_transformers_loads_the_folder(project: Path, run: Run) -> None:
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert list(model.config.id2label.values()) == ["who", "what", "where", "when"]
+
+
+def test_the_report_names_task_and_layer(project: Path, run: Run) -> None:
+    """--report adds a table; --json always has the figures."""
+    outcome = run("merge", "--task", "spam", "--report", "--verify")
+    assert outcome.code == 0
+    assert "drift ||D||/||W||" in outcome.stdout
+    assert "bert.encoder.layer.0.attention.self.query" in outcome.stdout
+    assert "elements verified" in outcome.stdout
+    (drift,) = run("merge", "--task", "topic", "--json").json["drift"]
+    assert drift["task"] == "topic"
+    assert drift["drift"] > 0
+    assert drift["lost"] < 1e-4
+    stored = json.loads((project / "out/merged/topic/merge-report.json").read_text())
+    assert stored == drift
+
+
+def test_a_dtype_that_loses_much_is_warned_of(project: Path, run: Run) -> None:
+    """A small change drowns in bfloat16: said on stderr with what to do."""
+    from tests.factories import toy_checkpoint
+
+    toy_checkpoint(project / "faint", project / "base", alpha=0.003)
+    outcome = run("merge", "-c", "faint", "--task", "spam", "--dtype", "bf16", "-o", "faint-out")
+    assert outcome.code == 0
+    assert "spam: BF16 loses" in outcome.stderr
+    assert "--dtype fp32" in outcome.stderr
+    kept = run("merge", "-c", "faint", "--task", "spam", "-o", "kept-out")
+    assert "loses" not in kept.stderr
+
+
+def test_shared_folders_cost_less(project: Path, run: Run) -> None:
+    """--layout shared links what no task changes; --max-shard-size cuts the files."""
+    run("merge", "--all-tasks", "-o", "alone")
+    outcome = run("merge", "--all-tasks", "--layout", "shared", "-o", "shared")
+    assert outcome.code == 0
+
+    def size(folder: str) -> int:
+        files = (project / folder).rglob("*.safetensors")
+        return sum({file.stat().st_ino: file.stat().st_size for file in files}.values())
+
+    assert size("shared") < 0.8 * size("alone")
+    assert run("merge", "--task", "spam", "--max-shard-size", "4kB", "-o", "cut").code == 0
+    assert len(list((project / "cut" / "spam").glob("model-*.safetensors"))) > 3
+    refused = run("merge", "--task", "spam", "--max-shard-size", "much", "-o", "no")
+    assert refused.code == 2
+    assert "such as 500MB or 5GB" in refused.stderr
