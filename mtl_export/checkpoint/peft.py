@@ -17,7 +17,7 @@ Source: https://github.com/huggingface/peft, release 0.21.2, ``peft_model.py``
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -152,12 +152,18 @@ def _joined(path: Path, members: tuple[Checkpoint, ...]) -> Checkpoint:
             for name, member in zip(names, members, strict=True)
             for entry in member.ledger
         ),
-        notes=tuple(
-            f"{name}: {note}"
-            for name, member in zip(names, members, strict=True)
-            for note in member.notes
-        ),
+        notes=tuple(_notes(members)),
     )
+
+
+def _notes(members: tuple[Checkpoint, ...]) -> Iterator[str]:
+    """Yield what the user should know: of each adapter, and of all where they differ in kind."""
+    if len({member.family for member in members}) > 1:
+        kinds = (f"{member.tasks[0].name} {member.family}" for member in members)
+        yield f"the adapters are of several families: {shortened(kinds, 8)}"
+    for member in members:
+        for note in member.notes:
+            yield f"{member.tasks[0].name}: {note}"
 
 
 def _read_adapter(folder: Path, name: str) -> Checkpoint:

@@ -92,6 +92,7 @@ def test_several_adapters_are_tasks_in_the_order_given(tmp_path: Path) -> None:
     assert [len(task.labels) for task in checkpoint.tasks] == [2, 4]
     assert [member.family for member in checkpoint.members] == ["lora", "dora"]
     assert (checkpoint.family, checkpoint.layers) == ("lora", {})
+    assert checkpoint.notes == ("the adapters are of several families: zeta lora, alpha dora",)
     assert f"alpha/base_model.model.{toys.NARROW}.lora_A.weight" in {
         entry.tensor for entry in checkpoint.ledger
     }
