@@ -1,8 +1,14 @@
-"""Find what was exported: merged folders, graphs and engines under the output folder."""
+"""Find what was exported: merged folders, graphs and engines under the output folder.
+
+A folder's manifest says which files it had and their hashes. What no longer agrees with it
+(a file edited, cut short or gone) is handed on as the artefact's defect, so that a check
+cannot shrink because something was deleted.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,25 +59,52 @@ def find_artefacts(
     return found, missing
 
 
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What a folder's manifest says of it.
+
+    Attributes:
+        sources: SHA-256 of what it was made from; empty without a manifest.
+        defect: What no longer agrees with the manifest; empty if nothing.
+        is_there: There is a manifest, so the folder was once whole.
+    """
+
+    sources: Mapping[str, str]
+    defect: str
+    is_there: bool
+
+
+def _record(folder: Path) -> _Record:
+    from mtl_export.bundle.manifest import damage, read_manifest
+    from mtl_export.errors import IntegrityError
+
+    try:
+        manifest = read_manifest(folder)
+    except IntegrityError as error:
+        return _Record({}, str(error), is_there=True)
+    if manifest is None:
+        return _Record({}, "", is_there=False)
+    return _Record(manifest.recipe.sources, "; ".join(damage(folder, manifest)), is_there=True)
+
+
 def _merged(folder: Path, task: Task, found: list[Artefact], missing: list[Cell]) -> None:
-    from mtl_export.bundle.manifest import read_manifest
     from mtl_export.parity.run import Artefact
     from mtl_export.runtime.pytorch import MergedRunner
 
-    if not (folder / "config.json").is_file():
+    record = _record(folder)
+    if not record.is_there and not (folder / "config.json").is_file():
         missing.append(_absent(MERGED, task, "merge"))
         return
-    manifest = read_manifest(folder)
-    sources = manifest.recipe.sources if manifest is not None else {}
     found.append(
         Artefact(
             name=MERGED,
             kind="merged",
             runner=MergedRunner(folder),
             task=task,
-            dtype=_config_dtype(folder),
-            checkpoint_sha256=sources.get("checkpoint_sha256", ""),
-            base_sha256=sources.get("base_sha256", ""),
+            dtype="fp32" if record.defect else _config_dtype(folder),
+            checkpoint_sha256=record.sources.get("checkpoint_sha256", ""),
+            base_sha256=record.sources.get("base_sha256", ""),
+            defect=record.defect,
         )
     )
 
@@ -83,10 +116,11 @@ def _onnx(
     from mtl_export.runtime.ort import OrtRunner, onnx_metadata
 
     name = SINGLE_ONNX if task is None else MERGED_ONNX
-    if not path.is_file():
+    record = _record(path.parent)
+    if not record.is_there and not path.is_file():
         missing.append(_absent(name, task, "onnx"))
         return
-    metadata = onnx_metadata(path)
+    metadata = {} if record.defect else onnx_metadata(path)
     found.append(
         Artefact(
             name=name,
@@ -96,6 +130,7 @@ def _onnx(
             dtype="fp32",
             checkpoint_sha256=metadata.get("mtl_export.checkpoint_sha256", ""),
             base_sha256=metadata.get("mtl_export.base_sha256", ""),
+            defect=record.defect,
         )
     )
 
@@ -105,10 +140,10 @@ def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[
     from mtl_export.runtime.tensorrt import TensorRTBackend
 
     name = ENGINE if task is None else MERGED_ENGINE
-    if not path.is_file():
+    record = _record(path.parent)
+    if not record.is_there and not path.is_file():
         missing.append(_absent(name, task, "trt"))
         return
-    sources = _engine_sources(path)
     found.append(
         Artefact(
             name=name,
@@ -116,17 +151,11 @@ def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[
             runner=TensorRTBackend(path),
             task=task,
             dtype="fp32",
-            checkpoint_sha256=sources.get("checkpoint_sha256", ""),
-            base_sha256=sources.get("base_sha256", ""),
+            checkpoint_sha256=record.sources.get("checkpoint_sha256", ""),
+            base_sha256=record.sources.get("base_sha256", ""),
+            defect=record.defect,
         )
     )
-
-
-def _engine_sources(path: Path) -> dict[str, str]:
-    from mtl_export.bundle.manifest import read_manifest
-
-    manifest = read_manifest(path.parent)
-    return dict(manifest.recipe.sources) if manifest is not None else {}
 
 
 def _absent(name: str, task: Task | None, verb: str) -> Cell:

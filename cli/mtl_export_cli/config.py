@@ -37,6 +37,8 @@ from mtl_export.errors import UsageError
 CONFIG_FILE = "mtl-export.toml"
 DEFAULT_OUTPUT_DIR = "out"
 PACKAGE_PREFIX = "package:"
+# Those whose result is weights in a dtype; a graph has none of its own yet.
+DTYPE_COMMANDS = frozenset({"merge", "plan"})
 
 # A reader turns a TOML value and the file's folder into an option value, or raises
 # ValueError with what it expected.
@@ -61,7 +63,12 @@ class Config:
 
     def defaults(self, command: str) -> dict[str, object]:
         """Return click's ``default_map`` for ``command``."""
-        return {**self.options, **self.sections.get(command, {})}
+        options = {
+            name: value
+            for name, value in self.options.items()
+            if name != "dtype" or command in DTYPE_COMMANDS
+        }
+        return {**options, **self.sections.get(command, {})}
 
 
 def read_config(path: Path | None) -> Config:

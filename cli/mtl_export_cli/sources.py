@@ -75,6 +75,7 @@ def open_bound(settings: Settings, *, check_hash: bool = True) -> BoundModel:
     checkpoint = open_settings_checkpoint(settings)
     _refuse_unknown(settings, checkpoint.tasks)
     base = open_settings_base(settings, checkpoint)
+    _refuse_output_in_source(settings, checkpoint, base)
     return bind(checkpoint, read_adapters(checkpoint, base), base, check_hash=check_hash)
 
 
@@ -130,6 +131,23 @@ def hyper_parameters(checkpoint: Checkpoint) -> dict[str, float | None]:
               for layer in part.layers.values()]  # fmt: skip
     found = {name: {layer.hyper.get(name) for layer in layers} for name in ("alpha", "temperature")}
     return {name: next(iter(v)) if len(v) == 1 else None for name, v in found.items()}
+
+
+def _refuse_output_in_source(settings: Settings, checkpoint: Checkpoint, base: BaseModel) -> None:
+    """Refuse to write into what is read."""
+    if settings.output is None:
+        return
+    target = settings.output.resolve()
+    for name, source in (("checkpoint", checkpoint.path), ("base", base.folder)):
+        folder = source.resolve()
+        if folder.is_dir() and target.is_relative_to(folder):
+            raise UsageError(
+                where=f"--output {settings.output}",
+                found=f"it lies in the {name}, {source}",
+                expected="another folder",
+                why="sources are never written to",
+                fix="Pass another folder to --output",
+            )
 
 
 def _refuse_unknown(settings: Settings, tasks: Sequence[Task]) -> None:

@@ -16,6 +16,11 @@ ATTENTION_MASK = "attention_mask"
 # Neither is ever a traced size, nor a power of two.
 ODD_BATCH, LONG_SEQUENCE = 5, 97
 MIXED_ROWS = 16
+MIXED = "mixed tasks"
+# Batches of these sizes are cut from the mixed one: a graph may be right at all but one size.
+SMALL_BATCHES = (2, 3, 7)
+# Positions up to here are used, where the model has them; beyond, only time is.
+LONGEST_SEQUENCE = 512
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,15 @@ class Case:
 
 
 def seeded_rows(
-    *, task_count: int, vocabulary: int, names: Sequence[str], per_task: int = 4, seed: int = 0
+    *,
+    task_count: int,
+    vocabulary: int,
+    names: Sequence[str],
+    token_types: int = 1,
+    per_task: int = 4,
+    seed: int = 0,
 ) -> dict[str, Array]:
-    """Return rows of random token ids inside the vocabulary, for want of real inputs."""
+    """Return rows of random ids inside the vocabularies, for want of real inputs."""
     generator = np.random.default_rng(seed)
     shape = (task_count * per_task, 23)
     lengths = generator.integers(5, shape[1] + 1, shape[0])
@@ -51,7 +62,7 @@ def seeded_rows(
     candidates = {
         INPUT_IDS: generator.integers(0, vocabulary, shape, dtype=np.int64),
         ATTENTION_MASK: mask,
-        "token_type_ids": np.zeros(shape, np.int64),
+        "token_type_ids": generator.integers(0, token_types, shape, dtype=np.int64),
     }
     rows = {name: candidates[name] for name in names if name in candidates}
     rows[TASK_IDS] = np.tile(np.arange(task_count, dtype=np.int64), per_task)
@@ -59,7 +70,12 @@ def seeded_rows(
 
 
 def build_cases(
-    rows: Mapping[str, Array], *, task_count: int, vocabulary: int, longest: int
+    rows: Mapping[str, Array],
+    *,
+    task_count: int,
+    vocabulary: int,
+    longest: int,
+    token_types: int = 1,
 ) -> list[Case]:
     """Return the cases that every artefact is run on.
 
@@ -68,6 +84,7 @@ def build_cases(
         task_count: T.
         vocabulary: Token ids lie in [0, vocabulary).
         longest: Longest sequence the model takes.
+        token_types: ``token_type_ids`` lie in [0, token_types).
 
     Raises:
         ParityError: A task has no row, or an id is out of range.
@@ -90,8 +107,19 @@ def build_cases(
         Case(f"one row of task {task}", _trimmed(_pick(rows, np.flatnonzero(ids == task)[:1])))
         for task in range(task_count)
     ]
-    cases.append(Case("mixed tasks", _trimmed(_pick(rows, _interleaved(ids, task_count)))))
-    cases.append(_long_case(rows, task_count, vocabulary, min(LONG_SEQUENCE, longest)))
+    mixed = _interleaved(ids, task_count)
+    cases.append(Case(MIXED, _trimmed(_pick(rows, mixed))))
+    cases += [
+        Case(f"{MIXED}, batch {size}", _trimmed(_pick(rows, mixed[-size:])))
+        for size in SMALL_BATCHES
+        if size < len(mixed)
+    ]
+    limits = {INPUT_IDS: vocabulary, "token_type_ids": token_types}
+    ragged = max(ODD_BATCH, 2 * task_count) | 1
+    cases.append(_long_case(rows, task_count, limits, ragged, min(LONG_SEQUENCE, longest)))
+    if longest > LONG_SEQUENCE:
+        full = min(longest, LONGEST_SEQUENCE)
+        cases.append(_long_case(rows, task_count, limits, task_count, full))
     return cases
 
 
@@ -119,18 +147,22 @@ def _interleaved(ids: Array, task_count: int) -> Array:
     return np.array(order[: max(MIXED_ROWS, task_count)])
 
 
-def _long_case(rows: Mapping[str, Array], task_count: int, vocabulary: int, length: int) -> Case:
-    """Return a batch of every task at an odd size and length, ragged, ids seeded."""
+def _long_case(
+    rows: Mapping[str, Array], task_count: int, limits: Mapping[str, int], batch: int, length: int
+) -> Case:
+    """Return a seeded batch: a whole row of every task, then ragged ones.
+
+    ``limits`` gives the ids' upper end by input.
+    """
     generator = np.random.default_rng(1)
-    batch = max(ODD_BATCH, task_count) | 1
     mask = np.arange(length) < generator.integers(length // 2, length + 1, batch)[:, None]
-    mask[0] = True
+    mask[:task_count] = True
     inputs: dict[str, Array] = {}
     for name, value in rows.items():
         if name == TASK_IDS:
             inputs[name] = np.arange(batch, dtype=np.int64) % task_count
-        elif name == INPUT_IDS:
-            inputs[name] = generator.integers(0, vocabulary, (batch, length), dtype=value.dtype)
+        elif name in limits:
+            inputs[name] = generator.integers(0, limits[name], (batch, length), dtype=value.dtype)
         elif name == ATTENTION_MASK:
             inputs[name] = mask.astype(value.dtype)
         elif value.ndim > 2:  # no text: as many rows as there are, again and again

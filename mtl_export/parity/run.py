@@ -9,7 +9,7 @@ pass        the error is within the tolerance AND the decisions agree AND nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -43,6 +43,7 @@ class Artefact:
         dtype: ``fp32``, ``fp16`` or ``bf16``: what it computes in; sets its noise floor.
         checkpoint_sha256: What it says it was made from.
         base_sha256: Likewise.
+        defect: What is known to be wrong with its files; it fails then without being run.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Artefact:
     dtype: str
     checkpoint_sha256: str
     base_sha256: str
+    defect: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,11 @@ def run_parity(
 def _floors(
     tasks: Sequence[Task], exact: list[_Reference], lower_precision: Runner, dtype: str
 ) -> dict[str, float]:
-    """Return each task's noise floor over all cases, by task name."""
+    """Return the noise floor of the output over all cases, by task name.
+
+    It is the same for every task: the one whose few rows happen to be computed well would
+    otherwise fail correct exports.
+    """
     floors = {task.name: 0.0 for task in tasks}
     with lower_precision as runner:
         for reference in exact:
@@ -137,7 +143,7 @@ def _floors(
                     _refuse_not_finite(task, reference.case, dtype, wanted, found)
                     floor = noise_floor(wanted, found, dtype)
                     floors[task.name] = max(floors[task.name], floor)
-    return floors
+    return dict.fromkeys(floors, max(floors.values()))
 
 
 def _answers(case: Case, rows: Array, logits: Array) -> Array:
@@ -174,8 +180,8 @@ def _judge(
         name = artefact.task.name if artefact.task else "*"
         return [Cell(artefact.name, artefact.runner.name, name, "*", verdict, reason)]
 
-    if stale := _stale(bound, artefact):
-        return whole("failed", stale)
+    if wrong := artefact.defect or _stale(bound, artefact):
+        return whole("failed", wrong)
     cells: list[Cell] = []
     try:
         with artefact.runner as runner:
@@ -183,6 +189,7 @@ def _judge(
                 cells += _compare_case(bound, artefact, runner, reference, floors, tolerance)
             if artefact.kind == "single-graph":
                 cells.append(_bad_ids(bound, artefact, runner, exact[0]))
+                cells.append(_isolation(bound, artefact, runner, exact))
     except BackendMissingError as error:
         cells += whole("not-run", str(error))
     except MtlExportError as error:
@@ -315,6 +322,29 @@ def _bad_ids(bound: BoundModel, artefact: Artefact, runner: Runner, reference: _
     else:
         return cell
     return Cell(cell.artefact, cell.runtime, "*", cell.case, "failed", reason)
+
+
+def _isolation(
+    bound: BoundModel, artefact: Artefact, runner: Runner, exact: list[_Reference]
+) -> Cell:
+    """Return the cell that says whether a row is the same whatever tasks its neighbours have."""
+    cell = Cell(artefact.name, artefact.runner.name, "*", "neighbours change task", "passed")
+    count = len(bound.adapters.tasks)
+    case = max((one.case for one in exact), key=lambda case: len(set(case.task_ids.tolist())))
+    before = runner.infer(case.inputs).get(OUTPUT)
+    if before is None:
+        return replace(cell, verdict="failed", reason=f"no output {OUTPUT!r}")
+    disturbed = []
+    for row in range(min(len(before), count)):
+        ids = (case.task_ids + 1) % count
+        ids[row] = case.task_ids[row]
+        after = runner.infer({**case.inputs, TASK_IDS: ids})[OUTPUT]
+        if not np.array_equal(after[row], before[row]):
+            disturbed.append(row)
+    if count == 1 or not disturbed:
+        return cell
+    reason = f"rows {disturbed} change bit for bit when the other rows' tasks do"
+    return replace(cell, verdict="failed", reason=reason)
 
 
 def _versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ from mtl_export.adapters.normal_form import NO_LABEL
 from mtl_export.checkpoint.checkpoint import HeadTensors
 from mtl_export.checkpoint.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import BaseModelError, EngineRunError, shortened
+from mtl_export.errors import BaseModelError, EngineRunError, MtlExportError, shortened
 from mtl_export.merge.head_file import HEAD_FILE, read_readout
 
 TORCH_DTYPES = {
@@ -109,6 +109,20 @@ class MergedRunner:
         Raises:
             BaseModelError: A weight is missing in the folder or has another shape.
         """
+        try:
+            return self._entered()
+        except MtlExportError:
+            raise
+        except Exception as error:
+            # transformers, safetensors and json each raise their own on a broken file.
+            raise BaseModelError(
+                where=str(self._folder),
+                found=f"transformers cannot load it ({error})",
+                expected="a whole model folder",
+                fix="Merge again with --force",
+            ) from error
+
+    def _entered(self) -> MergedRunner:
         import transformers
 
         with quiet_transformers():

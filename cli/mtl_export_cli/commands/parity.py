@@ -54,8 +54,8 @@ def command(
 
     Compares merged folders, graphs and engines under the output folder with the unmerged
     PyTorch model in float64: every task, mixed batches, and shapes that were not traced.
-    An error passes when it is at most 8 times what float32 arithmetic itself costs the
-    model (or within --atol and --rtol) and no decision changes. Exit code 3 when
+    An error passes when it is at most 8 times what the arithmetic of the artefact's dtype
+    itself costs the model (or within --atol and --rtol) and no decision changes. Exit code 3 when
     anything fails, 6 when nothing could be run.
     """
     from mtl_export.parity.run import run_parity, step_count
@@ -65,6 +65,15 @@ def command(
 
     tolerance = Tolerance(atol=atol, rtol=rtol)
     bound = sources.open_bound(settings)
+    for name, folder in (("--merged", merged), ("--onnx", onnx), ("--engines", engines)):
+        if folder is not None and not folder.is_dir():
+            raise UsageError(
+                where=f"{name} {folder}",
+                found="no such folder",
+                expected="a folder that mtl-export wrote",
+                why="what is not found is not compared",
+                fix=f"Correct {name}, or leave it out",
+            )
     places = Places(
         merged or settings.output_dir / "merged",
         onnx or settings.output_dir / "onnx",
@@ -112,17 +121,26 @@ def _cases(bound: BoundModel, inputs: Path | None) -> list[Case]:
     config = bound.base.config
     vocabulary = int(config["vocab_size"])
     longest = int(config.get("max_position_embeddings") or 512)
+    token_types = int(config.get("type_vocab_size") or 1)
     task_count = len(bound.adapters.tasks)
     if inputs is None:
         names = ["input_ids", "attention_mask"]
         names += ["token_type_ids"] if config.get("type_vocab_size") else []
-        rows = seeded_rows(task_count=task_count, vocabulary=vocabulary, names=names)
+        rows = seeded_rows(
+            task_count=task_count, vocabulary=vocabulary, names=names, token_types=token_types
+        )
     else:
         rows = _tokenised(bound, inputs, longest)
     own = own_class(bound.adapters.model_class)
     if own is not None:
         rows |= own.seeded_inputs(config, len(rows[TASK_IDS]))
-    return build_cases(rows, task_count=task_count, vocabulary=vocabulary, longest=longest)
+    return build_cases(
+        rows,
+        task_count=task_count,
+        vocabulary=vocabulary,
+        longest=longest,
+        token_types=token_types,
+    )
 
 
 def _tokenised(bound: BoundModel, inputs: Path, longest: int) -> dict[str, Array]:
@@ -174,10 +192,11 @@ def _table(result: ParityReport) -> tuple[list[str], list[list[str]]]:
 
     found = {cell.artefact for cell in result.cells}
     artefacts = [kind for kind in KINDS if kind in found]
-    floors = next(iter(result.noise_floors.values()))
     rows = []
-    for task in floors:
-        row = [task, f"{floors[task]:.1e}"]
+    tasks = list(next(iter(result.noise_floors.values())))
+    for task in tasks:
+        floors = [f"{dtype} {by_task[task]:.1e}" for dtype, by_task in result.noise_floors.items()]
+        row = [task, ", ".join(floors)]
         for artefact in artefacts:
             # What holds for all tasks (bad ids, an engine that cannot run) counts for each.
             own = [
