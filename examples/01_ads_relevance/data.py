@@ -216,8 +216,7 @@ def _right_titles(pairs: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
 
 
 def _words(text: str) -> frozenset[str]:
-    """Return the words of four letters or more, as they stand."""
-    return frozenset(re.findall(r"[a-z]{4,}", text.lower()))
+    return frozenset(re.findall(r"[a-z]+", text.lower()))
 
 
 # --- the four tasks with one text per row ----------------------------------------------------
