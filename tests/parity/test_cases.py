@@ -42,7 +42,6 @@ def test_seeded_rows_have_only_the_models_inputs() -> None:
 def test_every_task_is_compared_alone_in_one_row_and_mixed(task_count: int) -> None:
     """No task is left out of any kind of case."""
     cases = {case.name: case for case in cases_of(task_count)}
-    assert len(cases) == 2 * task_count + 2
     for task in range(task_count):
         assert set(cases[f"task {task}"].task_ids.tolist()) == {task}
         assert cases[f"one row of task {task}"].task_ids.tolist() == [task]
@@ -64,11 +63,12 @@ def test_tasks_take_turns_in_the_mixed_batch() -> None:
 
 
 def test_sizes_are_not_those_traced() -> None:
-    """A batch of one and an odd batch at a long odd length were never traced."""
+    """One row, a few, an odd batch at a long odd length, and all positions: most untraced."""
     sizes = {tuple(case.inputs["input_ids"].shape) for case in cases_of(3)}
-    assert any(batch == 1 for batch, _ in sizes)
-    assert (5, 97) in sizes
-    assert all(batch != SAMPLE_BATCH for batch, _ in sizes)
+    batches = {batch for batch, _ in sizes}
+    assert {1, 2, 3, 7} <= batches
+    assert {(7, 97), (3, 512)} <= sizes
+    assert batches - {SAMPLE_BATCH}
     assert all(length != SAMPLE_SEQUENCE for _, length in sizes)
 
 
@@ -85,12 +85,31 @@ def test_inputs_that_are_not_text_are_neither_cut_nor_emptied() -> None:
 @pytest.mark.parametrize("longest", [5, 40, 96, 512])
 def test_the_long_case_fits_the_model(longest: int) -> None:
     """The longest case is as long as the model takes, ragged, never without a token."""
-    case = cases_of(2, longest=longest)[-1]
-    mask = case.inputs["attention_mask"]
+    ragged = next(case for case in cases_of(2, longest=longest) if case.name.startswith("batch"))
+    mask = ragged.inputs["attention_mask"]
     assert mask.shape[1] == min(97, longest)
-    assert mask[0].all()
+    assert mask[:2].all(), "every task has a row of full length"
+    assert not mask[2:].all()
     assert mask.any(axis=1).all()
-    assert case.inputs["input_ids"].max() < 31
+    assert ragged.inputs["input_ids"].max() < 31
+
+
+@pytest.mark.parametrize(("longest", "length"), [(40, 40), (97, 97), (300, 300), (4096, 512)])
+def test_every_task_is_run_at_the_models_full_length(longest: int, length: int) -> None:
+    """Positions up to 512 are used by a whole row of each task."""
+    cases = cases_of(3, longest=longest)
+    whole = max(cases, key=lambda case: case.inputs["input_ids"].shape[1])
+    mask = whole.inputs["attention_mask"]
+    assert mask.shape[1] == length
+    assert {int(t) for t, row in zip(whole.task_ids, mask, strict=True) if row.all()} == {0, 1, 2}
+
+
+def test_token_types_are_used() -> None:
+    """Seeded rows and long batches hold every token type, so that none can be ignored."""
+    rows = seeded_rows(task_count=2, vocabulary=31, names=NAMES, token_types=2)
+    assert set(rows["token_type_ids"].ravel().tolist()) == {0, 1}
+    cases = build_cases(rows, task_count=2, vocabulary=31, longest=40, token_types=2)
+    assert set(cases[-1].inputs["token_type_ids"].ravel().tolist()) == {0, 1}
 
 
 def real_rows(task_ids: list[int]) -> dict[str, Array]:

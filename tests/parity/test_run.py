@@ -33,7 +33,7 @@ from tests.parity.fakes import (
 def test_right_artefacts_pass_in_every_case_for_every_task(
     bound: BoundModel, cases: list[Case]
 ) -> None:
-    """Each case has one cell per task in it; a single graph is also asked bad ids."""
+    """Each case has one cell per task in it; a single graph is asked more."""
     artefacts = [single(bound, right), *(merged(bound, t, right_for(t)) for t in range(3))]
     report = judge(bound, cases, *artefacts)
     assert report.verdict == "passed"
@@ -45,6 +45,7 @@ def test_right_artefacts_pass_in_every_case_for_every_task(
     }
     expected |= {("merged", task, case) for _, task, case in expected}
     expected.add(("single graph", "*", "bad task ids"))
+    expected.add(("single graph", "*", "neighbours change task"))
     assert {(c.artefact, c.task, c.case) for c in report.cells} == expected
     assert len(report.cells) == len(expected)
     for cell in report.cells:
@@ -216,8 +217,32 @@ def test_a_language_model_is_judged_token_by_token(
         model, [single(model, answer)], cases, tolerance=Tolerance(),
         oracle=lambda dtype: FakeRunner(lambda i: {"logits": tokens(i) + ERROR[dtype]}),
     )  # fmt: skip
-    by_case = [cell for cell in report.cells if cell.case != "bad task ids"]
+    by_case = [cell for cell in report.cells if cell.task != "*"]
     assert {cell.verdict for cell in by_case} == {verdict}
+
+
+def test_a_row_that_depends_on_its_neighbours_tasks_fails(
+    bound: BoundModel, cases: list[Case]
+) -> None:
+    """A last-bit change of a row when other rows change task is no isolation."""
+
+    def leaky(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        logits = right(inputs)["logits"]
+        return {"logits": logits * (1 + 1e-15 * inputs["task_ids"].sum())}
+
+    (cell,) = failed(judge(bound, cases, single(bound, leaky)))
+    assert cell.case == "neighbours change task"
+    assert "bit for bit" in cell.reason
+
+
+def test_files_that_are_known_to_be_wrong_fail_without_being_run(
+    bound: BoundModel, cases: list[Case]
+) -> None:
+    """A defect is a failure with its reason, even where nothing could be run."""
+    runner = FakeRunner(right, refuses=missing())
+    artefact = replace(single(bound, right), runner=runner, defect="config.json has changed")
+    (cell,) = judge(bound, cases, artefact).cells
+    assert (cell.verdict, cell.reason) == ("failed", "config.json has changed")
 
 
 def missing() -> BackendMissingError:

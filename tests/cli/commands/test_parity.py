@@ -1,0 +1,174 @@
+"""``mtl-export parity``: the exit code is the gate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mtl_export.checkpoint.safetensors import open_safetensors
+from mtl_export_cli.main import cli
+from tests.cli.conftest import Run
+
+TASK = "topic"
+
+
+@pytest.fixture(scope="module")
+def exported_once(graphs: Path) -> Path:
+    """Return a project with merged folders and graphs, made once and not changed."""
+    result = CliRunner().invoke(
+        cli, ["merge", "--all-tasks", "--config", str(graphs / "mtl-export.toml")]
+    )
+    assert result.exit_code == 0, result.output
+    return graphs
+
+
+@pytest.fixture
+def exported(exported_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy to work in."""
+    folder = tmp_path / "project"
+    shutil.copytree(exported_once, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_right_exports_pass(exported: Path, run: Run) -> None:
+    """Exit 0, a table task by artefact, and what did not run is said, not passed."""
+    outcome = run("parity", "--report", "parity.json")
+    assert outcome.code == 0, outcome.stdout
+    assert "parity passed" in outcome.stdout
+    assert "not run: single graph engine: not exported" in outcome.stdout
+    report = json.loads((exported / "parity.json").read_text())
+    assert report["counts"]["failed"] == 0
+    artefacts = {cell["artefact"] for cell in report["cells"] if cell["verdict"] == "passed"}
+    assert artefacts == {"merged pytorch", "merged onnx", "single graph onnx"}
+    assert run("parity", "--json").json["ok"] is True
+
+
+def test_nothing_exported_is_no_pass(exported: Path, run: Run) -> None:
+    """Without anything to compare the command is refused."""
+    shutil.rmtree(exported / "out")
+    outcome = run("parity")
+    assert outcome.code == 2
+    assert "mtl-export merge --all-tasks" in outcome.stderr
+
+
+def test_a_folder_that_does_not_exist_is_no_pass(exported: Path, run: Run) -> None:
+    """A misspelt place to look would otherwise shrink the check."""
+    outcome = run("parity", "--merged", "typo")
+    assert outcome.code == 2
+    assert "typo" in outcome.stderr
+
+
+def nudge_head(project: Path) -> None:
+    """Add to one head bias in place."""
+    path = project / "out" / "merged" / TASK / "model.safetensors"
+    file = open_safetensors(path)
+    content = bytearray(path.read_bytes())
+    content[file.offsets_bytes["classifier.bias"] + 2] ^= 0x40
+    path.write_bytes(bytes(content))
+
+
+def swap_labels(project: Path) -> None:
+    """Exchange two label names."""
+    path = project / "out" / "merged" / TASK / "config.json"
+    config = json.loads(path.read_text())
+    names = config["id2label"]
+    names["0"], names["1"] = names["1"], names["0"]
+    path.write_text(json.dumps(config))
+
+
+def swap_merged(project: Path) -> None:
+    """Exchange two tasks' weights."""
+    merged = project / "out" / "merged"
+    one, other = merged / TASK / "model.safetensors", merged / "spam" / "model.safetensors"
+    kept = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(kept)
+
+
+def cut(path: str) -> Callable[[Path], None]:
+    """Return a fault: a file that ends halfway."""
+
+    def apply(project: Path) -> None:
+        content = (project / path).read_bytes()
+        (project / path).write_bytes(content[: len(content) // 2])
+
+    return apply
+
+
+def delete(path: str) -> Callable[[Path], None]:
+    """Return a fault: a file that is gone."""
+    return lambda project: (project / path).unlink()
+
+
+def break_json(path: str) -> Callable[[Path], None]:
+    """Return a fault: a file that is no JSON."""
+
+    def apply(project: Path) -> None:
+        (project / path).write_text("{")
+
+    return apply
+
+
+FAULTS: dict[str, Callable[[Path], None]] = {
+    "head bias": nudge_head,
+    "label names": swap_labels,
+    "weights of two tasks": swap_merged,
+    "weights cut": cut(f"out/merged/{TASK}/model.safetensors"),
+    "config gone": delete(f"out/merged/{TASK}/config.json"),
+    "config broken": break_json(f"out/merged/{TASK}/config.json"),
+    "tokenizer gone": delete(f"out/merged/{TASK}/tokenizer.json"),
+    "manifest broken": break_json(f"out/merged/{TASK}/mtl-export.json"),
+    "graph gone": delete("out/onnx/model.onnx"),
+    "graph cut": cut("out/onnx/model.onnx"),
+    "data cut": cut("out/onnx/model.onnx.data"),
+    "merged graph's data gone": delete(f"out/onnx/{TASK}/model.onnx.data"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_file_that_is_not_what_was_written_fails(exported: Path, run: Run, fault: str) -> None:
+    """Exit 3 with the reason; the other artefacts are still judged."""
+    FAULTS[fault](exported)
+    outcome = run("parity", "--json")
+    assert outcome.code == 3, outcome.stderr
+    cells = outcome.json["cells"]
+    failed = [cell for cell in cells if cell["verdict"] == "failed"]
+    assert failed
+    assert all(cell["reason"] for cell in failed)
+    assert any(cell["verdict"] == "passed" for cell in cells)
+
+
+@pytest.mark.parametrize("fault", ["head bias", "weights of two tasks"])
+def test_wrong_weights_fail_by_their_numbers_too(exported: Path, run: Run, fault: str) -> None:
+    """Whoever also rewrites the manifest is caught by the comparison."""
+    from mtl_export.bundle.manifest import read_manifest, write_manifest
+
+    FAULTS[fault](exported)
+    for folder in (exported / "out" / "merged").iterdir():
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        write_manifest(folder, manifest.recipe)
+    outcome = run("parity", "--json")
+    assert outcome.code == 3, outcome.stderr
+    failed = [cell for cell in outcome.json["cells"] if cell["verdict"] == "failed"]
+    assert {cell["artefact"] for cell in failed} == {"merged pytorch"}
+    assert {cell["task"] for cell in failed} >= {TASK}
+
+
+def test_an_old_artefact_does_not_pass_for_a_new_checkpoint(exported: Path, run: Run) -> None:
+    """After the adapter changed, everything exported before fails as stale."""
+    path = exported / "adapter" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 0x01
+    path.write_bytes(bytes(content))
+    outcome = run("parity", "--json")
+    assert outcome.code == 3, outcome.stderr
+    reasons = {c["reason"] for c in outcome.json["cells"] if c["verdict"] == "failed"}
+    assert all("export it again" in reason for reason in reasons)
+    assert outcome.json["counts"]["passed"] == 0
