@@ -157,7 +157,7 @@ CASES = {
         7, ("pytorch_model.bin", "system", "safetensors"), exploit
     ),
     "an output folder below a file": Case(
-        2, ("a part of its path is a file", "--output"), words=("-o", "base/config.json/x")
+        2, ("a part of its path is a file", "--output"), words=("-o", "mtl-export.toml/x")
     ),
     "--task and --all-tasks": Case(2, ("both were given", "Leave one out"), words=("--all-tasks",)),
 }  # fmt: skip
