@@ -33,10 +33,12 @@ class Scratch:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.base = np.empty(size, np.float64)
-        self.total = np.empty(size, np.float64)
-        self._single = np.empty(size, np.float32)
-        self._low = np.empty(size, np.uint16)
+        self.base = _apart(size, np.float64, 0)
+        self.total = _apart(size, np.float64, 1)
+        self._single = _apart(size, np.float32, 2)
+        self._low = _apart(size, np.uint16, 3)
+        # Whole words of eight, so that a word without a tie is passed over at once.
+        self._ties = np.zeros(-(-size // 8) * 8, np.bool_)
 
     def widen(self, values: Array) -> Array:
         """Return ``values``, flat and of any floating dtype, as float64 in ``base``."""
@@ -71,10 +73,32 @@ class Scratch:
         np.add(bits, _HALF, out=bits)
         np.copyto(low, bits, casting="unsafe")
         if low.size and not low.min():
-            _settle_ties(np.flatnonzero(low == 0), exact, bits)
+            _settle_ties(self._places_of_zeros(low), exact, bits)
         np.right_shift(bits, 16, out=bits)
         np.copyto(out, bits, casting="unsafe")
         return finite
+
+    def _places_of_zeros(self, values: Array) -> Array:
+        """Return where ``values`` are 0; numpy's own search takes longer than the rounding."""
+        words = -(-values.size // 8)
+        marks = self._ties[: 8 * words]
+        np.equal(values, 0, out=marks[: values.size])
+        marks[values.size :] = False
+        found = np.flatnonzero(marks.view(np.uint64) != 0)
+        within, bit = np.nonzero(marks.reshape(words, 8)[found])
+        places: Array = found[within] * 8 + bit
+        return places
+
+
+def _apart(size: int, dtype: type[np.generic], number: int) -> Array:
+    """Return an array that begins elsewhere in its page than those of other ``number``.
+
+    Large arrays all begin at the same place in a page, and a processor that reads one while
+    it writes another takes addresses that are equal modulo a page for the same.
+    """
+    skipped = number * 1088 // np.dtype(dtype).itemsize
+    whole: Array = np.empty(size + skipped, dtype)
+    return whole[skipped:]
 
 
 def _is_below(limit: float, values: Array) -> bool:
