@@ -70,7 +70,7 @@ from mtl_export.checkpoint.folder_v2_checks import (
     is_task_entry,
 )
 from mtl_export.checkpoint.hashing import sha256_of_files
-from mtl_export.checkpoint.safetensors import open_safetensors
+from mtl_export.checkpoint.safetensors import open_safetensors, write_safetensors
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES, Array, Tensor
 from mtl_export.errors import CheckpointError, shortened
 
@@ -217,8 +217,6 @@ def write_folder(
     Raises:
         CheckpointError: The task names are not usable.
     """
-    from safetensors.numpy import save_file
-
     check_task_names(str(path), [task.name for task in tasks])
     # Not ascontiguousarray: it turns the scalar lora_scaler into shape [1].
     tensors = {
@@ -250,7 +248,7 @@ def write_folder(
         "base_sha256": base.sha256,
     }
     path.mkdir(parents=True, exist_ok=True)
-    save_file(dict(sorted(tensors.items())), str(path / f"{WEIGHTS_FILE}.partial"))
+    write_safetensors(path / f"{WEIGHTS_FILE}.partial", dict(sorted(tensors.items())))
     partial_config = path / f"{CONFIG_FILE}.partial"
     partial_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     os.replace(path / f"{WEIGHTS_FILE}.partial", path / WEIGHTS_FILE)

@@ -68,7 +68,7 @@ from mtl_export.checkpoint.folder_v2_checks import (
     no_file,
 )
 from mtl_export.checkpoint.hashing import sha256_of_digests, sha256_of_file, sha256_of_files
-from mtl_export.checkpoint.safetensors import open_safetensors
+from mtl_export.checkpoint.safetensors import open_safetensors, write_safetensors
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import CheckpointError, shortened
 
@@ -143,8 +143,6 @@ def write_v2(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: The task names are not usable, or a number is not finite.
     """
-    from safetensors.numpy import save_file
-
     check_task_names(str(path), [task.name for task in checkpoint.tasks])
     config = _config_of(checkpoint)
     _refuse_not_finite(checkpoint)
@@ -158,7 +156,7 @@ def write_v2(path: Path, checkpoint: Checkpoint) -> None:
             name: np.asarray(tensor.numpy(), order="C")
             for name, tensor in sorted(_stored_tensors(checkpoint).items())
         }
-        save_file(arrays, str(path / f"{WEIGHTS_FILE}.partial"))
+        write_safetensors(path / f"{WEIGHTS_FILE}.partial", arrays)
         os.replace(path / f"{WEIGHTS_FILE}.partial", path / WEIGHTS_FILE)
     partial_config = path / f"{CONFIG_FILE}.partial"
     partial_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

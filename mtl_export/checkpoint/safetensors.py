@@ -88,3 +88,15 @@ def _tensor(path: Path, name: str, dtype: str, shape: tuple[int, ...], offset: i
         return values.reshape(shape)
 
     return Tensor(name, dtype, shape, load, path, offset)
+
+
+def write_safetensors(
+    path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write ``arrays`` to ``path``, readable by whom the umask lets.
+
+    The library's own ``save_file`` makes files that only their owner can read.
+    """
+    from safetensors.numpy import save
+
+    path.write_bytes(save(dict(arrays), None if metadata is None else dict(metadata)))

@@ -16,7 +16,7 @@ import numpy as np
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Pooling, Readout, Task
-from mtl_export.checkpoint.safetensors import open_safetensors
+from mtl_export.checkpoint.safetensors import open_safetensors, write_safetensors
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CheckpointError
 from mtl_export.merge.merge import rounded
@@ -36,8 +36,6 @@ def write_head(bound: BoundModel, task: Task, folder: Path, dtype: str) -> None:
     Raises:
         BaseModelError: A weight does not fit the dtype's range.
     """
-    from safetensors.numpy import save_file
-
     readout = bound.checkpoint.readout
     if readout is None:
         raise ValueError("the model class has this head itself")
@@ -47,10 +45,10 @@ def write_head(bound: BoundModel, task: Task, folder: Path, dtype: str) -> None:
         for kind, values in (("weight", head.weight), ("bias", head.bias)):
             name = f"{module}.{kind}"
             tensors[name] = np.ascontiguousarray(rounded(values, dtype, name))
-    save_file(
+    write_safetensors(
+        folder / HEAD_FILE,
         tensors,
-        str(folder / HEAD_FILE),
-        metadata={
+        {
             "format": "pt",
             "pooling": readout.pooling,
             "activations": ",".join(readout.activations),

@@ -21,6 +21,7 @@ import numpy as np
 
 from mtl_export.adapters.normal_form import AdapterSet, Factors
 from mtl_export.checkpoint.checkpoint import Checkpoint, Task
+from mtl_export.checkpoint.safetensors import write_safetensors
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, shortened
 
@@ -85,8 +86,6 @@ def refuse_more_than_low_rank(checkpoint: Checkpoint, adapters: AdapterSet) -> N
 
 
 def _write_task(path: Path, task: Task, checkpoint: Checkpoint, adapters: AdapterSet) -> None:
-    from safetensors.numpy import save_file
-
     tensors: dict[str, Array] = {}
     ranks: dict[str, int] = {}
     for module, layer in adapters.layers.items():
@@ -101,10 +100,10 @@ def _write_task(path: Path, task: Task, checkpoint: Checkpoint, adapters: Adapte
         tensors[f"base_model.model.{module}.weight"] = heads[task.index].weight
         tensors[f"base_model.model.{module}.bias"] = heads[task.index].bias
     path.mkdir(parents=True)
-    save_file(
+    write_safetensors(
+        path / "adapter_model.safetensors",
         {name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())},
-        str(path / "adapter_model.safetensors"),
-        metadata={"format": "pt"},
+        {"format": "pt"},
     )
     transposed = any(adapters.layers[module].transposed for module in ranks)
     config = _config(checkpoint, adapters, ranks, transposed=transposed)

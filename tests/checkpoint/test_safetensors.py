@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from mtl_export.checkpoint.safetensors import open_safetensors
+from mtl_export.checkpoint.safetensors import open_safetensors, write_safetensors
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array
 from mtl_export.errors import CheckpointError
 from tests.checkpoint.messages import assert_whole
@@ -100,3 +101,17 @@ def test_a_dtype_that_no_model_uses_is_refused_by_tensor(tmp_path: Path) -> None
     with pytest.raises(CheckpointError) as caught:
         open_safetensors(path)
     assert_whole(caught.value, where="'counter'", found="U64", expected="BF16")
+
+
+def test_written_files_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    """A checkpoint written by one user can be deployed by another."""
+    path = tmp_path / "x.safetensors"
+    before = os.umask(0o022)
+    try:
+        write_safetensors(path, {"x": np.arange(3.0)}, {"format": "pt"})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+    file = open_safetensors(path)
+    assert file.metadata == {"format": "pt"}
+    assert file.tensors["x"].numpy().tolist() == [0.0, 1.0, 2.0]
