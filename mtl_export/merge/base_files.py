@@ -46,19 +46,19 @@ class BaseFiles:
                 read_at(descriptor, memoryview(header), 0)
                 self.lanes[path].hash_at(0, memoryview(header))
 
-    def read(
-        self, tensor: Tensor, begin: int, end: int, buffer: Array, *, is_hashed: bool
-    ) -> Array:
-        """Return elements ``begin`` to ``end`` of ``tensor``, flat, in ``buffer`` or elsewhere."""
+    def read(self, tensor: Tensor, begin: int, end: int, out: Array) -> None:
+        """Fill ``out`` with elements ``begin`` to ``end`` of ``tensor``."""
         if tensor.file is None:
-            flat: Array = tensor.numpy().reshape(-1)[begin:end]
-            return flat
-        offset = tensor.offset_bytes + begin * buffer.itemsize
-        data = buffer.view(np.uint8).data
-        read_at(self._descriptors[tensor.file], data, offset)
-        if is_hashed and self.hashed:
-            self.lanes[tensor.file].hash_at(offset, data)
-        return buffer
+            np.copyto(out, tensor.numpy().reshape(-1)[begin:end])
+            return
+        offset = tensor.offset_bytes + begin * out.itemsize
+        read_at(self._descriptors[tensor.file], out.view(np.uint8).data, offset)
+
+    def hash(self, tensor: Tensor, begin: int, values: Array) -> None:
+        """Hash elements of ``tensor`` from ``begin`` on, in their turn."""
+        if tensor.file is not None:
+            offset = tensor.offset_bytes + begin * values.itemsize
+            self.lanes[tensor.file].hash_at(offset, values.view(np.uint8).data)
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of each file, by name; empty if they were not hashed."""

@@ -31,14 +31,16 @@ import numpy as np
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.normal_form import LayerAdapter
 from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.merge.chunks import CHUNK_BYTES, TOGETHER
 from mtl_export.merge.layout import Layout, output_dtype
 from mtl_export.merge.merge import BLOCK, Delta
 from mtl_export.merge.rounding import Scratch
-from mtl_export.merge.stream import CHUNK_BYTES, TOGETHER, core_count
+from mtl_export.merge.stream import WRITERS, core_count
 from mtl_export.merge.writer import MergeOptions, layout_of
 
 # Measured: what python with numpy holds, and what torch, transformers and a trace add.
 PYTHON_BYTES = 45_000_000
+WORKER_BYTES = 12_000_000
 TRACER_BYTES = 400_000_000
 # Measured: from typing the command to the first byte.
 START_S = 0.3
@@ -242,9 +244,10 @@ def _merge_s(bound: BoundModel, layout: Layout, base_bytes: int, speeds: Speeds)
 
 def _peak_bytes(bound: BoundModel, tasks: Sequence[Task]) -> int:
     """Return the memory of a merge: buffers of every thread, and the layers being folded."""
-    buffers = CHUNK_BYTES * 2 * (1 + min(len(tasks), TOGETHER)) + BLOCK * 22
+    slots = (core_count() + WRITERS) * CHUNK_BYTES * (2 + min(len(tasks), TOGETHER))
     largest = max((_factor_bytes(bound, module) for module in bound.adapters.layers), default=0)
-    return PYTHON_BYTES + (core_count() + 1) * buffers + 4 * largest
+    workers = core_count() * (WORKER_BYTES + BLOCK * 23 + 4 * largest)
+    return PYTHON_BYTES + slots + workers
 
 
 def _factor_bytes(bound: BoundModel, module: str) -> int:

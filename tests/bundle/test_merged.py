@@ -20,7 +20,7 @@ from mtl_export.bundle.merged import MergedTask, MergeRequest, merge_tasks
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import IntegrityError, OutputError
-from mtl_export.merge import stream
+from mtl_export.merge import chunks, stream
 from mtl_export.merge.lanes import WriteLane
 from mtl_export.merge.writer import MergeOptions
 from tests.merge import bases
@@ -178,7 +178,7 @@ def test_an_interrupt_leaves_what_resume_takes_up(
 ) -> None:
     """Ctrl-C keeps the work; --resume writes only the rest; another request starts anew."""
     out = tmp_path / "out"
-    monkeypatch.setattr(stream, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(stream, "TICK_S", 0.0005)
     monkeypatch.setattr(merged, "JOURNAL_EVERY_S", 0.0)
     calls: list[int] = []
@@ -215,8 +215,9 @@ def test_an_interrupt_leaves_what_resume_takes_up(
 SLOW_MERGE = """
 import sys, time
 from mtl_export.bundle import merged
-from mtl_export.merge import lanes, stream
-stream.CHUNK_BYTES, stream.TICK_S, merged.JOURNAL_EVERY_S = 2000, 0.002, 0.0
+from mtl_export.merge import chunks, crew, lanes, stream
+crew.FORK_BYTES = 0
+chunks.CHUNK_BYTES, stream.TICK_S, merged.JOURNAL_EVERY_S = 2000, 0.002, 0.0
 write = lanes.write_at
 def slow_write(*arguments):
     time.sleep(0.001)

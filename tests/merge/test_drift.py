@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtl_export.merge import drift, stream
+from mtl_export.merge import drift, maker
 from mtl_export.merge.drift import Squares, TaskDrift
 from mtl_export.merge.writer import MergeOptions, layout_of, task_drift, write_tasks
 from tests.merge import bases
@@ -29,7 +29,7 @@ def test_figures_are_those_of_the_definition(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where all rows are measured, drift and loss are the quotients of whole matrices' norms."""
-    monkeypatch.setattr(stream, "SAMPLE", 1)
+    monkeypatch.setattr(maker, "SAMPLE", 1)
     drifts = measured(tmp_path, dtype)
     bound = bases.bound_model(tmp_path / "base", tmp_path / "adapter")
     task = bound.adapters.tasks[2]
@@ -50,9 +50,9 @@ def test_figures_are_those_of_the_definition(
 
 def test_a_sample_is_near_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring one block in SAMPLE gives the same figures within a few percent."""
-    monkeypatch.setattr(stream, "BLOCK", 300)
+    monkeypatch.setattr(maker, "BLOCK", 300)
     sampled = measured(tmp_path / "sampled", "bf16")["task0"].total
-    monkeypatch.setattr(stream, "SAMPLE", 1)
+    monkeypatch.setattr(maker, "SAMPLE", 1)
     whole = measured(tmp_path / "whole", "bf16")["task0"].total
     assert sampled.rows < whole.rows / 4
     assert sampled.drift == pytest.approx(whole.drift, rel=0.2)

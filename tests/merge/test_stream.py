@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -14,11 +17,12 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.base_model import INDEX_FILE, SINGLE_FILE, open_base
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.hashing import sha256_of_file, sha256_of_files
-from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array
+from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array, Tensor
 from mtl_export.errors import BaseModelError
-from mtl_export.merge import lanes, layout, stream
+from mtl_export.merge import chunks, crew, lanes, layout, stream
 from mtl_export.merge.base_files import BaseFiles
 from mtl_export.merge.lanes import Progress, WriteLane
+from mtl_export.merge.maker import Maker
 from mtl_export.merge.writer import (
     MergeOptions,
     Written,
@@ -133,14 +137,18 @@ def test_files_past_the_page_cache_are_the_same(
         assert sum(direct) > SHARD
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads_do_not_show(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small chunks, taken by any number of threads, give the same bytes."""
+@pytest.mark.parametrize("cores", [1, 2, 5])
+@pytest.mark.parametrize("forked", [False, True])
+def test_workers_do_not_show(
+    cores: int, forked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small chunks, made by any number of threads or processes, give the same bytes."""
     base = bases.write_base(tmp_path / "base", shard_bytes=SHARD)
     bound = bases.bound_model(base, bases.write_checkpoint(tmp_path / "adapter"))
     expected = write_all(bound, tmp_path / "usual")
-    monkeypatch.setattr(stream, "CHUNK_BYTES", 1000)
-    monkeypatch.setattr(stream, "core_count", lambda: threads)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(stream, "core_count", lambda: cores)
+    monkeypatch.setattr(crew, "FORK_BYTES", 0 if forked else 10**12)
     found = write_all(bound, tmp_path / "small")
     for task, folder in found.items():
         for path in folder.iterdir():
@@ -158,11 +166,10 @@ def test_the_base_is_read_once_and_hashed_on_the_way(
     lock = threading.Lock()
     original = BaseFiles.read
 
-    def counted(self: BaseFiles, *args: object, is_hashed: bool) -> Array:
-        values = original(self, *args, is_hashed=is_hashed)  # type: ignore[arg-type]
+    def counted(self: BaseFiles, tensor: Tensor, begin: int, end: int, out: Array) -> None:
+        original(self, tensor, begin, end, out)
         with lock:
-            read.append(values.nbytes)
-        return values
+            read.append(out.nbytes)
 
     monkeypatch.setattr(BaseFiles, "read", counted)
     assert not bound.base.is_hashed
@@ -224,8 +231,12 @@ def test_an_adapted_output_layer_is_untied(tied: bool, tmp_path: Path) -> None:
         assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_a_weight_that_is_not_finite_names_layer_and_task(tmp_path: Path) -> None:
-    """NaN in the base is found where it is folded."""
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_weight_that_is_not_finite_names_layer_and_task(
+    forked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in the base is found where it is folded, and a worker's error is the caller's."""
+    monkeypatch.setattr(crew, "FORK_BYTES", 0 if forked else 10**12)
     base = bases.write_base(tmp_path / "base", dtype="F32")
     bound = bases.bound_model(base, bases.write_checkpoint(tmp_path / "adapter"))
     name = "model.layers.1.mlp.up_proj.weight"
@@ -239,11 +250,23 @@ def test_a_weight_that_is_not_finite_names_layer_and_task(tmp_path: Path) -> Non
     assert "NaN or Inf in F32" in caught.value.found
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_a_worker_that_is_killed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for ever for a worker that the system has killed."""
+    monkeypatch.setattr(crew, "FORK_BYTES", 0)
+    monkeypatch.setattr(stream, "core_count", lambda: 2)
+    base = bases.write_base(tmp_path / "base")
+    bound = bases.bound_model(base, bases.write_checkpoint(tmp_path / "adapter"))
+    monkeypatch.setattr(Maker, "make", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RuntimeError, match="a worker process has died"):
+        write_all(bound, tmp_path / "out")
+
+
 def test_what_an_earlier_run_wrote_is_taken_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only what is missing is written; a file that was changed meanwhile is begun anew."""
-    monkeypatch.setattr(stream, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
     base = bases.write_base(tmp_path / "base", shard_bytes=SHARD)
     bound = bases.bound_model(base, bases.write_checkpoint(tmp_path / "adapter"))
     tasks = list(bound.adapters.tasks)
