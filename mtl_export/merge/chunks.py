@@ -18,7 +18,7 @@ from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array, Tensor
 from mtl_export.merge.lanes import PAGE, WriteLane
 from mtl_export.merge.layout import Piece
 
-CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 1 << 20
 # How many outputs are made from one reading; bounds a slot's memory.
 TOGETHER = 8
 # Buffers of a slot: the base's bytes, these converted, and each folded output.

@@ -18,8 +18,8 @@ from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array
 from mtl_export.errors import BaseModelError
 from mtl_export.merge.rounding import Scratch, round_values
 
-# 32 Ki elements: base, sum and float32 copy are 0.7 MB, which a core's own cache holds.
-BLOCK = 1 << 15
+# 64 Ki elements: base, sum and float32 copy are 1.3 MB, which a core's own cache holds.
+BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,12 @@ def task_delta(layer: AnyAdapter, task_index: int) -> Delta | None:
 def _two_factors(factors: Factors) -> tuple[Array, Array]:
     # One LoRA per task stacked side by side has a core that is zero outside the task's block.
     up_used, down_used = factors.core.any(axis=1), factors.core.any(axis=0)
-    core = factors.core[np.ix_(up_used, down_used)]
-    up = factors.up[:, up_used].astype(np.float64)
-    down = factors.down[down_used].astype(np.float64)
+    if up_used.all() and down_used.all():
+        core, up, down = factors.core, factors.up, factors.down
+    else:
+        core = factors.core[np.ix_(up_used, down_used)]
+        up, down = factors.up[:, up_used], factors.down[down_used]
+    up, down = up.astype(np.float64), down.astype(np.float64)
     if core.shape[1] <= core.shape[0]:
         return up @ core, down
     return up, core @ down
