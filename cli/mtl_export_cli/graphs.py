@@ -131,17 +131,18 @@ class Exporter:
 
     def _lower(self, graph: Graph, folder: Path) -> None:
         from mtl_export.graph.lower import merged_graph, routed_graph
-        from mtl_export.graph.writer import write_graph
+        from mtl_export.graph.writer import write_graphs
 
-        model = (
-            merged_graph(self._traced, self._bound, graph.task)
+        models = {
+            part.stem: merged_graph(part, self._bound, graph.task)
             if graph.task
-            else routed_graph(self._traced, self._bound)
-        )
-        write_graph(model, self._bound, folder, graph.task)
+            else routed_graph(part, self._bound)
+            for part in self._parts
+        }
+        write_graphs(models, self._bound, folder, graph.task)
 
     @cached_property
-    def _traced(self) -> TracedModel:
-        from mtl_export.graph.trace import trace
+    def _parts(self) -> tuple[TracedModel, ...]:
+        from mtl_export.graph.parts import trace_parts
 
-        return trace(self._bound)
+        return trace_parts(self._bound)

@@ -41,11 +41,13 @@ class TracedModel:
         model: Initializers carry their state-dict names; never changed, lowering clones it.
         modules: Names of the other modules that tasks change, in graph order.
         heads: Names of the head modules, in graph order.
+        stem: Name of its file, without ``.onnx``.
     """
 
     model: ir.Model
     modules: tuple[str, ...]
     heads: tuple[str, ...]
+    stem: str = "model"
 
 
 def trace(bound: BoundModel) -> TracedModel:

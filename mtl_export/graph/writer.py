@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -18,17 +19,25 @@ DATA_FILE = "model.onnx.data"
 
 
 def write_graph(model: ir.Model, bound: BoundModel, folder: Path, task: Task | None) -> None:
-    """Write ``model`` to the existing folder ``folder``.
+    """Write a model of one part, ``model.onnx``; see ``write_graphs``."""
+    write_graphs({"model": model}, bound, folder, task)
+
+
+def write_graphs(
+    models: Mapping[str, ir.Model], bound: BoundModel, folder: Path, task: Task | None
+) -> None:
+    """Write the parts of one model to the existing folder ``folder``.
 
     Args:
-        model: What ``merged_graph`` or ``routed_graph`` returned.
-        bound: Where it came from.
-        folder: Gets ``model.onnx``, ``model.onnx.data``, ``config.json`` and the base's
-            tokenizer files.
+        models: By stem, what ``merged_graph`` or ``routed_graph`` returned for each part.
+        bound: Where they came from.
+        folder: Gets ``<stem>.onnx`` and ``<stem>.onnx.data`` for each part, ``config.json``
+            and the base's tokenizer files.
         task: The task of a merged graph; None for the single graph, whose labels per task
             are in the ONNX metadata because ``config.json`` has no place for them.
     """
-    ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
+    for stem, model in models.items():
+        ir.save(model, folder / f"{stem}.onnx", external_data=f"{stem}.onnx.data")
     config = dict(bound.base.config)
     if task is not None:
         config = task_config(bound, task, None)

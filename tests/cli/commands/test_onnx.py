@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import mtl_export.graph.trace
+import mtl_export.graph.parts
 from tests.cli.conftest import Run, files_below
 from tests.factories import TASKS
 
@@ -18,13 +18,13 @@ FILES = (
 def traces(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Count how often the base is traced."""
     seen: list[object] = []
-    real = mtl_export.graph.trace.trace
+    real = mtl_export.graph.parts.trace_parts
 
     def counted(bound: object) -> object:
         seen.append(bound)
         return real(bound)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(mtl_export.graph.trace, "trace", counted)
+    monkeypatch.setattr(mtl_export.graph.parts, "trace_parts", counted)
     return seen
 
 
