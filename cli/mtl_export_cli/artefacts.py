@@ -105,6 +105,7 @@ def _merged(folder: Path, task: Task, found: list[Artefact], missing: list[Cell]
             checkpoint_sha256=record.sources.get("checkpoint_sha256", ""),
             base_sha256=record.sources.get("base_sha256", ""),
             defect=record.defect,
+            path=folder,
         )
     )
 
@@ -131,6 +132,7 @@ def _onnx(
             checkpoint_sha256=metadata.get("mtl_export.checkpoint_sha256", ""),
             base_sha256=metadata.get("mtl_export.base_sha256", ""),
             defect=record.defect,
+            path=path,
         )
     )
 
@@ -154,6 +156,7 @@ def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[
             checkpoint_sha256=record.sources.get("checkpoint_sha256", ""),
             base_sha256=record.sources.get("base_sha256", ""),
             defect=record.defect,
+            path=path,
         )
     )
 

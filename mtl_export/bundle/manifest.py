@@ -128,6 +128,30 @@ def write_manifest(
     """
     names = (path.relative_to(folder).as_posix() for path in own_files(folder))
     files = {name: _entry(folder / name, known.get(name)) for name in names}
+    return _write(folder, Manifest(recipe, files))
+
+
+def add_to_manifest(folder: Path, name: str) -> Manifest:
+    """List a file that was added to a finished folder, and return the manifest.
+
+    Raises:
+        IntegrityError: The folder has no manifest.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise IntegrityError(
+            where=str(folder),
+            found=f"no {MANIFEST_FILE}",
+            expected="a folder that mtl-export wrote",
+            why="what is added is listed there",
+            fix="Export it again",
+        )
+    files = {**manifest.files, name: _entry(folder / name, None)}
+    return _write(folder, Manifest(manifest.recipe, files))
+
+
+def _write(folder: Path, manifest: Manifest) -> Manifest:
+    recipe = manifest.recipe
     document = {
         "schema": SCHEMA,
         "tool_version": recipe.tool_version,
@@ -136,12 +160,14 @@ def write_manifest(
         "sources": dict(recipe.sources),
         "files": {
             name: {"sha256": entry.sha256, "size_bytes": entry.size_bytes}
-            for name, entry in files.items()
+            for name, entry in manifest.files.items()
         },
     }
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
-    return Manifest(recipe, files)
+    partial = folder / f"{MANIFEST_FILE}.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(folder / MANIFEST_FILE)
+    return manifest
 
 
 def _entry(path: Path, known: FileEntry | None) -> FileEntry:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Verdict = Literal["passed", "failed", "not-run"]
@@ -40,6 +40,23 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class ArtefactFiles:
+    """What an artefact consisted of when it was judged.
+
+    Attributes:
+        artefact: Its name, as in the cells.
+        task: Its task, as in the cells; "*" where it serves all.
+        path: Its file or folder, from where the command ran, with ``/``.
+        sha256: Of each of its files, by name.
+    """
+
+    artefact: str
+    task: str
+    path: str
+    sha256: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """All cells of one run.
 
@@ -47,8 +64,11 @@ class ParityReport:
         cells: In the order they were run.
         tolerance: The rule, in words.
         noise_floors: By dtype, then by task name.
-        sources: SHA-256 of base and checkpoint.
+        sources: SHA-256 of base, checkpoint and inputs.
         versions: Of what computed the numbers.
+        artefacts: The files that were judged.
+        error: What kept the comparison from being made, as ``MtlExportError.as_dict``;
+            empty when it was made.
     """
 
     cells: tuple[Cell, ...]
@@ -56,6 +76,8 @@ class ParityReport:
     noise_floors: Mapping[str, Mapping[str, float]]
     sources: Mapping[str, str]
     versions: Mapping[str, str]
+    artefacts: tuple[ArtefactFiles, ...] = ()
+    error: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:
@@ -79,6 +101,10 @@ class ParityReport:
             "noise_floors": {dtype: dict(by_task) for dtype, by_task in self.noise_floors.items()},
             "sources": dict(self.sources),
             "versions": dict(self.versions),
+            "error": dict(self.error),
+            "artefacts": [
+                {**asdict(files), "sha256": dict(files.sha256)} for files in self.artefacts
+            ],
             "cells": [asdict(cell) for cell in self.cells],
         }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -44,6 +45,7 @@ class Artefact:
         checkpoint_sha256: What it says it was made from.
         base_sha256: Likewise.
         defect: What is known to be wrong with its files; it fails then without being run.
+        path: Its file or folder; None for one that lies nowhere.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Artefact:
     checkpoint_sha256: str
     base_sha256: str
     defect: str = ""
+    path: Path | None = None
 
 
 @dataclass(frozen=True)
