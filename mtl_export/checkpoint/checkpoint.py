@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import CheckpointError, TaskNotFoundError
+
+if TYPE_CHECKING:  # a service that serves tasks needs Task and no tensor formats
+    from mtl_export.checkpoint.tensors import Tensor
 
 TaskKind = Literal[
     "single_label_classification", "multi_label_classification", "regression", "headless"

@@ -13,12 +13,14 @@ B rows, S prompt tokens, P tokens in the cache, L vocabulary. Graphs of one task
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError, UsageError
+
+if TYPE_CHECKING:
+    from mtl_export.checkpoint.tensors import Array
 
 LOGITS = "logits"
 PRESENT, PAST = "present.", "past_key_values."

@@ -1,19 +1,84 @@
-"""ONNX files in ONNX Runtime, on the CPU."""
+"""ONNX files in ONNX Runtime: sessions for those who serve, a runner for those who compare.
+
+Of this package it imports the errors alone, so that a service needs numpy and onnxruntime.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import BackendMissingError, EngineRunError
+from mtl_export.errors import BackendMissingError, EngineRunError, shortened
 
-CPU = "CPUExecutionProvider"
+if TYPE_CHECKING:
+    from mtl_export.checkpoint.tensors import Array
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# What people say -> what ONNX Runtime says; any other name is taken as its own.
+PROVIDERS = {"cpu": CPU, "cuda": CUDA}
 EXTRA = "pip install 'mtl-export[cpu]'"
+# The two packages put their files into the same folder.
+EXTRA_CUDA = "pip uninstall -y onnxruntime, then pip install 'mtl-export[gpu]'"
+
+
+def open_session(path: Path, *, providers: Sequence[str] | None = None, threads: int = 0) -> Any:
+    """Return an ``onnxruntime.InferenceSession`` on exactly the providers asked for.
+
+    Args:
+        path: An ONNX file, its external data beside it.
+        providers: ``cpu``, ``cuda``, or ONNX Runtime's own names, the best first; None: cpu.
+            What a provider cannot compute, the CPU does.
+        threads: Threads inside one operator; 0 lets ONNX Runtime decide.
+
+    Raises:
+        BackendMissingError: onnxruntime is not installed, or lacks a provider or its device.
+        EngineRunError: onnxruntime refuses the file.
+    """
+    onnxruntime = load_onnxruntime()
+    wanted = [PROVIDERS.get(name.lower(), name) for name in providers or (CPU,)]
+    there = onnxruntime.get_available_providers()
+    absent = [name for name in wanted if name not in there]
+    if absent:
+        found = f"{', '.join(absent)} not in this build, which has {', '.join(there)}"
+        raise _no_provider(found, absent)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors only: warnings about constant folding are no news
+    names = list(dict.fromkeys([*wanted, CPU]))
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=names, enable_fallback=0
+        )
+    except Exception as error:  # its exception types are made by pybind and share no base
+        raise _refused(path, "onnxruntime cannot open it", error) from error
+    # A provider whose libraries or device are missing is left out without an exception.
+    lost = [name for name in wanted if name not in session.get_providers()]
+    if lost:
+        found = f"{', '.join(lost)} could not be started; its device or libraries are missing"
+        raise _no_provider(found, lost)
+    return session
+
+
+def load_onnxruntime() -> Any:
+    """Return the module ``onnxruntime``.
+
+    Raises:
+        BackendMissingError: It is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendMissingError(
+            where="onnxruntime",
+            found="not installed",
+            expected="the package that runs ONNX files",
+            fix=EXTRA,
+        ) from error
+    return onnxruntime
 
 
 class OrtRunner:
@@ -22,12 +87,15 @@ class OrtRunner:
     Args:
         path: ``model.onnx``, its external data beside it.
         threads: Threads inside one operator; 0 lets ONNX Runtime decide.
+        providers: As for ``open_session``.
     """
 
-    def __init__(self, path: Path, *, threads: int = 0) -> None:
+    def __init__(
+        self, path: Path, *, threads: int = 0, providers: Sequence[str] | None = None
+    ) -> None:
         self.name = "onnxruntime"
         self._path = path
-        self._threads = threads
+        self._threads, self._providers = threads, providers
         self._session: Any = None
 
     def __enter__(self) -> OrtRunner:
@@ -37,22 +105,7 @@ class OrtRunner:
             BackendMissingError: onnxruntime is not installed.
             EngineRunError: onnxruntime refuses the file.
         """
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise BackendMissingError(
-                where="onnxruntime",
-                found="not installed",
-                expected="the package that runs ONNX files",
-                fix=EXTRA,
-            ) from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3  # errors only: warnings about constant folding are no news
-        try:
-            self._session = onnxruntime.InferenceSession(str(self._path), options, providers=[CPU])
-        except Exception as error:  # its exception types are made by pybind and share no base
-            raise _refused(self._path, "onnxruntime cannot open it", error) from error
+        self._session = open_session(self._path, providers=self._providers, threads=self._threads)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,7 +120,7 @@ class OrtRunner:
     @property
     def metadata(self) -> dict[str, str]:
         """Return the file's ``metadata_props``."""
-        return dict(self._session.get_modelmeta().custom_metadata_map)
+        return metadata_of(self._session)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs by name, floating ones as float64.
@@ -75,15 +128,87 @@ class OrtRunner:
         Raises:
             EngineRunError: An input is missing, unknown or misshaped, or a node failed.
         """
-        try:
-            values = self._session.run(None, dict(inputs))
-        except Exception as error:
-            raise _refused(self._path, "onnxruntime cannot run it", error) from error
-        names = [value.name for value in self._session.get_outputs()]
+        values = run_session(self._session, self._path, inputs)
         return {
             name: value.astype(np.float64) if value.dtype.kind == "f" else value
-            for name, value in zip(names, values, strict=True)
+            for name, value in values.items()
         }
+
+
+class OrtPart:
+    """A graph of a language model; its cache stays where it was computed, on GPUs too.
+
+    Outputs called ``present.…`` come back as ``OrtValue``, all others as arrays.
+
+    Args:
+        session: What ``open_session`` returned.
+        path: Its file, for messages.
+    """
+
+    def __init__(self, session: Any, path: Path) -> None:
+        self._session, self._path = session, path
+        self._outputs = [value.name for value in session.get_outputs()]
+        self._scalars = {value.name for value in session.get_inputs() if not value.shape}
+        self._device = "cuda" if CUDA in session.get_providers() else "cpu"
+
+    def __call__(self, inputs: Mapping[str, Any], /) -> dict[str, Any]:
+        """Return the outputs by name.
+
+        Raises:
+            EngineRunError: An input is missing, unknown or misshaped, or a node failed.
+        """
+        binding = self._session.io_binding()
+        held = []  # the arrays must outlive the run
+        try:
+            for name, value in inputs.items():
+                if isinstance(value, np.ndarray):
+                    held.append(np.ascontiguousarray(value))
+                    array = held[-1][0].reshape(()) if name in self._scalars else held[-1]
+                    binding.bind_cpu_input(name, array)
+                else:
+                    binding.bind_ortvalue_input(name, value)
+            for name in self._outputs:
+                binding.bind_output(name, self._device if name.startswith("present.") else "cpu")
+            self._session.run_with_iobinding(binding)
+            values = binding.get_outputs()
+        except Exception as error:
+            raise not_run(self._session, self._path, error) from error
+        return {
+            name: value if name.startswith("present.") else value.numpy()
+            for name, value in zip(self._outputs, values, strict=True)
+        }
+
+
+def run_session(
+    session: Any,
+    path: Path,
+    inputs: Mapping[str, Array],
+    outputs: Sequence[str] | None = None,
+    options: Any = None,
+) -> dict[str, Array]:
+    """Return a session's outputs by name, in the graph's dtypes.
+
+    Args:
+        session: What ``open_session`` returned.
+        path: Its file, for messages.
+        inputs: By name.
+        outputs: Which to return; None: all.
+        options: ``onnxruntime.RunOptions``, or None.
+
+    Raises:
+        EngineRunError: An input is missing, unknown or misshaped, or a node failed.
+    """
+    names = list(outputs or [value.name for value in session.get_outputs()])
+    try:
+        values = session.run(names, dict(inputs), options)
+    except Exception as error:
+        raise not_run(session, path, error) from error
+    return dict(zip(names, values, strict=True))
+
+
+def metadata_of(session: Any) -> dict[str, str]:
+    """Return ``metadata_props`` of a session's file."""
+    return dict(session.get_modelmeta().custom_metadata_map)
 
 
 def onnx_metadata(path: Path) -> dict[str, str]:
@@ -107,11 +232,36 @@ def task_table(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     return table
 
 
-def _refused(path: Path, found: str, error: Exception) -> EngineRunError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def not_run(session: Any, path: Path, error: Exception) -> EngineRunError:
+    """Return our error for what a session's run raised."""
+    inputs = (f"{value.name} {value.type} {list(value.shape)}" for value in session.get_inputs())
     return EngineRunError(
         where=str(path),
-        found=f"{found} ({reason})",
+        found=f"onnxruntime cannot run it ({_reason(error)})",
+        expected=f"inputs {shortened(inputs, 8)}",
+        fix="Give exactly these, with ids inside the vocabulary and rows no longer than the"
+        " model's positions",
+    )
+
+
+def _refused(path: Path, found: str, error: Exception) -> EngineRunError:
+    return EngineRunError(
+        where=str(path),
+        found=f"{found} ({_reason(error)})",
         expected="a whole ONNX file with its external data beside it",
         fix="Export it again with --force",
+    )
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _no_provider(found: str, names: Sequence[str]) -> BackendMissingError:
+    is_cuda = CUDA in names
+    return BackendMissingError(
+        where="onnxruntime",
+        found=found,
+        expected=", ".join(names),
+        fix=f"With an NVIDIA GPU: {EXTRA_CUDA}" if is_cuda else "Install a build that has it",
     )

@@ -1,0 +1,319 @@
+"""An exported ONNX folder -> answers: what a service imports.
+
+    names or ids of tasks + rows of tokens -> padded batches -> ONNX Runtime -> one Answer per row
+
+Works on the single graph, on a merged graph (of one task) and on graphs whose task is chosen for
+the whole batch; which it is stands in the file. Needs numpy and onnxruntime; neither torch
+nor onnx is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.errors import TaskNotFoundError, UsageError, shortened
+from mtl_export.runtime.answers import Answer, answer_of
+from mtl_export.runtime.generation import GreedyDecoder
+from mtl_export.runtime.ort import OrtPart, metadata_of, open_session, run_session, task_table
+from mtl_export.runtime.rows import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    TASK_IDS,
+    Rows,
+    fields_of,
+    joined,
+    own_part,
+    rows_from,
+)
+from mtl_export.runtime.texts import TextFiles
+
+if TYPE_CHECKING:
+    from mtl_export.checkpoint.tensors import Array
+
+MODEL_FILE, PREFILL_FILE, DECODE_FILE = "model.onnx", "prefill.onnx", "decode.onnx"
+PRESENT = "present."
+TaskLike = str | int
+
+
+@dataclass(frozen=True)
+class TaskOutputs:
+    """What one call gave.
+
+    Attributes:
+        outputs: By name, ``[B, ...]``, rows in the order they were passed; logits as wide as
+            the widest task (others' columns are -inf), tokens padded.
+        answers: The same row by row, cut to the row's own task and length.
+    """
+
+    outputs: Mapping[str, Array]
+    answers: tuple[Answer, ...]
+
+
+class TaskSession:
+    """Serves the tasks of one exported folder.
+
+        >>> from mtl_export.runtime import TaskSession
+        >>> session = TaskSession("out/onnx")
+        >>> [task.name for task in session.tasks]
+        ['ads_rel', 'topic', 'spam']
+        >>> rows = session.encode([("nurse", "night shift"), "where", "free money"])
+        >>> results = session.run(rows, ["ads_rel", "topic", "spam"])
+        >>> for answer in results.answers:
+        ...     print(answer.task.name, answer.decision, answer.probabilities.round(2))
+        ads_rel yes [0.32 0.68]
+        topic when [0.02 0.4  0.08 0.5 ]
+        spam ham [0.82 0.14 0.05]
+
+    One session may be used by many threads at once: nothing in it changes after it was made.
+
+    Args:
+        path: A folder with ``model.onnx`` (or ``prefill.onnx`` and ``decode.onnx``), or the file.
+        providers: Where it runs: ``cpu``, ``cuda`` or ONNX Runtime's names, the best first;
+            None: cpu.
+        threads: Threads inside one operator; 0 lets ONNX Runtime decide.
+
+    Attributes:
+        tasks: The tasks served, in id order.
+        layout: How the file was exported: ``merged``, ``single-graph`` and so on.
+
+    Raises:
+        UsageError: There is no such graph, or it is none of ours.
+        BackendMissingError: onnxruntime is not installed, or lacks a provider.
+        EngineRunError: onnxruntime refuses the file.
+    """
+
+    def __init__(
+        self, path: str | Path, *, providers: Sequence[str] | None = None, threads: int = 0
+    ) -> None:
+        self._path = _graph_file(Path(path))
+        self._session = open_session(self._path, providers=providers, threads=threads)
+        metadata = metadata_of(self._session)
+        self.tasks = tuple(
+            Task(entry["name"], entry["index"], tuple(entry["labels"]), entry["kind"])
+            for entry in task_table(metadata)
+        )
+        if not self.tasks:
+            raise UsageError(
+                where=str(self._path),
+                found="the file names no tasks",
+                expected="a graph that mtl-export wrote, with mtl_export.tasks in its metadata",
+                fix="Export it with mtl-export onnx",
+            )
+        self.layout = metadata.get("mtl_export.layout", "")
+        self._texts = TextFiles(self._path.parent)
+        fields = fields_of(self._session.get_inputs())
+        self._inputs = tuple(field for field in fields if field.name != TASK_IDS)
+        self._task_input = next((field for field in fields if field.name == TASK_IDS), None)
+        self._outputs = tuple(
+            field
+            for field in fields_of(self._session.get_outputs())
+            if not field.name.startswith(PRESENT)
+        )
+        self._decoder = self._opened_decoder(providers, threads)
+
+    def encode(self, texts: Sequence[str | tuple[str, str]]) -> dict[str, list[list[int]]]:
+        """Return the inputs of texts, or pairs of texts, by the folder's own tokenizer.
+
+        Raises:
+            BackendMissingError: The package tokenizers is not installed.
+            UsageError: The folder has no ``tokenizer.json``.
+        """
+        taken = {field.name for field in self._inputs}
+        encoded = self._texts.encode(texts)
+        return {name: rows for name, rows in encoded.items() if name in taken}
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        tasks: TaskLike | Sequence[TaskLike] | None = None,
+        *,
+        max_batch: int | None = None,
+    ) -> TaskOutputs:
+        """Return the answers to a batch whose rows may be of any tasks and lengths.
+
+        Args:
+            inputs: By name, an array or a sequence of rows; rows of tokens may differ in length.
+                A missing attention mask is ones, missing token types are zeros.
+            tasks: A name or id for each row, or one for all; None where there is one task only.
+            max_batch: Split into batches of at most so many rows.
+
+        Raises:
+            TaskNotFoundError: A name or id is unknown.
+            EngineRunError: The inputs do not fit the graph, or it failed.
+        """
+        rows = self._rows(inputs)
+        served = self._served(tasks, rows.count)
+        parts: dict[str, list[tuple[Sequence[int], Array]]] = {}
+        answers: dict[int, Answer] = {}
+        for chosen in self._batches(served, max_batch):
+            values = self._run_batch(rows, chosen, served)
+            for name, value in values.items():
+                parts.setdefault(name, []).append((chosen, value))
+            for position, row in enumerate(chosen):
+                own = {name: value[position] for name, value in values.items()}
+                answers[row] = self._answer(served[row], rows, row, own)
+        outputs = {name: joined(found) for name, found in parts.items()}
+        return TaskOutputs(outputs, tuple(answers[row] for row in range(rows.count)))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tasks: TaskLike | Sequence[TaskLike] | None = None,
+        *,
+        max_new_tokens: int,
+        max_batch: int | None = None,
+    ) -> list[list[int]]:
+        """Return the new tokens of each prompt, decoded greedily, the one that ended it included.
+
+        Args:
+            prompts: Token ids, one row for each prompt.
+            tasks: As for ``run``.
+            max_new_tokens: A row ends here at the latest.
+            max_batch: Split into batches of at most so many rows.
+
+        Raises:
+            UsageError: The folder holds no language model, or a prompt is empty or too long.
+            TaskNotFoundError: A name or id is unknown.
+            EngineRunError: The inputs do not fit the graph, or it failed.
+        """
+        if self._decoder is None:
+            raise UsageError(
+                where=str(self._path),
+                found="it does not generate",
+                expected=f"a folder with {PREFILL_FILE} and {DECODE_FILE}",
+                why="tokens are generated from a causal language model's two graphs",
+                fix="Use run",
+            )
+        rows = self._rows({INPUT_IDS: prompts})
+        served = self._served(tasks, rows.count)
+        found: dict[int, list[int]] = {}
+        for chosen in self._batches(served, max_batch):
+            inputs = rows.batch(chosen)
+            ids = np.array([served[row].index for row in chosen], np.int64)
+            tokens = self._decoder.generate(
+                inputs[INPUT_IDS],
+                inputs[ATTENTION_MASK],
+                task_ids=None if self._task_input is None else ids,
+                max_new_tokens=max_new_tokens,
+            )
+            ends = self._texts.end_token_ids
+            found.update(zip(chosen, (_ended(row, ends) for row in tokens.tolist()), strict=True))
+        return [found[row] for row in range(rows.count)]
+
+    def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        """Return the texts of rows of tokens, special tokens left out."""
+        return self._texts.decode(tokens)
+
+    def task(self, name_or_id: TaskLike) -> Task:
+        """Return the task of that name or id.
+
+        Raises:
+            TaskNotFoundError: There is none; the message names those there are.
+        """
+        for task in self.tasks:
+            # bool is an int in Python; True is no task.
+            if name_or_id in (task.name, task.index) and not isinstance(name_or_id, bool):
+                return task
+        raise TaskNotFoundError(
+            where=f"task {name_or_id!r}",
+            found=f"{self._path} does not serve it",
+            expected=f"one of {shortened((f'{t.name} ({t.index})' for t in self.tasks), 12)}",
+            fix="Pass one of these names or ids",
+        )
+
+    def _rows(self, inputs: Mapping[str, Any]) -> Rows:
+        pad = self._texts.pad_token_id
+        return rows_from(inputs, self._inputs, pad_token_id=pad, where=str(self._path))
+
+    def _served(self, tasks: TaskLike | Sequence[TaskLike] | None, count: int) -> tuple[Task, ...]:
+        if tasks is None and len(self.tasks) == 1:
+            return self.tasks * count
+        if isinstance(tasks, str | int | np.integer):
+            return (self.task(_plain(tasks)),) * count
+        named = tuple(self.task(_plain(task)) for task in (() if tasks is None else tasks))
+        if len(named) != count:
+            raise UsageError(
+                where="tasks",
+                found=f"{len(named)} for {count} rows",
+                expected="a task for each row, or one for all",
+                why=f"{self._path} serves {shortened(task.name for task in self.tasks)}",
+                fix="Pass as many tasks as rows",
+            )
+        return named
+
+    def _batches(self, served: Sequence[Task], max_batch: int | None) -> Iterator[Sequence[int]]:
+        """Yield the row numbers of each batch; mixed only where each row has its own task."""
+        is_mixed = self._task_input is not None and self._task_input.dims != ()
+        groups: dict[int, list[int]] = {}
+        for row, task in enumerate(served):
+            groups.setdefault(-1 if is_mixed else task.index, []).append(row)
+        for rows in groups.values():
+            size = max_batch or len(rows)
+            for start in range(0, len(rows), size):
+                yield rows[start : start + size]
+
+    def _run_batch(
+        self, rows: Rows, chosen: Sequence[int], served: Sequence[Task]
+    ) -> dict[str, Array]:
+        inputs = rows.batch(chosen)
+        if self._task_input is not None:
+            ids = np.array([served[row].index for row in chosen], np.int64)
+            inputs[TASK_IDS] = ids if self._task_input.dims else ids[0].reshape(())
+        names = [field.name for field in self._outputs]
+        return run_session(self._session, self._path, inputs, names)
+
+    def _opened_decoder(
+        self, providers: Sequence[str] | None, threads: int
+    ) -> GreedyDecoder | None:
+        if self._path.name != PREFILL_FILE:
+            return None
+        decode = self._path.with_name(DECODE_FILE)
+        session = open_session(decode, providers=providers, threads=threads)
+        return GreedyDecoder(
+            OrtPart(self._session, self._path),
+            OrtPart(session, decode),
+            eos_token_ids=self._texts.end_token_ids,
+            pad_token_id=self._texts.pad_token_id,
+            max_length=self._texts.positions,
+        )
+
+    def _answer(self, task: Task, rows: Rows, row: int, values: Mapping[str, Array]) -> Answer:
+        length = rows.lengths[row] if rows.lengths else None
+        own = {field.name: own_part(values[field.name], field, length) for field in self._outputs}
+        return answer_of(task, own)
+
+
+def _graph_file(path: Path) -> Path:
+    """Return the graph to open: the file itself, or the first of a folder's."""
+    if path.is_file():
+        return path.with_name(PREFILL_FILE) if path.name == DECODE_FILE else path
+    for name in (MODEL_FILE, PREFILL_FILE):
+        if (path / name).is_file():
+            return path / name
+    inside = sorted(str(file.parent) for file in path.glob(f"*/{MODEL_FILE}"))
+    inside += sorted(str(file.parent) for file in path.glob(f"*/{PREFILL_FILE}"))
+    raise UsageError(
+        where=str(path),
+        found=f"no {MODEL_FILE} or {PREFILL_FILE} there",
+        expected="a folder that mtl-export onnx wrote",
+        fix=f"One of these is: {shortened(inside)}"
+        if inside
+        else "Run mtl-export onnx --all-tasks",
+    )
+
+
+def _plain(task: TaskLike) -> TaskLike:
+    """Return numpy's integers as Python's."""
+    return int(task) if isinstance(task, np.integer) else task
+
+
+def _ended(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """Return ``tokens`` up to the first that ends the row; padding follows it."""
+    stop = next((at for at, token in enumerate(tokens) if token in ends), len(tokens) - 1)
+    return tokens[: stop + 1]

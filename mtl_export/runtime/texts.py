@@ -1,0 +1,144 @@
+"""What an exported folder says of texts: its tokenizer, its padding, where generation ends.
+
+Read from ``config.json``, ``generation_config.json``, ``tokenizer_config.json`` and
+``tokenizer.json``; the library ``tokenizers`` is imported when a text is first encoded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mtl_export.errors import BackendMissingError, EngineRunError, UsageError
+
+TOKENIZER_FILE = "tokenizer.json"
+# transformers writes 1e30 for "no limit".
+_NO_LIMIT = 10**9
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """The files beside a graph that are about texts.
+
+    Attributes:
+        folder: Where they lie; any of them may be absent.
+    """
+
+    folder: Path
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        """Return what fills ``input_ids``; 0 where no file says."""
+        for number in (self._config.get("pad_token_id"), self._pad_of_tokenizer()):
+            if isinstance(number, int):
+                return number
+        return self.end_token_ids[0] if self.end_token_ids else 0
+
+    @cached_property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Return the tokens after which generation ends, as ``generate`` takes them."""
+        for document in (self._read("generation_config.json"), self._config):
+            found = document.get("eos_token_id")
+            if found is not None:
+                return tuple(found) if isinstance(found, list) else (int(found),)
+        return ()
+
+    @cached_property
+    def longest(self) -> int | None:
+        """Return the most tokens that a row may have, None where no file says."""
+        stated = self._tokenizer_config.get("model_max_length")
+        if isinstance(stated, int | float) and 0 < stated < _NO_LIMIT:
+            return int(stated)
+        return self.positions
+
+    @property
+    def positions(self) -> int | None:
+        """Return how many positions the model has, None where the config does not say."""
+        for name in ("max_position_embeddings", "n_positions"):
+            if isinstance(self._config.get(name), int):
+                return int(self._config[name])
+        return None
+
+    def encode(self, texts: Sequence[str | tuple[str, str]]) -> dict[str, list[list[int]]]:
+        """Return ``input_ids``, ``attention_mask`` and ``token_type_ids``, not padded.
+
+        Args:
+            texts: A text, or a pair of texts, for each row; cut to ``longest`` tokens.
+
+        Raises:
+            BackendMissingError: ``tokenizers`` is not installed.
+            UsageError: The folder has no ``tokenizer.json``.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts))
+        return {
+            "input_ids": [encoding.ids for encoding in encodings],
+            "attention_mask": [encoding.attention_mask for encoding in encodings],
+            "token_type_ids": [encoding.type_ids for encoding in encodings],
+        }
+
+    def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        """Return the texts of rows of tokens, special tokens left out."""
+        texts: list[str] = self._tokenizer.decode_batch([list(row) for row in tokens])
+        return texts
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise BackendMissingError(
+                where="tokenizers",
+                found="not installed",
+                expected="the package that turns texts into tokens",
+                fix="pip install tokenizers, or pass token ids",
+            ) from error
+        path = self.folder / TOKENIZER_FILE
+        if not path.is_file():
+            raise UsageError(
+                where=str(path),
+                found="no such file",
+                expected="the tokenizer of the base, as save_pretrained writes it",
+                fix="Tokenise elsewhere and pass token ids",
+            )
+        tokenizer = Tokenizer.from_file(str(path))
+        # The file carries the settings of whoever last used it.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        if self.longest is not None:
+            tokenizer.enable_truncation(self.longest)
+        return tokenizer
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        config = self._read("config.json")
+        text = config.get("text_config")
+        return {**config, **text} if isinstance(text, dict) else config
+
+    @cached_property
+    def _tokenizer_config(self) -> dict[str, Any]:
+        return self._read("tokenizer_config.json")
+
+    def _pad_of_tokenizer(self) -> int | None:
+        token = self._tokenizer_config.get("pad_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        added = self._read(TOKENIZER_FILE).get("added_tokens", []) if content else []
+        return next((entry["id"] for entry in added if entry.get("content") == content), None)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        if not path.is_file():
+            return {}
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise EngineRunError(
+                where=str(path),
+                found=f"not JSON ({error})",
+                expected="the file that was exported",
+                fix="Export again with --force",
+            ) from error
+        return document if isinstance(document, dict) else {}

@@ -1,0 +1,34 @@
+"""One export of the toy model, as the command line writes it, serves the tests of runtimes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mtl_export.adapters.binding import bind
+from mtl_export.adapters.family import read_adapters
+from mtl_export.checkpoint.base_model import open_base
+from mtl_export.checkpoint.reader import open_checkpoint
+from mtl_export.graph.lower import merged_graph, routed_graph
+from mtl_export.graph.trace import trace
+from mtl_export.graph.writer import write_graph
+from tests.factories import toy_base, toy_checkpoint
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a project with ``base``, ``adapter`` and ``out/onnx`` in both layouts; not changed."""
+    folder = tmp_path_factory.mktemp("project")
+    toy_checkpoint(folder / "adapter", toy_base(folder / "base"))
+    checkpoint = open_checkpoint(folder / "adapter")
+    base = open_base(str(folder / "base"))
+    bound = bind(checkpoint, read_adapters(checkpoint, base), base)
+    traced = trace(bound)
+    target = folder / "out" / "onnx"
+    target.mkdir(parents=True)
+    write_graph(routed_graph(traced, bound), bound, target, None)
+    for task in bound.adapters.tasks:
+        (target / task.name).mkdir()
+        write_graph(merged_graph(traced, bound, task), bound, target / task.name, task)
+    return folder
