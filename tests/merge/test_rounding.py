@@ -58,6 +58,18 @@ def test_half_ways_and_what_lies_a_hair_beside_them(
     assert rounded([exact], dtype)[0] == nearest(exact, dtype)
 
 
+@pytest.mark.parametrize("ties", range(9))
+@pytest.mark.parametrize("at_end", [False, True])
+def test_any_number_of_ties_in_a_block(ties: int, at_end: bool) -> None:
+    """Few ties are settled one by one, many together; both ways up, down and to even."""
+    values = [0.3 + n / 7 for n in range(20)]
+    for number in range(ties):
+        middle = 1 + 2.0**-8 + (number % 2) * 2.0**-7
+        place = len(values) - 1 - number if at_end else 2 * number
+        values[place] = middle * (1 + (number % 3 - 1) * 2.0**-45) * (-1.0) ** (number // 2)
+    np.testing.assert_array_equal(rounded(values, "BF16"), [nearest(v, "BF16") for v in values])
+
+
 def test_ml_dtypes_alone_would_round_twice() -> None:
     """The reason for the integer path; if this fails, the path may be dropped."""
     just_above = np.array([1 + 2.0**-8 + 2.0**-40])
