@@ -34,6 +34,8 @@ ENDINGS = {
 LM_HEAD_STEMS = frozenset({
     "Bert", "CTRL", "GPT2", "OpenAIGPT", "XLNet",
 })  # fmt: skip
+# How transformers' classes end that predict next tokens.
+CAUSAL_LM_ENDINGS = ("ForCausalLM", "LMHeadModel")
 # What may end an architecture's name in config.json, longest first.
 KNOWN_ENDINGS = (
     "ForSequenceClassification", "ForConditionalGeneration", "ForTokenClassification",
@@ -77,3 +79,12 @@ def concrete_class(name: str, config: Mapping[str, Any]) -> str:
     if name == "AutoModelForCausalLM" and stem in LM_HEAD_STEMS:
         ending = "LMHeadModel"
     return stem + ending
+
+
+def is_causal_lm(model_class: str) -> bool:
+    """Return whether a transformers class of this name predicts next tokens.
+
+    >>> is_causal_lm("GPT2LMHeadModel"), is_causal_lm("LlamaForSequenceClassification")
+    (True, False)
+    """
+    return model_class.endswith(CAUSAL_LM_ENDINGS)

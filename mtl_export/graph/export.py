@@ -10,6 +10,7 @@ have no dots.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
@@ -29,6 +30,8 @@ OPSET = 20
 # No batch is larger, and no sequence longer where the model says nothing.
 LARGEST_BATCH, LONGEST = 2**20, 2**15
 ONE_MORE = " + 1"
+# Where the exporter's optimiser says what a constant was computed from.
+FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 # By input: the names of the axes whose size may vary, by number.
 Axes = Mapping[str, Mapping[int, str]]
 
@@ -89,6 +92,7 @@ def exported(
     graph_model: ir.Model = getattr(result, "program", None) or result.model
     _name_inputs(graph_model, tuple(_flat(_nested(inputs))), type(model).__name__)
     _name_dimensions(graph_model, axes)
+    _name_transposed(graph_model)
     return graph_model
 
 
@@ -155,6 +159,22 @@ def _name_dimensions(model: ir.Model, axes: Axes) -> None:
             else:
                 dims.append(dim)
         value.shape = ir.Shape(dims)
+
+
+def _name_transposed(model: ir.Model) -> None:
+    """Name weights that were transposed ahead of time after what they were: ``.weight_t``.
+
+    The exporter numbers them, differently in each part of a model.
+    """
+    initializers = model.graph.initializers
+    for value in list(initializers.values()):
+        sources = ast.literal_eval(value.metadata_props.get(FOLDED_FROM, "[]"))
+        if len(sources) != 1 or value.shape is None or len(value.shape) != 2:
+            continue
+        module, _, kind = sources[0].rpartition(".")
+        name = names.weight_t(module)
+        if kind == "weight" and name not in initializers:
+            value.name = name
 
 
 @contextlib.contextmanager
