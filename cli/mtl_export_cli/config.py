@@ -187,6 +187,14 @@ def _path(value: object, folder: Path) -> str:
     return str(folder / Path(_text(value, folder)).expanduser())
 
 
+def _paths(value: object, folder: Path) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    try:
+        return [_path(one, folder) for one in values]
+    except ValueError as error:
+        raise ValueError("a text in quotes, or a list of such") from error
+
+
 def _base(value: object, folder: Path) -> str:
     """Return a base reference: only what names a folder is made relative to the file."""
     reference = _text(value, folder)
@@ -257,7 +265,7 @@ SECTIONS: dict[str, dict[str, Reader]] = {
         "merged": _path,
         "onnx": _path,
         "engines": _path,
-        "report": _path,
+        "report": _paths,
         "threads": _count,
     },
 }

@@ -42,6 +42,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "onnx": ("mtl_export_cli.commands.onnx", "Export one routed graph, or one per task."),
     "trt": ("mtl_export_cli.commands.trt", "Build TensorRT engines."),
     "parity": ("mtl_export_cli.commands.parity", "Prove that exports still match PyTorch."),
+    "verify": (
+        "mtl_export_cli.commands.verify",
+        "Check a finished folder again, also on the device.",
+    ),
     "doctor": ("mtl_export_cli.commands.doctor", "Say what is installed and what is missing."),
 }
 EXIT_DONE, EXIT_BUG, EXIT_USAGE, EXIT_PARITY_FAILED = 0, 1, 2, 3

@@ -79,7 +79,7 @@ def test_every_option_has_an_environment_variable_and_help(name: str) -> None:
     """What a flag can say, MTL_EXPORT_... can say, and the help shows it."""
     command = import_module(main.COMMANDS[name][0]).command
     for parameter in command.params:
-        if parameter.hidden:
+        if isinstance(parameter, click.Argument) or parameter.hidden:
             continue
         long = next(opt for opt in parameter.opts if opt.startswith("--"))
         word = long[2:].replace("-", "_").upper()
@@ -95,6 +95,8 @@ def test_shared_options_are_spelled_the_same_everywhere() -> None:
     seen: dict[str, tuple[list[str], str]] = {}
     for module, _ in main.COMMANDS.values():
         for parameter in import_module(module).command.params:
+            if isinstance(parameter, click.Argument):
+                continue
             facts = (parameter.opts, parameter.help)
             key = parameter.envvar or parameter.name
             assert seen.setdefault(key, facts) == facts

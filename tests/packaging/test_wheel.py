@@ -20,7 +20,9 @@ SOURCES = {
     "mtl_export_calibration": ROOT / "calibration",
 }
 # Files other than Python that are meant to be shipped, relative to their source root.
-DATA_FILES = {f"{package}/py.typed" for package in SOURCES}
+DATA_FILES = {f"{package}/py.typed" for package in SOURCES} | {
+    "mtl_export/parity/reports/parity.schema.json"
+}
 METADATA_FILES = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
 
 

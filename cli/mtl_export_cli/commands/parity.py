@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mtl_export.errors import BackendMissingError, OutputError, UsageError
-from mtl_export_cli import options, render, sources
+from mtl_export.errors import BackendMissingError, UsageError
+from mtl_export_cli import options, render, reports, sources
 from mtl_export_cli.options import Settings, option, with_settings
 
 if TYPE_CHECKING:
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
     from mtl_export.parity.cases import Case
     from mtl_export.parity.report import Cell, ParityReport
+    from mtl_export.parity.tolerance import Tolerance
+    from mtl_export_cli.artefacts import Places
 
 EXIT_FAILED = 3
 EPILOG = """\b
 Example:
   mtl-export parity
-  mtl-export parity --inputs rows.jsonl --report parity.json
+  mtl-export parity --inputs rows.jsonl --report parity.json --report parity.html
   mtl-export parity --atol 1e-5 --rtol 0
 """
 
@@ -36,8 +38,11 @@ Example:
 @option("--merged", type=click.Path(path_type=Path), metavar="DIR", help="Merged folders.")
 @option("--onnx", type=click.Path(path_type=Path), metavar="DIR", help="ONNX graphs.")
 @option("--engines", type=click.Path(path_type=Path), metavar="DIR", help="Engines.")
-@option("--report", type=click.Path(path_type=Path), metavar="FILE",
-        help="Also write the whole report there, as JSON.")  # fmt: skip
+@option("--report", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+        help="Also write the report there, as its suffix says: .json, .xml (JUnit), .sarif,"
+        " .md or .html; may be repeated.")  # fmt: skip
+@option("--golden", is_flag=True,
+        help="Save inputs and outputs beside what passed, for mtl-export verify.")  # fmt: skip
 @option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")
 def command(
     settings: Settings,
@@ -47,7 +52,8 @@ def command(
     merged: Path | None,
     onnx: Path | None,
     engines: Path | None,
-    report: Path | None,
+    report: tuple[Path, ...],
+    golden: bool,
     threads: int,
 ) -> int:
     """Prove that exports still match PyTorch.
@@ -58,50 +64,21 @@ def command(
     itself costs the model (or within --atol and --rtol) and no decision changes. Exit code 3 when
     anything fails, 6 when nothing could be run.
     """
-    from mtl_export.parity.run import run_parity, step_count
     from mtl_export.parity.tolerance import Tolerance
-    from mtl_export.runtime.pytorch import OracleRunner, use_threads
-    from mtl_export_cli.artefacts import Places, find_artefacts
+    from mtl_export_cli.artefacts import Places
 
-    tolerance = Tolerance(atol=atol, rtol=rtol)
-    bound = sources.open_bound(settings)
-    for name, folder in (("--merged", merged), ("--onnx", onnx), ("--engines", engines)):
-        if folder is not None and not folder.is_dir():
-            raise UsageError(
-                where=f"{name} {folder}",
-                found="no such folder",
-                expected="a folder that mtl-export wrote",
-                why="what is not found is not compared",
-                fix=f"Correct {name}, or leave it out",
-            )
-    places = Places(
-        merged or settings.output_dir / "merged",
-        onnx or settings.output_dir / "onnx",
-        engines or settings.output_dir / "engines",
-    )
-    artefacts, not_there = find_artefacts(bound, places, threads=threads)
-    if not artefacts:
-        raise UsageError(
-            where="parity",
-            found=f"nothing under {places.merged}, {places.onnx} or {places.engines}",
-            expected="at least one exported model",
-            why="a check that compares nothing must not pass",
-            fix="Run mtl-export merge --all-tasks or mtl-export onnx --all-tasks first",
+    reports.check_suffixes(report)
+    with reports.errors_reported(report):
+        tolerance = Tolerance(atol=atol, rtol=rtol)
+        bound = sources.open_bound(settings)
+        places = Places(
+            _existing("--merged", merged) or settings.output_dir / "merged",
+            _existing("--onnx", onnx) or settings.output_dir / "onnx",
+            _existing("--engines", engines) or settings.output_dir / "engines",
         )
-    use_threads(threads)
-    talk = render.Talk.from_settings(settings)
-    with talk.steps(step_count(artefacts)) as steps:
-        result = run_parity(
-            bound,
-            artefacts,
-            _cases(bound, inputs),
-            tolerance=tolerance,
-            oracle=lambda dtype: OracleRunner(bound, dtype),
-            not_there=not_there,
-            progress=steps.begin,
-        )
-    if report is not None:
-        _write_report(report, result)
+        request = _Request(places, inputs, tolerance, threads, golden)
+        result = _compare(bound, request, settings)
+        reports.write_reports(report, result)
     _print(result, settings)
     if result.verdict == "not-run":
         raise BackendMissingError(
@@ -111,6 +88,79 @@ def command(
             fix="See mtl-export doctor for what is missing",
         )
     return EXIT_FAILED if result.verdict == "failed" else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is to be compared, and how.
+
+    Attributes:
+        places: Where the artefacts lie.
+        inputs: The user's rows, or None.
+        tolerance: What is allowed.
+        threads: Of the runtimes.
+        golden: Save golden vectors.
+    """
+
+    places: Places
+    inputs: Path | None
+    tolerance: Tolerance
+    threads: int
+    golden: bool
+
+
+def _existing(name: str, folder: Path | None) -> Path | None:
+    """Return a folder that the user named.
+
+    Raises:
+        UsageError: There is none of that name.
+    """
+    if folder is not None and not folder.is_dir():
+        raise UsageError(
+            where=f"{name} {folder}",
+            found="no such folder",
+            expected="a folder that mtl-export wrote",
+            why="what is not found is not compared",
+            fix=f"Correct {name}, or leave it out",
+        )
+    return folder
+
+
+def _compare(bound: BoundModel, request: _Request, settings: Settings) -> ParityReport:
+    """Return the report on everything that was exported."""
+    from mtl_export.parity.run import run_parity, step_count
+    from mtl_export.runtime.pytorch import OracleRunner, use_threads
+    from mtl_export_cli.artefacts import find_artefacts
+
+    places = request.places
+    artefacts, not_there = find_artefacts(bound, places, threads=request.threads)
+    if not artefacts:
+        raise UsageError(
+            where="parity",
+            found=f"nothing under {places.merged}, {places.onnx} or {places.engines}",
+            expected="at least one exported model",
+            why="a check that compares nothing must not pass",
+            fix="Run mtl-export merge --all-tasks or mtl-export onnx --all-tasks first",
+        )
+    use_threads(request.threads)
+    cases = _cases(bound, request.inputs)
+    talk = render.Talk.from_settings(settings)
+    with talk.steps(step_count(artefacts)) as steps:
+        result = run_parity(
+            bound,
+            artefacts,
+            cases,
+            tolerance=request.tolerance,
+            oracle=lambda dtype: OracleRunner(bound, dtype),
+            not_there=not_there,
+            progress=steps.begin,
+        )
+    if request.golden:
+        from mtl_export_cli.golden import save_golden
+
+        for path in save_golden(bound, artefacts, cases, result, request.tolerance):
+            talk.note(f"golden vectors: {path}")
+    return reports.with_evidence(result, artefacts, cases, request.inputs)
 
 
 def _cases(bound: BoundModel, inputs: Path | None) -> list[Case]:
@@ -147,21 +197,6 @@ def _tokenised(bound: BoundModel, inputs: Path, longest: int) -> dict[str, Array
     from mtl_export_calibration.data import load_rows, tokenize
 
     return tokenize(load_rows(inputs), bound.base.folder, bound.adapters.tasks, max_length=longest)
-
-
-def _write_report(path: Path, result: ParityReport) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            where=str(path),
-            found=f"it cannot be written ({error.strerror})",
-            expected="a file in a folder you may write to",
-            fix="Pass another file to --report",
-        ) from error
 
 
 def _print(result: ParityReport, settings: Settings) -> None:

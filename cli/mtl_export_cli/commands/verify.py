@@ -1,0 +1,90 @@
+"""``mtl-export verify``: is a folder still what was written, without torch or the sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mtl_export.errors import shortened
+from mtl_export_cli import options, render
+from mtl_export_cli.options import Settings, option, with_settings
+
+if TYPE_CHECKING:
+    from mtl_export.bundle.verify import Check
+
+EXIT_FAILED, EXIT_MISSING, EXIT_DAMAGED = 3, 6, 7
+VERDICTS = ("passed", "failed", "not-run")
+EPILOG = """\b
+Example:
+  mtl-export verify out/onnx
+  mtl-export verify out --require-run
+"""
+
+
+@click.command(short_help="Check a finished folder again, also on the device.", epilog=EPILOG)
+@click.argument("folder", type=click.Path(path_type=Path))
+@with_settings(options.TALK)
+@option("--require-run", is_flag=True,
+        help="Exit 6 unless every graph and engine was run on golden vectors.")  # fmt: skip
+@option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")
+def command(settings: Settings, folder: Path, require_run: bool, threads: int) -> int:
+    """Check a finished folder again, also on the device.
+
+    Every file must have the SHA-256 of the folder's manifest, and no file may be missing or
+    added: exit code 7. Then the inputs that mtl-export parity --golden saved are run again, with
+    numpy and the runtime alone: exit code 3 if an output differs. Neither the checkpoint nor
+    torch is needed. Folders inside are checked too.
+    """
+    from mtl_export.bundle.verify import verify_folder
+
+    talk = render.Talk.from_settings(settings)
+    checks = verify_folder(folder, threads=threads, progress=talk.detail)
+    failed = {check.kind for check in checks if check.verdict == "failed"}
+    code = EXIT_DAMAGED if "files" in failed else EXIT_FAILED if failed else 0
+    if code == 0 and require_run and (missing := _not_run(checks)):
+        code = EXIT_MISSING
+        talk.note(f"--require-run: {missing}")
+    _print(checks, settings, code)
+    return code
+
+
+def _not_run(checks: Sequence[Check]) -> str:
+    """Return what should have been run and was not; "" if nothing."""
+    from mtl_export.bundle.verify import NO_TORCH
+
+    golden = [check for check in checks if check.kind == "golden" and check.reason != NO_TORCH]
+    absent = [f"{check.folder}: {check.reason}" for check in golden if check.verdict == "not-run"]
+    if absent:
+        return shortened(absent)
+    return "" if golden else "there is no graph or engine to run"
+
+
+def _print(checks: Sequence[Check], settings: Settings, code: int) -> None:
+    if settings.json:
+        listed = [asdict(check) for check in checks]
+        render.print_json({"ok": code == 0, "exit_code": code, "checks": listed})
+        return
+    for check in checks:
+        if check.verdict != "passed":
+            word = "FAILED" if check.verdict == "failed" else "not run:"
+            render.print_line(f"{word} {check.folder}, {check.what}: {check.reason}")
+    render.print_table(
+        ("folder", "files", "golden vectors"),
+        [
+            (folder, _summary(checks, folder, "files"), _summary(checks, folder, "golden"))
+            for folder in dict.fromkeys(check.folder for check in checks)
+        ],
+        title=f"verify {'passed' if code == 0 else 'failed'}",
+    )
+
+
+def _summary(checks: Sequence[Check], folder: str, kind: str) -> str:
+    own = [check for check in checks if check.folder == folder and check.kind == kind]
+    if len(own) == 1 and (kind == "files" or own[0].verdict == "not-run"):
+        return f"{own[0].what} {own[0].verdict}" if kind == "files" else own[0].verdict
+    counts = {word: sum(check.verdict == word for check in own) for word in VERDICTS}
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count)

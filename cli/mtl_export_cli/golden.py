@@ -1,0 +1,88 @@
+"""``parity --golden``: what passed answers a few rows again, and the answers are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtl_export.errors import OutputError
+
+if TYPE_CHECKING:
+    from mtl_export.adapters.binding import BoundModel
+    from mtl_export.parity.cases import Case
+    from mtl_export.parity.report import ParityReport
+    from mtl_export.parity.run import Artefact
+    from mtl_export.parity.tolerance import Tolerance
+    from mtl_export.runtime.golden import Vector
+
+
+def save_golden(
+    bound: BoundModel,
+    artefacts: Sequence[Artefact],
+    cases: Sequence[Case],
+    report: ParityReport,
+    tolerance: Tolerance,
+) -> list[Path]:
+    """Save golden vectors beside every graph and engine that did not fail; return the files.
+
+    An engine that could not be run gets those of the graph of its layout, if that passed.
+    """
+    from mtl_export.parity.golden import for_engine, golden_vectors
+
+    saved: list[Path] = []
+    of_graphs: dict[str, tuple[Vector, ...]] = {}
+    for artefact in artefacts:
+        verdicts = _verdicts(report, artefact)
+        name = artefact.task.name if artefact.task else "*"
+        if artefact.path is None or artefact.path.suffix not in {".onnx", ".engine"}:
+            continue
+        if "failed" in verdicts or artefact.defect:
+            continue
+        if "passed" in verdicts:
+            with artefact.runner as runner:
+                vectors = golden_vectors(
+                    runner,
+                    artefact.path.name,
+                    cases,
+                    bound.adapters.tasks,
+                    task=artefact.task,
+                    floors=report.noise_floors[artefact.dtype],
+                    tolerance=tolerance,
+                )
+        else:
+            vectors = for_engine(of_graphs.get(name, ()), artefact.path.name)
+        if artefact.path.suffix == ".onnx":
+            of_graphs[name] = vectors
+        if vectors:
+            saved.append(_write(artefact.path.parent, vectors))
+    return saved
+
+
+def _verdicts(report: ParityReport, artefact: Artefact) -> set[str]:
+    own = {artefact.task.name, "*"} if artefact.task else None
+    return {
+        cell.verdict
+        for cell in report.cells
+        if cell.artefact == artefact.name and (own is None or cell.task in own)
+    }
+
+
+def _write(folder: Path, vectors: Sequence[Vector]) -> Path:
+    from mtl_export.bundle.manifest import add_to_manifest
+    from mtl_export.runtime.golden import GOLDEN_FILE, golden_bytes
+
+    path = folder / GOLDEN_FILE
+    try:
+        partial = folder / f"{GOLDEN_FILE}.partial"
+        partial.write_bytes(golden_bytes(vectors))
+        partial.replace(path)
+        add_to_manifest(folder, GOLDEN_FILE)
+    except OSError as error:
+        raise OutputError(
+            where=str(path),
+            found=f"it cannot be written ({error.strerror})",
+            expected="a folder you may write to",
+            fix="Leave out --golden, or make the folder writable",
+        ) from error
+    return path

@@ -1,0 +1,110 @@
+"""Batches that parity ran -> golden vectors: two rows of each task, and one mixed batch.
+
+The mixed batch ends with a task id that does not exist: that it is not answered is kept too.
+What is saved is the candidate's own output, so the same runtime gives it again exactly, and
+another one within what parity allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+import numpy as np
+
+from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import EngineRunError
+from mtl_export.parity.cases import MIXED, TASK_IDS, Case
+from mtl_export.parity.run import OUTPUT
+from mtl_export.parity.tolerance import Tolerance
+from mtl_export.runtime.golden import Vector
+from mtl_export.runtime.runner import Runner
+
+ROWS_PER_TASK = 2
+MOST_MIXED = 16
+UNKNOWN = "an id that no task has"
+
+
+def golden_vectors(
+    runner: Runner,
+    model: str,
+    cases: Sequence[Case],
+    tasks: Sequence[Task],
+    *,
+    task: Task | None,
+    floors: Mapping[str, float],
+    tolerance: Tolerance,
+) -> tuple[Vector, ...]:
+    """Return what ``runner``, which is open, answers to a few rows.
+
+    Args:
+        runner: Of the model.
+        model: File name of the model.
+        cases: Those of the comparison.
+        tasks: All tasks of the checkpoint.
+        task: The task of a merged model; None if it takes ``task_ids``.
+        floors: Noise floor by task name, for the model's dtype.
+        tolerance: What parity allowed.
+    """
+    vectors = []
+    for own in tasks if task is None else [task]:
+        rows = _rows_of(cases, own)
+        if task is not None:
+            rows.pop(TASK_IDS)
+        vectors.append(_vector(runner, model, own.name, rows, floors[own.name], tolerance))
+    if task is None:
+        floor = max(floors[one.name] for one in tasks)
+        mixed = _mixed(cases, tasks)
+        vectors.append(_vector(runner, model, MIXED, mixed, floor, tolerance))
+        unknown = {name: value[-2:] for name, value in mixed.items()}
+        unknown[TASK_IDS] = np.array([mixed[TASK_IDS][-2], len(tasks)], mixed[TASK_IDS].dtype)
+        # A runtime that refuses the batch is as good, but gives nothing to save.
+        with suppress(EngineRunError):
+            vectors.append(_vector(runner, model, UNKNOWN, unknown, floor, tolerance))
+    return tuple(vectors)
+
+
+def for_engine(vectors: Sequence[Vector], model: str) -> tuple[Vector, ...]:
+    """Return a graph's vectors for the engine built from it, which could not be run here.
+
+    Each side may be off by what is allowed, so their difference by twice that. Engines
+    refuse unknown ids before they run.
+    """
+    return tuple(
+        replace(one, model=model, atol=2 * one.atol, rtol=2 * one.rtol)
+        for one in vectors
+        if one.name != UNKNOWN
+    )
+
+
+def _rows_of(cases: Sequence[Case], task: Task) -> dict[str, Array]:
+    case = next(case for case in cases if (case.task_ids == task.index).any())
+    chosen = case.task_ids == task.index
+    return {name: value[:ROWS_PER_TASK] for name, value in case.rows(chosen).items()}
+
+
+def _mixed(cases: Sequence[Case], tasks: Sequence[Task]) -> dict[str, Array]:
+    """Return one row of each task from the batch with the most, the last one twice."""
+    case = max(cases, key=lambda one: len(np.unique(one.task_ids)))
+    _, first = np.unique(case.task_ids, return_index=True)
+    rows = np.sort(first)[:MOST_MIXED]
+    rows = np.append(rows, rows[-1])
+    return {name: value[rows] for name, value in case.inputs.items()}
+
+
+def _vector(
+    runner: Runner,
+    model: str,
+    name: str,
+    rows: Mapping[str, Array],
+    floor: float,
+    tolerance: Tolerance,
+) -> Vector:
+    known = getattr(runner, "inputs", tuple(rows))
+    inputs = {key: value for key, value in rows.items() if key in known}
+    outputs = {OUTPUT: runner.infer(inputs)[OUTPUT]}
+    if tolerance.atol is not None and tolerance.rtol is not None:
+        return Vector(name, model, inputs, outputs, tolerance.atol, tolerance.rtol)
+    return Vector(name, model, inputs, outputs, tolerance.factor * floor, 0.0)

@@ -1,0 +1,104 @@
+"""What every format says of a report in the same words."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+from mtl_export.parity.report import Cell, ParityReport, Verdict, worst
+
+ALL = "*"
+VERDICTS: tuple[Verdict, ...] = ("passed", "failed", "not-run")
+_ONE_TASK = re.compile(r"\btask \d+\b")
+
+
+def verdict_line(report: ParityReport) -> str:
+    """Return the verdict and the counts, on one line."""
+    if report.error:
+        return f"parity could not be judged: {error_text(report)}"
+    counts = ", ".join(f"{report.count(verdict)} {verdict}" for verdict in VERDICTS)
+    return f"parity {report.verdict}: {counts}"
+
+
+def error_text(report: ParityReport) -> str:
+    """Return what kept the comparison from being made, as one paragraph; "" if nothing did."""
+    parts = report.error
+    if not parts:
+        return ""
+    text = f"{parts.get('where', '')}: {parts.get('found', '')}."
+    if parts.get("expected"):
+        text += f" Expected {parts['expected']}."
+    return text + (f" {parts['fix']}." if parts.get("fix") else "")
+
+
+def failures(report: ParityReport) -> list[Cell]:
+    """Return the failed cells, the largest share of their limit first."""
+    found = [cell for cell in report.cells if cell.verdict == "failed"]
+    return sorted(found, key=lambda cell: -_severity(cell))
+
+
+def _severity(cell: Cell) -> float:
+    used = share(cell)
+    return math.inf if used is None else used
+
+
+def share(cell: Cell) -> float | None:
+    """Return the error as a share of what was allowed; None where nothing was compared."""
+    if cell.max_abs_error is None or cell.limit is None:
+        return None
+    if cell.limit == 0:
+        return 0.0 if cell.max_abs_error == 0 else math.inf
+    return cell.max_abs_error / cell.limit
+
+
+def number(value: float | None) -> str:
+    """Return an error for people."""
+    return "" if value is None else f"{value:.1e}"
+
+
+def exact(value: float | None) -> str:
+    """Return a number as JSON writes it."""
+    return "" if value is None else repr(float(value))
+
+
+def not_run(report: ParityReport) -> list[tuple[str, str, str]]:
+    """Return artefact, tasks and reason of what did not run, one for each reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for cell in report.cells:
+        if cell.verdict == "not-run":
+            groups.setdefault((cell.artefact, cell.reason), []).append(cell.task)
+    return [
+        (artefact, "all tasks" if ALL in tasks else ", ".join(dict.fromkeys(tasks)), reason)
+        for (artefact, reason), tasks in groups.items()
+    ]
+
+
+def names(values: Iterable[str]) -> list[str]:
+    """Return each of ``values`` once, in order."""
+    return list(dict.fromkeys(values))
+
+
+def artefacts(report: ParityReport) -> list[str]:
+    """Return the names of the artefacts that were judged or looked for, in order."""
+    return names(cell.artefact for cell in report.cells)
+
+
+def tasks(report: ParityReport) -> list[str]:
+    """Return the names of the tasks, in order; what holds for all of them is not one."""
+    floors = next(iter(report.noise_floors.values()), {})
+    return names([*floors, *(cell.task for cell in report.cells if cell.task != ALL)])
+
+
+def speaks(report: ParityReport, artefact: str, task: str) -> Cell | None:
+    """Return the cell that speaks for a task of an artefact; None where there is none.
+
+    What holds for all tasks counts for each.
+    """
+    own = [cell for cell in report.cells if cell.artefact == artefact and cell.task in {task, ALL}]
+    return worst(own) if own else None
+
+
+def case_kind(case: str) -> str:
+    """Return the case with its task left out: those of all tasks share a column."""
+    return _ONE_TASK.sub("one task", case)

@@ -1,0 +1,147 @@
+"""A few inputs of a model with the outputs it gave <-> ``golden.npz`` beside it.
+
+Whoever has the folder and a runtime, and nothing else, can run the model again and see
+whether it still answers as it did where it was compared. A numpy archive, read without
+pickle, of
+
+    golden                   JSON: {"schema": "mtl-export.golden/1", "vectors": [
+                               {"name", "model", "atol", "rtol"}, ...]}
+    <i>.inputs.<name>        inputs of vector i, in the model's dtypes
+    <i>.outputs.<name>       its outputs
+
+An output passes when every element is within ``atol + rtol * |saved|``, and where the
+saved one is NaN or infinite, equal to it. Needs numpy alone; the same vectors give the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mtl_export.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from mtl_export.checkpoint.tensors import Array
+
+GOLDEN_FILE = "golden.npz"
+SCHEMA = "mtl-export.golden/1"
+_INDEX = "golden"
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One batch and what came of it.
+
+    Attributes:
+        name: The task, or what the batch is for.
+        model: File name of the model, in the same folder.
+        inputs: By name.
+        outputs: By name.
+        atol: Absolute error allowed.
+        rtol: Error allowed relative to the saved output.
+    """
+
+    name: str
+    model: str
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+    atol: float
+    rtol: float
+
+    def difference(self, found: Mapping[str, Array]) -> str:
+        """Return how ``found`` differs beyond what is allowed, or ""."""
+        for name, saved in self.outputs.items():
+            if name not in found:
+                return f"no output {name!r}"
+            if found[name].shape != saved.shape:
+                return f"{name} has shape {list(found[name].shape)}, not {list(saved.shape)}"
+            wrong = self._wrong(saved, found[name])
+            if wrong.any():
+                first = tuple(int(i) for i in np.argwhere(wrong)[0])
+                return (
+                    f"{int(wrong.sum())} of {wrong.size} values of {name} differ; the first,"
+                    f" {list(first)}, is {float(found[name][first]):.6g}, was"
+                    f" {float(saved[first]):.6g}, may differ by {self._allowed(saved[first]):.3g}"
+                )
+        return ""
+
+    def _wrong(self, saved: Array, found: Array) -> Array:
+        finite = np.isfinite(saved)
+        same = (saved == found) | (np.isnan(saved) & np.isnan(found))
+        with np.errstate(invalid="ignore"):
+            close = np.abs(found - saved) <= self.atol + self.rtol * np.abs(saved)
+        wrong: Array = ~np.where(finite, close, same)
+        return wrong
+
+    def _allowed(self, saved: float) -> float:
+        return self.atol + self.rtol * abs(saved) if np.isfinite(saved) else 0.0
+
+
+def golden_bytes(vectors: Sequence[Vector]) -> bytes:
+    """Return the content of ``golden.npz``."""
+    index = {
+        "schema": SCHEMA,
+        "vectors": [
+            {"name": one.name, "model": one.model, "atol": one.atol, "rtol": one.rtol}
+            for one in vectors
+        ],
+    }
+    arrays: dict[str, Any] = {_INDEX: np.array(json.dumps(index))}
+    for number, one in enumerate(vectors):
+        arrays |= {f"{number}.inputs.{name}": value for name, value in one.inputs.items()}
+        arrays |= {f"{number}.outputs.{name}": value for name, value in one.outputs.items()}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def read_golden(path: Path) -> tuple[Vector, ...]:
+    """Return the vectors in ``path``.
+
+    Raises:
+        IntegrityError: It is not such an archive.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        index = json.loads(str(arrays.pop(_INDEX)))
+        if index["schema"] != SCHEMA:
+            raise ValueError(f"schema {index['schema']!r}")
+        return tuple(_vector(number, one, arrays) for number, one in enumerate(index["vectors"]))
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise IntegrityError(
+            where=str(path),
+            found=f"not golden vectors this version can read ({error})",
+            expected=f'a numpy archive with schema "{SCHEMA}"',
+            fix="Run mtl-export parity --golden again where the folder was made",
+        ) from error
+
+
+def _vector(number: int, facts: Mapping[str, Any], arrays: Mapping[str, Array]) -> Vector:
+    model = str(facts["model"])
+    if Path(model).name != model:
+        raise ValueError(f"the model {model!r} lies outside the folder")
+
+    def part(kind: str) -> dict[str, Array]:
+        prefix = f"{number}.{kind}."
+        return {
+            name.removeprefix(prefix): value
+            for name, value in arrays.items()
+            if name.startswith(prefix)
+        }
+
+    vector = Vector(
+        str(facts["name"]), model, part("inputs"), part("outputs"),
+        float(facts["atol"]), float(facts["rtol"]),
+    )  # fmt: skip
+    if not vector.inputs or not vector.outputs:
+        raise ValueError(f"vector {number} is empty")
+    return vector
