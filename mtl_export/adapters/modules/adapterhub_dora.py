@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mtl_export.adapters.modules.adapted import AdaptedLayer
 from mtl_export.adapters.modules.lora import values_and_scaling
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.checkpoint.checkpoint import LayerTensors
 
 
-class AdapterHubDoRALinear(nn.Module):
+class AdapterHubDoRALinear(AdaptedLayer):
     """A frozen linear layer with a DoRA adapter of AdapterHub's kind.
 
     Args:

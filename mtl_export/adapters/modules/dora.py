@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mtl_export.adapters.modules.adapted import AdaptedLayer
 from mtl_export.adapters.modules.lora import values_and_scaling
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.checkpoint.checkpoint import LayerTensors
 
 
-class DoRALinear(nn.Module):
+class DoRALinear(AdaptedLayer):
     """A frozen linear layer with a DoRA adapter.
 
     Args:
@@ -62,7 +63,7 @@ class DoRALinear(nn.Module):
         return h if bias is None else h + bias
 
 
-class DoRAEmbedding(nn.Module):
+class DoRAEmbedding(AdaptedLayer):
     """A frozen embedding with a DoRA adapter; one length per embedding dimension.
 
     Args:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mtl_export.adapters.modules.adapted import AdaptedLayer
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.checkpoint.checkpoint import LayerTensors
 
 
-class IA3Linear(nn.Module):
+class IA3Linear(AdaptedLayer):
     """A frozen linear layer whose outputs are rescaled.
 
     Args:

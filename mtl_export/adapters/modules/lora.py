@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mtl_export.adapters.modules.adapted import AdaptedLayer
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.checkpoint.checkpoint import LayerTensors
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AdaptedLayer):
     """A frozen linear layer with a LoRA adapter.
 
     Args:
@@ -63,7 +64,7 @@ class LoRALinear(nn.Module):
         return h
 
 
-class LoRAEmbedding(nn.Module):
+class LoRAEmbedding(AdaptedLayer):
     """A frozen embedding with a LoRA adapter: h_v = W_v + s B A_v, A_v column v of A.
 
     Args:

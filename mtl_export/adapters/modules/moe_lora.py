@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mtl_export.adapters.modules.adapted import AdaptedLayer
 from mtl_export.adapters.modules.lora import tensors_of
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.checkpoint.checkpoint import LayerTensors
 
 
-class MoELoRALinear(nn.Module):
+class MoELoRALinear(AdaptedLayer):
     """A frozen linear layer with E experts, weighted by each row's task.
 
     Args:

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mtl_export.adapters.modules.adapted import AdaptedLayer
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.adapters.mtl_lora import NAME
 from mtl_export.checkpoint.checkpoint import LayerTensors
 
 
-class MTLLoRALinear(nn.Module):
+class MTLLoRALinear(AdaptedLayer):
     """A frozen linear layer with an MTL-LoRA adapter.
 
     Args:

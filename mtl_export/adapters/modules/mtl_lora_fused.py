@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mtl_export.adapters.modules.adapted import AdaptedLayer
 from mtl_export.adapters.modules.lora import tensors_of
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.checkpoint.checkpoint import LayerTensors
@@ -18,7 +19,7 @@ from mtl_export.checkpoint.checkpoint import LayerTensors
 BLOCKS = ("q", "k", "v")
 
 
-class MTLLoRAFusedLinear(nn.Module):
+class MTLLoRAFusedLinear(AdaptedLayer):
     """A frozen fused linear layer with MTL-LoRA on some of its blocks.
 
     Args:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mtl_export.adapters.modules.adapted import AdaptedLayer
 from mtl_export.adapters.modules.lora import tensors_of
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.adapters.ta_lora import NAME
@@ -24,7 +25,7 @@ from mtl_export.checkpoint.checkpoint import LayerTensors
 Gate = Literal["sigmoid", "softmax"]
 
 
-class TALoRALinear(nn.Module):
+class TALoRALinear(AdaptedLayer):
     """A frozen linear layer with a TA-LoRA adapter.
 
     Args:
