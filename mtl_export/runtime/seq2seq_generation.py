@@ -1,0 +1,163 @@
+"""Three graphs of an encoder-decoder into tokens: greedy decoding, every row under its own task.
+
+    encoder(input_ids, attention_mask [B, S], ...)  ->  last_hidden_state [B, S, d]
+    decoder(decoder_input_ids [B, D], encoder_hidden_states, encoder_attention_mask)
+        ->  logits [B, D, L], present.<layer>.decoder|encoder.key|value
+    decoder_with_past(decoder_input_ids [B, 1], encoder_attention_mask, past_key_values...)
+        ->  logits [B, 1, L], present.<layer>.decoder.key|value
+
+B rows, S tokens of the encoder, D of the decoder, L vocabulary. Graphs of all tasks also take
+``task_ids`` [B]. Needs numpy alone; what runs the graphs is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import UsageError
+from mtl_export.runtime.generation import LOGITS, PAST, PRESENT, Part, next_tokens
+from mtl_export.runtime.token_rules import TokenRules
+
+MASK, SOURCE_MASK, TOKENS = "attention_mask", "encoder_attention_mask", "decoder_input_ids"
+
+
+@dataclass(frozen=True)
+class Seq2SeqParts:
+    """The three graphs, ready to run.
+
+    Attributes:
+        encoder: Reads the inputs.
+        decoder: Runs the decoder's first tokens.
+        with_past: Runs one more token of every row.
+    """
+
+    encoder: Part
+    decoder: Part
+    with_past: Part
+
+
+class Seq2SeqDecoding:
+    """One batch on its way: a cache, and the logits of each row's next token.
+
+    Args:
+        parts: The graphs.
+        inputs: The encoder's, ``[B, ...]``; a missing ``attention_mask`` is ones.
+        task_ids: int64 ``[B]``; None for graphs of one task.
+        tokens: int64 ``[B, D]``, what the decoder begins with.
+
+    Attributes:
+        logits: ``[B, D, L]``: of what the decoder read last, all of D at first, then one.
+    """
+
+    def __init__(
+        self,
+        parts: Seq2SeqParts,
+        inputs: Mapping[str, Array],
+        task_ids: Array | None,
+        tokens: Array,
+    ) -> None:
+        self._with_past = parts.with_past
+        self._every_step: dict[str, Any] = {} if task_ids is None else {"task_ids": task_ids}
+        mask = inputs.get(MASK, np.ones_like(inputs["input_ids"]))
+        encoded = parts.encoder({**inputs, MASK: mask, **self._every_step})
+        # An encoder that reads more than text says itself what of its states counts.
+        self._every_step[SOURCE_MASK] = encoded.get(SOURCE_MASK, mask)
+        states = {"encoder_hidden_states": encoded["last_hidden_state"]}
+        self._cache: dict[str, Any] = {}
+        self._take(parts.decoder({TOKENS: tokens, **states, **self._every_step}))
+
+    def feed(self, tokens: Array) -> None:
+        """Append one token to every row, int64 ``[B]``."""
+        self._take(self._with_past({TOKENS: tokens[:, None], **self._every_step, **self._cache}))
+
+    def _take(self, outputs: Mapping[str, Any]) -> None:
+        self.logits: Array = outputs[LOGITS]
+        # The encoder's keys and values come once and stay.
+        self._cache |= {
+            PAST + name.removeprefix(PRESENT): value
+            for name, value in outputs.items()
+            if name.startswith(PRESENT)
+        }
+
+
+class Seq2SeqGreedyDecoder:
+    """Greedy generation over the three graphs of an encoder-decoder.
+
+    The tokens are those of transformers' ``generate(do_sample=False, num_beams=1)`` with the
+    same settings.
+
+    Args:
+        parts: The graphs.
+        rules: How generation begins and ends.
+        max_length: Most tokens that the decoder reads: its positions. None: no limit.
+
+    Raises:
+        UsageError: The rules name no token to begin with.
+    """
+
+    def __init__(
+        self, parts: Seq2SeqParts, rules: TokenRules, *, max_length: int | None = None
+    ) -> None:
+        if rules.start is None:
+            raise UsageError(
+                where="decoder_start_token_id",
+                found="neither the generation settings nor the config have one",
+                expected="the token that the decoder begins with",
+                fix="Add it to generation_config.json",
+            )
+        self._parts, self._rules, self._max_length = parts, rules, max_length
+        self._start = rules.start
+
+    def generate(
+        self,
+        inputs: Mapping[str, Array],
+        *,
+        task_ids: Array | None = None,
+        max_new_tokens: int,
+    ) -> Array:
+        """Return the new tokens only, without the one the decoder begins with.
+
+        Args:
+            inputs: The encoder's, ``[B, ...]``; a missing ``attention_mask`` is ones.
+            task_ids: int64 ``[B]``, each row's task; None for graphs of one task.
+            max_new_tokens: A row ends here at the latest.
+
+        Returns:
+            int64 ``[B, N]``, N <= max_new_tokens: up to the token that ended the last row.
+            A row keeps the token that ended it; padding follows.
+
+        Raises:
+            UsageError: More tokens are asked for than the model has positions.
+            EngineRunError: A row's logits are NaN: no task has its id.
+        """
+        self._refuse_length(max_new_tokens)
+        said = np.full((len(inputs["input_ids"]), 1), self._start, np.int64)
+        decoding = Seq2SeqDecoding(self._parts, inputs, task_ids, said)
+        ended = np.zeros(len(said), np.bool_)
+        for left in range(max_new_tokens, 0, -1):
+            logits = self._rules.applied(decoding.logits[:, -1], said, begin=1, last=left == 1)
+            tokens = np.where(ended, self._rules.pad, next_tokens(logits))
+            said = np.concatenate([said, tokens[:, None]], axis=1)
+            ended |= np.isin(tokens, self._rules.eos)
+            if ended.all():
+                break
+            if left > 1:
+                decoding.feed(tokens)
+        return said[:, 1:]
+
+    def _refuse_length(self, max_new_tokens: int) -> None:
+        # The last new token is never read.
+        limit = self._max_length
+        if max_new_tokens < 1 or (limit is not None and max_new_tokens > limit):
+            raise UsageError(
+                where="max_new_tokens",
+                found=str(max_new_tokens),
+                expected="1 or more" if limit is None else f"1 to {limit}",
+                why="the decoder has no more positions" if limit is not None else "",
+                fix="Ask for another number of tokens",
+            )

@@ -1,0 +1,189 @@
+"""What a model's generation settings force and forbid, step by step, in numpy.
+
+    logits [B, L], tokens so far [B, N]  ->  logits [B, L] that greedy decoding picks from
+
+B rows, L vocabulary. The settings are those of ``generation_config.json``, else those that
+older models keep in ``config.json``, and mean what they mean to transformers' ``generate``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import EngineRunError, UsageError
+
+GENERATION_FILE, CONFIG_FILE = "generation_config.json", "config.json"
+# Settings that change what greedy decoding picks and that are not done here, with the values
+# that switch them off.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "bad_words_ids": (None, []), "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0), "exponential_decay_length_penalty": (None,),
+    "guidance_scale": (None, 1), "sequence_bias": (None, [], {}), "stop_strings": (None, [], ""),
+    "watermarking_config": (None,),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """How generation begins and ends, and what it may not say.
+
+    Attributes:
+        start: The decoder's first token; None for models that continue their prompt.
+        eos: A row ends after any of these.
+        pad: Fills rows that have ended.
+        min_length: No row ends with fewer tokens, the first included.
+        min_new_tokens: Likewise, new tokens alone.
+        forced_first: The first new token, whatever the logits; None: free.
+        forced_last: Where a row still goes on at its last token, it is one of these.
+        repetition_penalty: Divides positive logits of tokens that occurred, multiplies negative
+            ones; 1 changes nothing.
+        no_repeat_ngram_size: No n tokens in a row occur twice; 0: they may.
+        suppressed: Never said.
+        suppressed_first: Never the first new token.
+    """
+
+    start: int | None = None
+    eos: tuple[int, ...] = ()
+    pad: int = 0
+    min_length: int = 0
+    min_new_tokens: int = 0
+    forced_first: int | None = None
+    forced_last: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    suppressed: tuple[int, ...] = field(default=())
+    suppressed_first: tuple[int, ...] = field(default=())
+
+    @classmethod
+    def from_settings(
+        cls, settings: Mapping[str, Any], config: Mapping[str, Any] | None = None
+    ) -> TokenRules:
+        """Return the rules that ``settings`` set.
+
+        Args:
+            settings: By their transformers names.
+            config: Names the special tokens where ``settings`` do not.
+
+        Raises:
+            UsageError: A setting is on that is not done here.
+        """
+        on = [name for name, off in UNSUPPORTED.items() if settings.get(name) not in off]
+        if on:
+            raise UsageError(
+                where="generation settings",
+                found=", ".join(f"{name} = {settings[name]!r}" for name in on),
+                expected="none of them set",
+                why="tokens would differ from those of transformers' generate",
+                fix=f"Remove them from {GENERATION_FILE}, or generate with transformers",
+            )
+        tokens = {**(config or {}), **{k: v for k, v in settings.items() if v is not None}}
+        eos = _ids(tokens.get("eos_token_id"))
+        start = tokens.get("decoder_start_token_id", tokens.get("bos_token_id"))
+        pad = tokens.get("pad_token_id")
+        begin_shift = _ids(settings.get("begin_suppress_tokens"))
+        return cls(
+            start=_first(start),
+            eos=eos,
+            pad=int(pad) if pad is not None else (eos[0] if eos else 0),
+            min_length=int(settings.get("min_length") or 0),
+            min_new_tokens=int(settings.get("min_new_tokens") or 0),
+            forced_first=_first(settings.get("forced_bos_token_id")),
+            forced_last=_ids(settings.get("forced_eos_token_id")),
+            repetition_penalty=float(settings.get("repetition_penalty") or 1.0),
+            no_repeat_ngram_size=int(settings.get("no_repeat_ngram_size") or 0),
+            suppressed=_ids(settings.get("suppress_tokens")),
+            suppressed_first=begin_shift,
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> TokenRules:
+        """Return the rules of the model in ``folder``.
+
+        Raises:
+            UsageError: A setting is on that is not done here.
+            EngineRunError: A file is no JSON.
+        """
+        config = _read(folder / CONFIG_FILE)
+        own = folder / GENERATION_FILE
+        return cls.from_settings(_read(own) if own.is_file() else config, config)
+
+    def applied(self, logits: Array, tokens: Array, *, begin: int, last: bool) -> Array:
+        """Return the logits as the rules change them.
+
+        Args:
+            logits: ``[B, L]``, of the next token.
+            tokens: int64 ``[B, N]``, all tokens of the decoder so far.
+            begin: How many of them generation began with.
+            last: The next token is the last one asked for.
+        """
+        logits = logits.copy()
+        length, new = tokens.shape[1], tokens.shape[1] - begin
+        if self.repetition_penalty != 1.0:
+            seen = np.take_along_axis(logits, tokens, axis=1)
+            penalised = np.where(
+                seen < 0, seen * self.repetition_penalty, seen / self.repetition_penalty
+            )
+            np.put_along_axis(logits, tokens, penalised.astype(logits.dtype), axis=1)
+        if self.no_repeat_ngram_size:
+            for row, said in zip(logits, tokens.tolist(), strict=True):
+                row[_repeats(said, self.no_repeat_ngram_size)] = -np.inf
+        if length < self.min_length or new < self.min_new_tokens:
+            logits[:, list(self.eos)] = -np.inf
+        if self.forced_first is not None and length == 1:
+            logits = _only(logits, (self.forced_first,))
+        if self.forced_last and last:
+            logits = _only(logits, self.forced_last)
+        logits[:, list(self.suppressed)] = -np.inf
+        # A forced first token is not the one that these are about.
+        first = 1 if begin == 1 and self.forced_first is not None else 0
+        if new == first:
+            logits[:, list(self.suppressed_first)] = -np.inf
+        return logits
+
+
+def _only(logits: Array, tokens: tuple[int, ...]) -> Array:
+    """Return logits that leave no choice; NaN, which says that a row has no task, stays."""
+    forced = np.full_like(logits, -np.inf)
+    forced[:, list(tokens)] = 0
+    forced[np.isnan(logits)] = np.nan
+    return forced
+
+
+def _repeats(tokens: list[int], size: int) -> list[int]:
+    """Return the tokens that would complete ``size`` tokens that occurred before."""
+    if len(tokens) + 1 < size:
+        return []
+    last = tokens[len(tokens) - size + 1 :]
+    starts = range(len(tokens) - size + 1)
+    return [tokens[at + size - 1] for at in starts if tokens[at : at + size - 1] == last]
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(int(one) for one in value) if isinstance(value, list | tuple) else (int(value),)
+
+
+def _first(value: Any) -> int | None:
+    found = _ids(value)
+    return found[0] if found else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineRunError(
+            where=str(path),
+            found=f"it cannot be read ({error})",
+            expected="the JSON file that was exported",
+            fix="Export again with --force",
+        ) from error
+    return document
