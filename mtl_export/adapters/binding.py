@@ -18,6 +18,7 @@ from types import MappingProxyType
 import numpy as np
 
 from mtl_export.adapters.base_layer import is_conv1d
+from mtl_export.adapters.family import read_adapters
 from mtl_export.adapters.lazy import mapped
 from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Rows
 from mtl_export.checkpoint.base_model import BaseModel
@@ -80,6 +81,7 @@ def bind(
         IntegrityError: The checkpoint names the SHA-256 of another base.
     """
     adapters = _settled(adapters, base)
+    checkpoint, adapters = _as_stored(checkpoint, adapters, base)
     adapters, base = _whole(checkpoint, adapters, base)
     base = _inside(base, adapters)
     prefix = _prefix(adapters, base)
@@ -138,6 +140,30 @@ def _settled(adapters: AdapterSet, base: BaseModel) -> AdapterSet:
         model_class=concrete_class(adapters.model_class, base.config),
         layers=mapped(adapters.layers, settled),
     )
+
+
+def _as_stored(
+    checkpoint: Checkpoint, adapters: AdapterSet, base: BaseModel
+) -> tuple[Checkpoint, AdapterSet]:
+    """Return both with their modules under the names that the base's files have for them.
+
+    transformers 5 renamed modules of some classes (ViT, Swin) and still writes the old names:
+    an adapter trained on such a model has names that no file has.
+    """
+    parts = [name.rpartition(".")[0].split(".") for name in base.tensors]
+    known = {".".join(names[start:]) for names in parts for start in range(2)}
+    is_known = [name in known or name.partition(".")[2] in known for name in adapters.outlines]
+    if all(is_known) or own_class(adapters.model_class) is not None:
+        return checkpoint, adapters
+    from mtl_export.adapters.modules.naming import stored_modules
+
+    own = [name.rpartition(".")[0] for name in [*adapters.own_tensors, *adapters.replaced]]
+    own += [*adapters.outlines, *adapters.heads]
+    found = stored_modules(adapters.model_class, base.config, base.tensors, own)
+    if not found:
+        return checkpoint, adapters
+    checkpoint = checkpoint.renamed(found)
+    return checkpoint, _settled(read_adapters(checkpoint, base), base)
 
 
 def _own_biases(adapters: AdapterSet) -> list[str]:

@@ -7,12 +7,13 @@ turns these roles into the normal form and never sees a foreign name.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mtl_export.errors import CheckpointError, TaskNotFoundError
 
@@ -190,6 +191,27 @@ class Checkpoint:
     ledger: tuple[LedgerEntry, ...] = ()
     readout: Readout | None = None
     notes: tuple[str, ...] = ()
+
+    def renamed(self, modules: Mapping[str, str]) -> Checkpoint:
+        """Return the same checkpoint with some modules under other names."""
+
+        def tensors(named: Mapping[str, Any]) -> Mapping[str, Any]:
+            split = ((name.rpartition("."), value) for name, value in named.items())
+            return MappingProxyType({f"{modules.get(m, m)}.{kind}": v for (m, _, kind), v in split})
+
+        layers = {
+            modules.get(name, name): dataclasses.replace(layer, module=modules.get(name, name))
+            for name, layer in self.layers.items()
+        }
+        return dataclasses.replace(
+            self,
+            layers=MappingProxyType(layers),
+            heads=MappingProxyType({modules.get(n, n): heads for n, heads in self.heads.items()}),
+            replaced=tensors(self.replaced),
+            rows=tensors(self.rows),
+            base_copies=tensors(self.base_copies),
+            members=tuple(member.renamed(modules) for member in self.members),
+        )
 
 
 def task_named(tasks: tuple[Task, ...], name: str) -> Task:

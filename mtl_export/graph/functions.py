@@ -12,17 +12,28 @@ A runtime that knows ``mtl_export::TaskDelta`` may replace it; all others inline
         x . weights[task_ids] + biases[task_ids]
     TaskHeadTokens(x, task_ids, weights, biases)  x [B, S, I]  ->  [B, S, L]
         the same for every position
+    OneTaskHead(x, task_id, weights, biases)    x [..., I]   ->  [..., L]
+        the same where the whole batch has one task
     TaskEmbeddingDelta(x, task_ids, starts, downs, ups)     x [B, S]  ->  [B, S, O]
         downs[starts[task_ids] + x] . ups[task_ids]
     TaskEmbeddingRows(x, task_ids, starts, table, slots)    x [B, S]  ->  [B, S, O]
         table[slots[starts[task_ids] + x]]
     TaskVectors(task_ids, rows)                 [B, 1, O];  TaskVectorRows  [B, O]
         rows[task_ids]
+    TaskUp(z, cores, up)            z [B, S, D]            ->  [B, S, O]
+        (z . cores) . up
+    TaskJoin(x, z, cores)           x [B, S, I]            ->  [B, S, I + U]
+        [x, z . cores]
+    TaskJoinBias(x, z, cores, ones)     ones [B, S, 1]     ->  [B, S, I + U + 1]
+        [x, z . cores, 1]
 
-task_ids int64 [B]; down [I, D], core [T + 1, D, U], up [U, O]; downs [T + 1, I, R],
-ups [T + 1, R, O]; weights [T + 1, I, L], biases [T + 1, L]; rows [T + 1, O].
+task_ids int64 [B], task_id int64 []; down [I, D], core [T + 1, D, U], up [U, O];
+downs [T + 1, I, R], ups [T + 1, R, O]; cores [B, D, U], each row's own; rows [T + 1, O];
+weights [T + 1, I, L], biases [T + 1, L].
 For embeddings of V entries, with int64 token ids x: starts [T + 1] = t V; downs [(T + 1) V, R];
 slots int64 [(T + 1) V]; table [N, O].
+With a scalar for task_ids, TaskDelta and TaskOwnDelta take x [..., I] and TaskVectorRows
+returns [O].
 TaskDelta costs two shared GEMMs and one gather of D x U numbers a row, whatever T is.
 """
 
@@ -41,10 +52,14 @@ TASK_OWN_DELTA = "TaskOwnDelta"
 TASK_OWN_DELTA_ROWS = "TaskOwnDeltaRows"
 TASK_HEAD_TOKENS = "TaskHeadTokens"
 TASK_HEAD_ROWS = "TaskHeadRows"
+ONE_TASK_HEAD = "OneTaskHead"
 TASK_EMBEDDING_DELTA = "TaskEmbeddingDelta"
 TASK_EMBEDDING_ROWS = "TaskEmbeddingRows"
 TASK_VECTORS = "TaskVectors"
 TASK_VECTOR_ROWS = "TaskVectorRows"
+TASK_UP = "TaskUp"
+TASK_JOIN = "TaskJoin"
+TASK_JOIN_BIAS = "TaskJoinBias"
 
 
 def task_delta(opset: int) -> ir.Function:
@@ -131,6 +146,15 @@ def task_head_tokens(opset: int) -> ir.Function:
     return _function(TASK_HEAD_TOKENS, inputs, y, body, opset)
 
 
+def one_task_head(opset: int) -> ir.Function:
+    """Return ``OneTaskHead``."""
+    x, task_id, weights, biases = inputs = _values("x", "task_id", "weights", "biases")
+    body = tape.Tape()
+    logits = body.op("MatMul", [x, body.op("Gather", [weights, task_id], {"axis": 0})])
+    y = body.op("Add", [logits, body.op("Gather", [biases, task_id], {"axis": 0})])
+    return _function(ONE_TASK_HEAD, inputs, y, body, opset)
+
+
 def task_embedding_delta(opset: int) -> ir.Function:
     """Return ``TaskEmbeddingDelta``."""
     x, ids, starts, downs, ups = inputs = _values("x", "task_ids", "starts", "downs", "ups")
@@ -149,6 +173,30 @@ def task_embedding_rows(opset: int) -> ir.Function:
     return _function(TASK_EMBEDDING_ROWS, inputs, y, body, opset)
 
 
+def task_up(opset: int) -> ir.Function:
+    """Return ``TaskUp``."""
+    z, cores, up = inputs = _values("z", "cores", "up")
+    body = tape.Tape()
+    y = body.op("MatMul", [body.op("MatMul", [z, cores]), up])
+    return _function(TASK_UP, inputs, y, body, opset)
+
+
+def task_join(opset: int) -> ir.Function:
+    """Return ``TaskJoin``."""
+    x, z, cores = inputs = _values("x", "z", "cores")
+    body = tape.Tape()
+    y = body.op("Concat", [x, body.op("MatMul", [z, cores])], {"axis": -1})
+    return _function(TASK_JOIN, inputs, y, body, opset)
+
+
+def task_join_bias(opset: int) -> ir.Function:
+    """Return ``TaskJoinBias``."""
+    x, z, cores, ones = inputs = _values("x", "z", "cores", "ones")
+    body = tape.Tape()
+    y = body.op("Concat", [x, body.op("MatMul", [z, cores]), ones], {"axis": -1})
+    return _function(TASK_JOIN_BIAS, inputs, y, body, opset)
+
+
 def _place(body: tape.Tape, x: ir.Value, ids: ir.Value, starts: ir.Value) -> ir.Value:
     """Return ``starts[task_ids] + x``, one start for each row of x."""
     axis = body.op("Constant", [], {"value_ints": [1]})
@@ -163,10 +211,14 @@ FUNCTIONS = {
     TASK_OWN_DELTA_ROWS: task_own_delta_rows,
     TASK_HEAD_TOKENS: task_head_tokens,
     TASK_HEAD_ROWS: task_head_rows,
+    ONE_TASK_HEAD: one_task_head,
     TASK_EMBEDDING_DELTA: task_embedding_delta,
     TASK_EMBEDDING_ROWS: task_embedding_rows,
     TASK_VECTORS: task_vectors,
     TASK_VECTOR_ROWS: task_vector_rows,
+    TASK_UP: task_up,
+    TASK_JOIN: task_join,
+    TASK_JOIN_BIAS: task_join_bias,
 }
 
 

@@ -8,11 +8,13 @@
 
 Every marker has the attribute ``module``, the dotted name; TaskNorm has ``epsilon``. x
 ``[B, ..., I]``, ids ``[B, S]`` or ``[1, S]``, weight ``[O, I]`` (``[I]`` for a norm), bias
-``[O]``. The markers have no meaning to any runtime; ``lower`` replaces every one.
+``[O]``. Where x or ids come in other rows than the batch's, the attribute ``rows`` says in
+which (``row_order``). The markers have no meaning to any runtime; ``lower`` replaces every one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import nn
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.model import layer_named, linear_named
+from mtl_export.adapters.modules.naming import own_module
 from mtl_export.adapters.normal_form import AdapterSet
 from mtl_export.errors import BaseModelError, GraphError, shortened
 from mtl_export.graph import names
@@ -94,14 +97,19 @@ def marked_modules(adapters: AdapterSet) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*adapters.layers, *adapters.heads, *own]))
 
 
-def mark(model: Any, bound: BoundModel) -> None:
+def mark(model: Any, bound: BoundModel) -> dict[str, nn.Module]:
     """Swap the modules of ``model`` that differ between tasks.
+
+    Returns:
+        The modules that were swapped, by the names their markers carry; ``unmark`` takes them.
 
     Raises:
         GraphError: A module is of a kind that no marker stands for.
-        BaseModelError: The heads do not fit the model's features.
+        BaseModelError: The heads do not fit the model's features, or an adapter or a head is
+            for a module that the model does not have, or that is not linear.
     """
     adapters = bound.adapters
+    originals = {}
     for module in marked_modules(adapters):
         if module in adapters.heads:
             _refuse_misfit(bound, linear_named(model, module), module)
@@ -116,12 +124,21 @@ def mark(model: Any, bound: BoundModel) -> None:
             )
         else:
             marker = _own_marker(model, module, adapters)
-        model.set_submodule(module, marker)
+        own = own_module(model, module)
+        originals[module] = model.get_submodule(own)
+        model.set_submodule(own, marker)
+    return originals
+
+
+def unmark(model: Any, originals: Mapping[str, nn.Module]) -> None:
+    """Undo ``mark``."""
+    for module, original in originals.items():
+        model.set_submodule(own_module(model, module), original)
 
 
 def _own_marker(model: Any, module: str, adapters: AdapterSet) -> nn.Module:
     """Return the marker for a module that no adapter touches but whose tensors tasks replace."""
-    layer = model.get_submodule(module)
+    layer = model.get_submodule(own_module(model, module))
     own = {name for name in adapters.own_tensors if name.rpartition(".")[0] == module}
     known = {f"{module}.weight", f"{module}.bias"}
     if type(layer) is nn.LayerNorm and own <= known and layer.elementwise_affine:

@@ -6,13 +6,7 @@ and layouts.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import io
-import logging
-import re
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +14,15 @@ import onnx_ir as ir
 import torch
 
 from mtl_export.adapters.binding import BoundModel
-from mtl_export.adapters.modules.base import base_model, quiet_transformers
-from mtl_export.checkpoint.own_classes import refuse_graph
+from mtl_export.adapters.modules.base import base_model
+from mtl_export.checkpoint.model_inputs import PIXEL_VALUES, image_shape, longest_sequence
 from mtl_export.errors import GraphError, shortened
 from mtl_export.graph import names
-from mtl_export.graph.marking import mark, marked_modules
+from mtl_export.graph.export import exported
+from mtl_export.graph.marking import mark, marked_modules, unmark
 from mtl_export.graph.passes.markers import markers, module_of
+from mtl_export.graph.row_order import note_row_orders
 
-OPSET = 20
 # Lengths that no model has by accident, so that no size is mistaken for a constant.
 SAMPLE_BATCH, SAMPLE_SEQUENCE = 3, 11
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -58,22 +53,26 @@ def trace(bound: BoundModel) -> TracedModel:
             module of a kind that has no marker.
         BaseModelError: The heads do not fit the model's features.
     """
-    refuse_graph(bound.adapters.model_class)
     model = base_model(bound, torch.float32)
     # Only logits: a graph with a KV cache has other inputs and is traced by a pass of its own.
     model.config.use_cache = False
-    mark(model, bound)
+    originals = mark(model, bound)
     inputs = _sample_inputs(model)
     traced = _exported(model, inputs)
-    _name_dimensions(traced)
-    return _checked(traced, bound)
+    checked = checked_trace(traced, bound)
+    unmark(model, originals)
+    note_row_orders(checked.model, model, originals, inputs)
+    return checked
 
 
 def _sample_inputs(model: Any) -> dict[str, torch.Tensor]:
-    """Return seeded text inputs: ids inside the vocabulary, one row padded."""
+    """Return seeded inputs: images, or ids inside the vocabulary with one row padded."""
     config = model.config
-    accepted = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(0)
+    if getattr(model, "main_input_name", "") == PIXEL_VALUES:
+        image = (SAMPLE_BATCH, *_image_shape(model))
+        return {PIXEL_VALUES: torch.randn(image, generator=generator)}
+    accepted = inspect.signature(model.forward).parameters
     shape = (SAMPLE_BATCH, SAMPLE_SEQUENCE)
     mask = torch.ones(shape, dtype=torch.int64)
     mask[1, -3:] = 0
@@ -90,63 +89,34 @@ def _sample_inputs(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def _exported(model: Any, inputs: dict[str, Any]) -> ir.Model:
-    from transformers.exporters.configs import OnnxConfig
-    from transformers.exporters.exporter_onnx import OnnxExporter
-
-    longest = int(getattr(model.config, "max_position_embeddings", 0) or 2**15)
-    batch = torch.export.Dim(names.BATCH, min=1, max=2**20)
-    sequence = torch.export.Dim(names.SEQUENCE, min=1, max=longest)
-    config = OnnxConfig(
-        dynamic_shapes={name: {0: batch, 1: sequence} for name in inputs}, opset_version=OPSET
-    )
-    try:
-        with _quiet_exporter():
-            exported = OnnxExporter().export(model, inputs, config=config)
-    except Exception as error:
-        # torch.export and torch.onnx raise many unrelated types; all mean the same to the user.
+def _image_shape(model: Any) -> tuple[int, int, int]:
+    shape = image_shape(model.config.to_dict())
+    if shape is None:
         raise GraphError(
             where=type(model).__name__,
-            found=f"the ONNX exporter gave up: {str(error).strip().splitlines()[0]}",
-            expected="a model that torch.export can trace with a dynamic batch and sequence",
-            fix="Merge per task instead (mtl-export merge), or report the model class",
-        ) from error
-    # transformers 5.20, the newest for Python 3.10, returns torch's own ONNXProgram.
-    result: Any = exported
-    model_ir: ir.Model = getattr(result, "program", None) or result.model
-    return model_ir
+            found="a vision model whose config has no image_size",
+            expected="one size for all images",
+            why="the graph is traced with an image of that size",
+            fix="Add image_size to config.json of the base",
+        )
+    return shape
 
 
-def _name_dimensions(model: ir.Model) -> None:
-    """Give the exporter's symbols (s18, s41) the names that users and builders read."""
-    first = model.graph.inputs[0].shape
-    if first is None:
-        raise GraphError(where="graph input", found="no shape", expected="[batch, sequence]")
-    renamed = {
-        re.compile(rf"\b{re.escape(str(dim.value))}\b"): name
-        for dim, name in zip(first, (names.BATCH, names.SEQUENCE), strict=True)
-        if isinstance(dim, ir.SymbolicDim)
+def _exported(model: Any, inputs: dict[str, torch.Tensor]) -> ir.Model:
+    # Texts are [batch, sequence]; of images only the number is free.
+    axes = {
+        name: {0: names.BATCH, 1: names.SEQUENCE} if value.ndim == 2 else {0: names.BATCH}
+        for name, value in inputs.items()
     }
-    values = [*model.graph.inputs]
-    for node in model.graph.all_nodes():
-        values += node.outputs
-    for value in values:
-        if value.shape is None:
-            continue
-        dims: list[int | ir.SymbolicDim | str | None] = []
-        for dim in value.shape:
-            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
-                text = str(dim.value)
-                for symbol, name in renamed.items():
-                    text = symbol.sub(name, text)
-                dims.append(text)
-            else:
-                dims.append(dim)
-        value.shape = ir.Shape(dims)
+    return exported(model, inputs, axes, {names.SEQUENCE: longest_sequence(model.config.to_dict())})
 
 
-def _checked(model: ir.Model, bound: BoundModel) -> TracedModel:
-    """Return the trace, cleaned, once every adapted layer has exactly one marker."""
+def checked_trace(model: ir.Model, bound: BoundModel, stem: str = "model") -> TracedModel:
+    """Return the trace, cleaned, once every adapted layer has exactly one marker.
+
+    Raises:
+        GraphError: A marker got lost, or is there twice.
+    """
     import onnx_ir.passes.common as common
 
     # Stack traces with the exporting machine's paths would make bytes differ between machines.
@@ -168,22 +138,5 @@ def _checked(model: ir.Model, bound: BoundModel) -> TracedModel:
         model,
         tuple(name for name in found if name not in heads),
         tuple(name for name in found if name in heads),
+        stem,
     )
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's chatter (version notes, torchvision, progress) off the terminal."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)
-    try:
-        with (
-            quiet_transformers(),
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        registration.setLevel(level)

@@ -84,11 +84,14 @@ class OracleRunner:
                 why=f"the checkpoint has {count} tasks",
             )
         with torch.inference_mode():
-            tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-            if len(self._models) == 1:
+            tensors = _tensors(inputs, self._dtype)
+            present = np.unique(ids)
+            if len(self._models) == 1 and len(present) == 1:
                 return _arrays(self._models[0](**tensors))
             widest = max(len(task.labels) for task in self._bound.adapters.tasks)
-            return _joined(self._models, tensors, widest)
+            # One task at a time: layers that see windows or packed or transposed tokens would
+            # have to know whose rows they are, and that is what the graphs are checked for.
+            return _joined(_members(self._models, present), tensors, widest)
 
 
 class MergedRunner:
@@ -159,11 +162,8 @@ class MergedRunner:
         if self._model is None:
             raise RuntimeError("enter the runner before calling infer")
         with torch.inference_mode():
-            tensors = {
-                name: torch.from_numpy(value)
-                for name, value in inputs.items()
-                if name != "task_ids"
-            }
+            dtype = next(self._model.parameters()).dtype
+            tensors = _tensors({n: v for n, v in inputs.items() if n != "task_ids"}, dtype)
             return _arrays(self._model(**tensors))
 
 
@@ -189,8 +189,17 @@ def member_models(bound: BoundModel) -> tuple[BoundModel, ...]:
     )
 
 
+def _members(
+    models: tuple[MultiTaskModel, ...], present: Array
+) -> dict[int, tuple[MultiTaskModel, int]]:
+    """Return, for each task in the batch, its model and its id there."""
+    if len(models) == 1:
+        return {task: (models[0], task) for task in present.tolist()}
+    return {task: (models[task], 0) for task in present.tolist()}
+
+
 def _joined(
-    models: tuple[MultiTaskModel, ...], inputs: dict[str, torch.Tensor], widest: int
+    members: Mapping[int, tuple[MultiTaskModel, int]], inputs: dict[str, torch.Tensor], widest: int
 ) -> dict[str, Array]:
     """Return the rows of every model's own task, put back in order.
 
@@ -198,13 +207,12 @@ def _joined(
     """
     task_ids = inputs["task_ids"]
     parts: dict[str, list[tuple[Array, Array]]] = {}
-    for index, model in enumerate(models):
-        rows = (task_ids == index).nonzero().squeeze(-1)
-        if rows.numel():
-            own = {name: value[rows] for name, value in inputs.items()}
-            own["task_ids"] = torch.zeros_like(rows)
-            for name, value in _arrays(model(**own)).items():
-                parts.setdefault(name, []).append((rows.numpy(), value))
+    for task, (model, own_id) in members.items():
+        rows = (task_ids == task).nonzero().squeeze(-1)
+        own = {name: value[rows] for name, value in inputs.items()}
+        own["task_ids"] = torch.full_like(rows, own_id)
+        for name, value in _arrays(model(**own)).items():
+            parts.setdefault(name, []).append((rows.numpy(), value))
     joined = {}
     for name, found in parts.items():
         width = max(widest, *(value.shape[-1] for _, value in found))
@@ -243,6 +251,12 @@ def _head_module(head: HeadTensors, dtype: torch.dtype) -> nn.Linear:
         else:
             linear.bias.copy_(torch.from_numpy(head.bias.widened()))
     return linear
+
+
+def _tensors(inputs: Mapping[str, Array], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return the inputs with images and other features in the model's dtype."""
+    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
 
 
 def _arrays(output: Any) -> dict[str, Array]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mtl_export.adapters.binding import BoundModel
+from mtl_export.adapters.modules.naming import own_tensor
 from mtl_export.adapters.modules.readout import with_readout
 from mtl_export.checkpoint.hidden_biases import SWITCHES
 from mtl_export.checkpoint.own_classes import own_class
@@ -74,9 +75,11 @@ def _replace(model: Any, bound: BoundModel, dtype: torch.dtype, added: Iterable[
             value = torch.from_numpy(bound.base_tensor(name).widened())
             state[name].copy_(value.to(dtype))
         for name, tensor in bound.checkpoint.replaced.items():
-            state[name].copy_(torch.from_numpy(tensor.widened()).to(dtype))
+            own = own_tensor(model, name)
+            state[own].copy_(torch.from_numpy(tensor.widened()).to(dtype))
         for name, rows in bound.checkpoint.rows.items():
-            state[name][list(rows.indices)] = torch.from_numpy(rows.values.widened()).to(dtype)
+            values = torch.from_numpy(rows.values.widened()).to(dtype)
+            state[own_tensor(model, name)][list(rows.indices)] = values
 
 
 def class_named(name: str) -> Any:

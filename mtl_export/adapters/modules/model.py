@@ -13,8 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mtl_export.adapters.modules.naming import own_module
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.adapters.normal_form import NO_LABEL
+from mtl_export.errors import BaseModelError
 
 
 class TaskHeads(nn.Module):
@@ -69,10 +71,11 @@ class MultiTaskModel(nn.Module):
         self.routing = TaskRouting()
         self.model = model.requires_grad_(False)
         for name, adapt in adapters.items():
-            model.set_submodule(name, adapt(layer_named(model, name), self.routing))
+            adapted = adapt(layer_named(model, name), self.routing)
+            model.set_submodule(own_module(model, name), adapted)
         for name, task_heads in heads.items():
             linear_named(model, name)
-            model.set_submodule(name, TaskHeads(task_heads, self.routing))
+            model.set_submodule(own_module(model, name), TaskHeads(task_heads, self.routing))
         self.adapter_modules = tuple(adapters)
         self.head_modules = tuple(heads)
 
@@ -86,10 +89,10 @@ def layer_named(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
     """Return the linear layer or the embedding called ``name``.
 
     Raises:
-        TypeError: It exists but is neither, or an embedding that does more than look up.
-        AttributeError: There is none.
+        BaseModelError: There is none, it is neither, or an embedding that does more than
+            look up.
     """
-    layer = model.get_submodule(name)
+    layer = model.get_submodule(own_module(model, name))
     return layer if type(layer) is nn.Embedding else linear_named(model, name)
 
 
@@ -97,12 +100,11 @@ def linear_named(model: nn.Module, name: str) -> nn.Linear:
     """Return the linear layer called ``name``; a transformers ``Conv1D`` as one.
 
     Raises:
-        TypeError: It exists but is no linear layer.
-        AttributeError: There is none.
+        BaseModelError: There is none, or it is no linear layer.
     """
     from transformers.pytorch_utils import Conv1D
 
-    layer = model.get_submodule(name)
+    layer = model.get_submodule(own_module(model, name))
     if isinstance(layer, Conv1D):
         inputs, outputs = layer.weight.shape
         linear = nn.Linear(inputs, outputs, device="meta", dtype=layer.weight.dtype)
@@ -110,5 +112,11 @@ def linear_named(model: nn.Module, name: str) -> nn.Linear:
         linear.bias = layer.bias
         return linear
     if not isinstance(layer, nn.Linear):
-        raise TypeError(f"{name} is a {type(layer).__name__}, not an nn.Linear")
+        raise BaseModelError(
+            where=name,
+            found=f"a {type(layer).__name__} in {type(model).__name__}",
+            expected="an nn.Linear, or transformers' Conv1D",
+            why="adapters and per-task heads replace linear layers",
+            fix="Name the linear layers inside it as target or head modules",
+        )
     return layer

@@ -26,13 +26,16 @@ class TaskRouting:
     def rows(self, row_count: int) -> torch.Tensor:
         """Return one id per row, int64 ``[row_count]``.
 
-        A layer that sees ``[batch * m, ...]`` rows, batch-major, gets each id m times.
+        A batch of one task may come in rows of any number and order. In others, a layer that
+        sees ``[batch * m, ...]`` rows, batch-major, gets each id m times.
         """
         if self._task_ids is None:
             raise ValueError("task_ids were not set before the forward pass")
         batch = self._task_ids.shape[0]
         if row_count == batch:
             return self._task_ids
+        if bool((self._task_ids == self._task_ids[0]).all()):
+            return self._task_ids[:1].expand(row_count)
         if row_count % batch:
             raise ValueError(f"{row_count} rows cannot be split over a batch of {batch}")
         return self._task_ids.repeat_interleave(row_count // batch)

@@ -41,3 +41,22 @@ def replace_marker(node: ir.Node, ops: tape.Tape, result: ir.Value) -> None:
     convenience.replace_nodes_and_values(
         node.graph, node, [node], ops.nodes, node.outputs, [result]
     )
+
+
+def input_of(node: ir.Node) -> ir.Value:
+    """Return what a marker works on."""
+    x = node.inputs[0]
+    if x is None:
+        raise ValueError(f"marker {node.name} has no input")
+    return x
+
+
+def rank(x: ir.Value) -> int:
+    """Return the number of dimensions, 0 where it is unknown."""
+    return len(x.shape) if x.shape is not None else 0
+
+
+def is_batch_first(x: ir.Value) -> bool:
+    """Return whether the traced sizes alone say that row b belongs to row b of the batch."""
+    first = x.shape[0] if x.shape is not None and rank(x) > 1 else None
+    return isinstance(first, ir.SymbolicDim) and first.value == names.BATCH

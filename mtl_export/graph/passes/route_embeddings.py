@@ -11,9 +11,9 @@ from onnx_ir import tape
 from mtl_export.adapters.normal_form import AnyAdapter
 from mtl_export.errors import GraphError
 from mtl_export.graph import functions, names
-from mtl_export.graph.passes.markers import module_of
+from mtl_export.graph.passes.markers import input_of, module_of, rank
 from mtl_export.graph.passes.own_tensors import task_tensor
-from mtl_export.graph.passes.routing import RoutePass, input_of, name_values, rank
+from mtl_export.graph.passes.routing import RoutePass, name_values
 from mtl_export.graph.passes.stacks import embedding_blocks, embedding_table, with_poison
 from mtl_export.graph.passes.weights import add_initializer
 
@@ -30,8 +30,9 @@ class RouteEmbeddingsPass(RoutePass):
            trained rows below it, and the slots say where in it each task's tokens are.
         4. an embedding that tasks trained whole: the same, its table is theirs stacked.
         5. x [1, S], as positions are: the vectors become each row's own, [B, S, O].
-        6. x of another shape, or an embedding that one task adapts and another replaces:
-           refused.
+        6. x in other rows than the batch's: one of the above on a view of it (``row_view``).
+        7. one task for the whole batch, x [..., S]: the same with ids [1].
+        8. an embedding that one task adapts and another replaces: refused.
     """
 
     op_types: ClassVar[frozenset[str]] = frozenset({names.MARKER_EMBEDDING})
@@ -39,7 +40,9 @@ class RouteEmbeddingsPass(RoutePass):
     def lower(self, graph: ir.Graph, node: ir.Node, ids: ir.Value, ops: tape.Tape) -> ir.Value:
         """Record one embedding."""
         module, x = module_of(node), input_of(node)
-        _refuse_unknown_shape(module, x)
+        if self._is_scalar:
+            axis = ops.op("Constant", [], {"value_ints": [0]}, name=names.value(module, "axis"))
+            ids = ops.op("Unsqueeze", [ids, axis], name=names.value(module, "ids"))
         layer = self._bound.adapters.layers.get(module)
         is_replaced = f"{module}.weight" in self._bound.adapters.own_tensors
         if layer is None:
@@ -55,8 +58,15 @@ class RouteEmbeddingsPass(RoutePass):
         else:
             y = self._adapted(graph, layer, x, ids, ops)
         name_values(ops, y)
-        _widen(node.outputs[0])
+        if not self._is_scalar:
+            _widen(node.outputs[0])
         return y
+
+    def _lowered(self, graph: ir.Graph, node: ir.Node, ids: ir.Value, ops: tape.Tape) -> ir.Value:
+        x = input_of(node)
+        if x.shape is not None and rank(x) == 2 and x.shape[0] == 1:
+            return self.lower(graph, node, ids, ops)
+        return super()._lowered(graph, node, ids, ops)
 
     def _adapted(
         self, graph: ir.Graph, layer: AnyAdapter, x: ir.Value, ids: ir.Value, ops: tape.Tape
@@ -110,19 +120,6 @@ class RouteEmbeddingsPass(RoutePass):
         starts = np.arange(len(self._bound.adapters.tasks) + 1, dtype=np.int64) * entries
         name = names.part(module, "starts")
         return add_initializer(graph, name, starts.shape, lambda: starts, ir.DataType.INT64)
-
-
-def _refuse_unknown_shape(module: str, x: ir.Value) -> None:
-    first = x.shape[0] if x.shape is not None and rank(x) == 2 else None
-    is_batch = isinstance(first, ir.SymbolicDim) and first.value == names.BATCH
-    if not is_batch and first != 1:
-        raise GraphError(
-            where=module,
-            found=f"its ids have shape {x.shape}",
-            expected=f"[{names.BATCH}, {names.SEQUENCE}] or [1, {names.SEQUENCE}]",
-            why="every row must be told its task",
-            fix="Export this model per task: --layout per-task",
-        )
 
 
 def _widen(value: ir.Value) -> None:

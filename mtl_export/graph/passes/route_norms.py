@@ -9,14 +9,9 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from mtl_export.graph import names
-from mtl_export.graph.passes.markers import module_of
+from mtl_export.graph.passes.markers import input_of, module_of
 from mtl_export.graph.passes.own_tensors import task_tensor
-from mtl_export.graph.passes.routing import (
-    RoutePass,
-    input_of,
-    name_values,
-    refuse_unknown_rows,
-)
+from mtl_export.graph.passes.routing import RoutePass, name_values
 from mtl_export.graph.passes.weights import add_initializer
 
 
@@ -27,14 +22,13 @@ class RouteNormsPass(RoutePass):
         1. tasks trained the bias  ->  ``Add(LayerNormalization(x, w), biases[ids])``
         2. tasks trained the weight, or both  ->
            ``Add(Mul(LayerNormalization(x, 1), weights[ids]), biases[ids])``
-        3. x whose first dimension is not the graph's ``batch``: refused.
+        3. x whose rows cannot be told apart (``row_view``): refused.
     """
 
     op_types: ClassVar[frozenset[str]] = frozenset({names.MARKER_NORM})
 
     def lower(self, graph: ir.Graph, node: ir.Node, ids: ir.Value, ops: tape.Tape) -> ir.Value:
         """Record one normalisation."""
-        refuse_unknown_rows(node)
         module, x = module_of(node), input_of(node)
         name = f"{module}.weight"
         shared = node.inputs[1]

@@ -12,15 +12,9 @@ from mtl_export.adapters.base_layer import is_conv1d
 from mtl_export.adapters.normal_form import AnyAdapter, Head, OwnAdapter
 from mtl_export.errors import GraphError
 from mtl_export.graph import functions, names
-from mtl_export.graph.passes.markers import module_of
+from mtl_export.graph.passes.markers import input_of, module_of, rank
 from mtl_export.graph.passes.own_tensors import task_bias, task_linear
-from mtl_export.graph.passes.routing import (
-    RoutePass,
-    input_of,
-    name_values,
-    rank,
-    refuse_unknown_rows,
-)
+from mtl_export.graph.passes.routing import RoutePass, name_values
 from mtl_export.graph.passes.stacks import stacked_blocks, stacked_cores, stacked_heads
 from mtl_export.graph.passes.weights import add_initializer
 
@@ -44,16 +38,18 @@ class RouteTasksPass(RoutePass):
         8. the same with x [B, S, I], logits for every token: ``TaskHeadTokens``
         9. ``TaskHead`` of a layer inside the model whose weight tasks trained whole: the same,
            the base's weight for tasks that did not.
-        10. x whose first dimension is not the graph's ``batch``: refused, for its rows
-            could not be told apart.
-        11. a layer that one task adapts and another replaces whole: refused.
+        10. x in other rows than the batch's (windows, beams, packed or transposed tokens),
+            or with more dimensions: one of the above on a view of it (``row_view``); refused
+            where its rows cannot be told apart.
+        11. one task for the whole batch: ``TaskDelta`` with a scalar id, whatever the shape
+            of x, and ``OneTaskHead``.
+        12. a layer that one task adapts and another replaces whole: refused.
     """
 
     op_types: ClassVar[frozenset[str]] = frozenset({names.MARKER_LINEAR, names.MARKER_HEAD})
 
     def lower(self, graph: ir.Graph, node: ir.Node, ids: ir.Value, ops: tape.Tape) -> ir.Value:
         """Record one layer."""
-        refuse_unknown_rows(node)
         lower = self._head if node.op_type == names.MARKER_HEAD else self._linear
         return lower(graph, node, ids, ops)
 
@@ -77,7 +73,7 @@ class RouteTasksPass(RoutePass):
     def _delta(
         self, graph: ir.Graph, layer: AnyAdapter, x: ir.Value, ids: ir.Value, ops: tape.Tape
     ) -> ir.Value:
-        rows = rank(x) == 2
+        rows = rank(x) == 2 and not self._is_scalar
         if isinstance(layer, OwnAdapter):
             stacks = stacked_blocks(layer)
             function = functions.TASK_OWN_DELTA_ROWS if rows else functions.TASK_OWN_DELTA
@@ -128,6 +124,7 @@ class RouteTasksPass(RoutePass):
         ]
         x = input_of(node)
         function = functions.TASK_HEAD_ROWS if rank(x) == 2 else functions.TASK_HEAD_TOKENS
+        function = functions.ONE_TASK_HEAD if self._is_scalar else function
         return self.custom(function, [x, ids, *stacks], names.value(module, "head"), ops)
 
     def _heads(self, module: str) -> tuple[Head, ...]:

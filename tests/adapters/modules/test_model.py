@@ -7,6 +7,7 @@ from torch import nn
 from mtl_export.adapters.modules.model import MultiTaskModel, TaskHeads, linear_named
 from mtl_export.adapters.modules.mtl_lora import MTLLoRALinear
 from mtl_export.adapters.modules.routing import TaskRouting
+from mtl_export.errors import BaseModelError
 
 
 def heads(*widths: int) -> list[nn.Linear]:
@@ -69,7 +70,7 @@ def test_a_model_is_adapted_in_place_and_only_adapters_and_heads_train() -> None
 
 def test_only_linear_layers_are_adapted() -> None:
     """A layer of another kind is refused with its type; a missing one by name."""
-    with pytest.raises(TypeError, match="norm is a LayerNorm"):
+    with pytest.raises(BaseModelError, match="norm: a LayerNorm"):
         linear_named(_Encoder(), "norm")
-    with pytest.raises(AttributeError, match="nowhere"):
+    with pytest.raises(BaseModelError, match="nowhere"):
         linear_named(_Encoder(), "nowhere")

@@ -205,7 +205,7 @@ def test_untouched_rows_are_stored_once() -> None:
 def test_ids_that_are_no_rows_are_refused(shape: str) -> None:
     """Rows that cannot be told apart."""
     text = GRAPH.replace("int64[batch, sequence]", shape)
-    with pytest.raises(GraphError, match="its ids have shape"):
+    with pytest.raises(GraphError, match="its input has shape"):
         routed(CASES["own"], text)
 
 

@@ -121,7 +121,6 @@ def test_the_base_product_is_stock_and_the_bias_comes_last() -> None:
         ("float[batch, 6] first", "float[rows, 6] first", "pool"),
         ("float[batch, 6] first", "float[3, 6] first", "pool"),
         ("float[batch, 3] p", "float[p_rows, 3] p", "head"),
-        ("float[batch, sequence, 7] r", "float[batch, 2, sequence, 7] r", "enc.narrow"),
         ("float[batch, sequence, 7] r", "float[windows, sequence, 7] r", "enc.narrow"),
         (", float[batch, 3] p", "", "head"),
     ],

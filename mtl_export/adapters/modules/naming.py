@@ -1,0 +1,99 @@
+"""Names in files and names in memory: transformers 5 renamed modules and still reads old files.
+
+    vit.encoder.layer.0.attention.attention.query     as every ViT on disk has it
+    vit.layers.0.attention.q_proj                     what the class calls it since 5.x
+
+Files and everything built from them keep the stored names; only where a PyTorch model is at
+hand are they turned into its own. An adapter trained on such a model may name its modules
+either way. The renaming rules are transformers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from mtl_export.errors import BaseModelError
+
+
+def own_module(model: Any, stored: str) -> str:
+    """Return what ``model`` itself calls the module that files call ``stored``.
+
+    Raises:
+        BaseModelError: It has no such module.
+    """
+    own = _module(own_tensor(model, f"{stored}.weight"))
+    for name in (stored, own):
+        if _has_module(model, name):
+            return name
+    raise BaseModelError(
+        where=stored,
+        found=f"{type(model).__name__} has no module of that name",
+        expected="a module of the class that was trained",
+        why="the checkpoint adapts it or has its own for every task",
+        fix="Check model_class, or pass the base the adapter was trained on to --base",
+    )
+
+
+def own_tensor(model: Any, stored: str) -> str:
+    """Return what ``model`` itself calls the parameter or buffer that files call ``stored``."""
+    if _has_module(model, _module(stored)):
+        return stored
+    return _renamed([stored], model)[stored]
+
+
+def stored_modules(
+    class_name: str, config: Mapping[str, Any], stored: Iterable[str], own: Iterable[str]
+) -> dict[str, str]:
+    """Return, for module names of a class, the names under which files have them.
+
+    Args:
+        class_name: Of transformers.
+        config: Of the model with these files.
+        stored: Names of the tensors in the files, those of a bare base lacking one part.
+        own: Module names as the class has them; those that no tensor fits are left out.
+    """
+    import transformers
+
+    model_class: Any = getattr(transformers, class_name, None)
+    try:
+        with torch.device("meta"):
+            model: Any = model_class(model_class.config_class.from_dict(dict(config)))
+    except Exception:
+        # Whoever needs the model says what is wrong with it; here it is only asked for names.
+        return {}
+    by_own = {_module(new): _module(old) for old, new in _renamed(stored, model).items()}
+    found = {}
+    for name in own:
+        first, _, rest = name.partition(".")
+        if name in by_own:
+            found[name] = by_own[name]
+        elif rest in by_own:
+            found[name] = f"{first}.{by_own[rest]}"
+    return {name: stored for name, stored in found.items() if name != stored}
+
+
+def _renamed(stored: Iterable[str], model: Any) -> dict[str, str]:
+    """Return the stored names of tensors with ``model``'s own names for them."""
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    if not isinstance(model, PreTrainedModel):
+        return {name: name for name in stored}
+    rules = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    return {name: rename_source_key(name, rules, [])[0] for name in stored}
+
+
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _has_module(model: Any, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

@@ -1,0 +1,43 @@
+"""What a model takes, told from its ``config.json``: text of what length, images of what size.
+
+transformers itself is not imported.
+
+>>> image_shape({"image_size": 224, "patch_size": 16})
+(3, 224, 224)
+>>> longest_sequence({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1})
+512
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PIXEL_VALUES = "pixel_values"
+# Model types that number positions from pad_token_id + 1 on. Found by searching transformers
+# 5.23 (src/transformers/models) for create_position_ids_from_input_ids.
+OFFSET_POSITIONS = frozenset({
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "longformer", "luke", "mpnet",
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
+# Beyond any length a user would ask of a model that does not name its own.
+NO_LIMIT = 2**15
+
+
+def image_shape(config: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Return channels, height and width of the images a model takes; None if it takes none."""
+    size = config.get("image_size")
+    if size is None or config.get("vocab_size") is not None:
+        return None
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(config.get("num_channels") or 3), int(height), int(width)
+
+
+def longest_sequence(config: Mapping[str, Any], unlimited: int = NO_LIMIT) -> int:
+    """Return how many tokens a model takes; ``unlimited`` if its config does not say."""
+    positions = int(config.get("max_position_embeddings") or 0)
+    if not positions:
+        return unlimited
+    if config.get("model_type") in OFFSET_POSITIONS:
+        positions -= int(config.get("pad_token_id") or 0) + 1
+    return positions
