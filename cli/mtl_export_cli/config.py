@@ -258,6 +258,14 @@ SECTIONS: dict[str, dict[str, Reader]] = {
         "opt_shapes": _shapes,
         "max_shapes": _shapes,
     },
+    "bench": {
+        "shapes": _text,
+        "rounds": _count,
+        "new_tokens": _count,
+        "threads": _count,
+        "onnx": _path,
+        "engines": _path,
+    },
     "parity": {
         "inputs": _path,
         "atol": _number,

@@ -46,6 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "mtl_export_cli.commands.verify",
         "Check a finished folder again, also on the device.",
     ),
+    "bench": ("mtl_export_cli.commands.bench", "Measure latency, throughput and memory."),
     "doctor": ("mtl_export_cli.commands.doctor", "Say what is installed and what is missing."),
 }
 EXIT_DONE, EXIT_BUG, EXIT_USAGE, EXIT_PARITY_FAILED = 0, 1, 2, 3

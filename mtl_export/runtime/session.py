@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 MODEL_FILE, PREFILL_FILE, DECODE_FILE = "model.onnx", "prefill.onnx", "decode.onnx"
 PRESENT = "present."
-TaskLike = str | int
+TaskLike = str | int | np.integer[Any]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class TaskSession:
     def run(
         self,
         inputs: Mapping[str, Any],
-        tasks: TaskLike | Sequence[TaskLike] | None = None,
+        tasks: TaskLike | Sequence[TaskLike] | Array | None = None,
         *,
         max_batch: int | None = None,
     ) -> TaskOutputs:
@@ -164,7 +164,7 @@ class TaskSession:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        tasks: TaskLike | Sequence[TaskLike] | None = None,
+        tasks: TaskLike | Sequence[TaskLike] | Array | None = None,
         *,
         max_new_tokens: int,
         max_batch: int | None = None,
@@ -231,12 +231,14 @@ class TaskSession:
         pad = self._texts.pad_token_id
         return rows_from(inputs, self._inputs, pad_token_id=pad, where=str(self._path))
 
-    def _served(self, tasks: TaskLike | Sequence[TaskLike] | None, count: int) -> tuple[Task, ...]:
+    def _served(
+        self, tasks: TaskLike | Sequence[TaskLike] | Array | None, count: int
+    ) -> tuple[Task, ...]:
         if tasks is None and len(self.tasks) == 1:
             return self.tasks * count
         if isinstance(tasks, str | int | np.integer):
-            return (self.task(_plain(tasks)),) * count
-        named = tuple(self.task(_plain(task)) for task in (() if tasks is None else tasks))
+            return (self.task(tasks),) * count
+        named = tuple(self.task(task) for task in (() if tasks is None else tasks))
         if len(named) != count:
             raise UsageError(
                 where="tasks",
@@ -306,11 +308,6 @@ def _graph_file(path: Path) -> Path:
         if inside
         else "Run mtl-export onnx --all-tasks",
     )
-
-
-def _plain(task: TaskLike) -> TaskLike:
-    """Return numpy's integers as Python's."""
-    return int(task) if isinstance(task, np.integer) else task
 
 
 def _ended(tokens: list[int], ends: Sequence[int]) -> list[int]:

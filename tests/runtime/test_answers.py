@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.tensors import Array
 from mtl_export.runtime.answers import answer_of
 
 SINGLE = Task("single", 0, ("a", "b", "c"), "single_label_classification")
@@ -45,7 +46,7 @@ def test_regression_is_its_numbers() -> None:
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_every_token_may_have_its_own_label(dtype: type) -> None:
     """[S, L] gives a list of S decisions, in float32 whatever the graph's dtype."""
-    logits = np.array([[1, 2, 3, 9], [5, 4, 3, 9]], dtype)
+    logits: Array = np.array([[1, 2, 3, 9], [5, 4, 3, 9]]).astype(dtype)
     answer = answer_of(SINGLE, {"logits": logits})
     assert answer.decision == ["c", "a"]
     assert np.asarray(answer.probabilities).dtype == np.float32

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,7 +95,8 @@ def test_every_row_gets_its_own_tasks_answer(session: TaskSession, exported: Pat
 def test_names_ids_and_one_for_all_say_the_same(session: TaskSession) -> None:
     """A task may be named, numbered (by numpy too) or said once."""
     by_name = session.run({"input_ids": ROWS}, ["topic"] * 5).outputs["logits"]
-    for tasks in ([1] * 5, np.array([1] * 5), "topic", 1, np.int64(1)):
+    same_tasks: list[Any] = [[1] * 5, np.array([1] * 5), "topic", 1, np.int64(1)]
+    for tasks in same_tasks:
         same = session.run({"input_ids": ROWS}, tasks).outputs["logits"]
         np.testing.assert_array_equal(by_name, same)
 
@@ -158,7 +160,7 @@ def test_as_many_tasks_as_rows(session: TaskSession, tasks: list[str] | None) ->
         session.run({"input_ids": ROWS}, tasks)
 
 
-WRONG_INPUTS = {
+WRONG_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown input": ({"input_ids": ROWS, "pixels": ROWS}, "pixels is no input"),
     "missing input": ({"attention_mask": ROWS}, "input_ids is missing"),
     "no rows": ({"input_ids": []}, "no rows"),

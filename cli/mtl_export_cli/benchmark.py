@@ -1,0 +1,201 @@
+"""Which exported forms there are to measure, and the machine they are measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtl_export.errors import BackendMissingError, IntegrityError, UsageError
+from mtl_export_cli.options import Settings
+
+if TYPE_CHECKING:
+    from mtl_export.checkpoint.checkpoint import Task
+    from mtl_export.runtime.measure import Subject
+
+MERGED, SINGLE, ADAPTER_INPUT = "merged onnx", "single graph onnx", "adapter-input onnx"
+MERGED_ENGINE, SINGLE_ENGINE = "merged engine", "single graph engine"
+EAGER = "eager pytorch unmerged"
+PACKAGES = ("mtl-export", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "torch",
+            "transformers")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """What is measured and what is not.
+
+    Attributes:
+        subjects: In the order of the table; the merged graph, if there, first.
+        files: What each subject's weights take on disk, by its name.
+        not_run: Form and reason.
+    """
+
+    subjects: tuple[Subject, ...]
+    files: Mapping[str, int]
+    not_run: tuple[tuple[str, str], ...]
+
+
+def lineup(
+    settings: Settings,
+    tasks: Sequence[Task],
+    onnx: Path,
+    engines: Path,
+    *,
+    threads: int,
+    new_tokens: int,
+    with_eager: bool,
+) -> Lineup:
+    """Return every form that can be measured.
+
+    Args:
+        settings: Where checkpoint and base are.
+        tasks: The tasks that are asked for; the first with a merged graph stands for all.
+        onnx: Holds ``model.onnx`` (or ``prefill.onnx``) and ``<task>/model.onnx``.
+        engines: Holds ``model.engine`` and ``<task>/model.engine``.
+        threads: For each model.
+        new_tokens: Decoding steps, for language models.
+        with_eager: Measure PyTorch as well.
+
+    Raises:
+        UsageError: Nothing was exported.
+        BackendMissingError: What was exported cannot be run here.
+    """
+    subjects: list[Subject] = []
+    files: dict[str, int] = {}
+    not_run: list[tuple[str, str]] = []
+    is_generating = False
+    merged = [onnx / task.name for task in tasks]
+    for name, folders in ((MERGED, merged), (SINGLE, [onnx])):
+        folder = next((one for one in folders if _graph(one)), None)
+        if folder is None:
+            verb = "onnx --all-tasks" + (" --layout per-task" if name == MERGED else "")
+            not_run.append((name, f"not exported; mtl-export {verb} makes it"))
+            continue
+        is_generating |= _graph(folder) == "prefill.onnx"
+        subjects.append(_onnx_subject(name, folder, threads, new_tokens))
+        files[name] = _size(folder, "*.onnx", "*.onnx.data")
+    for name, candidates in (
+        (MERGED_ENGINE, [engines / task.name for task in tasks]),
+        (SINGLE_ENGINE, [engines]),
+    ):
+        path = next((one / "model.engine" for one in candidates
+                     if (one / "model.engine").is_file()), None)  # fmt: skip
+        reason = _why_no_engine(path)
+        if path is None or reason:
+            not_run.append((name, reason))
+            continue
+        from mtl_export.runtime.subjects import Engine
+
+        subjects.append(Engine(name, path))
+        files[name] = path.stat().st_size
+    _refuse_nothing(subjects, not_run, onnx, engines)
+    if with_eager:
+        subjects.append(_eager(settings, threads, new_tokens if is_generating else 0))
+    return Lineup(tuple(subjects), files, tuple(not_run))
+
+
+def _graph(folder: Path) -> str:
+    """Return the name of the graph to open in ``folder``, "" if there is none."""
+    names = ("model.onnx", "prefill.onnx")
+    return next((name for name in names if (folder / name).is_file()), "")
+
+
+def _onnx_subject(name: str, folder: Path, threads: int, new_tokens: int) -> Subject:
+    from mtl_export.runtime.subjects import OnnxLanguageModel, OnnxModel
+
+    if _graph(folder) == "prefill.onnx":
+        return OnnxLanguageModel(name, folder, threads, new_tokens)
+    return OnnxModel(name, folder / "model.onnx", threads)
+
+
+def _why_no_engine(path: Path | None) -> str:
+    """Return why the engine at ``path`` cannot run here, "" if it can."""
+    from mtl_export.runtime.tensorrt import TensorRTBackend
+
+    if path is None:
+        return "not built; mtl-export trt --all-tasks makes it"
+    try:
+        return TensorRTBackend(path).why_not_runnable()
+    except IntegrityError as error:
+        return str(error).rstrip(".")
+
+
+def _refuse_nothing(
+    subjects: Sequence[Subject], not_run: Sequence[tuple[str, str]], onnx: Path, engines: Path
+) -> None:
+    if subjects:
+        return
+    if any(engines.glob("**/model.engine")):
+        raise BackendMissingError(
+            where="bench",
+            found="; ".join(f"{name}: {reason}" for name, reason in not_run),
+            expected="at least one exported model that can run here",
+            fix="See mtl-export doctor for what is missing",
+        )
+    raise UsageError(
+        where="bench",
+        found=f"nothing under {onnx} or {engines}",
+        expected="at least one exported model",
+        fix="Run mtl-export onnx --all-tasks, and once more with --layout per-task",
+    )
+
+
+def _eager(settings: Settings, threads: int, new_tokens: int) -> Subject:
+    from mtl_export.runtime.subjects import EagerModel
+
+    if settings.checkpoint is None or settings.base is None:
+        raise RuntimeError("the checkpoint was opened from these settings")
+    given = {
+        "alpha": settings.alpha,
+        "temperature": settings.temperature,
+        "task_names": settings.tasks,
+        "biases": settings.biases,
+    }
+    return EagerModel(EAGER, settings.checkpoint, settings.base, given, threads, new_tokens)
+
+
+def _size(folder: Path, *patterns: str) -> int:
+    return sum(file.stat().st_size for pattern in patterns for file in folder.glob(pattern))
+
+
+def vocabulary(config: Mapping[str, Any]) -> int:
+    """Return below which number token ids lie; 2 where the config does not say."""
+    text = config.get("text_config")
+    own = text if isinstance(text, dict) else {}
+    return int(own.get("vocab_size") or config.get("vocab_size") or 2)
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures hold for, as far as the system says."""
+    loads = os.getloadavg() if hasattr(os, "getloadavg") else ()
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count() or 0,
+        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "system": f"{platform.system()} {platform.release()}",
+        "load_average": [round(load, 2) for load in loads],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes, without importing it."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

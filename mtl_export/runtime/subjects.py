@@ -1,0 +1,281 @@
+"""What ``measure`` measures: graphs in ONNX Runtime, language models, engines, eager PyTorch.
+
+Each is a record of paths and numbers that opens its model in the process it is sent to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.runtime.measure import Opened, Shape, Timings
+from mtl_export.runtime.rows import ATTENTION_MASK, INPUT_IDS, TASK_IDS, Field, fields_of
+
+if TYPE_CHECKING:
+    from mtl_export.adapters.binding import BoundModel
+
+FORWARD, PREFILL, DECODE = "forward", "prefill", "decode"
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """One ONNX file in ONNX Runtime, on the CPU.
+
+    Attributes:
+        name: As tables print it.
+        path: The file.
+        threads: Threads inside one operator; 0: ONNX Runtime's choice.
+        adapter: For graphs that take adapters as input: the ``.onnx_adapter`` file.
+    """
+
+    name: str
+    path: Path
+    threads: int = 0
+    adapter: Path | None = None
+
+    def prepare(self) -> None:
+        """Import onnxruntime."""
+        from mtl_export.runtime.ort import load_onnxruntime
+
+        load_onnxruntime()
+
+    def open(self) -> Opened:
+        """Open a session."""
+        from mtl_export.runtime.ort import load_onnxruntime, open_session, run_session
+
+        session = open_session(self.path, threads=self.threads)
+        options = None
+        if self.adapter is not None:
+            onnxruntime = load_onnxruntime()
+            adapter = onnxruntime.LoraAdapter()
+            adapter.Load(str(self.adapter))
+            options = onnxruntime.RunOptions()
+            options.add_active_adapter(adapter)
+
+        def call(inputs: Mapping[str, Array]) -> Timings:
+            begun = perf_counter()
+            run_session(session, self.path, inputs, options=options)
+            return {FORWARD: [perf_counter() - begun]}
+
+        return Opened(call, fields_of(session.get_inputs()))
+
+
+@dataclass(frozen=True)
+class OnnxLanguageModel:
+    """A causal language model as ``prefill.onnx`` and ``decode.onnx``, on the CPU.
+
+    Attributes:
+        name: As tables print it.
+        folder: Holds both.
+        threads: Threads inside one operator; 0: ONNX Runtime's choice.
+        new_tokens: Decoding steps of one call.
+    """
+
+    name: str
+    folder: Path
+    threads: int = 0
+    new_tokens: int = 16
+
+    def prepare(self) -> None:
+        """Import onnxruntime."""
+        from mtl_export.runtime.ort import load_onnxruntime
+
+        load_onnxruntime()
+
+    def open(self) -> Opened:
+        """Open both sessions."""
+        from mtl_export.runtime.generation import Decoding, next_tokens
+        from mtl_export.runtime.ort import OrtPart, open_session
+
+        paths = [self.folder / f"{stem}.onnx" for stem in (PREFILL, DECODE)]
+        sessions = [open_session(path, threads=self.threads) for path in paths]
+        prefill, decode = map(OrtPart, sessions, paths)
+
+        def call(inputs: Mapping[str, Array]) -> Timings:
+            begun = perf_counter()
+            ids, mask, tasks = inputs[INPUT_IDS], inputs[ATTENTION_MASK], inputs.get(TASK_IDS)
+            decoding = Decoding(prefill, decode, ids, mask, tasks)
+            times: Timings = {PREFILL: [perf_counter() - begun], DECODE: []}
+            for _ in range(self.new_tokens):
+                begun = perf_counter()
+                decoding.feed(next_tokens(decoding.logits))
+                times[DECODE].append(perf_counter() - begun)
+            return times
+
+        return Opened(call, fields_of(sessions[0].get_inputs()))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A TensorRT engine on the GPU.
+
+    Attributes:
+        name: As tables print it.
+        path: The engine; its manifest lies beside it.
+    """
+
+    name: str
+    path: Path
+
+    def prepare(self) -> None:
+        """Import TensorRT, and torch, which holds the device memory."""
+        import torch  # noqa: F401
+
+        from mtl_export.runtime.tensorrt import available_builder
+
+        available_builder()
+
+    def open(self) -> Opened:
+        """Load the engine onto the GPU."""
+        from mtl_export.runtime.tensorrt import TensorRTBackend
+
+        backend = TensorRTBackend(self.path).__enter__()
+
+        def call(inputs: Mapping[str, Array]) -> Timings:
+            begun = perf_counter()
+            backend.infer(inputs)
+            return {FORWARD: [perf_counter() - begun]}
+
+        inputs = backend.manifest.inputs
+        fields = tuple(Field(value.name, tuple(value.shape), value.dtype) for value in inputs)
+        return Opened(call, fields)
+
+
+@dataclass(frozen=True)
+class EagerModel:
+    """The unmerged model in PyTorch, float32: every layer as its paper writes it.
+
+    Attributes:
+        name: As tables print it.
+        checkpoint: The trained adapter.
+        base: The reference of its base.
+        given: What the checkpoint does not carry, as ``open_checkpoint`` takes it.
+        threads: PyTorch's threads; 0: its own choice.
+        new_tokens: Decoding steps of one call of a language model; 0 for any other model.
+    """
+
+    name: str
+    checkpoint: Path
+    base: str
+    given: Mapping[str, Any]
+    threads: int = 0
+    new_tokens: int = 0
+
+    def prepare(self) -> None:
+        """Import torch and transformers."""
+        import transformers  # noqa: F401
+
+        from mtl_export.runtime.pytorch import use_threads
+
+        use_threads(self.threads)
+
+    def open(self) -> Opened:
+        """Load the base and adapt it."""
+        import torch
+
+        from mtl_export.runtime.pytorch import OracleRunner, member_models, oracle_model
+
+        bound = self._bound()
+        call: Any
+        if member_models(bound):
+            # One model per task: the runner splits the batch.
+            call = partial(_forward, OracleRunner(bound, "fp32").__enter__().infer)
+        elif self.new_tokens:
+            model = oracle_model(bound, torch.float32)
+            call = partial(_generated, model, new_tokens=self.new_tokens)
+        else:
+            model = oracle_model(bound, torch.float32)
+            call = partial(_forward, lambda inputs: model(**_tensors(inputs)))
+        return Opened(call, None)
+
+    def _bound(self) -> BoundModel:
+        from mtl_export.adapters.binding import bind
+        from mtl_export.adapters.family import read_adapters
+        from mtl_export.checkpoint.base_model import open_base
+        from mtl_export.checkpoint.reader import open_checkpoint
+
+        checkpoint = open_checkpoint(self.checkpoint, **self.given)
+        base = open_base(self.base)
+        # Timing is the same on any base of these shapes; the command has checked the hash.
+        return bind(checkpoint, read_adapters(checkpoint, base), base, check_hash=False)
+
+
+def _tensors(inputs: Mapping[str, Array]) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.from_numpy(value) for name, value in inputs.items()}
+
+
+def _forward(run: Any, inputs: Mapping[str, Array]) -> Timings:
+    import torch
+
+    begun = perf_counter()
+    with torch.inference_mode():
+        run(inputs)
+    return {FORWARD: [perf_counter() - begun]}
+
+
+def _generated(model: Any, inputs: Mapping[str, Array], *, new_tokens: int) -> Timings:
+    """Run the prompt and ``new_tokens`` greedy steps with transformers' own cache."""
+    import torch
+
+    times: Timings = {PREFILL: [], DECODE: []}
+    tensors = _tensors(inputs)
+    with torch.inference_mode():
+        begun = perf_counter()
+        out = model(**tensors, use_cache=True)
+        times[PREFILL].append(perf_counter() - begun)
+        mask = tensors[ATTENTION_MASK]
+        for _ in range(new_tokens):
+            begun = perf_counter()
+            tokens = out.logits[:, -1].argmax(-1, keepdim=True)
+            mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+            out = model(
+                input_ids=tokens,
+                attention_mask=mask,
+                task_ids=tensors[TASK_IDS],
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
+            times[DECODE].append(perf_counter() - begun)
+    return times
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Makes seeded batches: rows of full length, tasks in turn.
+
+    Attributes:
+        vocabulary: Token ids lie below.
+        task_ids: The tasks that rows take in turn.
+    """
+
+    vocabulary: int
+    task_ids: tuple[int, ...]
+
+    def __call__(self, shape: Shape, fields: Sequence[Field]) -> dict[str, Array]:
+        """Return a batch of ``shape`` for a graph with the inputs ``fields``."""
+        generator = np.random.default_rng(0)
+        return {field.name: self._values(field, shape, generator) for field in fields}
+
+    def _values(self, field: Field, shape: Shape, generator: np.random.Generator) -> Array:
+        sizes = [
+            dim if isinstance(dim, int) else shape.sequence if at else shape.batch
+            for at, dim in enumerate(field.dims)
+        ]
+        if field.name == TASK_IDS:
+            count = sizes[0] if sizes else 1
+            ids = np.resize(np.array(self.task_ids, field.dtype), count)
+            return ids if sizes else ids[0].reshape(())
+        if field.name == INPUT_IDS:
+            return generator.integers(0, self.vocabulary, sizes).astype(field.dtype)
+        if np.dtype(field.dtype).kind == "f":
+            return generator.normal(size=sizes).astype(field.dtype)
+        return np.full(sizes, field.name == ATTENTION_MASK, field.dtype)
