@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from html import escape
 
 from mtl_export.parity.report import Cell, ParityReport, Verdict, worst
 
 ALL = "*"
 VERDICTS: tuple[Verdict, ...] = ("passed", "failed", "not-run")
+# https://www.w3.org/TR/xml/#charsets: what XML 1.0 cannot hold, not even escaped
+_FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _ONE_TASK = re.compile(r"\btask \d+\b")
 
 
@@ -50,6 +53,16 @@ def share(cell: Cell) -> float | None:
     if cell.limit == 0:
         return 0.0 if cell.max_abs_error == 0 else math.inf
     return cell.max_abs_error / cell.limit
+
+
+def clean(text: str) -> str:
+    """Return ``text`` without the characters that XML and HTML cannot hold."""
+    return _FORBIDDEN.sub("\ufffd", text)
+
+
+def escaped(text: str) -> str:
+    """Return ``text`` as HTML and SVG show it."""
+    return escape(clean(text))
 
 
 def number(value: float | None) -> str:
@@ -102,3 +115,12 @@ def speaks(report: ParityReport, artefact: str, task: str) -> Cell | None:
 def case_kind(case: str) -> str:
     """Return the case with its task left out: those of all tasks share a column."""
     return _ONE_TASK.sub("one task", case)
+
+
+def case_kinds(report: ParityReport) -> list[str]:
+    """Return all kinds of case, in the order of the artefact that was run on the most."""
+    by_artefact: dict[str, list[str]] = {}
+    for cell in report.cells:
+        by_artefact.setdefault(cell.artefact, []).append(case_kind(cell.case))
+    ordered = sorted(map(names, by_artefact.values()), key=len, reverse=True)
+    return names(kind for kinds in ordered for kind in kinds)

@@ -9,10 +9,10 @@ policy forbids loading anything.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.parity.reports import facts, html_plots
+from mtl_export.parity.reports.facts import escaped
 from mtl_export.parity.reports.html_style import STYLE
 from mtl_export.parity.reports.json_report import json_text
 
@@ -22,7 +22,7 @@ WORST = 10
 
 def html_text(report: ParityReport) -> str:
     """Return the report as an HTML page."""
-    title = escape(facts.verdict_line(report))
+    title = escaped(facts.verdict_line(report))
     body = [
         _head(report),
         _section("What failed", _cells(facts.failures(report), why=True)),
@@ -53,10 +53,10 @@ def _head(report: ParityReport) -> str:
     word = "not judged" if report.error else report.verdict.replace("-", " ")
     lines = [f'<h1>Parity <span class="{verdict}">{word}</span></h1>']
     if report.error:
-        lines.append(f"<p>{escape(facts.error_text(report))}</p>")
+        lines.append(f"<p>{escaped(facts.error_text(report))}</p>")
     if report.tolerance:
         lines.append(
-            f'<p class="muted">Rule: <code>{escape(report.tolerance)}</code> against the unmerged'
+            f'<p class="muted">Rule: <code>{escaped(report.tolerance)}</code> against the unmerged'
             " model in float64, and no decision changes.</p>"
         )
     tiles = [
@@ -65,26 +65,22 @@ def _head(report: ParityReport) -> str:
     ]
     used = [share for cell in report.cells if (share := facts.share(cell)) is not None]
     if used:
-        tiles.append(
-            (
-                f'<b data-value="{facts.exact(max(used))}">{max(used):.2g}x</b>',
-                "largest error, of what is allowed",
-            )
-        )
+        value = f'<b data-value="{facts.exact(max(used))}">{max(used):.1%}</b>'
+        tiles.append((value, "of a limit used, at most"))
     for dtype, floors in report.noise_floors.items():
         floor = max(floors.values(), default=0.0)
         tiles.append(
             (f'<b data-value="{facts.exact(floor)}">{floor:.1e}</b>', f"noise floor, {dtype}")
         )
     boxes = "".join(
-        f'<div class="tile">{value}<span>{escape(name)}</span></div>' for value, name in tiles
+        f'<div class="tile">{value}<span>{escaped(name)}</span></div>' for value, name in tiles
     )
     return "\n".join([*lines, f'<div class="tiles">{boxes}</div>'])
 
 
 def _heat_maps(report: ParityReport) -> str:
     figures = [
-        f"<figure><figcaption>{escape(artefact)}</figcaption>{svg}</figure>"
+        f"<figure><figcaption>{escaped(artefact)}</figcaption>{svg}</figure>"
         for artefact in facts.artefacts(report)
         if (svg := html_plots.heat_map(report, artefact))
     ]
@@ -119,7 +115,7 @@ def _worst(report: ParityReport) -> str:
 
 
 def _not_run(report: ParityReport) -> str:
-    rows = [[escape(text) for text in group] for group in facts.not_run(report)]
+    rows = [[escaped(text) for text in group] for group in facts.not_run(report)]
     said = '<p class="muted">What did not run has neither passed nor failed.</p>'
     table = _table(["artefact", "tasks", "why"], rows)
     return _section("Not run", said + table if rows else "")
@@ -130,8 +126,8 @@ def _matrix(report: ParityReport) -> str:
     rows = []
     for task in facts.tasks(report):
         cells = [facts.speaks(report, artefact, task) for artefact in artefacts]
-        rows.append([escape(task), *map(_spoken, cells)])
-    return _table(["task", *map(escape, artefacts)], rows) if rows and artefacts else ""
+        rows.append([escaped(task), *map(_spoken, cells)])
+    return _table(["task", *map(escaped, artefacts)], rows) if rows and artefacts else ""
 
 
 def _spoken(cell: Cell | None) -> str:
@@ -142,12 +138,14 @@ def _spoken(cell: Cell | None) -> str:
 
 
 def _evidence(report: ParityReport) -> str:
-    rows = [[escape(name), f"<code>{escape(text)}</code>"] for name, text in report.sources.items()]
-    rows += [[escape(name), escape(text)] for name, text in report.versions.items()]
+    rows = [
+        [escaped(name), f"<code>{escaped(text)}</code>"] for name, text in report.sources.items()
+    ]
+    rows += [[escaped(name), escaped(text)] for name, text in report.versions.items()]
     for files in report.artefacts:
-        path = escape(f"{files.artefact}: {files.path}")
+        path = escaped(f"{files.artefact}: {files.path}")
         rows += [
-            [f"{path}<br>{escape(name)}", f"<code>{escape(digest)}</code>"]
+            [f"{path}<br>{escaped(name)}", f"<code>{escaped(digest)}</code>"]
             for name, digest in files.sha256.items()
         ]
     if not rows:
@@ -172,10 +170,10 @@ def _cells(cells: Sequence[Cell], *, why: bool, name: str = "") -> str:
     rows = []
     for cell in cells:
         task = "all" if cell.task == facts.ALL else cell.task
-        row = [escape(cell.artefact), escape(task), escape(cell.case)]
+        row = [escaped(cell.artefact), escaped(task), escaped(cell.case)]
         row.append(f'<span class="{cell.verdict}">{cell.verdict.replace("-", " ")}</span>')
         row += [_number(value) for value in (cell.max_abs_error, cell.limit, cell.noise_floor)]
-        row.append(escape(cell.reason) if why else _decided(cell))
+        row.append(escaped(cell.reason) if why else _decided(cell))
         rows.append(row)
     columns = ["artefact", "task", "case", "verdict", "error", "allowed", "floor"]
     last = "why" if why else "decisions"
@@ -223,5 +221,5 @@ def _table(
 def _section(title: str, content: str) -> str:
     if not content:
         return ""
-    heading = f"<h2>{escape(title)}</h2>" if title else ""
+    heading = f"<h2>{escaped(title)}</h2>" if title else ""
     return f"<section>{heading}{content}</section>"

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from html import escape
 
 from mtl_export.parity.report import Cell, ParityReport, worst
 from mtl_export.parity.reports import facts
+from mtl_export.parity.reports.facts import escaped
 
 WIDTH = 1000
 # Share of the limit up to which a shade is used, and how the legend names it.
@@ -30,7 +30,8 @@ def heat_map(report: ParityReport, artefact: str) -> str:
     cells = [cell for cell in report.cells if cell.artefact == artefact and cell.case != facts.ALL]
     if not cells:
         return ""
-    kinds = facts.names(facts.case_kind(cell.case) for cell in cells)
+    there = {facts.case_kind(cell.case) for cell in cells}
+    kinds = [kind for kind in facts.case_kinds(report) if kind in there]
     present = {cell.task for cell in cells}
     rows = [task for task in facts.tasks(report) if task in present]
     rows += [facts.ALL] * (facts.ALL in present)
@@ -39,7 +40,9 @@ def heat_map(report: ParityReport, artefact: str) -> str:
     parts = []
     for column, kind in enumerate(kinds):
         x, y = _LEFT + column * step + _CELL // 2, head - 6
-        parts.append(f'<text x="{x}" y="{y}" transform="rotate(-38 {x} {y})">{escape(kind)}</text>')
+        parts.append(
+            f'<text x="{x}" y="{y}" transform="rotate(-38 {x} {y})">{escaped(kind)}</text>'
+        )
     for row, task in enumerate(rows):
         y = head + row * step
         label = "all tasks" if task == facts.ALL else task
@@ -100,7 +103,7 @@ def error_against_floor(report: ParityReport) -> str:
             style = "dot out" if cell.verdict == "failed" else "dot"
             parts.append(
                 f'<circle class="{style}" cx="{axis.x(ratio):.1f}" cy="{y + shift:.1f}" r="4">'
-                f"<title>{escape(_told(cell))}</title></circle>"
+                f"<title>{escaped(_told(cell))}</title></circle>"
             )
     return _svg(WIDTH, height + 22, parts, "errors in multiples of the noise floor")
 
@@ -127,7 +130,7 @@ def ecdf(report: ParityReport) -> str:
         path = _steps(sorted(own), axis, top, bottom)
         color = f"c{index % SERIES}"
         parts.append(
-            f'<path class="step {color}" d="{path}"><title>{escape(artefact)}</title></path>'
+            f'<path class="step {color}" d="{path}"><title>{escaped(artefact)}</title></path>'
         )
         y = bottom + 44 + 18 * index
         parts.append(f'<path class="step {color}" d="M{_LEFT} {y - 4}h26"/>')
@@ -186,7 +189,7 @@ def _square(x: int, y: int, cell: Cell) -> str:
         # A relative tolerance can pass an error that is beyond the limit at the worst place.
         style = f"s{fitting[0] if fitting else len(SHADES) - 1}"
     box = f'<rect class="{style}" x="{x}" y="{y}" width="{_CELL}" height="{_CELL}" rx="3"/>'
-    return f"<g><title>{escape(_told(cell))}</title>{box}{mark}</g>"
+    return f"<g><title>{escaped(_told(cell))}</title>{box}{mark}</g>"
 
 
 def _cross(x: int, y: int, size: int) -> str:
@@ -215,7 +218,7 @@ def _told(cell: Cell) -> str:
 
 def _text(x: float, y: float, text: str, style: str = "") -> str:
     kind = f' class="{style}"' if style else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}"{kind}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}"{kind}>{escaped(text)}</text>'
 
 
 def _length(text: str) -> float:
@@ -230,5 +233,5 @@ def _cut(text: str, most: int) -> str:
 def _svg(width: float, height: float, parts: Sequence[str], name: str) -> str:
     return (
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
-        f' role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
+        f' role="img" aria-label="{escaped(name)}">{"".join(parts)}</svg>'
     )

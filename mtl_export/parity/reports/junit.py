@@ -17,7 +17,6 @@ https://github.com/windyroad/JUnit-Schema/blob/2378e66/JUnit.xsd
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from xml.etree import ElementTree
@@ -25,9 +24,6 @@ from xml.etree.ElementTree import Element, SubElement
 
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.parity.reports import facts
-
-# https://www.w3.org/TR/xml/#charsets: what XML 1.0 cannot hold, not even escaped
-_FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit_text(report: ParityReport) -> str:
@@ -52,7 +48,7 @@ def _suite(
     properties = SubElement(suite, "properties")
     said = {"verdict": report.verdict, "tolerance": report.tolerance, **report.sources}
     for name, value in {**said, **report.versions}.items():
-        SubElement(properties, "property", name=_token(name), value=_clean(value))
+        SubElement(properties, "property", name=_token(name), value=facts.clean(value))
     seen: dict[str, int] = {}
     for cell in cells:
         name = _token(f"{cell.task}: {cell.case}")
@@ -65,10 +61,10 @@ def _suite(
 
 def _case(case: Element, cell: Cell) -> None:
     if cell.verdict == "not-run":
-        SubElement(case, "skipped", message=_clean(cell.reason))
+        SubElement(case, "skipped", message=facts.clean(cell.reason))
     elif cell.verdict == "failed":
-        failure = SubElement(case, "failure", type="ParityFailed", message=_clean(cell.reason))
-        failure.text = _clean(_details(cell))
+        failure = SubElement(case, "failure", type="ParityFailed", message=facts.clean(cell.reason))
+        failure.text = facts.clean(_details(cell))
 
 
 def _details(cell: Cell) -> str:
@@ -91,10 +87,10 @@ def _error_suite(root: Element, report: ParityReport) -> None:
     suite = _open_suite(root, 0, "parity", 1, 0, 1, 0)
     properties = SubElement(suite, "properties")
     for name, value in report.versions.items():
-        SubElement(properties, "property", name=_token(name), value=_clean(value))
+        SubElement(properties, "property", name=_token(name), value=facts.clean(value))
     case = SubElement(suite, "testcase", _names("the comparison is made", "parity"))
-    text = _clean(facts.error_text(report))
-    kind = _clean(report.error.get("error") or "Error")
+    text = facts.clean(facts.error_text(report))
+    kind = facts.clean(report.error.get("error") or "Error")
     SubElement(case, "error", type=kind, message=text).text = text
     _close_suite(suite, "")
 
@@ -135,10 +131,6 @@ def _timestamp() -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def _clean(text: str) -> str:
-    return _FORBIDDEN.sub("\ufffd", text)
-
-
 def _token(text: str) -> str:
     """Return ``text`` as an XML token: single spaces, none at the ends, never empty."""
-    return " ".join(_clean(text).split()) or "-"
+    return " ".join(facts.clean(text).split()) or "-"

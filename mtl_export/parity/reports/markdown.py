@@ -105,4 +105,4 @@ def _text(text: str) -> str:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(facts.clean(text).split())

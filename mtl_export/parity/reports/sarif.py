@@ -20,13 +20,35 @@ from mtl_export.version import VERSION
 
 SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 ROOT = "%SRCROOT%"
-# id -> name and what it means; in the order in which ``rule_of`` decides
+# id -> name, what is wrong, what to do
 RULES = {
-    "parity-artefact": ("ArtefactUnusable", "The files are damaged, stale, or will not run."),
-    "parity-contract": ("ContractBroken", "A promise that holds for all tasks is broken."),
-    "parity-output": ("OutputWrong", "An output is missing, misshapen, or not finite."),
-    "parity-error": ("ErrorBeyondTolerance", "The error is larger than the arithmetic explains."),
-    "parity-decision": ("DecisionChanged", "A decision differs from the unmerged model's."),
+    "parity-artefact": (
+        "ArtefactUnusable",
+        "The files are damaged, made from another checkpoint or base, or do not run.",
+        "Export them again from the checkpoint and the base that are meant to ship.",
+    ),
+    "parity-contract": (
+        "ContractBroken",
+        "A promise that holds for all tasks is broken: an id that no task has is answered, or"
+        " a row depends on its neighbours' tasks.",
+        "Do not ship the artefact; export it again.",
+    ),
+    "parity-output": (
+        "OutputWrong",
+        "An output is missing, misshapen, not finite, or answered by a head of another task.",
+        "Do not ship the artefact; export it again.",
+    ),
+    "parity-error": (
+        "ErrorBeyondTolerance",
+        "The error against the unmerged model in float64 is larger than arithmetic explains.",
+        "Look at the HTML report for the tasks and batches it concerns; do not loosen the"
+        " tolerance before the cause is known.",
+    ),
+    "parity-decision": (
+        "DecisionChanged",
+        "The errors are small, but a decision differs from the unmerged model's.",
+        "Look at the rows in question; another dtype may be needed.",
+    ),
 }
 
 
@@ -53,9 +75,11 @@ def _run(report: ParityReport) -> dict[str, Any]:
             "id": rule,
             "name": name,
             "shortDescription": {"text": text},
+            "fullDescription": {"text": text},
+            "help": {"text": advice},
             "defaultConfiguration": {"level": "error"},
         }
-        for rule, (name, text) in RULES.items()
+        for rule, (name, text, advice) in RULES.items()
     ]
     driver = {"name": "mtl-export", "version": VERSION, "rules": rules}
     return {

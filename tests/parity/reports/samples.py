@@ -1,0 +1,89 @@
+"""Reports of every kind, with texts that escape badly and numbers that are told exactly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mtl_export.parity.report import ArtefactFiles, Cell, ParityReport
+
+TASKS = ("ads_rel", "topic <b>|*@who", "spam")
+FLOOR, LIMIT = 1.25e-6, 1e-5
+NASTY = 'ids [4294967297] are answered | <img src=x> & "quoted" \x00\x1b]\n@everyone `code`'
+
+
+def cell(artefact: str, task: str, case: str, error: float, **more: object) -> Cell:
+    """Return a compared cell, failed when the error is beyond the limit."""
+    bad = error > LIMIT
+    reason = f"error {error:.3g} at row 2, logit 1; allowed {LIMIT:.3g}" if bad else ""
+    made = Cell(
+        artefact, "onnxruntime", task, case, "failed" if bad else "passed", reason, error, FLOOR,
+        LIMIT, (4, 4, 0),
+    )  # fmt: skip
+    return replace(made, **more)  # type: ignore[arg-type]
+
+
+def cells() -> tuple[Cell, ...]:
+    """Return cells of each verdict and of each rule."""
+    made = []
+    for index, task in enumerate(TASKS):
+        for place, case in enumerate((f"task {index}", "mixed tasks", "batch 7 x 97")):
+            made.append(cell("single graph", task, case, 3e-7 * (1 + index + 3 * place)))
+    made += [
+        cell("single graph", TASKS[0], "mixed tasks, batch 3", 7.123456789e-4),
+        cell(
+            "single graph", TASKS[1], "mixed tasks, batch 3", 9e-6, verdict="failed",
+            reason="1 of 4 decisions changed", decisions=(4, 3, 0),
+        ),
+        Cell("single graph", "onnxruntime", "*", "bad task ids", "failed", NASTY),
+        Cell("single graph", "onnxruntime", "*", "neighbours change task", "passed"),
+        Cell("merged", "pytorch", TASKS[0], "mixed tasks", "failed", "no output 'logits'"),
+        Cell("merged", "pytorch", TASKS[1], "*", "failed", "made from 1234..., export it again"),
+        Cell("engine", "-", TASKS[2], "*", "not-run", "no GPU & no <driver>"),
+        Cell("engine", "-", TASKS[2], "*", "not-run", "no GPU & no <driver>"),
+        cell("merged", TASKS[2], "task 2", 0.0),
+    ]  # fmt: skip
+    return tuple(made)
+
+
+def failing() -> ParityReport:
+    """Return a report with everything in it."""
+    return ParityReport(
+        cells=cells(),
+        tolerance="|error| <= 8 x noise floor",
+        noise_floors={"fp32": dict.fromkeys(TASKS, FLOOR)},
+        sources={"base_sha256": "a" * 64, "checkpoint_sha256": "b" * 64},
+        versions={"mtl-export": "0.1.0", "torch": "2.13.0"},
+        artefacts=(
+            ArtefactFiles("single graph", "*", "out/onnx/model.onnx",
+                          {"model.onnx": "c" * 64, "model.onnx.data": "d" * 64}),
+            ArtefactFiles("merged", TASKS[0], "out/merged/ads rel",
+                          {"config.json": "e" * 64, "model.safetensors": "f" * 64}),
+            ArtefactFiles("merged", TASKS[1], "/elsewhere/topic", {"config.json": "e" * 64}),
+        ),
+    )  # fmt: skip
+
+
+def passing() -> ParityReport:
+    """Return a report in which what ran has passed."""
+    kept = tuple(one for one in cells() if one.verdict != "failed")
+    return replace(failing(), cells=kept)
+
+
+def nothing_ran() -> ParityReport:
+    """Return a report in which nothing could be run."""
+    kept = tuple(one for one in cells() if one.verdict == "not-run")
+    return replace(failing(), cells=kept, artefacts=())
+
+
+def broken_off() -> ParityReport:
+    """Return the report of a comparison that could not be made."""
+    error = {
+        "error": "CheckpointError", "where": "adapter & co", "found": "it is <broken>",
+        "expected": "a checkpoint", "why": "", "fix": "Train it again",
+    }  # fmt: skip
+    return ParityReport((), "", {}, {}, {"mtl-export": "0.1.0"}, error=error)
+
+
+REPORTS = {
+    "failing": failing, "passing": passing, "nothing ran": nothing_ran, "broken off": broken_off,
+}  # fmt: skip
