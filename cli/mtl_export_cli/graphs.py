@@ -18,6 +18,7 @@ from mtl_export_cli.written import Written
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.checkpoint.checkpoint import Task
+    from mtl_export.graph.external_data import SharedData, WrittenFile
     from mtl_export.graph.trace import TracedModel
 
 SINGLE_GRAPH, PER_TASK = "single-graph", "per-task"
@@ -102,16 +103,15 @@ class Exporter:
     Args:
         bound: The sources.
         parent: Where the folders go.
+        is_linked: Tasks' folders get the data they have in common as hard links.
     """
 
-    def __init__(self, bound: BoundModel, parent: Path) -> None:
-        from mtl_export.checkpoint.own_classes import refuse_graph
-
-        refuse_graph(bound.adapters.model_class)
-        self._bound, self._parent = bound, parent
+    def __init__(self, bound: BoundModel, parent: Path, *, is_linked: bool = False) -> None:
+        self._bound, self._parent, self._is_linked = bound, parent, is_linked
 
     def write(self, graph: Graph, steps: Steps, *, force: bool) -> Written:
         """Write ``graph`` unless it is there already."""
+        from mtl_export.bundle.manifest import FileEntry
         from mtl_export.bundle.output import output_folder
         from mtl_export.merge.writer import merged_size_bytes
 
@@ -126,10 +126,15 @@ class Exporter:
             estimated_size_bytes=merged_size_bytes(self._bound, GRAPH_DTYPE),
         ) as plan:
             if not plan.up_to_date:
-                self._lower(graph, plan.folder)
+                files = self._lower(graph, plan.folder)
+                plan.known.update(
+                    {name: FileEntry(file.sha256, file.size_bytes) for name, file in files.items()}
+                )
+        if graph.task and not plan.up_to_date and self._shared:
+            self._shared.settle(plan.target)
         return Written.from_plan(plan, names, perf_counter() - started)
 
-    def _lower(self, graph: Graph, folder: Path) -> None:
+    def _lower(self, graph: Graph, folder: Path) -> dict[str, WrittenFile]:
         from mtl_export.graph.lower import merged_graph, routed_graph
         from mtl_export.graph.writer import write_graphs
 
@@ -139,7 +144,17 @@ class Exporter:
             else routed_graph(part, self._bound)
             for part in self._parts
         }
-        write_graphs(models, self._bound, folder, graph.task)
+        shared = self._shared if graph.task else None
+        return write_graphs(models, self._bound, folder, graph.task, shared)
+
+    @cached_property
+    def _shared(self) -> SharedData | None:
+        """Return what the tasks' folders have in common; None where there is one task."""
+        from mtl_export.graph.external_data import SharedData
+
+        if len(self._bound.adapters.tasks) == 1:
+            return None
+        return SharedData(is_linked=self._is_linked)
 
     @cached_property
     def _parts(self) -> tuple[TracedModel, ...]:

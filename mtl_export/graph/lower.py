@@ -10,11 +10,13 @@ import onnx_ir.passes.common as common
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.graph.passes.guard_outputs import GuardOutputsPass
 from mtl_export.graph.passes.markers import ensure_no_markers
 from mtl_export.graph.passes.merge_task import MergeTaskPass
 from mtl_export.graph.passes.route_embeddings import RouteEmbeddingsPass
 from mtl_export.graph.passes.route_norms import RouteNormsPass
 from mtl_export.graph.passes.route_tasks import RouteTasksPass
+from mtl_export.graph.passes.weights import mark_common
 from mtl_export.graph.trace import TracedModel
 from mtl_export.version import VERSION
 
@@ -33,12 +35,14 @@ def routed_graph(traced: TracedModel, bound: BoundModel) -> ir.Model:
     metadata = _metadata(bound, LAYOUT_SINGLE, bound.adapters.tasks)
     # Embeddings first: they may widen what linear layers take from [1, S, I] to [B, S, I].
     passes = [RouteEmbeddingsPass(bound), RouteTasksPass(bound), RouteNormsPass(bound)]
+    passes += [GuardOutputsPass()]
     return _lowered(traced, passes, metadata)
 
 
 def _lowered(
     traced: TracedModel, lowering: Sequence[ir.passes.InPlacePass], metadata: dict[str, str]
 ) -> ir.Model:
+    mark_common(traced.model)
     model = traced.model.clone()
     # One by one: ir.passes.Sequential would hide our own errors inside its PassError.
     for step in (*lowering, common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass()):

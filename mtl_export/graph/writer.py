@@ -12,10 +12,20 @@ import onnx_ir as ir
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.base_model import companion_files
 from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.graph.external_data import (
+    DATA_FILE,
+    SHARED_FILE,
+    SharedData,
+    WrittenFile,
+    externalised,
+    write_data,
+)
+from mtl_export.graph.passes.own_tensors import own_names
+from mtl_export.graph.passes.weights import is_common
 from mtl_export.merge.writer import task_config
 
 MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
+__all__ = ["DATA_FILE", "MODEL_FILE", "SHARED_FILE", "write_graph", "write_graphs"]
 
 
 def write_graph(model: ir.Model, bound: BoundModel, folder: Path, task: Task | None) -> None:
@@ -24,20 +34,34 @@ def write_graph(model: ir.Model, bound: BoundModel, folder: Path, task: Task | N
 
 
 def write_graphs(
-    models: Mapping[str, ir.Model], bound: BoundModel, folder: Path, task: Task | None
-) -> None:
+    models: Mapping[str, ir.Model],
+    bound: BoundModel,
+    folder: Path,
+    task: Task | None,
+    shared: SharedData | None = None,
+) -> dict[str, WrittenFile]:
     """Write the parts of one model to the existing folder ``folder``.
 
     Args:
         models: By stem, what ``merged_graph`` or ``routed_graph`` returned for each part.
         bound: Where they came from.
-        folder: Gets ``<stem>.onnx`` and ``<stem>.onnx.data`` for each part, ``config.json``
-            and the base's tokenizer files.
+        folder: Gets ``<stem>.onnx`` for each part, ``model.onnx.data`` for all of them,
+            ``config.json`` and the base's tokenizer files.
         task: The task of a merged graph; None for the single graph, whose labels per task
             are in the ONNX metadata because ``config.json`` has no place for them.
+        shared: For merged graphs of an export of several tasks: ``shared.onnx.data``, which
+            then holds what all tasks have in common.
+
+    Returns:
+        Hash and size of the data files, by name.
     """
-    for stem, model in models.items():
-        ir.save(model, folder / f"{stem}.onnx", external_data=f"{stem}.onnx.data")
+    own = own_names(bound)
+    places, files = write_data(
+        models, folder, shared, lambda name, tensor: name not in own and is_common(tensor)
+    )
+    with externalised(models, places):
+        for stem, model in models.items():
+            ir.save(model, folder / f"{stem}.onnx")
     config = dict(bound.base.config)
     if task is not None:
         config = task_config(bound, task, None)
@@ -46,3 +70,4 @@ def write_graphs(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in companion_files(bound.base):
         shutil.copyfile(file, folder / file.name)
+    return files

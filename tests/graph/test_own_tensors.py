@@ -22,10 +22,11 @@ from mtl_export.checkpoint.checkpoint import BaseReference, Checkpoint, Task
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BaseModelError, GraphError
+from mtl_export.graph.external_data import SharedData
 from mtl_export.graph.lower import merged_graph, routed_graph
 from mtl_export.graph.marking import mark
 from mtl_export.graph.trace import trace
-from mtl_export.graph.writer import write_graph
+from mtl_export.graph.writer import write_graph, write_graphs
 from mtl_export.merge.writer import write_merged
 from mtl_export.runtime.ort import OrtRunner
 from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
@@ -184,10 +185,13 @@ def test_graphs(
         assert np.isneginf(found[row, width:]).all()
     assert np.isnan(spoilt[[1, 3, 5]]).all()
     np.testing.assert_array_equal(spoilt[[0, 2, 4]], found[[0, 2, 4]])
+    shared = SharedData()
     for task in bound.adapters.tasks:
         folder = tmp_path / task.name
         folder.mkdir()
-        write_graph(merged_graph(traced, bound, task), bound, folder, task)
+        models = {"model": merged_graph(traced, bound, task)}
+        write_graphs(models, bound, folder, task, shared)
+        shared.settle(folder)
         with OrtRunner(folder / "model.onnx") as runner:
             alone = runner.infer(inputs)["logits"]
         np.testing.assert_allclose(alone, expected[task.index], atol=TOLERANCE)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from mtl_export_cli import graphs, options, render, sources
-from mtl_export_cli.options import Settings, with_settings
+from mtl_export_cli.options import Settings, option, with_settings
 from mtl_export_cli.written import print_written
 
 EPILOG = """\b
@@ -18,17 +20,25 @@ Example:
 
 @click.command(short_help="Export one routed graph, or one per task.", epilog=EPILOG)
 @with_settings(options.SOURCE, options.SELECTION, [options.LAYOUT], options.OUTPUT, options.TALK)
-def command(settings: Settings, layout: str | None) -> None:
+@option(
+    "--link-data", is_flag=True,
+    help="per-task: hard-link what the tasks have in common. Only ONNX Runtime opens such folders.",
+)  # fmt: skip
+def command(settings: Settings, layout: str | None, *, link_data: bool) -> None:
     """Export one routed graph, or one per task.
 
     single-graph: one model.onnx with the extra input task_ids (int64 [batch]); every row
-    picks its own task. per-task: TASK/model.onnx, that task's weights merged in. Both go
+    picks its own task. per-task: TASK/model.onnx, that task's weights merged in; what all
+    tasks have in common lies in shared.onnx.data, the same file in every folder. Both go
     to onnx/ under the output folder, or to --output. The base is traced once.
     """
+    # Weights are folded in small blocks, for which OpenBLAS's threads wait longer than they
+    # compute; it reads this when numpy is first imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     graphs.refuse_dtype(settings)
     bound = sources.open_bound(settings)
     wanted = graphs.wanted_graphs(settings, layout, bound.adapters.tasks)
-    exporter = graphs.Exporter(bound, settings.folder("onnx"))
+    exporter = graphs.Exporter(bound, settings.folder("onnx"), is_linked=link_data)
     with render.Talk.from_settings(settings).steps(len(wanted)) as steps:
         written = [exporter.write(graph, steps, force=settings.force) for graph in wanted]
     print_written("onnx", written, as_json=settings.json)

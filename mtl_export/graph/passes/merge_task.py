@@ -66,7 +66,9 @@ class MergeTaskPass(ir.passes.InPlacePass):
             return stored if is_transposed else stored.T
 
         shape = shape if is_transposed else shape[::-1]
-        initializer = add_initializer(graph, names.weight_t(module), shape, weight)
+        initializer = add_initializer(
+            graph, names.weight_t(module), shape, weight, common=self._is_the_bases(module)
+        )
         y = ops.op("MatMul", [node.inputs[0], initializer], name=names.value(module, "matmul"))
         bias = self._bias(graph, node, module)
         if bias is not None:
@@ -81,6 +83,11 @@ class MergeTaskPass(ir.passes.InPlacePass):
         if layer is None or self._bound.adapters.replacement(name, index) is not None:
             return task_tensor(self._bound, name, index)
         return merged_weight(self._bound.base_tensor(name).numpy(), layer, index, "F32")
+
+    def _is_the_bases(self, module: str) -> bool:
+        """Return whether no task has a weight of its own here, so that all have the base's."""
+        adapters = self._bound.adapters
+        return module not in adapters.layers and f"{module}.weight" not in adapters.own_tensors
 
     def _embedding(self, graph: ir.Graph, node: ir.Node, ops: tape.Tape) -> ir.Value:
         module = module_of(node)
@@ -110,6 +117,7 @@ class MergeTaskPass(ir.passes.InPlacePass):
             names.part(module, f"task_{kind}"),
             bound.base_tensor(name).shape,
             lambda: task_tensor(bound, name, index),
+            common=name not in bound.adapters.own_tensors,
         )
 
     def _bias(self, graph: ir.Graph, node: ir.Node, module: str) -> ir.Value | None:

@@ -11,6 +11,13 @@ from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph import names
 
 
+def own_names(bound: BoundModel) -> frozenset[str]:
+    """Return the base tensors in whose place some task has its own; weights are not merged."""
+    adapters = bound.adapters
+    biases = (names.bias(m) for m, layer in adapters.outlines.items() if layer.bias is not None)
+    return frozenset([*adapters.own_tensors, *biases])
+
+
 def task_tensor(bound: BoundModel, name: str, task_index: int) -> Array:
     """Return what the model of task t has as ``name``; deltas of adapters are not in it."""
     replaced = bound.adapters.replacement(name, task_index)

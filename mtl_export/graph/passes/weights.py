@@ -1,6 +1,7 @@
 """Initializers that are computed when the file is written, one at a time.
 
-A lowered graph of T tasks would otherwise hold T copies of the model in memory.
+A lowered graph of T tasks would otherwise hold T copies of the model in memory. What every
+task's graph holds alike is marked, so that it can be written once for all of them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import onnx_ir as ir
 
 from mtl_export.checkpoint.tensors import Array
 
+_COMMON = "mtl_export.common"
+_MARKABLE = (ir.Tensor, ir.LazyTensor, ir.ExternalTensor)
+
 
 def add_initializer(
     graph: ir.Graph,
@@ -19,6 +23,8 @@ def add_initializer(
     shape: tuple[int, ...],
     values: Callable[[], Array],
     dtype: ir.DataType = ir.DataType.FLOAT,
+    *,
+    common: bool = False,
 ) -> ir.Value:
     """Return a new initializer of ``graph`` whose values are computed on use.
 
@@ -28,6 +34,7 @@ def add_initializer(
         shape: Shape of the values.
         values: Returns them.
         dtype: FLOAT or INT64.
+        common: Every task's graph has the same values under this name.
     """
     tensor = ir.LazyTensor(
         lambda: ir.tensor(np.ascontiguousarray(values(), dtype=dtype.numpy()), name=name),
@@ -35,6 +42,7 @@ def add_initializer(
         shape=ir.Shape(shape),
         name=name,
     )
+    tensor.meta[_COMMON] = common
     value = ir.Value(
         name=name,
         shape=ir.Shape(shape),
@@ -43,3 +51,16 @@ def add_initializer(
     )
     graph.register_initializer(value)
     return value
+
+
+def mark_common(model: ir.Model) -> None:
+    """Mark what ``model``, a trace, holds: it is the same for every task."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, _MARKABLE):
+                value.const_value.meta[_COMMON] = True
+
+
+def is_common(tensor: ir.TensorProtocol) -> bool:
+    """Return whether every task's graph holds this tensor alike."""
+    return isinstance(tensor, _MARKABLE) and bool(tensor.meta.get(_COMMON))

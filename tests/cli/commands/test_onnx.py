@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 import mtl_export.graph.parts
+from mtl_export.bundle.manifest import read_manifest
+from mtl_export.checkpoint.hashing import sha256_of_file
 from tests.cli.conftest import Run, files_below
 from tests.factories import TASKS
 
@@ -12,6 +14,7 @@ FILES = (
     "config.json", "model.onnx", "model.onnx.data", "mtl-export.json", "tokenizer.json",
     "tokenizer_config.json",
 )  # fmt: skip
+SHARED = "shared.onnx.data"
 
 
 @pytest.fixture
@@ -30,9 +33,9 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 def test_both_layouts_lie_side_by_side(exported: Path) -> None:
     """The single graph lies at onnx/, each task's graph in a folder inside."""
-    folders = ["", *(f"{task.name}/" for task in TASKS)]
+    names = {"": FILES, **{f"{task.name}/": (*FILES, SHARED) for task in TASKS}}
     assert files_below(exported / "out" / "onnx") == sorted(
-        folder + name for folder in folders for name in FILES
+        folder + name for folder, files in names.items() for name in files
     )
 
 
@@ -79,3 +82,32 @@ def test_the_single_graph_can_be_replaced_without_losing_the_others(
     assert run("onnx", "--all-tasks", "--force").code == 0
     assert (exported / "out" / "onnx" / "spam" / "model.onnx").read_bytes() == before
     assert (exported / "out" / "onnx" / "model.onnx").read_bytes() != b"damaged"
+
+
+def test_what_tasks_have_in_common_is_in_every_manifest(exported: Path, run: Run) -> None:
+    """One hash for all folders, that of the file; a damaged one is noticed and replaced."""
+    parent = exported / "out" / "onnx"
+    manifests = [read_manifest(parent / task.name) for task in TASKS]
+    entries = {manifest.files[SHARED] for manifest in manifests if manifest}
+    assert len(entries) == 1
+    assert entries.pop().sha256 == sha256_of_file(parent / "spam" / SHARED)
+    with (parent / "spam" / SHARED).open("r+b") as file:
+        file.write(b"damaged")
+    words = ("onnx", "--all-tasks", "--layout", "per-task")
+    assert run(*words).code == 2
+    outcome = run(*words, "--force", "--json")
+    assert [output["status"] for output in outcome.json["outputs"]] == [
+        "up to date", "up to date", "written",
+    ]  # fmt: skip
+    assert (parent / "spam" / SHARED).read_bytes() == (parent / "topic" / SHARED).read_bytes()
+
+
+def test_linked_folders_are_one_file_on_disk(project: Path, run: Run) -> None:
+    """--link-data: one inode for all tasks, and a repeated command leaves it."""
+    words = ("onnx", "--all-tasks", "--layout", "per-task", "--link-data")
+    assert run(*words).code == 0
+    shared = [project / "out" / "onnx" / task.name / SHARED for task in TASKS]
+    assert {path.stat().st_nlink for path in shared} == {len(TASKS)}
+    assert len({path.stat().st_ino for path in shared}) == 1
+    again = run(*words, "--json")
+    assert [output["status"] for output in again.json["outputs"]] == ["up to date"] * 3
