@@ -13,16 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtl_export.checkpoint.model_class import is_causal_lm
+
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.parity.report import Cell
     from mtl_export.parity.run import Artefact
+    from mtl_export.runtime.runner import Runner
 
 MERGED, MERGED_ONNX = "merged pytorch", "merged onnx"
 SINGLE_ONNX, ENGINE = "single graph onnx", "single graph engine"
 MERGED_ENGINE = "merged engine"
 KINDS = (MERGED, MERGED_ONNX, SINGLE_ONNX, MERGED_ENGINE, ENGINE)
+# The file of a graph that is the whole model, and of the first of several.
+WHOLE, PREFILL, ENCODER = "model.onnx", "prefill.onnx", "encoder.onnx"
 # transformers' word in config.json -> ours
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -33,7 +38,9 @@ class Places:
 
     Attributes:
         merged: Holds ``<task>/``.
-        onnx: Holds ``model.onnx`` and ``<task>/model.onnx``.
+        onnx: Holds ``model.onnx`` and ``<task>/model.onnx``; for a causal language model
+            ``prefill.onnx`` and ``decode.onnx``, for an encoder-decoder ``encoder.onnx``,
+            ``decoder.onnx`` and ``decoder_with_past.onnx``.
         engines: Holds ``model.engine`` and ``<task>/model.engine``.
     """
 
@@ -48,15 +55,24 @@ def find_artefacts(
     """Return what exists, and a ``not-run`` cell for what could but does not."""
     found: list[Artefact] = []
     missing: list[Cell] = []
+    graph = first_graph(bound)
     for task in bound.adapters.tasks:
-        _merged(places.merged / task.name, task, found, missing)
+        _merged(places.merged / task.name, task, found, missing, graph)
     for task in bound.adapters.tasks:
-        _onnx(places.onnx / task.name / "model.onnx", task, threads, found, missing)
-    _onnx(places.onnx / "model.onnx", None, threads, found, missing)
+        _onnx(places.onnx / task.name / graph, task, threads, found, missing)
+    _onnx(places.onnx / graph, None, threads, found, missing)
     for task in bound.adapters.tasks:
         _engine(places.engines / task.name / "model.engine", task, found, missing)
     _engine(places.engines / "model.engine", None, found, missing)
     return found, missing
+
+
+def first_graph(bound: BoundModel) -> str:
+    """Return the file of the graph that a model runs as, or of the first of several."""
+    model_class = bound.adapters.model_class
+    if is_causal_lm(model_class):
+        return PREFILL
+    return ENCODER if is_seq2seq(model_class, bound.base.config) else WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +103,18 @@ def _record(folder: Path) -> _Record:
     return _Record(manifest.recipe.sources, "; ".join(damage(folder, manifest)), is_there=True)
 
 
-def _merged(folder: Path, task: Task, found: list[Artefact], missing: list[Cell]) -> None:
+def _merged(
+    folder: Path, task: Task, found: list[Artefact], missing: list[Cell], graph: str
+) -> None:
     from mtl_export.parity.run import Artefact
     from mtl_export.runtime.pytorch import MergedRunner
+    from mtl_export.runtime.torch_language import MergedLanguageRunner
+    from mtl_export.runtime.torch_seq2seq import MergedSeq2SeqRunner
+
+    runners: dict[str, type[MergedRunner]] = {
+        PREFILL: MergedLanguageRunner,
+        ENCODER: MergedSeq2SeqRunner,
+    }
 
     record = _record(folder)
     if not record.is_there and not (folder / "config.json").is_file():
@@ -99,7 +124,7 @@ def _merged(folder: Path, task: Task, found: list[Artefact], missing: list[Cell]
         Artefact(
             name=MERGED,
             kind="merged",
-            runner=MergedRunner(folder),
+            runner=runners.get(graph, MergedRunner)(folder),
             task=task,
             dtype="fp32" if record.defect else _config_dtype(folder),
             checkpoint_sha256=record.sources.get("checkpoint_sha256", ""),
@@ -114,7 +139,7 @@ def _onnx(
     path: Path, task: Task | None, threads: int, found: list[Artefact], missing: list[Cell]
 ) -> None:
     from mtl_export.parity.run import Artefact
-    from mtl_export.runtime.ort import OrtRunner, onnx_metadata
+    from mtl_export.runtime.ort import onnx_metadata
 
     name = SINGLE_ONNX if task is None else MERGED_ONNX
     record = _record(path.parent)
@@ -126,7 +151,7 @@ def _onnx(
         Artefact(
             name=name,
             kind="single-graph" if task is None else "merged",
-            runner=OrtRunner(path, threads=threads),
+            runner=_onnx_runner(path, threads),
             task=task,
             dtype="fp32",
             checkpoint_sha256=metadata.get("mtl_export.checkpoint_sha256", ""),
@@ -135,6 +160,21 @@ def _onnx(
             path=path,
         )
     )
+
+
+def _onnx_runner(path: Path, threads: int) -> Runner:
+    """Return what runs a graph, and those beside it that belong to the same model."""
+    if path.name == PREFILL:
+        from mtl_export.runtime.language import OrtLanguageRunner
+
+        return OrtLanguageRunner(path, decode="decode.onnx", threads=threads)
+    if path.name == ENCODER:
+        from mtl_export.runtime.seq2seq import OrtSeq2SeqRunner
+
+        return OrtSeq2SeqRunner(path.parent, threads=threads)
+    from mtl_export.runtime.ort import OrtRunner
+
+    return OrtRunner(path, threads=threads)
 
 
 def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[Cell]) -> None:

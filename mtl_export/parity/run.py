@@ -21,9 +21,11 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError, ParityError
 from mtl_export.parity.cases import ATTENTION_MASK, TASK_IDS, Case
+from mtl_export.parity.generation import Speech, bad_step_ids, oracle_speech, token_cells
 from mtl_export.parity.metrics import decisions, difference
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.parity.tolerance import Tolerance, noise_floor
+from mtl_export.runtime.language import NEW_TOKENS
 from mtl_export.runtime.runner import Runner
 from mtl_export.version import VERSION
 
@@ -104,6 +106,7 @@ def run_parity(
     progress("oracle fp64")
     with oracle("fp64") as reference:
         exact = [_Reference(case, reference.infer(case.inputs)[OUTPUT]) for case in cases]
+        speech = oracle_speech(reference, cases)
     floors: dict[str, dict[str, float]] = {}
     for dtype in _dtypes(artefacts):
         progress(f"oracle {dtype}, for the noise floor")
@@ -111,7 +114,7 @@ def run_parity(
     cells: list[Cell] = []
     for artefact in artefacts:
         progress(f"{artefact.name} {artefact.task.name if artefact.task else ''}".rstrip())
-        cells += _judge(bound, artefact, exact, floors[artefact.dtype], tolerance)
+        cells += _judge(bound, artefact, exact, speech, floors[artefact.dtype], tolerance)
     cells += not_there
     return ParityReport(
         cells=tuple(cells),
@@ -153,7 +156,7 @@ def _answers(case: Case, rows: Array, logits: Array) -> Array:
     """Return the logits that count, [N, L]: of the task's rows, and no padding token's."""
     if logits.ndim == 2:
         return logits[rows]
-    mask = case.inputs.get(ATTENTION_MASK)
+    mask = None if NEW_TOKENS in case.inputs else case.inputs.get(ATTENTION_MASK)
     shape = logits.shape[:2]
     counts = np.ones(shape, np.bool_) if mask is None else mask == 1
     answers: Array = logits[counts & rows[:, None]]
@@ -176,6 +179,7 @@ def _judge(
     bound: BoundModel,
     artefact: Artefact,
     exact: list[_Reference],
+    speech: Speech | None,
     floors: dict[str, float],
     tolerance: Tolerance,
 ) -> list[Cell]:
@@ -193,6 +197,11 @@ def _judge(
             if artefact.kind == "single-graph":
                 cells.append(_bad_ids(bound, artefact, runner, exact[0]))
                 cells.append(_isolation(bound, artefact, runner, exact))
+            if speech is not None:
+                limit = tolerance.factor * max(floors.values())
+                cells += token_cells(artefact, runner, speech, bound.adapters.tasks, limit)
+                if artefact.kind == "single-graph":
+                    cells.append(bad_step_ids(artefact, runner, speech, _bad(bound)))
     except BackendMissingError as error:
         cells += whole("not-run", str(error))
     except MtlExportError as error:
@@ -302,7 +311,7 @@ def _compare(
 
 def _bad_ids(bound: BoundModel, artefact: Artefact, runner: Runner, reference: _Reference) -> Cell:
     """Return the cell that says whether ids outside [0, T) are kept from answering."""
-    bad = np.array([*BAD_IDS, len(bound.adapters.tasks)], np.int64)
+    bad = _bad(bound)
     good = reference.case.rows(np.arange(len(reference.case.task_ids)) == 0)
     inputs = {name: np.repeat(value, len(bad) + 1, axis=0) for name, value in good.items()}
     inputs[TASK_IDS] = np.concatenate([good[TASK_IDS], bad])
@@ -325,6 +334,10 @@ def _bad_ids(bound: BoundModel, artefact: Artefact, runner: Runner, reference: _
     else:
         return cell
     return Cell(cell.artefact, cell.runtime, "*", cell.case, "failed", reason)
+
+
+def _bad(bound: BoundModel) -> Array:
+    return np.array([*BAD_IDS, len(bound.adapters.tasks)], np.int64)
 
 
 def _isolation(

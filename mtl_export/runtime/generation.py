@@ -62,7 +62,7 @@ class Decoding:
         task_ids: Array | None,
     ) -> None:
         self._decode = decode
-        self._routing = {} if task_ids is None else {"task_ids": task_ids}
+        self.route(task_ids)
         ids, self._mask = left_padded(input_ids, attention_mask)
         self._take(prefill({"input_ids": ids, "attention_mask": self._mask, **self._routing}))
 
@@ -72,6 +72,10 @@ class Decoding:
         self._mask = np.concatenate([self._mask, one], axis=1)
         inputs = {"input_ids": tokens[:, None], "attention_mask": self._mask}
         self._take(self._decode({**inputs, **self._cache, **self._routing}))
+
+    def route(self, task_ids: Array | None) -> None:
+        """Let the rows go on under these tasks, int64 ``[B]``."""
+        self._routing = {} if task_ids is None else {"task_ids": task_ids}
 
     def _take(self, outputs: Mapping[str, Any]) -> None:
         self.logits: Array = outputs[LOGITS][:, -1]

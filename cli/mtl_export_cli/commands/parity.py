@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
 from mtl_export.errors import BackendMissingError, UsageError
 from mtl_export_cli import options, render, reports, sources
 from mtl_export_cli.options import Settings, option, with_settings
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from mtl_export.parity.cases import Case
     from mtl_export.parity.report import Cell, ParityReport
     from mtl_export.parity.tolerance import Tolerance
+    from mtl_export.runtime.runner import Runner
     from mtl_export_cli.artefacts import Places
 
 EXIT_FAILED = 3
@@ -59,7 +62,8 @@ def command(
     """Prove that exports still match PyTorch.
 
     Compares merged folders, graphs and engines under the output folder with the unmerged
-    PyTorch model in float64: every task, mixed batches, and shapes that were not traced.
+    PyTorch model in float64: every task, mixed batches, and shapes that were not traced; of
+    language models also every step from the cache and the tokens they generate.
     An error passes when it is at most 8 times what the arithmetic of the artefact's dtype
     itself costs the model (or within --atol and --rtol) and no decision changes. Exit code 3 when
     anything fails, 6 when nothing could be run.
@@ -129,7 +133,7 @@ def _existing(name: str, folder: Path | None) -> Path | None:
 def _compare(bound: BoundModel, request: _Request, settings: Settings) -> ParityReport:
     """Return the report on everything that was exported."""
     from mtl_export.parity.run import run_parity, step_count
-    from mtl_export.runtime.pytorch import OracleRunner, use_threads
+    from mtl_export.runtime.pytorch import use_threads
     from mtl_export_cli.artefacts import find_artefacts
 
     places = request.places
@@ -151,22 +155,40 @@ def _compare(bound: BoundModel, request: _Request, settings: Settings) -> Parity
             artefacts,
             cases,
             tolerance=request.tolerance,
-            oracle=lambda dtype: OracleRunner(bound, dtype),
+            oracle=_oracle(bound),
             not_there=not_there,
             progress=steps.begin,
         )
     if request.golden:
+        from mtl_export.runtime.language import NEW_TOKENS
         from mtl_export_cli.golden import save_golden
 
-        for path in save_golden(bound, artefacts, cases, result, request.tolerance):
+        whole = [case for case in cases if NEW_TOKENS not in case.inputs]
+        for path in save_golden(bound, artefacts, whole, result, request.tolerance):
             talk.note(f"golden vectors: {path}")
     return reports.with_evidence(result, artefacts, cases, request.inputs)
 
 
+def _oracle(bound: BoundModel) -> Callable[[str], Runner]:
+    """Return what makes the oracle in a dtype."""
+    if is_causal_lm(bound.adapters.model_class):
+        from mtl_export.runtime.torch_language import OracleLanguageRunner
+
+        return lambda dtype: OracleLanguageRunner(bound, dtype)
+    if is_seq2seq(bound.adapters.model_class, bound.base.config):
+        from mtl_export.runtime.torch_seq2seq import OracleSeq2SeqRunner
+
+        return lambda dtype: OracleSeq2SeqRunner(bound, dtype)
+    from mtl_export.runtime.pytorch import OracleRunner
+
+    return lambda dtype: OracleRunner(bound, dtype)
+
+
 def _cases(bound: BoundModel, inputs: Path | None) -> list[Case]:
     """Return the batches to compare on: the user's rows, or seeded ones."""
-    from mtl_export.checkpoint.own_classes import own_class
-    from mtl_export.parity.cases import TASK_IDS, build_cases, seeded_rows
+    from mtl_export.parity.cases import build_cases, seeded_rows
+    from mtl_export.parity.generation import step_cases
+    from mtl_export.parity.seq2seq import decoder_cases
 
     config = bound.base.config
     vocabulary = int(config["vocab_size"])
@@ -181,16 +203,18 @@ def _cases(bound: BoundModel, inputs: Path | None) -> list[Case]:
         )
     else:
         rows = _tokenised(bound, inputs, longest)
-    own = own_class(bound.adapters.model_class)
-    if own is not None:
-        rows |= own.seeded_inputs(config, len(rows[TASK_IDS]))
-    return build_cases(
+    cases = build_cases(
         rows,
         task_count=task_count,
         vocabulary=vocabulary,
         longest=longest,
         token_types=token_types,
     )
+    if is_causal_lm(bound.adapters.model_class):
+        cases += step_cases(cases, vocabulary=vocabulary, longest=longest)
+    if is_seq2seq(bound.adapters.model_class, config):
+        cases = decoder_cases(cases, bound.adapters.model_class, config, vocabulary=vocabulary)
+    return cases
 
 
 def _tokenised(bound: BoundModel, inputs: Path, longest: int) -> dict[str, Array]:

@@ -1,0 +1,143 @@
+"""A causal language model as two graphs: ``prefill`` reads prompts, ``decode`` goes on.
+
+    prefill  input_ids, attention_mask [batch, sequence]
+             -> logits [batch, sequence, L], present.<layer>.key|value [batch, H, sequence, E]
+    decode   input_ids [batch, 1], attention_mask [batch, past + 1],
+             past_key_values.<layer>.key|value [batch, H, past, E]
+             -> logits [batch, 1, L], present.<layer>.key|value [batch, H, past + 1, E]
+
+H key-value heads (fewer than the queries' in grouped-query attention), E size of one, L
+vocabulary. Positions are counted in the graph from the mask, as transformers' ``generate``
+counts them, so padding may be on the left. Every layer keeps all tokens; where the model
+attends to a window of them, the mask built in the graph leaves the others out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.adapters.modules.base import base_model
+from mtl_export.errors import GraphError, shortened
+from mtl_export.graph import names
+from mtl_export.graph.export import ONE_MORE, exported
+from mtl_export.graph.marking import mark
+from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE, TracedModel, checked_trace
+
+PREFILL, DECODE = "prefill", "decode"
+MASK_AXES = {0: names.BATCH, 1: names.SEQUENCE}
+PAST = "past"
+TOTAL = f"{PAST}{ONE_MORE}"
+
+# By layer, then by "key" and "value": [batch, heads, tokens, size].
+States = dict[str, dict[str, torch.Tensor]]
+
+
+def trace_causal_lm(bound: BoundModel) -> tuple[TracedModel, TracedModel]:
+    """Return the base of ``bound`` as float32 graphs with markers: prefill, then decode.
+
+    Raises:
+        GraphError: The model keeps something else than keys and values of the tokens so far,
+            the exporter cannot trace it, a marker got lost, or tasks change a module of a
+            kind that has no marker.
+        BaseModelError: The heads do not fit the model's features.
+    """
+    model = base_model(bound, torch.float32)
+    original = model.forward
+    ids, mask = _sample_prompts(int(model.config.vocab_size))
+    cache = _sample_cache(model, ids, mask)
+    mark(model, bound)
+    model.forward = _with_cache(original)
+    longest = int(getattr(model.config, "max_position_embeddings", 0) or 0)
+    limits = {names.SEQUENCE: longest, PAST: longest - 1} if longest > 1 else {}
+    prompts = {"input_ids": ids, "attention_mask": mask}
+    prefill = exported(model, prompts, dict.fromkeys(prompts, MASK_AXES), limits, defer=True)
+    states = {
+        f"past_key_values.{layer}.{name}": tensor
+        for layer, state in cache.items()
+        for name, tensor in state.items()
+    }
+    more = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    step = {"input_ids": ids[:, -1:], "attention_mask": more, **states}
+    axes = {"input_ids": {0: names.BATCH}, "attention_mask": {0: names.BATCH, 1: TOTAL}}
+    axes |= {name: {0: names.BATCH, 2: PAST} for name in states}
+    decode = exported(model, step, axes, limits, defer=True)
+    return checked_trace(prefill, bound, PREFILL), checked_trace(decode, bound, DECODE)
+
+
+def _sample_prompts(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return seeded token ids and their mask, one row padded on the left."""
+    shape = (SAMPLE_BATCH, SAMPLE_SEQUENCE)
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(shape, dtype=torch.int64)
+    mask[1, :3] = 0
+    return torch.randint(0, vocabulary, shape, generator=generator), mask
+
+
+def _sample_cache(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> States:
+    """Return keys and values of each layer after these prompts, by layer."""
+    states: States = {}
+    if "past_key_values" in inspect.signature(model.forward).parameters:
+        with torch.no_grad(), contextlib.suppress(AttributeError, IndexError, TypeError):
+            # Models with another kind of state trip over this one, each in its own way.
+            states = _with_cache(model.forward)(ids, mask)["present"]
+    length = mask.shape[1]
+    odd = [
+        layer
+        for layer, state in states.items()
+        if not all(one is not None and one.shape[2:3] == (length,) for one in state.values())
+    ]
+    if odd or not states:
+        raise GraphError(
+            where=type(model).__name__,
+            found=f"layers that keep something else: {shortened(odd)}" if odd else "no cache",
+            expected="keys and values [batch, heads, tokens, size] of every token in each layer",
+            why="the decode graph takes exactly these from one step to the next",
+            fix="Merge per task instead (mtl-export merge)",
+        )
+    return states
+
+
+def _with_cache(original: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """Return the model's forward pass with the cache as tensors, in and out."""
+    takes_positions = "position_ids" in inspect.signature(original).parameters
+
+    def forward(
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        past_key_values: States | None = None,
+    ) -> dict[str, Any]:
+        from transformers import DynamicCache
+
+        # Told nothing of the model, it keeps all tokens of every layer, sliding or not.
+        cache = DynamicCache()
+        for layer, state in enumerate((past_key_values or {}).values()):
+            cache.update(state["key"], state["value"], layer)
+        extra = {}
+        if takes_positions:
+            counted = (attention_mask.cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
+            extra["position_ids"] = counted[:, -input_ids.shape[1] :]
+        output = original(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            **extra,
+        )
+        kept = getattr(output, "past_key_values", None)
+        return {"logits": output.logits, "present": _states(getattr(kept, "layers", ()))}
+
+    return forward
+
+
+def _states(layers: Iterable[Any]) -> States:
+    none: Any = None  # a layer that never got any; the samples tell
+    return {
+        str(index): {name: getattr(layer, f"{name}s", none) for name in ("key", "value")}
+        for index, layer in enumerate(layers)
+    }

@@ -1,0 +1,114 @@
+"""The PyTorch side of ``language``: the oracle and a merged folder, as language models.
+
+Tokens are those of transformers' own ``generate``; logits after given tokens come from one
+pass over all of them, without a cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from mtl_export.adapters.modules.base import quiet_transformers
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.runtime.generation import LOGITS, left_padded
+from mtl_export.runtime.language import (
+    ATTENTION_MASK,
+    INPUT_IDS,
+    NEW_TOKENS,
+    TASK_IDS,
+    joined_inputs,
+)
+from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
+
+
+class OracleLanguageRunner(OracleRunner):
+    """The unmerged model; inputs and outputs as in ``language``."""
+
+    def __enter__(self) -> OracleLanguageRunner:
+        """Load the base and adapt it."""
+        super().__enter__()
+        return self
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return ``logits``; see ``language``.
+
+        Raises:
+            EngineRunError: A task id is outside [0, T).
+        """
+        if NEW_TOKENS not in inputs:
+            return _logits_only(super().infer(inputs))
+        passed = _passed(inputs, self._models[0].model)
+        answers = super().infer({**passed, TASK_IDS: inputs[TASK_IDS]})
+        return _after_prompt(answers, inputs)
+
+    def generate(self, inputs: Mapping[str, Array], max_new_tokens: int) -> Array:
+        """Return the tokens of transformers' ``generate``; no token ends a row."""
+        task_ids = inputs[TASK_IDS]
+        tokens = np.zeros((len(task_ids), max_new_tokens), np.int64)
+        for index, model in enumerate(self._models):
+            is_alone = len(self._models) > 1
+            rows = task_ids == index if is_alone else np.ones(len(task_ids), np.bool_)
+            if rows.any():
+                ids = np.zeros_like(task_ids[rows]) if is_alone else task_ids
+                model.routing.set(torch.from_numpy(ids))
+                own = {name: inputs[name][rows] for name in (INPUT_IDS, ATTENTION_MASK)}
+                tokens[rows] = _generated(model.model, own, max_new_tokens)
+        return tokens
+
+
+class MergedLanguageRunner(MergedRunner):
+    """A merged folder; inputs and outputs as in ``language``."""
+
+    def __enter__(self) -> MergedLanguageRunner:
+        """Load the folder.
+
+        Raises:
+            BaseModelError: A weight is missing in the folder or has another shape.
+        """
+        super().__enter__()
+        return self
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return ``logits``; see ``language``."""
+        if NEW_TOKENS not in inputs:
+            return _logits_only(super().infer(inputs))
+        return _after_prompt(super().infer(_passed(inputs, self._model)), inputs)
+
+    def generate(self, inputs: Mapping[str, Array], max_new_tokens: int) -> Array:
+        """Return the tokens of transformers' ``generate``; no token ends a row."""
+        return _generated(self._model, inputs, max_new_tokens)
+
+
+def _logits_only(outputs: dict[str, Array]) -> dict[str, Array]:
+    return {LOGITS: outputs[LOGITS]}
+
+
+def _passed(inputs: Mapping[str, Array], model: Any) -> dict[str, Array]:
+    """Return what the model is given: positions only if it takes them."""
+    accepted = inspect.signature(model.forward).parameters
+    return {name: value for name, value in joined_inputs(inputs).items() if name in accepted}
+
+
+def _after_prompt(outputs: dict[str, Array], inputs: Mapping[str, Array]) -> dict[str, Array]:
+    return {LOGITS: outputs[LOGITS][:, -inputs[NEW_TOKENS].shape[1] :]}
+
+
+def _generated(model: Any, inputs: Mapping[str, Array], max_new_tokens: int) -> Array:
+    from transformers import GenerationConfig
+
+    ids, mask = left_padded(inputs[INPUT_IDS], inputs[ATTENTION_MASK])
+    # Not the model's own: what it says of ends and of sampling is no matter of the weights.
+    model.generation_config = GenerationConfig()
+    with torch.inference_mode(), quiet_transformers():
+        tokens: Array = model.generate(
+            input_ids=torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+        ).numpy()
+    return tokens[:, ids.shape[1] :]
