@@ -1,0 +1,185 @@
+"""The accuracy gate: does what ships still answer as well as the model it came from?
+
+Both answer the same labelled rows. Their scores differ by ``drop``; a paired bootstrap
+(Efron and Tibshirani 1993, chapter 8; rows, or whole queries, drawn with replacement, the
+same ones for both) says how far the rows at hand leave it open:
+
+    passed    even the upper end of the interval is at most the drop allowed
+    failed    even the lower end is above it
+    not-run   neither: these rows cannot tell, so noise neither fails nor passes a build
+
+The worst task decides. Only ``passed`` opens the gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import CalibrationError
+from mtl_export.parity.report import Verdict
+from mtl_export.parity.scores import SCORES, Answers, Score
+
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class AccuracyCell:
+    """One artefact's score on one task's rows.
+
+    Attributes:
+        artefact: Its name.
+        task: The task's name.
+        score: Which score, a key of ``SCORES``.
+        rows: How many rows.
+        reference: Score of the model it came from.
+        candidate: Its own.
+        low: Lower end of the interval of the drop.
+        high: Upper end.
+        allowed: Largest drop allowed.
+        verdict: See the module's docstring.
+        reason: Why it did not pass; empty when it did.
+    """
+
+    artefact: str
+    task: str
+    score: str
+    rows: int
+    reference: float
+    candidate: float
+    low: float
+    high: float
+    allowed: float
+    verdict: Verdict
+    reason: str = ""
+
+    @property
+    def drop(self) -> float:
+        """Return how much lower the candidate scores; negative where it scores higher."""
+        return self.reference - self.candidate
+
+
+def judge_accuracy(
+    artefact: str,
+    task: str,
+    score: str,
+    reference: Answers,
+    candidate: Array,
+    *,
+    max_drop: float,
+    seed: int = 0,
+) -> AccuracyCell:
+    """Return the verdict on one artefact and task.
+
+    Args:
+        artefact: Its name.
+        task: The task's name.
+        score: A key of ``SCORES``.
+        reference: The reference's answers and the truth, at least one row.
+        candidate: The artefact's logits, float64 ``[N, L]``.
+        max_drop: Largest drop allowed, in the score's own unit (0.01 is one point).
+        seed: Of the drawing.
+
+    Raises:
+        CalibrationError: The score is not defined on these rows.
+    """
+    own = Answers(candidate, reference.labels, reference.queries)
+    before, after = SCORES[score](reference), SCORES[score](own)
+    if np.isnan(before):
+        raise CalibrationError(
+            where=f"task {task}, {len(candidate)} rows",
+            found=f"{score} is not defined on them",
+            expected="rows of more than one label, or values that differ",
+            why="nothing could be compared",
+            fix="Give more rows of this task, or another --score",
+        )
+    if not np.isfinite(candidate).all() or np.isnan(after):
+        return AccuracyCell(artefact, task, score, len(candidate), before, float("nan"),
+                            float("nan"), float("nan"), max_drop, "failed",
+                            "answers that are NaN or Inf, or all the same")  # fmt: skip
+    low, high = paired_bootstrap(SCORES[score], reference, own, seed=seed)
+    verdict, reason = _verdict(before - after, low, high, max_drop)
+    return AccuracyCell(artefact, task, score, len(candidate), before, after, low, high,
+                        max_drop, verdict, reason)  # fmt: skip
+
+
+def paired_bootstrap(
+    score: Score, reference: Answers, candidate: Answers, *, seed: int
+) -> tuple[float, float]:
+    """Return the interval of ``score(reference) - score(candidate)``.
+
+    Args:
+        score: The score.
+        reference: N rows.
+        candidate: The same rows.
+        seed: Of the drawing.
+
+    Returns:
+        The two percentiles that hold ``CONFIDENCE`` of ``RESAMPLES`` drawings between them.
+        Drawings on which the score is not defined are left out.
+    """
+    generator = np.random.default_rng(seed)
+    groups = _groups(reference)
+    drops = []
+    for _ in range(RESAMPLES):
+        drawn = generator.integers(0, len(groups), len(groups))
+        places = np.concatenate([groups[n] for n in drawn]) if reference.queries is not None else (
+            drawn
+        )  # fmt: skip
+        left, right = reference.rows(places), candidate.rows(places)
+        if reference.queries is not None:
+            # A query that is drawn twice counts as two.
+            again = np.repeat(np.arange(len(drawn)), [len(groups[n]) for n in drawn])
+            left = Answers(left.logits, left.labels, again)
+            right = Answers(right.logits, right.labels, again)
+        drops.append(score(left) - score(right))
+    kept = np.array(drops)[~np.isnan(drops)]
+    if not kept.size:
+        return float("-inf"), float("inf")
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(kept, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def gate(cells: Sequence[AccuracyCell]) -> Verdict:
+    """Return ``failed`` if any failed, ``passed`` if all passed, else ``not-run``."""
+    verdicts = {cell.verdict for cell in cells}
+    if "failed" in verdicts:
+        return "failed"
+    return "passed" if verdicts == {"passed"} else "not-run"
+
+
+def worst_by_artefact(cells: Sequence[AccuracyCell]) -> Mapping[str, AccuracyCell]:
+    """Return each artefact's cell with the largest drop; NaN is larger than any."""
+    found: dict[str, AccuracyCell] = {}
+    for cell in cells:
+        known = found.get(cell.artefact)
+        if known is None or _size(cell) > _size(known):
+            found[cell.artefact] = cell
+    return found
+
+
+def _size(cell: AccuracyCell) -> float:
+    return float("inf") if np.isnan(cell.drop) else cell.drop
+
+
+def _verdict(drop: float, low: float, high: float, allowed: float) -> tuple[Verdict, str]:
+    if high <= allowed:
+        return "passed", ""
+    if low > allowed:
+        return "failed", f"drops by {drop:.4f}, at least {low:.4f}; allowed is {allowed:g}"
+    return "not-run", (
+        f"these rows cannot tell: the drop is {drop:.4f}, but {low:.4f} to {high:.4f} with"
+        f" {CONFIDENCE:.0%} confidence, allowed is {allowed:g}; give more rows"
+    )
+
+
+def _groups(answers: Answers) -> list[Array]:
+    """Return the places of the rows that are drawn together: a query's, or one row's."""
+    if answers.queries is None:
+        return [np.array([n]) for n in range(len(answers.logits))]
+    return [np.flatnonzero(answers.queries == query) for query in np.unique(answers.queries)]
