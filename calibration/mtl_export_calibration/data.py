@@ -1,7 +1,8 @@
 """JSONL rows -> token arrays that carry ``task_ids``, every task with the same weight.
 
-One JSON object per line: ``{"task": name, "text": str, "text_pair": str}``, ``text_pair``
-only for tasks that judge pairs; other keys (a label, an id) are left alone.
+One JSON object per line: ``{"task": name, "text": str, "text_pair": str, "label": ...}``,
+``text_pair`` only for tasks that judge pairs, ``label`` (the label's name or index) where
+it is known; other keys are left alone.
 
 N rows, S tokens of the longest row.
 """
@@ -31,15 +32,21 @@ class Row:
         task: Name of its task.
         text: The text, or the first of a pair.
         text_pair: The second of a pair.
+        label: Name or index of the right label; None where it is not known.
     """
 
     task: str
     text: str
     text_pair: str | None = None
+    label: int | str | None = None
 
 
-def load_rows(path: Path) -> list[Row]:
+def load_rows(path: Path, task: str | None = None) -> list[Row]:
     """Return the rows of the JSONL file ``path``, in order; empty lines are skipped.
+
+    Args:
+        path: The file.
+        task: The task of rows that do not name one; None refuses such rows.
 
     Raises:
         CalibrationError: The file cannot be read, has no row, or a line is no row; every
@@ -58,7 +65,7 @@ def load_rows(path: Path) -> list[Row]:
     problems: list[str] = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            row = _row(line)
+            row = _row(line, task)
             if isinstance(row, str):
                 problems.append(f"line {number} {row}")
             else:
@@ -92,7 +99,7 @@ def tokenize(
         CalibrationError: A row's task is unknown, there is no row, or the folder has no
             usable tokenizer.
     """
-    _refuse_unknown(rows, tasks)
+    refuse_unknown([row.task for row in rows], tasks)
     if not rows:
         raise CalibrationError(
             where="input rows", found="none", expected="at least one", fix="Pass a file with rows"
@@ -128,8 +135,27 @@ def balanced(rows: Sequence[Row], tasks: Sequence[Task], per_task: int, seed: in
     Raises:
         CalibrationError: A row's task is unknown, a task has no row, or ``per_task`` < 1.
     """
-    _refuse_unknown(rows, tasks)
-    own = {task.name: [row for row in rows if row.task == task.name] for task in tasks}
+    return [rows[index] for index in balanced_indices(
+        [row.task for row in rows], tasks, per_task, seed
+    )]  # fmt: skip
+
+
+def balanced_indices(
+    owners: Sequence[str], tasks: Sequence[Task], per_task: int, seed: int
+) -> list[int]:
+    """Return which rows ``balanced`` chooses, by position.
+
+    Args:
+        owners: Each row's task.
+        tasks: The checkpoint's tasks.
+        per_task: How many rows each task gets, at least 1.
+        seed: Decides the choice.
+    """
+    refuse_unknown(owners, tasks)
+    own = {
+        task.name: [index for index, owner in enumerate(owners) if owner == task.name]
+        for task in tasks
+    }
     absent = [name for name, found in own.items() if not found]
     if absent or per_task < 1:
         raise CalibrationError(
@@ -140,35 +166,46 @@ def balanced(rows: Sequence[Row], tasks: Sequence[Task], per_task: int, seed: in
             fix="Add rows for these tasks" if absent else "Ask for at least one",
         )
     samples = [_sample(own[task.name], task.name, per_task, seed) for task in tasks]
-    return [row for turn in zip(*samples, strict=True) for row in turn]
+    return [index for turn in zip(*samples, strict=True) for index in turn]
 
 
-def _sample(rows: list[Row], name: str, count: int, seed: int) -> list[Row]:
+def _sample(rows: list[int], name: str, count: int, seed: int) -> list[int]:
     generator = np.random.default_rng([seed, *name.encode()])
     rounds = -(-count // len(rows))
     order = np.concatenate([generator.permutation(len(rows)) for _ in range(rounds)])
     return [rows[index] for index in order[:count]]
 
 
-def _row(line: str) -> Row | str:
+def _row(line: str, default_task: str | None) -> Row | str:
     """Return the row in ``line``, or what is wrong with it."""
     try:
         value = json.loads(line)
     except ValueError as error:
         return f"is not JSON ({error})"
+    return row_of(value, default_task)
+
+
+def row_of(value: object, default_task: str | None = None) -> Row | str:
+    """Return the row that a JSON object is, or what is wrong with it."""
     if not isinstance(value, dict):
         return "is no JSON object"
-    task, text, pair = value.get("task"), value.get("text"), value.get("text_pair")
+    task, text, pair = value.get("task", default_task), value.get("text"), value.get("text_pair")
     if not isinstance(task, str) or not isinstance(text, str):
         return "has no text in 'task' and 'text'"
     if pair is not None and not isinstance(pair, str):
         return "has a 'text_pair' that is no text"
-    return Row(task, text, pair)
+    label = value.get("label")
+    return Row(task, text, pair, label if isinstance(label, int | str) else None)
 
 
-def _refuse_unknown(rows: Sequence[Row], tasks: Sequence[Task]) -> None:
+def refuse_unknown(owners: Sequence[str], tasks: Sequence[Task]) -> None:
+    """Refuse rows of tasks that the checkpoint does not have.
+
+    Raises:
+        CalibrationError: It names them.
+    """
     known = [task.name for task in tasks]
-    unknown = sorted({row.task for row in rows} - set(known))
+    unknown = sorted(set(owners) - set(known))
     if unknown:
         raise CalibrationError(
             where="input rows",

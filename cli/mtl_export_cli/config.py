@@ -19,6 +19,10 @@
     [trt]
     max_shapes = "input_ids:32x256,attention_mask:32x256"
 
+    [calibrate]
+    data = "rows.py:train_rows"                  # or rows.jsonl, a folder, arrays.npz
+    judge = "labelled.jsonl"
+
 A section named like a command holds that command's options, ``-`` written ``_``. Paths are
 relative to the file. Flags and environment variables win over it; whatever it does not
 know it refuses, because a misspelt key would be ignored without a word.
@@ -234,6 +238,29 @@ def _shapes(value: object, folder: Path) -> str:
     raise ValueError('shapes such as "input_ids:1x16" or { input_ids = [1, 16] }')
 
 
+def _data(value: object, folder: Path) -> str:
+    """Return a data reference: a file's is relative to the toml, a module's is left alone."""
+    reference = _text(value, folder)
+    place, _, function = reference.rpartition(":")
+    if function.isidentifier() and place and not place.endswith(".py"):
+        return reference
+    return str(folder / Path(reference).expanduser())
+
+
+def _share(value: object, folder: Path) -> float:
+    share = _number(value, folder)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError("a number from 0 to 1")
+    return share
+
+
+def _weights(value: object, folder: Path) -> list[str]:
+    """Return task weights as ``--weight`` takes them, from a table of numbers."""
+    if not isinstance(value, dict):
+        raise ValueError("a table such as { spam = 2.0 }")
+    return [f"{name}={_number(weight, folder)}" for name, weight in value.items()]
+
+
 OPTIONS: dict[str, Reader] = {
     "base": _base,
     "checkpoint": _path,
@@ -265,6 +292,23 @@ SECTIONS: dict[str, dict[str, Reader]] = {
         "threads": _count,
         "onnx": _path,
         "engines": _path,
+    },
+    "calibrate": {
+        "data": _data,
+        "judge": _data,
+        "samples": _count,
+        "seed": _count,
+        "quantize": _choice("int8", "fp8", "int4"),
+        "method": _choice("max", "percentile", "entropy", "mse"),
+        "combine": _choice("union", "weighted", "per-task"),
+        "weight": _weights,
+        "exclude": _names,
+        "deltas": _choice("apart", "exclude", "merged"),
+        "max_drop": _number,
+        "max_excluded": _share,
+        "layout": _LAYOUT,
+        "onnx": _path,
+        "threads": _count,
     },
     "parity": {
         "inputs": _path,

@@ -40,6 +40,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("mtl_export_cli.commands.plan", "Say what each way to deploy costs."),
     "merge": ("mtl_export_cli.commands.merge", "Fold tasks into standalone model folders."),
     "onnx": ("mtl_export_cli.commands.onnx", "Export one routed graph, or one per task."),
+    "calibrate": (
+        "mtl_export_cli.commands.calibrate",
+        "Quantise exported graphs, by calibration data.",
+    ),
     "trt": ("mtl_export_cli.commands.trt", "Build TensorRT engines."),
     "parity": ("mtl_export_cli.commands.parity", "Prove that exports still match PyTorch."),
     "verify": (

@@ -34,14 +34,14 @@ def write(path: Path, *lines: str) -> Path:
 
 
 def test_rows_are_read_in_order(tmp_path: Path) -> None:
-    """Pairs, single texts and foreign keys are understood, empty lines skipped."""
+    """Pairs, single texts, labels and foreign keys are understood, empty lines skipped."""
     path = write(
         tmp_path / "rows.jsonl",
-        json.dumps({"task": "ads_rel", "text": "nurse", "text_pair": "film", "label": 1}),
+        json.dumps({"task": "ads_rel", "text": "nurse", "text_pair": "film", "label": 1, "x": []}),
         "",
         json.dumps({"task": "spam", "text": "bärgeld", "text_pair": None}),
     )
-    assert load_rows(path) == [Row("ads_rel", "nurse", "film"), Row("spam", "bärgeld")]
+    assert load_rows(path) == [Row("ads_rel", "nurse", "film", 1), Row("spam", "bärgeld")]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""Results that cost time, kept as JSON and used again only for exactly the same question.
+
+    {"schema": "mtl-export.calibration/1", "key": {...}, "value": {...}}
+
+The key holds every input of the result: hashes of data and graph, method, options and
+versions. A file whose key differs in anything, or that cannot be read, counts as absent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mtl_export.version import VERSION
+
+SCHEMA = "mtl-export.calibration/1"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide numbers."""
+    import numpy
+    import onnxruntime
+
+    return {
+        "mtl_export": VERSION,
+        "numpy": numpy.__version__,
+        "onnx_ir": version("onnx-ir"),
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def read_cache(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what was kept in ``path`` for ``key``, None if nothing was."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        return None
+    if document.get("key") != _plain(key):
+        return None
+    value = document.get("value")
+    return value if isinstance(value, dict) else None
+
+
+def write_cache(path: Path, key: Mapping[str, Any], value: Mapping[str, Any]) -> None:
+    """Keep ``value`` for ``key`` in ``path``; a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"schema": SCHEMA, "key": _plain(key), "value": value}
+    partial = path.with_name(f"{path.name}.partial")
+    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _plain(key: Mapping[str, Any]) -> Any:
+    """Return the key as JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(key))

@@ -1,0 +1,207 @@
+"""One exported graph -> its quantised bundle, if every task stays accurate enough.
+
+    measure ranges -> try all layers -> where a task loses too much, search the smallest
+    set of layers to leave out -> write, or refuse
+
+A trial writes the graph and counts its decisions on the rows that are judged. Trials are
+kept, so that a killed search goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from mtl_export.bundle.manifest import own_files
+from mtl_export.graph.passes.split_gemm import SplitGemmPass
+from mtl_export_calibration.cache import read_cache, write_cache
+from mtl_export_calibration.deltas import APART, MERGED, DeltaSource, swallowed_layers
+from mtl_export_calibration.evaluate import (
+    Answers,
+    TaskScore,
+    answers,
+    latencies_ms,
+    score,
+)
+from mtl_export_calibration.measure import Target, Work, layers_of
+from mtl_export_calibration.mixed import Search, smallest_exclusion, worst_first
+from mtl_export_calibration.qdq import METADATA, Recipe, quantise
+from mtl_export_calibration.report import FILE, GraphReport, Measured
+
+MODEL_FILE = "model.onnx"
+
+
+class GraphJob:
+    """The work on one graph.
+
+    Args:
+        work: All that is needed.
+        target: The graph.
+        measured: What the data say of it.
+        counts: Rows of each task, for the report.
+        folder: Where trials are written; holds the chosen graph at the end.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        target: Target,
+        measured: Measured,
+        counts: Mapping[str, Any],
+        folder: Path,
+    ) -> None:
+        self._work, self._target, self._measured = work, target, measured
+        self._counts, self._folder = counts, folder
+        self._layers, self._notes = layers_of(work, target, ir.load(target.path))
+        self._tasks = target.tasks(work.bound.adapters.tasks)
+        self._judged = work.judged.of_task(target.task.index) if target.task else work.judged
+        self._key = {**work.key(target), "deltas": work.options.deltas}
+        self._log = work.cache_file(target, "trials")
+        kept = read_cache(self._log, self._key) or {}
+        self._trials: dict[str, list[dict[str, Any]]] = kept.get("trials", {})
+        self._reference: Answers | None = None
+        self._written: frozenset[str] | None = None
+
+    def run(self) -> GraphReport:
+        """Quantise, search where needed, and return the verdict.
+
+        The graph and its report lie in the folder if the verdict is passed.
+        """
+        options = self._work.options
+        always = self._always_excluded()
+        order = [n for n in worst_first(self._measured.sqnr_db) if n not in always]
+        # Leaving everything out would pass and be no quantised graph.
+        limit = min(int(options.max_excluded * len(self._layers)), len(order) - 1)
+        search = smallest_exclusion(
+            order,
+            lambda excluded: self._drop(excluded | always),
+            max_drop=options.max_drop,
+            max_excluded=max(0, limit),
+        )
+        excluded = search.excluded | always
+        scores = [TaskScore(**one) for one in self._scores(excluded)]
+        report = self._report(search, excluded, scores)
+        if report.passed:
+            self._write(excluded)
+            self._finish(report)
+        return report
+
+    def report_again(self) -> GraphReport:
+        """Return the verdict on the graph that lies in the folder already."""
+        kept = json.loads((self._folder / FILE).read_text(encoding="utf-8"))
+        scores = [
+            TaskScore(**{name: value[name] for name in TaskScore.__dataclass_fields__})
+            for value in kept["tasks"].values()
+        ]
+        search = Search(
+            frozenset(kept["excluded"]), kept["gate"]["worst_drop"], True, kept["gate"]["trials"]
+        )
+        return self._report(search, search.excluded, scores)
+
+    def latencies_ms(self) -> tuple[float, ...]:
+        """Return the latency of the float graph and of the one in the folder."""
+        paths = (self._target.path, self._folder / MODEL_FILE)
+        return tuple(latencies_ms(paths, self._judged, threads=self._work.options.threads))
+
+    def _swallowed(self) -> frozenset[str]:
+        if self._target.task is None:
+            return frozenset()
+        shares = {name: dict(by_task) for name, by_task in self._measured.swallowed.items()}
+        return frozenset(swallowed_layers(shares, [self._target.task.name]))
+
+    def _always_excluded(self) -> frozenset[str]:
+        keep = self._work.options.deltas in {APART, MERGED}
+        return frozenset() if keep else self._swallowed()
+
+    def _apart(self) -> frozenset[str]:
+        return self._swallowed() if self._work.options.deltas == APART else frozenset()
+
+    def _drop(self, excluded: frozenset[str]) -> float:
+        return max(float(one["drop"]) for one in self._scores(excluded))
+
+    def _scores(self, excluded: frozenset[str]) -> list[dict[str, Any]]:
+        name = "\n".join(sorted(excluded))
+        if name not in self._trials:
+            self._write(excluded)
+            self._trials[name] = [one.as_dict() for one in self._judge()]
+            write_cache(self._log, self._key, {"trials": self._trials})
+        return self._trials[name]
+
+    def _judge(self) -> list[TaskScore]:
+        step, threads = f"judge: {self._target.name}", self._work.options.threads
+        if self._reference is None:
+            self._reference = answers(
+                self._target.path,
+                self._judged,
+                threads=threads,
+                progress=lambda done, total: self._work.progress(f"{step}, float", done, total),
+            )
+        candidate = answers(
+            self._folder / MODEL_FILE,
+            self._judged,
+            threads=threads,
+            progress=lambda done, total: self._work.progress(
+                f"{step}, {self._work.options.number.name}", done, total
+            ),
+        )
+        return [score(self._reference, candidate, task) for task in self._tasks]
+
+    def _write(self, excluded: frozenset[str]) -> None:
+        if self._written == excluded:
+            return
+        model = ir.load(self._target.path)
+        SplitGemmPass()(model)
+        number = self._work.options.number
+        layers = [layer for layer in self._layers if layer.name not in excluded]
+        recipe = Recipe(number, layers, self._measured.amax, self._apart() - excluded)
+        quantise(model, recipe, DeltaSource(self._work.bound, self._target.task))
+        about = {
+            "format": number.name,
+            "method": self._work.options.method,
+            "combine": self._work.combine,
+            "layers": len(layers),
+            "excluded": sorted(excluded),
+            "deltas_apart": sorted(recipe.apart),
+            "data_sha256": self._key["data_sha256"],
+        }
+        model.metadata_props[METADATA] = json.dumps(about)
+        data = f"{MODEL_FILE}.data"
+        (self._folder / data).unlink(missing_ok=True)
+        ir.save(model, self._folder / MODEL_FILE, external_data=data)
+        self._written = excluded
+
+    def _finish(self, report: GraphReport) -> None:
+        """Put the report, the config and the tokenizer beside the graph."""
+        for file in own_files(self._target.folder):
+            if ".onnx" not in file.name and file.parent == self._target.folder:
+                shutil.copyfile(file, self._folder / file.name)
+        text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False, sort_keys=True)
+        (self._folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+    def _report(
+        self, search: Search, excluded: frozenset[str], scores: Sequence[TaskScore]
+    ) -> GraphReport:
+        options = self._work.options
+        return GraphReport(
+            graph=self._target.name,
+            number=options.number.name,
+            method=options.method,
+            combine=self._work.combine,
+            measured=self._measured,
+            scores=tuple(scores),
+            excluded=tuple(sorted(excluded)),
+            apart=tuple(sorted(self._apart() - excluded)),
+            notes=tuple(self._notes),
+            max_drop=options.max_drop,
+            trials=search.trials,
+            data={
+                "calibration_sha256": self._key["data_sha256"],
+                "judged_sha256": self._key["judged_sha256"],
+                "rows": dict(self._counts),
+            },
+        )

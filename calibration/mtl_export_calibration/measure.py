@@ -1,0 +1,290 @@
+"""Graphs and rows -> ranges, and what quantising each layer costs each task.
+
+The single graph is run once for each task, a merged graph on its own task's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.hashing import sha256_of_file
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import CalibrationError, shortened
+from mtl_export.graph.passes.split_gemm import SplitGemmPass
+from mtl_export_calibration.cache import read_cache, versions, write_cache
+from mtl_export_calibration.collect import TensorStatistics
+from mtl_export_calibration.deltas import APART, DeltaSource
+from mtl_export_calibration.engines import ONNXRUNTIME, engine_named
+from mtl_export_calibration.formats import NumberFormat
+from mtl_export_calibration.layers import QuantLayer, find_layers
+from mtl_export_calibration.ranges import PER_TASK, Ranges, combine, cut_share
+from mtl_export_calibration.report import Measured
+from mtl_export_calibration.samples import Samples
+from mtl_export_calibration.sqnr import layer_sqnr_db
+from mtl_export_calibration.weights import refusal, weight_grid
+
+# Rows of each task, of those that accuracy is counted on, that the ranges are held against.
+CUT_ROWS = 64
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose.
+
+    Attributes:
+        number: The format.
+        method: Calibrator of activations.
+        combine: How tasks' ranges become one; None is ``union`` for the single graph and
+            ``per-task`` for merged ones.
+        weights: Task weights for ``weighted``.
+        exclude: Regular expressions of layers to leave unquantised.
+        deltas: What to do where a step swallows a task's change, one of ``DELTA_MODES``.
+        max_drop: Points the worst task may lose.
+        max_excluded: Largest share of layers that may be left unquantised to reach that.
+        threads: Threads of ONNX Runtime; 0 lets it decide.
+        engine: Who measures activations.
+    """
+
+    number: NumberFormat
+    method: str
+    combine: str | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
+    deltas: str = APART
+    max_drop: float = 1.0
+    max_excluded: float = 0.5
+    threads: int = 0
+    engine: str = ONNXRUNTIME
+
+
+@dataclass(frozen=True)
+class Target:
+    """One exported graph.
+
+    Attributes:
+        folder: Its folder.
+        task: The task of a merged graph; None for the single graph.
+    """
+
+    folder: Path
+    task: Task | None
+
+    @property
+    def path(self) -> Path:
+        """Return its file."""
+        return self.folder / "model.onnx"
+
+    @property
+    def name(self) -> str:
+        """Return its name for people."""
+        return self.task.name if self.task else "single graph"
+
+    def tasks(self, tasks: Sequence[Task]) -> tuple[Task, ...]:
+        """Return the tasks it serves."""
+        return (self.task,) if self.task else tuple(tasks)
+
+    def sha256(self) -> dict[str, str]:
+        """Return the hash of every file that holds the graph, by name."""
+        names = {self.path.name, *_data_files(self.path)}
+        return {name: sha256_of_file(self.folder / name) for name in sorted(names)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that calibrating graphs of one layout needs.
+
+    Attributes:
+        bound: The adapter and its base.
+        targets: The graphs: the single one, or merged ones.
+        calibration: Rows that ranges are taken from.
+        judged: Rows that accuracy is counted on.
+        options: What the user chose.
+        cache: Folder for results that cost time.
+        progress: Is told what is done: name, part, of how many.
+    """
+
+    bound: BoundModel
+    targets: tuple[Target, ...]
+    calibration: Samples
+    judged: Samples
+    options: Options
+    cache: Path
+    progress: Progress = lambda name, done, total: None
+
+    @property
+    def combine(self) -> str:
+        """Return how tasks' ranges become one."""
+        merged = self.targets[0].task is not None
+        return self.options.combine or (PER_TASK if merged else "union")
+
+    def cache_file(self, target: Target, kind: str) -> Path:
+        """Return where a target's results of one kind are kept."""
+        layout = f"task-{target.task.name}" if target.task else "single-graph"
+        return self.cache / f"{layout}.{self.options.number.name}.{kind}.json"
+
+    def key(self, target: Target) -> dict[str, Any]:
+        """Return everything that decides what is measured for ``target``."""
+        options = self.options
+        sources = [target] if self.combine == PER_TASK else self.targets
+        return {
+            "graph": target.name,
+            "data_sha256": self.calibration.sha256(),
+            "judged_sha256": self.judged.sha256(),
+            "onnx_sha256": {one.name: one.sha256() for one in sources},
+            "checkpoint_sha256": self.bound.adapters.checkpoint_sha256,
+            "format": options.number.name,
+            "method": options.method,
+            "combine": self.combine,
+            "weights": dict(options.weights),
+            "exclude": list(options.exclude),
+            "engine": options.engine,
+            "versions": versions(),
+        }
+
+
+def layers_of(work: Work, target: Target, model: ir.Model) -> tuple[list[QuantLayer], list[str]]:
+    """Return the layers of a target that can be quantised, and why others cannot.
+
+    Raises:
+        CalibrationError: There is none.
+    """
+    options = work.options
+    # The single graph computes base and low-rank part in one GEMM, which no format fits.
+    SplitGemmPass()(model)
+    found = find_layers(model, heads=work.bound.adapters.heads, exclude=options.exclude)
+    reasons = {layer.name: refusal(layer, options.number) for layer in found}
+    layers = [layer for layer in found if not reasons[layer.name]]
+    if not layers:
+        raise CalibrationError(
+            where=str(target.path),
+            found=f"no layer to quantise ({shortened(filter(None, reasons.values()), 1)})",
+            expected="MatMul or Conv nodes with weights of the base",
+            fix="Exclude less, or pass another format to --quantize",
+        )
+    return layers, [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+
+
+def measure(work: Work) -> dict[str, Measured]:
+    """Return what the data say, by the targets' names; what is cached is not run again.
+
+    Raises:
+        CalibrationError: Ranges of all tasks are wanted and merged graphs are missing.
+    """
+    keys = {target.name: work.key(target) for target in work.targets}
+    found = {}
+    for target in work.targets:
+        kept = read_cache(work.cache_file(target, "ranges"), keys[target.name])
+        if kept is not None:
+            found[target.name] = Measured.from_dict(kept)
+    if len(found) == len(work.targets):
+        return found
+    wanted = [target for target in work.targets if target.name not in found]
+    _refuse_missing(work)
+    sources = wanted if work.combine == PER_TASK else list(work.targets)
+    statistics = {
+        task.name: _collected(work, target, task, work.calibration.of_task(task.index), "calibrate")
+        for target in sources
+        for task in target.tasks(work.bound.adapters.tasks)
+    }
+    for target in wanted:
+        found[target.name] = _measured(work, target, statistics)
+        path = work.cache_file(target, "ranges")
+        write_cache(path, keys[target.name], found[target.name].as_dict())
+    return found
+
+
+def _refuse_missing(work: Work) -> None:
+    served = {t.name for target in work.targets for t in target.tasks(work.bound.adapters.tasks)}
+    absent = [task.name for task in work.bound.adapters.tasks if task.name not in served]
+    if absent and work.combine != PER_TASK:
+        raise CalibrationError(
+            where=f"--combine {work.combine}",
+            found=f"no exported graph for {shortened(absent)}",
+            expected="the graphs of all tasks",
+            why="the ranges of all of them are combined",
+            fix="Run mtl-export onnx --all-tasks --layout per-task, or pass --combine per-task",
+        )
+
+
+def _collected(
+    work: Work, target: Target, task: Task, samples: Samples, step: str
+) -> dict[str, TensorStatistics]:
+    layers, _ = layers_of(work, target, ir.load(target.path))
+    engine = engine_named(work.options.engine)
+    return engine(
+        target.path,
+        layers,
+        samples,
+        threads=work.options.threads,
+        progress=lambda done, total: work.progress(
+            f"{step}: {target.name}, {task.name}", done, total
+        ),
+    )
+
+
+def _measured(
+    work: Work, target: Target, statistics: Mapping[str, Mapping[str, TensorStatistics]]
+) -> Measured:
+    options, tasks = work.options, target.tasks(work.bound.adapters.tasks)
+    names = [task.name for task in tasks]
+    ranges = combine(
+        statistics, options.number, options.method, work.combine, options.weights, names
+    )
+    model = ir.load(target.path)
+    layers, _ = layers_of(work, target, model)
+    deltas = DeltaSource(work.bound, target.task)
+    sqnr_db, swallowed = {}, {}
+    for place, layer in enumerate(layers):
+        weight = _weight(model, layer)
+        grid = weight_grid(weight, layer, options.number)
+        sqnr_db[layer.name] = {
+            name: layer_sqnr_db(
+                np.concatenate(statistics[name][layer.x].rows),
+                weight,
+                grid,
+                layer,
+                ranges.amax[layer.x],
+            )
+            for name in names
+        }
+        if shares := deltas.swallowed(layer, options.number, weight):
+            swallowed[layer.name] = shares
+        work.progress(f"sensitivity: {target.name}", place + 1, len(layers))
+    own = {name: by_name for name, by_name in ranges.own.items() if name in names}
+    cut = {task.name: _cut(work, target, task, ranges) for task in tasks}
+    return Measured(ranges.amax, own, sqnr_db, cut, swallowed)
+
+
+def _data_files(path: Path) -> set[str]:
+    """Return the names of the files that hold the graph's external data."""
+    model = ir.load(path)
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    return {str(one.location) for one in tensors if isinstance(one, ir.ExternalTensor)}
+
+
+def _weight(model: ir.Model, layer: QuantLayer) -> Array:
+    constant = model.graph.initializers[layer.weight].const_value
+    assert constant is not None
+    values: Array = constant.numpy()
+    return values
+
+
+def _cut(work: Work, target: Target, task: Task, ranges: Ranges) -> tuple[float, str]:
+    """Return the largest share of the judged rows' values beyond a range, and whose range."""
+    if not work.options.number.quantises_activations:
+        return 0.0, ""
+    own = work.judged.of_task(task.index)
+    places = np.unique(np.linspace(0, len(own) - 1, min(CUT_ROWS, len(own))).astype(np.int64))
+    seen = _collected(work, target, task, own.take(places), "check")
+    shares = {name: cut_share(one.histogram, ranges.amax[name]) for name, one in seen.items()}
+    name = max(shares, key=lambda one: shares[one])
+    return shares[name], name

@@ -1,0 +1,170 @@
+"""What calibrating one graph found, as JSON that lies beside the quantised graph.
+
+    {"schema": "mtl-export.quantisation/1", "graph", "format", "method", "combine", "data",
+     "gate", "excluded", "deltas_apart", "notes", "layers", "activations", "tasks"}
+
+A task pays where ``inflation`` is above 1 (its steps are that much coarser than they need
+be) or below (its values are cut), and where ``cut`` is large: the share of its values, on
+the rows that accuracy is counted on, beyond the range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mtl_export_calibration.evaluate import TaskScore
+
+SCHEMA = "mtl-export.quantisation/1"
+FILE = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one graph's data say, before anything is quantised.
+
+    Attributes:
+        amax: Range of every activation, by its name.
+        own: What each task alone would get, by task, then by activation.
+        sqnr_db: What quantising each layer alone costs, by layer, then by task.
+        cut: Largest share of a task's values beyond a range, on the rows that accuracy is
+            counted on: by task, the share and the activation.
+        swallowed: Share of rows whose step exceeds a task's change, by layer, then by task.
+    """
+
+    amax: Mapping[str, float]
+    own: Mapping[str, Mapping[str, float]]
+    sqnr_db: Mapping[str, Mapping[str, float]]
+    cut: Mapping[str, tuple[float, str]]
+    swallowed: Mapping[str, Mapping[str, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON's types."""
+        return {
+            "amax": dict(self.amax),
+            "own": {task: dict(by_name) for task, by_name in self.own.items()},
+            "sqnr_db": {layer: dict(by_task) for layer, by_task in self.sqnr_db.items()},
+            "cut": {task: list(pair) for task, pair in self.cut.items()},
+            "swallowed": {layer: dict(by_task) for layer, by_task in self.swallowed.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Measured:
+        """Return the record that ``as_dict`` made."""
+        cut = {task: (float(share), str(name)) for task, (share, name) in value["cut"].items()}
+        return cls(value["amax"], value["own"], value["sqnr_db"], cut, value["swallowed"])
+
+    def inflation(self, task: str) -> tuple[float, str]:
+        """Return the range that costs ``task`` most: how much wider than its own, and whose.
+
+        Narrower by some factor counts as much as wider by the same.
+        """
+        factors = {
+            name: self.amax[name] / own
+            for name, own in self.own.get(task, {}).items()
+            if own > 0.0 and self.amax.get(name, 0.0) > 0.0
+        }
+        if not factors:
+            return 1.0, ""
+        name = max(factors, key=lambda one: max(factors[one], 1.0 / factors[one]))
+        return factors[name], name
+
+    def worst_layer(self, task: str) -> tuple[float, str]:
+        """Return the smallest SQNR that ``task`` has in a layer, and the layer."""
+        own = {name: by_task[task] for name, by_task in self.sqnr_db.items() if task in by_task}
+        name = min(own, key=lambda one: own[one], default="")
+        return (own[name], name) if name else (0.0, "")
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """The verdict on one quantised graph.
+
+    Attributes:
+        graph: ``single graph``, or the task of a merged graph.
+        number: Name of the format.
+        method: The calibrator.
+        combine: How tasks' ranges became one.
+        measured: What the data say.
+        scores: What quantising costs each task.
+        excluded: Layers left unquantised, by name.
+        apart: Layers whose delta is added in high precision.
+        notes: Layers that cannot be quantised, and why.
+        max_drop: Points the worst task may lose.
+        trials: How many sets of excluded layers were tried.
+        data: Hashes and counts of the rows used.
+        latency_ms: Of the float and the quantised graph; empty where it failed.
+    """
+
+    graph: str
+    number: str
+    method: str
+    combine: str
+    measured: Measured
+    scores: tuple[TaskScore, ...]
+    excluded: tuple[str, ...]
+    apart: tuple[str, ...]
+    notes: tuple[str, ...]
+    max_drop: float
+    trials: int
+    data: Mapping[str, Any]
+    latency_ms: tuple[float, ...] = field(default=())
+
+    @property
+    def worst_drop(self) -> float:
+        """Return the points that the worst task loses."""
+        return max((score.drop for score in self.scores), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        """Return whether every task loses no more than it may."""
+        return self.worst_drop <= self.max_drop
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report without latencies, which no two runs share."""
+        measured = self.measured
+        return {
+            "schema": SCHEMA,
+            "graph": self.graph,
+            "format": self.number,
+            "method": self.method,
+            "combine": self.combine,
+            "data": dict(self.data),
+            "gate": {
+                "max_drop": self.max_drop,
+                "worst_drop": self.worst_drop,
+                "passed": self.passed,
+                "trials": self.trials,
+            },
+            "excluded": list(self.excluded),
+            "deltas_apart": list(self.apart),
+            "notes": list(self.notes),
+            "layers": {
+                name: {
+                    "sqnr_db": dict(by_task),
+                    "swallowed": dict(measured.swallowed.get(name, {})),
+                }
+                for name, by_task in measured.sqnr_db.items()
+            },
+            "activations": {
+                name: {
+                    "amax": amax,
+                    "own": {task: own[name] for task, own in measured.own.items() if name in own},
+                }
+                for name, amax in measured.amax.items()
+            },
+            "tasks": {score.task: self._task(score) for score in self.scores},
+        }
+
+    def _task(self, score: TaskScore) -> dict[str, Any]:
+        inflation, activation = self.measured.inflation(score.task)
+        worst_db, layer = self.measured.worst_layer(score.task)
+        cut, cut_in = self.measured.cut.get(score.task, (0.0, ""))
+        return {
+            **score.as_dict(),
+            "passed": score.drop <= self.max_drop,
+            "inflation": {"factor": inflation, "activation": activation},
+            "cut": {"share": cut, "activation": cut_in},
+            "worst_layer": {"sqnr_db": worst_db, "layer": layer},
+        }
