@@ -19,6 +19,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
 GOLDEN_FILE = "golden.npz"
 SCHEMA = "mtl-export.golden/1"
 _INDEX = "golden"
+# What numpy, zipfile and a wrong index raise; a file without an archive has no ``files``.
+_UNREADABLE = (
+    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,13 +116,13 @@ def read_golden(path: Path) -> tuple[Vector, ...]:
         IntegrityError: It is not such an archive.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         index = json.loads(str(arrays.pop(_INDEX)))
         if index["schema"] != SCHEMA:
             raise ValueError(f"schema {index['schema']!r}")
         return tuple(_vector(number, one, arrays) for number, one in enumerate(index["vectors"]))
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise IntegrityError(
             where=str(path),
             found=f"not golden vectors this version can read ({error})",

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, save
+
+from mtl_export.bundle.manifest import MANIFEST_FILE, Recipe, add_to_manifest, write_manifest
+from mtl_export.bundle.verify import NO_TORCH, NO_VECTORS, Check, verify_folder
+from mtl_export.errors import BackendMissingError, IntegrityError, UsageError
+from mtl_export.runtime.golden import GOLDEN_FILE, Vector, golden_bytes
+
+RECIPE = Recipe("onnx", {}, {}, "0")
+
+
+def model(path: Path, factor: float = 2.0) -> None:
+    """Write a graph that multiplies by ``factor``."""
+    nodes = [helper.make_node("Mul", ["x", "f"], ["logits"])]
+    factors = [helper.make_tensor("f", TensorProto.FLOAT, [], [factor])]
+    shape: tuple[str | int | None, ...] = ("batch", 2)
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
+        factors,
+    )  # fmt: skip
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    save(made, path)
+
+
+def golden(folder: Path, *names: str) -> None:
+    """Save golden vectors of ``y = 2 x``, and list them."""
+    x = np.array([[1, 2], [3, 4]], np.float32)
+    vectors = [Vector(name, "model.onnx", {"x": x}, {"logits": 2.0 * x}, 1e-6, 0) for name in names]
+    (folder / GOLDEN_FILE).write_bytes(golden_bytes(vectors))
+    add_to_manifest(folder, GOLDEN_FILE)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Return an output folder of a graph and a nested one of another."""
+    root = tmp_path / "out" / "onnx"
+    for folder in (root, root / "spam"):
+        folder.mkdir(parents=True)
+        model(folder / "model.onnx")
+        (folder / "config.json").write_text("{}")
+        write_manifest(folder, RECIPE)
+    golden(root, "spam", "mixed")
+    return root
+
+
+def verdicts(checks: list[Check]) -> list[tuple[str, str, str]]:
+    """Return folder, kind and verdict of each check."""
+    return [(one.folder, one.kind, one.verdict) for one in checks]
+
+
+def test_a_whole_folder_passes(out: Path) -> None:
+    """Its files, its golden vectors, and the outputs inside it; what cannot run says so."""
+    checks = verify_folder(out)
+    assert verdicts(checks) == [
+        (".", "files", "passed"), (".", "golden", "passed"), (".", "golden", "passed"),
+        ("spam", "files", "passed"), ("spam", "golden", "not-run"),
+    ]  # fmt: skip
+    assert [one.what for one in checks[:3]] == ["3 files", "model.onnx, spam", "model.onnx, mixed"]
+    assert checks[-1].reason == NO_VECTORS
+    assert verify_folder(out / "spam")[0].folder == "."
+    above = verify_folder(out.parent)
+    assert [one.folder for one in above] == ["onnx"] * 3 + ["onnx/spam"] * 2
+
+
+def flip(path: str) -> Callable[[Path], None]:
+    """Return a fault: one bit."""
+
+    def apply(out: Path) -> None:
+        content = bytearray((out / path).read_bytes())
+        content[-1] ^= 1
+        (out / path).write_bytes(bytes(content))
+
+    return apply
+
+
+def swap(out: Path) -> None:
+    """Give the manifest another hash for a file of the same size."""
+    text = (out / MANIFEST_FILE).read_text()
+    digest = text.partition('"sha256": "')[2][:64]
+    (out / MANIFEST_FILE).write_text(text.replace(digest, digest[::-1]))
+
+
+def add_folder(out: Path) -> None:
+    """Add a folder with a file."""
+    (out / "sub").mkdir()
+    (out / "sub" / "x").touch()
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a bit of the model": (flip("model.onnx"), "model.onnx has changed"),
+    "a bit of a golden vector": (flip(GOLDEN_FILE), "golden.npz has changed"),
+    "a file cut": (lambda out: (out / "config.json").write_text("{"), "has 1 bytes, not 2"),
+    "a file gone": (lambda out: (out / "config.json").unlink(), "config.json is missing"),
+    "a file added": (lambda out: (out / "run.sh").touch(), "run.sh is not in the manifest"),
+    "a hidden file added": (lambda out: (out / ".x").touch(), ".x is not in the manifest"),
+    "a link added": (lambda out: (out / "l").symlink_to("/etc"), "l is not in the manifest"),
+    "a folder with a file added": (add_folder, "sub/x is not in the manifest"),
+    "another hash in the manifest": (swap, "config.json has changed"),
+    "a manifest that is none": (
+        lambda out: (out / MANIFEST_FILE).write_text("{}"), "not a manifest",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
+def test_damage_fails_and_nothing_is_run(out: Path, fault: str) -> None:
+    """A file that is not what was written fails; its model is not opened."""
+    change, reason = DAMAGE[fault]
+    change(out)
+    checks = [one for one in verify_folder(out) if one.folder == "."]
+    assert checks[0].kind == "files"
+    assert checks[0].verdict == "failed"
+    assert reason in checks[0].reason
+    assert all(one.verdict == "not-run" for one in checks[1:])
+
+
+def test_a_nested_output_without_its_manifest_fails(out: Path) -> None:
+    """Its files then belong to nobody, so that a folder cannot escape the check."""
+    (out / "spam" / MANIFEST_FILE).unlink()
+    (files, *_) = verify_folder(out)
+    assert files.verdict == "failed"
+    assert "spam/config.json is not in the manifest" in files.reason
+    (out / MANIFEST_FILE).unlink()
+    with pytest.raises(IntegrityError, match=r"no mtl-export\.json in it or below"):
+        verify_folder(out)
+
+
+def test_a_file_among_outputs_fails(out: Path) -> None:
+    """What lies beside the outputs is in no manifest."""
+    (out.parent / "notes.txt").write_text("x")
+    checks = verify_folder(out.parent)
+    assert checks[0] == Check(
+        ".", "files", "notes.txt", "failed", "notes.txt belongs to no manifest"
+    )
+
+
+def test_another_answer_fails_though_all_hashes_are_right(out: Path) -> None:
+    """A model exchanged together with its manifest is caught by what it answers."""
+    model(out / "model.onnx", factor=2.001)
+    write_manifest(out, RECIPE)
+    files, *replayed = verify_folder(out)
+    assert files.verdict == "passed"
+    assert [one.verdict for one in replayed[:2]] == ["failed", "failed"]
+    assert "4 of 4 values of logits differ" in replayed[0].reason
+
+
+def test_golden_vectors_that_cannot_be_read_fail(out: Path) -> None:
+    """A listed file that is no archive is no pass."""
+    (out / GOLDEN_FILE).write_bytes(b"no archive")
+    write_manifest(out, RECIPE)
+    assert [one.verdict for one in verify_folder(out)][:2] == ["passed", "failed"]
+
+
+def test_a_model_that_the_runtime_refuses_fails(out: Path) -> None:
+    """It was run where the vectors were saved."""
+    (out / "model.onnx").write_bytes(b"no graph")
+    write_manifest(out, RECIPE)
+    _, refused, *_ = verify_folder(out)
+    assert refused.verdict == "failed"
+    assert "onnxruntime cannot open it" in refused.reason
+
+
+def test_a_missing_runtime_is_not_run(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files pass, the replay says what is missing."""
+
+    def missing(self: object) -> object:
+        raise BackendMissingError(where="onnxruntime", found="not installed")
+
+    monkeypatch.setattr("mtl_export.runtime.ort.OrtRunner.__enter__", missing)
+    files, replay, *_ = verify_folder(out)
+    assert (files.verdict, replay.verdict) == ("passed", "not-run")
+    assert "not installed" in replay.reason
+
+
+def test_a_merged_folder_says_who_runs_it(tmp_path: Path) -> None:
+    """Only PyTorch does, and verify does not import it."""
+    (tmp_path / "config.json").write_text("{}")
+    write_manifest(tmp_path, RECIPE)
+    files, replay = verify_folder(tmp_path)
+    assert files.verdict == "passed"
+    assert (replay.verdict, replay.reason) == ("not-run", NO_TORCH)
+
+
+def test_a_folder_that_does_not_exist_is_a_usage_error(tmp_path: Path) -> None:
+    """A misspelt folder does not pass."""
+    with pytest.raises(UsageError, match="no such folder"):
+        verify_folder(tmp_path / "typo")
