@@ -11,11 +11,14 @@ import onnx_ir.passes.common as common
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.graph.passes.guard_outputs import GuardOutputsPass
+from mtl_export.graph.passes.joint_gemm import JointGemmPass
 from mtl_export.graph.passes.markers import ensure_no_markers
 from mtl_export.graph.passes.merge_task import MergeTaskPass
 from mtl_export.graph.passes.route_embeddings import RouteEmbeddingsPass
 from mtl_export.graph.passes.route_norms import RouteNormsPass
 from mtl_export.graph.passes.route_tasks import RouteTasksPass
+from mtl_export.graph.passes.shared_cores import SharedCoresPass
+from mtl_export.graph.passes.shared_down import SharedDownPass
 from mtl_export.graph.passes.weights import mark_common
 from mtl_export.graph.trace import TracedModel
 from mtl_export.version import VERSION
@@ -34,8 +37,12 @@ def routed_graph(traced: TracedModel, bound: BoundModel) -> ir.Model:
     """Return the graph of all tasks, with the extra input ``task_ids`` int64 [batch]."""
     metadata = _metadata(bound, LAYOUT_SINGLE, bound.adapters.tasks)
     # Embeddings first: they may widen what linear layers take from [1, S, I] to [B, S, I].
-    passes = [RouteEmbeddingsPass(bound), RouteTasksPass(bound), RouteNormsPass(bound)]
-    passes += [GuardOutputsPass()]
+    passes: list[ir.passes.InPlacePass] = [
+        RouteEmbeddingsPass(bound),
+        RouteTasksPass(bound),
+        RouteNormsPass(bound),
+    ]
+    passes += [SharedDownPass(), SharedCoresPass(), JointGemmPass(), GuardOutputsPass()]
     return _lowered(traced, passes, metadata)
 
 

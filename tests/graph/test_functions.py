@@ -14,7 +14,7 @@ IDS = np.array([2, 0, 1, 3])
 SHAPES: dict[str, tuple[int, ...]] = {
     "down": (I, D), "core": (T + 1, D, U), "up": (U, O), "downs": (T + 1, I, R),
     "ups": (T + 1, R, O), "weights": (T + 1, I, L), "biases": (T + 1, L), "rows": (T + 1, O),
-    "table": (N, O),
+    "table": (N, O), "z": (B, S, D), "cores": (B, D, U), "ones": (B, S, 1),
 }  # fmt: skip
 
 
@@ -77,6 +77,11 @@ def expected_row(name: str, v: dict[str, Array], row: int, task: int) -> Array:
         return np.asarray(v["table"][v["slots"][task * V + v["x"][row]]])
     if name.startswith("TaskOwnDelta"):
         return np.asarray(v["x"][row] @ v["downs"][task] @ v["ups"][task])
+    if name == "TaskUp":
+        return np.asarray(v["z"][row] @ v["cores"][row] @ v["up"])
+    if name.startswith("TaskJoin"):
+        mixed = v["z"][row] @ v["cores"][row]
+        return np.concatenate([v["x"][row], mixed, *([v["ones"][row]] if "ones" in v else [])], -1)
     return np.asarray(v["x"][row] @ v["down"] @ v["core"][task] @ v["up"])
 
 

@@ -17,6 +17,7 @@ from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph import lower
 from mtl_export.graph.lower import merged_graph, routed_graph
 from mtl_export.graph.passes.markers import markers
+from mtl_export.graph.passes.split_gemm import SplitGemmPass
 from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE, TracedModel, trace
 from mtl_export.graph.writer import write_graph
 from mtl_export.runtime.ort import OrtRunner
@@ -198,9 +199,10 @@ def test_lowered_graphs_hold_what_they_need_and_no_more(
     assert not merged.functions
     assert "mtl_export" not in merged.opset_imports
     assert sorted(key[1] for key in routed.functions) == [
-        "TaskDelta",
         "TaskDeltaRows",
         "TaskHeadRows",
+        "TaskJoin",
+        "TaskJoinBias",
     ]
 
 
@@ -250,8 +252,8 @@ def test_the_file_says_what_it_is(bound: BoundModel, traced: TracedModel) -> Non
 
 
 def test_base_products_stay_stock_and_biases_last(bound: BoundModel, traced: TracedModel) -> None:
-    """In every adapted layer of the real graph: MatMul of the base, delta, then the bias."""
-    model = routed_graph(traced, bound)
+    """Joint GEMMs taken apart, every adapted layer is MatMul of the base, delta, then the bias."""
+    model = SplitGemmPass()(routed_graph(traced, bound)).model
     last = {
         value.name: node
         for node in model.graph.all_nodes()

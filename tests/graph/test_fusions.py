@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import onnxruntime
+
+from tests.factories import LAYERS
+
+# What ONNX Runtime makes of a bias, a residual or a scale and their neighbours.
+FUSED = {
+    "Attention", "BiasGelu", "FastGelu", "FusedGemm", "FusedMatMul", "Gelu",
+    "LayerNormalization", "MultiHeadAttention", "QuickGelu", "SkipLayerNormalization",
+}  # fmt: skip
+
+
+def fused(path: Path, folder: Path) -> Counter[str]:
+    """Return how many fused nodes ONNX Runtime's own optimised graph has, by type."""
+    optimised = folder / "optimised.onnx"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(optimised)
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(str(optimised), load_external_data=False).graph.node
+    return Counter(node.op_type for node in nodes if node.op_type in FUSED)
+
+
+def test_the_single_graph_is_fused_as_a_merged_one_is(
+    routed_folder: Path, merged_folders: list[Path], tmp_path: Path
+) -> None:
+    """Attention, GELU and residual fusions: as many as without adapters."""
+    single = fused(routed_folder / "model.onnx", tmp_path)
+    assert single == fused(merged_folders[0] / "model.onnx", tmp_path)
+    assert single["BiasGelu"] == LAYERS
+    assert single["SkipLayerNormalization"] == 2 * LAYERS
