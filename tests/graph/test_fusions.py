@@ -10,7 +10,7 @@ from tests.factories import LAYERS
 
 # What ONNX Runtime makes of a bias, a residual or a scale and their neighbours.
 FUSED = {
-    "Attention", "BiasGelu", "FastGelu", "FusedGemm", "FusedMatMul", "Gelu",
+    "Attention", "BiasGelu", "FastGelu", "FusedMatMul", "Gelu",
     "LayerNormalization", "MultiHeadAttention", "QuickGelu", "SkipLayerNormalization",
 }  # fmt: skip
 
