@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtl_export.checkpoint.model_class import is_causal_lm
+from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel

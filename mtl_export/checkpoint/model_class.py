@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mtl_export.checkpoint.own_classes import own_class
+
 AUTO_PREFIX = "AutoModel"
 # Auto class -> what transformers appends to an architecture's name.
 ENDINGS = {
@@ -36,6 +38,8 @@ LM_HEAD_STEMS = frozenset({
 })  # fmt: skip
 # How transformers' classes end that predict next tokens.
 CAUSAL_LM_ENDINGS = ("ForCausalLM", "LMHeadModel")
+# How those end that write from an encoder's states, where the config says that they have one.
+SEQ2SEQ_ENDINGS = ("ForConditionalGeneration", "MTModel")
 # What may end an architecture's name in config.json, longest first.
 KNOWN_ENDINGS = (
     "ForSequenceClassification", "ForConditionalGeneration", "ForTokenClassification",
@@ -88,3 +92,16 @@ def is_causal_lm(model_class: str) -> bool:
     (True, False)
     """
     return model_class.endswith(CAUSAL_LM_ENDINGS)
+
+
+def is_seq2seq(model_class: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a class of this name and config writes text from an encoder's states.
+
+    >>> is_seq2seq("T5ForConditionalGeneration", {"is_encoder_decoder": True})
+    True
+    >>> is_seq2seq("LlavaForConditionalGeneration", {})
+    False
+    """
+    is_own = own_class(model_class) is not None
+    has_encoder = is_own or bool(config.get("is_encoder_decoder"))
+    return has_encoder and (is_own or model_class.endswith(SEQ2SEQ_ENDINGS))

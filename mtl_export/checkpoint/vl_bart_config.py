@@ -68,11 +68,23 @@ def config_of(base: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
 
 
 def seeded_inputs(config: Mapping[str, Any], rows: int) -> dict[str, Array]:
-    """Return features and boxes of some regions of one image, float32 ``[rows, V, ...]``."""
+    """Return features, boxes, image order, region order and mask of some regions a row.
+
+    Features and boxes are float32 ``[rows, V, ...]``, the others int64 ``[rows, V]``: rows have
+    between one region and all of them, of several images where the model knows several.
+    """
     generator = np.random.default_rng(0)
-    features = generator.normal(size=(rows, SEEDED_REGIONS, int(config["feat_dim"])))
-    boxes = generator.uniform(size=(rows, SEEDED_REGIONS, int(config["pos_dim"])))
-    return {"vis_feats": features.astype(np.float32), "boxes": boxes.astype(np.float32)}
+    shape = (rows, SEEDED_REGIONS)
+    features = generator.normal(size=(*shape, int(config["feat_dim"])))
+    boxes = generator.uniform(size=(*shape, int(config["pos_dim"])))
+    counts = generator.integers(1, SEEDED_REGIONS + 1, (rows, 1))
+    return {
+        "vis_feats": features.astype(np.float32),
+        "boxes": boxes.astype(np.float32),
+        "img_order_ids": generator.integers(0, int(config["n_images"]), shape),
+        "obj_order_ids": np.tile(np.arange(SEEDED_REGIONS), (rows, 1)),
+        "vis_attention_mask": (np.arange(SEEDED_REGIONS) < counts).astype(np.int64),
+    }
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:

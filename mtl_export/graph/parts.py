@@ -2,6 +2,7 @@
 
     encoders, classifiers, vision      model
     causal language models             prefill, decode
+    encoder-decoders                   encoder, decoder, decoder_with_past
 
 Every part is traced once and serves all tasks and layouts.
 """
@@ -9,8 +10,9 @@ Every part is traced once and serves all tasks and layouts.
 from __future__ import annotations
 
 from mtl_export.adapters.binding import BoundModel
-from mtl_export.checkpoint.model_class import is_causal_lm
+from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
 from mtl_export.graph.causal_lm import trace_causal_lm
+from mtl_export.graph.seq2seq import trace_seq2seq
 from mtl_export.graph.trace import TracedModel, trace
 
 
@@ -24,4 +26,6 @@ def trace_parts(bound: BoundModel) -> tuple[TracedModel, ...]:
     """
     if is_causal_lm(bound.adapters.model_class):
         return trace_causal_lm(bound)
+    if is_seq2seq(bound.adapters.model_class, bound.base.config):
+        return trace_seq2seq(bound)
     return (trace(bound),)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from typing_extensions import Self
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.family import family_named, read_adapters
@@ -57,7 +58,7 @@ class OracleRunner:
         self._dtype = TORCH_DTYPES[dtype]
         self._models: tuple[MultiTaskModel, ...] = ()
 
-    def __enter__(self) -> OracleRunner:
+    def __enter__(self) -> Self:
         """Load the base and adapt it: once, or once per task where each has its own adapter."""
         members = member_models(self._bound) or (self._bound,)
         self._models = tuple(oracle_model(member, self._dtype) for member in members)
@@ -106,7 +107,7 @@ class MergedRunner:
         self._folder = folder
         self._model: nn.Module | None = None
 
-    def __enter__(self) -> MergedRunner:
+    def __enter__(self) -> Self:
         """Load the folder.
 
         Raises:
@@ -125,7 +126,7 @@ class MergedRunner:
                 fix="Merge again with --force",
             ) from error
 
-    def _entered(self) -> MergedRunner:
+    def _entered(self) -> Self:
         import transformers
 
         with quiet_transformers():

@@ -62,18 +62,21 @@ class Seq2SeqDecoding:
         tokens: Array,
     ) -> None:
         self._with_past = parts.with_past
-        self._every_step: dict[str, Any] = {} if task_ids is None else {"task_ids": task_ids}
+        self.route(task_ids)
         mask = inputs.get(MASK, np.ones_like(inputs["input_ids"]))
-        encoded = parts.encoder({**inputs, MASK: mask, **self._every_step})
+        encoded = parts.encoder({**inputs, MASK: mask, **self._routing})
         # An encoder that reads more than text says itself what of its states counts.
-        self._every_step[SOURCE_MASK] = encoded.get(SOURCE_MASK, mask)
+        self._cache: dict[str, Any] = {SOURCE_MASK: encoded.get(SOURCE_MASK, mask)}
         states = {"encoder_hidden_states": encoded["last_hidden_state"]}
-        self._cache: dict[str, Any] = {}
-        self._take(parts.decoder({TOKENS: tokens, **states, **self._every_step}))
+        self._take(parts.decoder({TOKENS: tokens, **states, **self._cache, **self._routing}))
+
+    def route(self, task_ids: Array | None) -> None:
+        """Let the rows go on under these tasks, int64 ``[B]``."""
+        self._routing = {} if task_ids is None else {"task_ids": task_ids}
 
     def feed(self, tokens: Array) -> None:
         """Append one token to every row, int64 ``[B]``."""
-        self._take(self._with_past({TOKENS: tokens[:, None], **self._every_step, **self._cache}))
+        self._take(self._with_past({TOKENS: tokens[:, None], **self._cache, **self._routing}))
 
     def _take(self, outputs: Mapping[str, Any]) -> None:
         self.logits: Array = outputs[LOGITS]

@@ -110,9 +110,9 @@ class TokenRules:
             UsageError: A setting is on that is not done here.
             EngineRunError: A file is no JSON.
         """
-        config = _read(folder / CONFIG_FILE)
+        config = read_settings(folder / CONFIG_FILE)
         own = folder / GENERATION_FILE
-        return cls.from_settings(_read(own) if own.is_file() else config, config)
+        return cls.from_settings(read_settings(own) if own.is_file() else config, config)
 
     def applied(self, logits: Array, tokens: Array, *, begin: int, last: bool) -> Array:
         """Return the logits as the rules change them.
@@ -176,7 +176,12 @@ def _first(value: Any) -> int | None:
     return found[0] if found else None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return one of a model's JSON files.
+
+    Raises:
+        EngineRunError: It is not there or no JSON.
+    """
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -138,10 +138,10 @@ def joint_mask(text: torch.Tensor, regions: torch.Tensor | None, length: int) ->
         length: S + V.
     """
     text = text.to(torch.int64)
+    if text.shape[1] == length:
+        return text
     if regions is None:
         regions = text.new_ones(text.shape[0], length - text.shape[1])
-    elif text.shape[1] == length:
-        return text
     return torch.cat([text, regions.to(torch.int64)], dim=1)
 
 
@@ -202,6 +202,23 @@ class VLBart(BartForConditionalGeneration):
         model.tie_weights()
         done: VLBart = model.eval()
         return done
+
+    def encoded(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        vis_attention_mask: torch.Tensor,
+        **regions: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Return the encoder's states and the mask of text and regions, for a graph."""
+        states = self.model.encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            vis_attention_mask=vis_attention_mask,
+            **regions,
+        ).last_hidden_state
+        mask = joint_mask(attention_mask, vis_attention_mask, states.shape[1])
+        return {"last_hidden_state": states, "encoder_attention_mask": mask}
 
     def forward(
         self,

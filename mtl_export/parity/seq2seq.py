@@ -1,0 +1,44 @@
+"""What encoder-decoders are compared on: every batch with tokens that the decoder reads.
+
+    input_ids, attention_mask, task_ids  ->  the same, what else the encoder reads, new_tokens
+
+All batches are of full tokens: the decoder has no padding, and each of its logits counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mtl_export.checkpoint.own_classes import own_class
+from mtl_export.parity.cases import Case
+from mtl_export.parity.generation import LONG, STEPS
+from mtl_export.runtime.language import NEW_TOKENS
+
+# Of the long batches; odd, and more than is ever traced.
+LONG_STEPS = 13
+
+
+def decoder_cases(
+    cases: Sequence[Case], model_class: str, config: Mapping[str, Any], *, vocabulary: int
+) -> list[Case]:
+    """Return ``cases`` with seeded decoder tokens, and with what else the encoder reads.
+
+    Args:
+        cases: From ``cases.build_cases``.
+        model_class: The class of the model.
+        config: Its ``config.json``.
+        vocabulary: Token ids lie in [0, vocabulary).
+    """
+    generator = np.random.default_rng(3)
+    own = own_class(model_class)
+    found = []
+    for case in cases:
+        rows = len(case.task_ids)
+        count = LONG_STEPS if case.name.startswith(LONG) else STEPS
+        tokens = generator.integers(0, vocabulary, (rows, count), dtype=np.int64)
+        others = own.seeded_inputs(config, rows) if own is not None else {}
+        found.append(Case(case.name, {**case.inputs, **others, NEW_TOKENS: tokens}))
+    return found

@@ -1,0 +1,87 @@
+"""The PyTorch side of ``seq2seq``: the oracle and a merged folder, as encoder-decoders.
+
+Tokens are those of transformers' own ``generate``; logits after given tokens come from one
+pass over all of them, without a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from mtl_export.adapters.modules.base import quiet_transformers
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.runtime.generation import LOGITS
+from mtl_export.runtime.language import NEW_TOKENS, TASK_IDS
+from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
+from mtl_export.runtime.seq2seq import (
+    decoder_inputs,
+    encoder_inputs,
+    first_token,
+    folder_first_token,
+)
+
+
+class OracleSeq2SeqRunner(OracleRunner):
+    """The unmerged model; inputs and outputs as in ``seq2seq``."""
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return ``logits``; see ``seq2seq``.
+
+        Raises:
+            EngineRunError: A task id is outside [0, T).
+        """
+        passed = _passed(inputs, first_token(self._bound.base.config))
+        return {LOGITS: super().infer({**passed, TASK_IDS: inputs[TASK_IDS]})[LOGITS]}
+
+    def generate(self, inputs: Mapping[str, Array], max_new_tokens: int) -> Array:
+        """Return the tokens of transformers' ``generate``; no token ends a row."""
+        task_ids = inputs[TASK_IDS]
+        tokens = np.zeros((len(task_ids), max_new_tokens), np.int64)
+        for index, model in enumerate(self._models):
+            is_alone = len(self._models) > 1
+            rows = task_ids == index if is_alone else np.ones(len(task_ids), np.bool_)
+            if rows.any():
+                ids = np.zeros_like(task_ids[rows]) if is_alone else task_ids
+                model.routing.set(torch.from_numpy(ids))
+                own = {name: value[rows] for name, value in encoder_inputs(inputs).items()}
+                start = first_token(self._bound.base.config)
+                tokens[rows] = _generated(model.model, own, start, max_new_tokens)
+        return tokens
+
+
+class MergedSeq2SeqRunner(MergedRunner):
+    """A merged folder; inputs and outputs as in ``seq2seq``."""
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return ``logits``; see ``seq2seq``."""
+        start = folder_first_token(self._folder)
+        return {LOGITS: super().infer(_passed(inputs, start))[LOGITS]}
+
+    def generate(self, inputs: Mapping[str, Array], max_new_tokens: int) -> Array:
+        """Return the tokens of transformers' ``generate``; no token ends a row."""
+        start = folder_first_token(self._folder)
+        return _generated(self._model, encoder_inputs(inputs), start, max_new_tokens)
+
+
+def _passed(inputs: Mapping[str, Array], start: int) -> dict[str, Array]:
+    tokens = decoder_inputs(inputs[NEW_TOKENS], start)
+    return {**encoder_inputs(inputs), "decoder_input_ids": tokens}
+
+
+def _generated(model: Any, inputs: Mapping[str, Array], start: int, max_new_tokens: int) -> Array:
+    from transformers import GenerationConfig
+
+    # Not the model's own: what it says of ends and of sampling is no matter of the weights.
+    model.generation_config = GenerationConfig(decoder_start_token_id=start)
+    with torch.inference_mode(), quiet_transformers():
+        tokens: Array = model.generate(
+            **{name: torch.from_numpy(value) for name, value in inputs.items()},
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+        ).numpy()
+    return tokens[:, 1:]
