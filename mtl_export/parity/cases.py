@@ -1,4 +1,7 @@
-"""The batches that are compared: real rows, mixed tasks, and shapes nobody traced."""
+"""The batches that are compared: real rows, mixed tasks, and shapes nobody traced.
+
+Texts are int64 ``[B, S]``, images ``[B, C, H, W]``; H and W are the model's own.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mtl_export.checkpoint.model_inputs import PIXEL_VALUES
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import ParityError
 
@@ -53,17 +57,32 @@ def seeded_rows(
     token_types: int = 1,
     per_task: int = 4,
     seed: int = 0,
+    image: tuple[int, int, int] | None = None,
 ) -> dict[str, Array]:
-    """Return rows of random ids inside the vocabularies, for want of real inputs."""
+    """Return rows of random ids inside the vocabularies, for want of real inputs.
+
+    Args:
+        task_count: T.
+        vocabulary: Token ids lie in [0, vocabulary).
+        names: The inputs that the model takes.
+        token_types: ``token_type_ids`` lie in [0, token_types).
+        per_task: Rows of each task.
+        seed: Decides the values.
+        image: Channels, height and width, for a model that takes ``pixel_values``.
+    """
     generator = np.random.default_rng(seed)
     shape = (task_count * per_task, 23)
     lengths = generator.integers(5, shape[1] + 1, shape[0])
     mask = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
-    candidates = {
+    candidates: dict[str, Array] = {
         INPUT_IDS: generator.integers(0, vocabulary, shape, dtype=np.int64),
         ATTENTION_MASK: mask,
         "token_type_ids": generator.integers(0, token_types, shape, dtype=np.int64),
     }
+    if image is not None:
+        # As an image processor gives them: mean 0 and variance 1 over all images.
+        pixels = generator.standard_normal((shape[0], *image), dtype=np.float32)
+        candidates[PIXEL_VALUES] = pixels
     rows = {name: candidates[name] for name in names if name in candidates}
     rows[TASK_IDS] = np.tile(np.arange(task_count, dtype=np.int64), per_task)
     return rows
@@ -114,6 +133,8 @@ def build_cases(
         for size in SMALL_BATCHES
         if size < len(mixed)
     ]
+    if all(value.ndim != 2 for value in rows.values()):  # images alone: their size is given
+        return [*cases, _odd_batch(rows, task_count)]
     limits = {INPUT_IDS: vocabulary, "token_type_ids": token_types}
     ragged = max(ODD_BATCH, 2 * task_count) | 1
     cases.append(_long_case(rows, task_count, limits, ragged, min(LONG_SEQUENCE, longest)))
@@ -145,6 +166,14 @@ def _interleaved(ids: Array, task_count: int) -> Array:
         if turn < len(queue)
     ]
     return np.array(order[: max(MIXED_ROWS, task_count)])
+
+
+def _odd_batch(rows: Mapping[str, Array], task_count: int) -> Case:
+    """Return a batch of an odd size, every task in it, of the rows again and again."""
+    batch = max(ODD_BATCH, 2 * task_count) | 1
+    inputs = {name: np.resize(value, (batch, *value.shape[1:])) for name, value in rows.items()}
+    inputs[TASK_IDS] = np.arange(batch, dtype=np.int64) % task_count
+    return Case(f"batch {batch}", inputs)
 
 
 def _long_case(

@@ -17,7 +17,7 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError
 from mtl_export.parity.cases import MIXED, TASK_IDS, Case
-from mtl_export.parity.run import OUTPUT
+from mtl_export.parity.outputs import LOGITS
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.golden import Vector
 from mtl_export.runtime.runner import Runner
@@ -104,7 +104,8 @@ def _vector(
 ) -> Vector:
     known = getattr(runner, "inputs", tuple(rows))
     inputs = {key: value for key, value in rows.items() if key in known}
-    outputs = {OUTPUT: runner.infer(inputs)[OUTPUT]}
+    outputs = runner.infer(inputs)
+    outputs = {LOGITS: outputs[LOGITS]} if LOGITS in outputs else outputs
     if tolerance.atol is not None and tolerance.rtol is not None:
         return Vector(name, model, inputs, outputs, tolerance.atol, tolerance.rtol)
     return Vector(name, model, inputs, outputs, tolerance.factor * floor, 0.0)

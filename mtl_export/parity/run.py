@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -18,18 +19,18 @@ import numpy as np
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError, ParityError
-from mtl_export.parity.cases import ATTENTION_MASK, TASK_IDS, Case
+from mtl_export.parity.cases import TASK_IDS, Case
 from mtl_export.parity.generation import Speech, bad_step_ids, oracle_speech, token_cells
-from mtl_export.parity.metrics import decisions, difference
+from mtl_export.parity.metrics import Decisions, decisions, difference
+from mtl_export.parity.outputs import LOGITS, Subject, answers, subjects
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.parity.tolerance import Tolerance, noise_floor
-from mtl_export.runtime.language import NEW_TOKENS
 from mtl_export.runtime.runner import Runner
 from mtl_export.version import VERSION
 
-OUTPUT = "logits"
 # No task has these ids; the last wraps to 1 in a runtime that narrows ids to int32.
 BAD_IDS = (-1, 2**32 + 1, 2**63 - 1)
 
@@ -48,6 +49,7 @@ class Artefact:
         base_sha256: Likewise.
         defect: What is known to be wrong with its files; it fails then without being run.
         path: Its file or folder; None for one that lies nowhere.
+        embedding: How it pools hidden states to one vector a row; None if it does not.
     """
 
     name: str
@@ -59,14 +61,21 @@ class Artefact:
     base_sha256: str
     defect: str = ""
     path: Path | None = None
+    embedding: SentenceEmbedding | None = None
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """The oracle's answers to one case: ``[B, L]``, and the noise floor of each task."""
+    """One output of the oracle for one case: ``[B, L]`` or ``[B, S, L]``."""
 
     case: Case
+    subject: Subject
     logits: Array
+    title: str
+
+
+# By output, the error that the arithmetic of a dtype costs the model.
+_Floors = dict[Subject, float]
 
 
 def step_count(artefacts: Sequence[Artefact]) -> int:
@@ -104,22 +113,27 @@ def run_parity(
         ParityError: The oracle itself answers with NaN or Inf, so nothing can be compared.
     """
     progress("oracle fp64")
+    embeddings = list(dict.fromkeys(artefact.embedding for artefact in artefacts))
     with oracle("fp64") as reference:
-        exact = [_Reference(case, reference.infer(case.inputs)[OUTPUT]) for case in cases]
+        exact = [one for case in cases for one in _references(reference, case, embeddings)]
         speech = oracle_speech(reference, cases)
-    floors: dict[str, dict[str, float]] = {}
+    floors: dict[str, _Floors] = {}
     for dtype in _dtypes(artefacts):
         progress(f"oracle {dtype}, for the noise floor")
         floors[dtype] = _floors(bound.adapters.tasks, exact, oracle(dtype), dtype)
     cells: list[Cell] = []
     for artefact in artefacts:
         progress(f"{artefact.name} {artefact.task.name if artefact.task else ''}".rstrip())
-        cells += _judge(bound, artefact, exact, speech, floors[artefact.dtype], tolerance)
+        own = [one for one in exact if one.subject.embedding == artefact.embedding]
+        cells += _judge(bound, artefact, own, speech, floors[artefact.dtype], tolerance)
     cells += not_there
     return ParityReport(
         cells=tuple(cells),
         tolerance=tolerance.describe(),
-        noise_floors=floors,
+        noise_floors={
+            dtype: {task.name: max(by_output.values()) for task in bound.adapters.tasks}
+            for dtype, by_output in floors.items()
+        },
         sources={
             "base_sha256": bound.base.sha256,
             "checkpoint_sha256": bound.adapters.checkpoint_sha256,
@@ -128,39 +142,46 @@ def run_parity(
     )
 
 
+def _references(
+    oracle: Runner, case: Case, embeddings: Sequence[SentenceEmbedding | None]
+) -> list[_Reference]:
+    """Return what the oracle answers to one case."""
+    outputs = oracle.infer(case.inputs)
+    found = []
+    for embedding in embeddings:
+        compared = subjects(outputs, embedding)
+        for subject in compared:
+            title = case.name if len(compared) == 1 else f"{case.name}, {subject.output}"
+            found.append(_Reference(case, subject, subject.of(outputs, case), title))
+    return found
+
+
 def _floors(
     tasks: Sequence[Task], exact: list[_Reference], lower_precision: Runner, dtype: str
-) -> dict[str, float]:
-    """Return the noise floor of the output over all cases, by task name.
+) -> _Floors:
+    """Return the noise floor of each output over all cases.
 
     It is the same for every task: the one whose few rows happen to be computed well would
     otherwise fail correct exports.
     """
-    floors = {task.name: 0.0 for task in tasks}
+    floors: _Floors = {}
+    outputs: dict[int, dict[str, Array]] = {}
     with lower_precision as runner:
         for reference in exact:
-            lower = runner.infer(reference.case.inputs)[OUTPUT]
+            case, subject = reference.case, reference.subject
+            if id(case) not in outputs:
+                outputs = {id(case): runner.infer(case.inputs)}
+            lower = subject.of(outputs[id(case)], case)
             for task in tasks:
-                rows = reference.case.task_ids == task.index
+                rows = case.task_ids == task.index
                 if rows.any():
-                    own = slice(len(task.labels) or None)
-                    wanted = _answers(reference.case, rows, reference.logits)[:, own]
-                    found = _answers(reference.case, rows, lower)[:, own]
-                    _refuse_not_finite(task, reference.case, dtype, wanted, found)
+                    own = slice((subject.decides and len(task.labels)) or None)
+                    wanted = answers(case, rows, reference.logits)[:, own]
+                    found = answers(case, rows, lower)[:, own]
+                    _refuse_not_finite(task, case, dtype, wanted, found)
                     floor = noise_floor(wanted, found, dtype)
-                    floors[task.name] = max(floors[task.name], floor)
-    return dict.fromkeys(floors, max(floors.values()))
-
-
-def _answers(case: Case, rows: Array, logits: Array) -> Array:
-    """Return the logits that count, [N, L]: of the task's rows, and no padding token's."""
-    if logits.ndim == 2:
-        return logits[rows]
-    mask = None if NEW_TOKENS in case.inputs else case.inputs.get(ATTENTION_MASK)
-    shape = logits.shape[:2]
-    counts = np.ones(shape, np.bool_) if mask is None else mask == 1
-    answers: Array = logits[counts & rows[:, None]]
-    return answers
+                    floors[subject] = max(floors.get(subject, 0.0), floor)
+    return floors
 
 
 def _refuse_not_finite(task: Task, case: Case, dtype: str, exact: Array, lower: Array) -> None:
@@ -180,7 +201,7 @@ def _judge(
     artefact: Artefact,
     exact: list[_Reference],
     speech: Speech | None,
-    floors: dict[str, float],
+    floors: _Floors,
     tolerance: Tolerance,
 ) -> list[Cell]:
     def whole(verdict: Literal["failed", "not-run"], reason: str) -> list[Cell]:
@@ -192,13 +213,13 @@ def _judge(
     cells: list[Cell] = []
     try:
         with artefact.runner as runner:
-            for reference in exact:
-                cells += _compare_case(bound, artefact, runner, reference, floors, tolerance)
+            for _, group in groupby(exact, key=lambda one: id(one.case)):
+                cells += _compare_case(bound, artefact, runner, [*group], floors, tolerance)
             if artefact.kind == "single-graph":
                 cells.append(_bad_ids(bound, artefact, runner, exact[0]))
                 cells.append(_isolation(bound, artefact, runner, exact))
             if speech is not None:
-                limit = tolerance.factor * max(floors.values())
+                limit = tolerance.factor * floors[Subject(LOGITS)]
                 cells += token_cells(artefact, runner, speech, bound.adapters.tasks, limit)
                 if artefact.kind == "single-graph":
                     cells.append(bad_step_ids(artefact, runner, speech, _bad(bound)))
@@ -225,65 +246,66 @@ def _compare_case(
     bound: BoundModel,
     artefact: Artefact,
     runner: Runner,
-    reference: _Reference,
-    floors: dict[str, float],
+    references: Sequence[_Reference],
+    floors: _Floors,
     tolerance: Tolerance,
 ) -> list[Cell]:
-    """Return one cell for each task that ``artefact`` serves in the case."""
-    case = reference.case
+    """Return one cell for each task that ``artefact`` serves in the case, and each output."""
+    case = references[0].case
     if artefact.task is not None:
         rows = case.task_ids == artefact.task.index
         if not rows.any():
             return []
         own = Case(case.name, case.rows(rows))
-        inputs = {name: value for name, value in own.inputs.items() if name != TASK_IDS}
-        candidate = runner.infer(inputs).get(OUTPUT)
+        outputs = runner.infer({n: value for n, value in own.inputs.items() if n != TASK_IDS})
         everything = np.ones(int(rows.sum()), np.bool_)
         return [
-            _compare(artefact, own, artefact.task, everything, reference.logits[rows], candidate,
-                     floors[artefact.task.name], tolerance)
+            _compare(artefact, replace(one, case=own, logits=one.logits[rows]), artefact.task,
+                     everything, outputs.get(one.subject.output), floors[one.subject], tolerance)
+            for one in references
         ]  # fmt: skip
-    candidate = runner.infer(case.inputs).get(OUTPUT)
+    outputs = runner.infer(case.inputs)
     cells = []
-    for task in bound.adapters.tasks:
-        rows = case.task_ids == task.index
-        if rows.any():
-            cells.append(
-                _compare(artefact, case, task, rows, reference.logits, candidate,
-                         floors[task.name], tolerance)
-            )  # fmt: skip
+    for one in references:
+        for task in bound.adapters.tasks:
+            rows = case.task_ids == task.index
+            if rows.any():
+                cells.append(
+                    _compare(artefact, one, task, rows, outputs.get(one.subject.output),
+                             floors[one.subject], tolerance)
+                )  # fmt: skip
     return cells
 
 
 def _compare(
     artefact: Artefact,
-    case: Case,
+    wanted: _Reference,
     task: Task,
     rows: Array,
-    reference: Array,
     candidate: Array | None,
     floor: float,
     tolerance: Tolerance,
 ) -> Cell:
     """Return the cell for the task's ``rows``, bool [B].
 
-    ``reference`` is [B, widest], or [B, S, widest] where every token has its own logits.
+    The reference is [B, widest], or [B, S, widest] where every token has its own logits.
     """
+    case, output, reference = wanted.case, wanted.subject.output, wanted.logits
 
     def failed(reason: str) -> Cell:
         return Cell(
-            artefact.name, artefact.runner.name, task.name, case.name, "failed", reason,
+            artefact.name, artefact.runner.name, task.name, wanted.title, "failed", reason,
             noise_floor=floor,
         )  # fmt: skip
 
     if candidate is None:
-        return failed(f"no output {OUTPUT!r}")
-    labels = len(task.labels) or reference.shape[-1]
+        return failed(f"no output {output!r}")
+    labels = (wanted.subject.decides and len(task.labels)) or reference.shape[-1]
     width = reference.shape[-1] if artefact.task is None else labels
     expected = (len(rows), *reference.shape[1:-1], width)
     if candidate.shape != expected:
-        return failed(f"{OUTPUT} has shape {list(candidate.shape)}, not {list(expected)}")
-    reference, candidate = _answers(case, rows, reference), _answers(case, rows, candidate)
+        return failed(f"{output} has shape {list(candidate.shape)}, not {list(expected)}")
+    reference, candidate = answers(case, rows, reference), answers(case, rows, candidate)
     if not np.isneginf(candidate[:, labels:]).all():
         return failed(f"columns {labels} and up answer, but the task has {labels} labels")
     own_reference, own = reference[:, :labels], candidate[:, :labels]
@@ -293,7 +315,9 @@ def _compare(
     worst = difference(own_reference, own, allowed)
     limit = float(allowed[worst.index])
     # A wide --atol must not make every flip a tie: only what the noise floor explains is one.
-    agreed = decisions(own_reference, own, task.kind, min(limit, tolerance.factor * floor))
+    tie = min(limit, tolerance.factor * floor)
+    decided = wanted.subject.decides
+    agreed = decisions(own_reference, own, task.kind, tie) if decided else Decisions(0, 0, 0)
     reason = ""
     if worst.excess > 0:
         reason = (
@@ -303,7 +327,7 @@ def _compare(
     elif agreed.changed:
         reason = f"{agreed.changed} of {agreed.total} decisions changed"
     return Cell(
-        artefact.name, artefact.runner.name, task.name, case.name,
+        artefact.name, artefact.runner.name, task.name, wanted.title,
         "failed" if reason else "passed", reason, worst.max_abs, floor, limit,
         (agreed.total, agreed.equal, agreed.ties),
     )  # fmt: skip
@@ -311,13 +335,13 @@ def _compare(
 
 def _bad_ids(bound: BoundModel, artefact: Artefact, runner: Runner, reference: _Reference) -> Cell:
     """Return the cell that says whether ids outside [0, T) are kept from answering."""
-    bad = _bad(bound)
+    bad, output = _bad(bound), reference.subject.output
     good = reference.case.rows(np.arange(len(reference.case.task_ids)) == 0)
     inputs = {name: np.repeat(value, len(bad) + 1, axis=0) for name, value in good.items()}
     inputs[TASK_IDS] = np.concatenate([good[TASK_IDS], bad])
     cell = Cell(artefact.name, artefact.runner.name, "*", "bad task ids", "passed")
     try:
-        logits = runner.infer(inputs).get(OUTPUT)
+        logits = runner.infer(inputs).get(output)
     except BackendMissingError:
         raise
     except MtlExportError:
@@ -325,7 +349,7 @@ def _bad_ids(bound: BoundModel, artefact: Artefact, runner: Runner, reference: _
     expected = (len(bad) + 1, *reference.logits.shape[1:])
     if logits is None or logits.shape != expected:
         found = "is missing" if logits is None else f"has shape {list(logits.shape)}"
-        reason = f"{OUTPUT} {found}, not {list(expected)}"
+        reason = f"{output} {found}, not {list(expected)}"
     elif np.isnan(logits[0]).any():
         reason = "they spoil the good row beside them"
     elif not np.isnan(logits[1:]).all():
@@ -347,14 +371,15 @@ def _isolation(
     cell = Cell(artefact.name, artefact.runner.name, "*", "neighbours change task", "passed")
     count = len(bound.adapters.tasks)
     case = max((one.case for one in exact), key=lambda case: len(set(case.task_ids.tolist())))
-    before = runner.infer(case.inputs).get(OUTPUT)
+    output = exact[0].subject.output
+    before = runner.infer(case.inputs).get(output)
     if before is None:
-        return replace(cell, verdict="failed", reason=f"no output {OUTPUT!r}")
+        return replace(cell, verdict="failed", reason=f"no output {output!r}")
     disturbed = []
     for row in range(min(len(before), count)):
         ids = (case.task_ids + 1) % count
         ids[row] = case.task_ids[row]
-        after = runner.infer({**case.inputs, TASK_IDS: ids})[OUTPUT]
+        after = runner.infer({**case.inputs, TASK_IDS: ids})[output]
         if not np.array_equal(after[row], before[row]):
             disturbed.append(row)
     if count == 1 or not disturbed:

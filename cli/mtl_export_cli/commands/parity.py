@@ -186,20 +186,34 @@ def _oracle(bound: BoundModel) -> Callable[[str], Runner]:
 
 def _cases(bound: BoundModel, inputs: Path | None) -> list[Case]:
     """Return the batches to compare on: the user's rows, or seeded ones."""
+    from mtl_export.checkpoint.model_inputs import PIXEL_VALUES, image_shape, longest_sequence
     from mtl_export.parity.cases import build_cases, seeded_rows
     from mtl_export.parity.generation import step_cases
     from mtl_export.parity.seq2seq import decoder_cases
 
     config = bound.base.config
-    vocabulary = int(config["vocab_size"])
-    longest = int(config.get("max_position_embeddings") or 512)
+    image = image_shape(config)
+    vocabulary = int(config.get("vocab_size") or 1)
+    longest = longest_sequence(config, unlimited=512)
     token_types = int(config.get("type_vocab_size") or 1)
     task_count = len(bound.adapters.tasks)
     if inputs is None:
-        names = ["input_ids", "attention_mask"]
+        names = [PIXEL_VALUES] if image else ["input_ids", "attention_mask"]
         names += ["token_type_ids"] if config.get("type_vocab_size") else []
         rows = seeded_rows(
-            task_count=task_count, vocabulary=vocabulary, names=names, token_types=token_types
+            task_count=task_count,
+            vocabulary=vocabulary,
+            names=names,
+            token_types=token_types,
+            image=image,
+        )
+    elif image:
+        raise UsageError(
+            where=f"--inputs {inputs}",
+            found=f"rows of text for a {bound.adapters.model_class}",
+            expected="no --inputs: this model takes images",
+            why="images are compared on seeded pixel values",
+            fix="Leave out --inputs",
         )
     else:
         rows = _tokenised(bound, inputs, longest)

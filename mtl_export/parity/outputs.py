@@ -1,0 +1,97 @@
+"""Which outputs of a model are compared, and which of their numbers count.
+
+    a model with a head         logits
+    a bare encoder              everything it returns: last_hidden_state, pooler_output
+    with pooling in the graph   sentence_embedding, pooled here from the oracle's hidden states
+
+B rows, S tokens, H features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtl_export.checkpoint import sentence_embedding
+from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import ParityError
+from mtl_export.parity.cases import ATTENTION_MASK, Case
+from mtl_export.runtime.language import NEW_TOKENS
+
+LOGITS = "logits"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One output that is compared.
+
+    Attributes:
+        output: Its name.
+        embedding: How it is pooled from the hidden states; None for an output of the model.
+    """
+
+    output: str
+    embedding: SentenceEmbedding | None = None
+
+    @property
+    def decides(self) -> bool:
+        """Return whether decisions are read off it: its columns are labels or tokens."""
+        return self.output == LOGITS
+
+    def of(self, outputs: Mapping[str, Array], case: Case) -> Array:
+        """Return its values, given the outputs of the oracle for ``case``.
+
+        Raises:
+            ParityError: The oracle has no hidden states to pool.
+        """
+        if self.embedding is None:
+            return outputs[self.output]
+        hidden = outputs.get(sentence_embedding.HIDDEN_STATES)
+        if hidden is None:
+            raise ParityError(
+                where="oracle",
+                found=f"outputs {', '.join(outputs)}",
+                expected=sentence_embedding.HIDDEN_STATES,
+                why="the graph pools it to one vector a row",
+                fix="Export this model without --pooling",
+            )
+        return embedded(hidden, case.inputs.get(ATTENTION_MASK), self.embedding)
+
+
+def subjects(outputs: Mapping[str, Array], embedding: SentenceEmbedding | None) -> list[Subject]:
+    """Return what is compared of an artefact, given the oracle's outputs.
+
+    Args:
+        outputs: Of the oracle.
+        embedding: How the artefact pools hidden states, None if it does not.
+    """
+    if embedding is not None:
+        return [Subject(sentence_embedding.OUTPUT, embedding)]
+    if LOGITS in outputs:
+        return [Subject(LOGITS)]
+    return [Subject(name) for name in outputs]
+
+
+def embedded(hidden: Array, mask: Array | None, embedding: SentenceEmbedding) -> Array:
+    """Return one vector a row, ``[B, H]``, of hidden states ``[B, S, H]``."""
+    weights = np.ones(hidden.shape[:2]) if mask is None else mask.astype(np.float64)
+    if embedding.pooling == "cls":
+        vectors: Array = hidden[:, 0]
+    else:
+        vectors = (hidden * weights[..., None]).sum(axis=1) / weights.sum(axis=1, keepdims=True)
+    if embedding.normalize:
+        vectors = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors
+
+
+def answers(case: Case, rows: Array, values: Array) -> Array:
+    """Return the numbers that count, ``[N, L]``: of the rows ``[B]``, and no padding token's."""
+    if values.ndim == 2:
+        return values[rows]
+    mask = None if NEW_TOKENS in case.inputs else case.inputs.get(ATTENTION_MASK)
+    counts = np.ones(values.shape[:2], np.bool_) if mask is None else mask == 1
+    counting: Array = values[counts & rows[:, None]]
+    return counting
