@@ -14,6 +14,8 @@ import numpy as np
 from mtl_export.checkpoint.tensors import Array
 
 BINS = 2048
+# A bin of 2^-75 is narrow enough for any activation, and one over it is a float32.
+_SMALLEST_EXPONENT = -64
 
 
 class Histogram:
@@ -76,7 +78,8 @@ class Histogram:
     def _grow(self, amax: float) -> None:
         if amax <= 0.0 or amax < self.limit:
             return
-        limit = math.ldexp(1.0, math.frexp(amax)[1])  # the power of two just above
+        # The power of two just above.
+        limit = math.ldexp(1.0, max(math.frexp(amax)[1], _SMALLEST_EXPONENT))
         if self.limit == 0.0:
             self.limit = limit
         while self.limit < limit:
