@@ -21,6 +21,7 @@ from mtl_export.errors import EngineRunError, UsageError
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
+    from mtl_export.runtime.token_rules import TokenRules
 
 LOGITS = "logits"
 PRESENT, PAST = "present.", "past_key_values."
@@ -90,7 +91,7 @@ class GreedyDecoder:
     """Greedy generation over the two graphs of a causal language model.
 
     The tokens are those of transformers' ``generate(do_sample=False)`` on left-padded
-    prompts, without logits processors (a repetition penalty, forced tokens).
+    prompts, with the settings that ``rules`` hold.
 
     Args:
         prefill: Runs the prompts.
@@ -99,6 +100,7 @@ class GreedyDecoder:
         pad_token_id: Fills rows that have ended.
         max_length: Most tokens that a row may have, prompt included: the model's positions.
             None: no limit.
+        rules: What the generation settings force and forbid; None: nothing.
     """
 
     def __init__(
@@ -109,11 +111,13 @@ class GreedyDecoder:
         eos_token_ids: Sequence[int],
         pad_token_id: int,
         max_length: int | None = None,
+        rules: TokenRules | None = None,
     ) -> None:
         self._prefill, self._decode = prefill, decode
         self._eos = np.array(sorted(set(eos_token_ids)), np.int64)
         self._pad = pad_token_id
         self._max_length = max_length
+        self._rules = rules
 
     def generate(
         self,
@@ -143,13 +147,18 @@ class GreedyDecoder:
         self._refuse_lengths(mask, max_new_tokens)
         decoding = Decoding(self._prefill, self._decode, input_ids, mask, task_ids)
         ended = np.zeros(len(input_ids), np.bool_)
-        columns: list[Array] = []
+        said, places = left_padded(input_ids, mask)
+        begin, padding = said.shape[1], (places == 0).sum(axis=1)
         while True:
-            tokens = np.where(ended, self._pad, next_tokens(decoding.logits))
-            columns.append(tokens)
+            logits = decoding.logits
+            if self._rules is not None:
+                last = said.shape[1] - begin == max_new_tokens - 1
+                logits = self._rules.applied(logits, said, begin=begin, last=last, padding=padding)
+            tokens = np.where(ended, self._pad, next_tokens(logits))
+            said = np.concatenate([said, tokens[:, None]], axis=1)
             ended |= np.isin(tokens, self._eos)
-            if ended.all() or len(columns) == max_new_tokens:
-                return np.stack(columns, axis=1)
+            if ended.all() or said.shape[1] - begin == max_new_tokens:
+                return said[:, begin:]
             decoding.feed(tokens)
 
     def _refuse_lengths(self, mask: Array, max_new_tokens: int) -> None:

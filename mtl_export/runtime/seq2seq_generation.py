@@ -14,14 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import UsageError
 from mtl_export.runtime.generation import LOGITS, PAST, PRESENT, Part, next_tokens
 from mtl_export.runtime.token_rules import TokenRules
+
+if TYPE_CHECKING:
+    from mtl_export.checkpoint.tensors import Array
 
 MASK, SOURCE_MASK, TOKENS = "attention_mask", "encoder_attention_mask", "decoder_input_ids"
 

@@ -19,7 +19,6 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.errors import TaskNotFoundError, UsageError, shortened
 from mtl_export.runtime.answers import Answer, answer_of
-from mtl_export.runtime.generation import GreedyDecoder
 from mtl_export.runtime.ort import OrtPart, metadata_of, open_session, run_session, task_table
 from mtl_export.runtime.rows import (
     ATTENTION_MASK,
@@ -35,8 +34,14 @@ from mtl_export.runtime.texts import TextFiles
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
+    from mtl_export.runtime.token_rules import TokenRules
 
-MODEL_FILE, PREFILL_FILE, DECODE_FILE = "model.onnx", "prefill.onnx", "decode.onnx"
+# What a folder is opened by, and the graphs beside it that generation needs.
+PARTS = {
+    "model.onnx": (),
+    "prefill.onnx": ("decode.onnx",),
+    "encoder.onnx": ("decoder.onnx", "decoder_with_past.onnx"),
+}
 PRESENT = "present."
 TaskLike = str | int | np.integer[Any]
 
@@ -73,7 +78,8 @@ class TaskSession:
     One session may be used by many threads at once: nothing in it changes after it was made.
 
     Args:
-        path: A folder with ``model.onnx`` (or ``prefill.onnx`` and ``decode.onnx``), or the file.
+        path: What ``mtl-export onnx`` wrote: a folder, or a graph in it. Of a language model the
+            first of its graphs answers to ``run``, all of them together to ``generate``.
         providers: Where it runs: ``cpu``, ``cuda`` or ONNX Runtime's names, the best first;
             None: cpu.
         threads: Threads inside one operator; 0 lets ONNX Runtime decide.
@@ -115,7 +121,12 @@ class TaskSession:
             for field in fields_of(self._session.get_outputs())
             if not field.name.startswith(PRESENT)
         )
-        self._decoder = self._opened_decoder(providers, threads)
+        others = [self._path.with_name(name) for name in PARTS.get(self._path.name, ())]
+        opened = [open_session(file, providers=providers, threads=threads) for file in others]
+        self._parts = [
+            OrtPart(session, file)
+            for session, file in zip([self._session, *opened], [self._path, *others], strict=True)
+        ]
 
     def encode(self, texts: Sequence[str | tuple[str, str]]) -> dict[str, list[list[int]]]:
         """Return the inputs of texts, or pairs of texts, by the folder's own tokenizer.
@@ -147,7 +158,7 @@ class TaskSession:
             TaskNotFoundError: A name or id is unknown.
             EngineRunError: The inputs do not fit the graph, or it failed.
         """
-        rows = self._rows(inputs)
+        rows = self._rows(inputs, self._texts.pad_token_id)
         served = self._served(tasks, rows.count)
         parts: dict[str, list[tuple[Sequence[int], Array]]] = {}
         answers: dict[int, Answer] = {}
@@ -163,47 +174,48 @@ class TaskSession:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        inputs: Mapping[str, Any] | Sequence[Sequence[int]],
         tasks: TaskLike | Sequence[TaskLike] | Array | None = None,
         *,
         max_new_tokens: int,
         max_batch: int | None = None,
     ) -> list[list[int]]:
-        """Return the new tokens of each prompt, decoded greedily, the one that ended it included.
+        """Return the new tokens of each row, the one that ended it included.
+
+        Decoding is greedy, by the settings in the folder's ``generation_config.json``: the
+        tokens of transformers' ``generate(do_sample=False)``.
 
         Args:
-            prompts: Token ids, one row for each prompt.
+            inputs: The prompts' token ids, or inputs by name as for ``run``.
             tasks: As for ``run``.
             max_new_tokens: A row ends here at the latest.
             max_batch: Split into batches of at most so many rows.
 
         Raises:
-            UsageError: The folder holds no language model, or a prompt is empty or too long.
+            UsageError: The folder holds no language model, a prompt is empty or too long, or
+                its settings ask for what is not done here.
             TaskNotFoundError: A name or id is unknown.
             EngineRunError: The inputs do not fit the graph, or it failed.
         """
-        if self._decoder is None:
+        if len(self._parts) == 1:
             raise UsageError(
                 where=str(self._path),
                 found="it does not generate",
-                expected=f"a folder with {PREFILL_FILE} and {DECODE_FILE}",
-                why="tokens are generated from a causal language model's two graphs",
+                expected="a folder with prefill.onnx and decode.onnx, or with encoder.onnx",
+                why="tokens come from the graphs of a language model",
                 fix="Use run",
             )
-        rows = self._rows({INPUT_IDS: prompts})
+        from mtl_export.runtime.token_rules import TokenRules
+
+        rules = TokenRules.from_folder(self._path.parent)
+        by_name = inputs if isinstance(inputs, Mapping) else {INPUT_IDS: inputs}
+        rows = self._rows(by_name, rules.pad)
         served = self._served(tasks, rows.count)
         found: dict[int, list[int]] = {}
         for chosen in self._batches(served, max_batch):
-            inputs = rows.batch(chosen)
             ids = np.array([served[row].index for row in chosen], np.int64)
-            tokens = self._decoder.generate(
-                inputs[INPUT_IDS],
-                inputs[ATTENTION_MASK],
-                task_ids=None if self._task_input is None else ids,
-                max_new_tokens=max_new_tokens,
-            )
-            ends = self._texts.end_token_ids
-            found.update(zip(chosen, (_ended(row, ends) for row in tokens.tolist()), strict=True))
+            tokens = self._generated(rows.batch(chosen), ids, rules, max_new_tokens)
+            found.update(zip(chosen, (_ended(row, rules.eos) for row in tokens), strict=True))
         return [found[row] for row in range(rows.count)]
 
     def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
@@ -227,9 +239,9 @@ class TaskSession:
             fix="Pass one of these names or ids",
         )
 
-    def _rows(self, inputs: Mapping[str, Any]) -> Rows:
-        pad = self._texts.pad_token_id
-        return rows_from(inputs, self._inputs, pad_token_id=pad, where=str(self._path))
+    def _rows(self, inputs: Mapping[str, Any], pad_token_id: int) -> Rows:
+        where = str(self._path)
+        return rows_from(inputs, self._inputs, pad_token_id=pad_token_id, where=where)
 
     def _served(
         self, tasks: TaskLike | Sequence[TaskLike] | Array | None, count: int
@@ -270,20 +282,33 @@ class TaskSession:
         names = [field.name for field in self._outputs]
         return run_session(self._session, self._path, inputs, names)
 
-    def _opened_decoder(
-        self, providers: Sequence[str] | None, threads: int
-    ) -> GreedyDecoder | None:
-        if self._path.name != PREFILL_FILE:
-            return None
-        decode = self._path.with_name(DECODE_FILE)
-        session = open_session(decode, providers=providers, threads=threads)
-        return GreedyDecoder(
-            OrtPart(self._session, self._path),
-            OrtPart(session, decode),
-            eos_token_ids=self._texts.end_token_ids,
-            pad_token_id=self._texts.pad_token_id,
-            max_length=self._texts.positions,
-        )
+    def _generated(
+        self, inputs: dict[str, Array], ids: Array, rules: TokenRules, max_new_tokens: int
+    ) -> list[list[int]]:
+        from mtl_export.runtime.generation import GreedyDecoder
+        from mtl_export.runtime.seq2seq_generation import Seq2SeqGreedyDecoder, Seq2SeqParts
+
+        task_ids = None if self._task_input is None else ids
+        limit = self._texts.positions
+        if len(self._parts) == 3:
+            seq2seq = Seq2SeqGreedyDecoder(Seq2SeqParts(*self._parts), rules, max_length=limit)
+            tokens = seq2seq.generate(inputs, task_ids=task_ids, max_new_tokens=max_new_tokens)
+        else:
+            causal = GreedyDecoder(
+                *self._parts,
+                eos_token_ids=rules.eos,
+                pad_token_id=rules.pad,
+                max_length=limit,
+                rules=rules,
+            )
+            tokens = causal.generate(
+                inputs[INPUT_IDS],
+                inputs[ATTENTION_MASK],
+                task_ids=task_ids,
+                max_new_tokens=max_new_tokens,
+            )
+        listed: list[list[int]] = tokens.tolist()
+        return listed
 
     def _answer(self, task: Task, rows: Rows, row: int, values: Mapping[str, Array]) -> Answer:
         length = rows.lengths[row] if rows.lengths else None
@@ -294,15 +319,15 @@ class TaskSession:
 def _graph_file(path: Path) -> Path:
     """Return the graph to open: the file itself, or the first of a folder's."""
     if path.is_file():
-        return path.with_name(PREFILL_FILE) if path.name == DECODE_FILE else path
-    for name in (MODEL_FILE, PREFILL_FILE):
+        first = next((name for name, rest in PARTS.items() if path.name in rest), path.name)
+        return path.with_name(first)
+    for name in PARTS:
         if (path / name).is_file():
             return path / name
-    inside = sorted(str(file.parent) for file in path.glob(f"*/{MODEL_FILE}"))
-    inside += sorted(str(file.parent) for file in path.glob(f"*/{PREFILL_FILE}"))
+    inside = sorted({str(file.parent) for name in PARTS for file in path.glob(f"*/{name}")})
     raise UsageError(
         where=str(path),
-        found=f"no {MODEL_FILE} or {PREFILL_FILE} there",
+        found=f"none of {', '.join(PARTS)} there",
         expected="a folder that mtl-export onnx wrote",
         fix=f"One of these is: {shortened(inside)}"
         if inside

@@ -1,7 +1,7 @@
-"""What an exported folder says of texts: its tokenizer, its padding, where generation ends.
+"""What an exported folder says of texts: its tokenizer, its padding, its longest row.
 
-Read from ``config.json``, ``generation_config.json``, ``tokenizer_config.json`` and
-``tokenizer.json``; the library ``tokenizers`` is imported when a text is first encoded.
+Read from ``config.json``, ``tokenizer_config.json`` and ``tokenizer.json``; the
+library ``tokenizers`` is imported when a text is first encoded.
 """
 
 from __future__ import annotations
@@ -36,16 +36,7 @@ class TextFiles:
         for number in (self._config.get("pad_token_id"), self._pad_of_tokenizer()):
             if isinstance(number, int):
                 return number
-        return self.end_token_ids[0] if self.end_token_ids else 0
-
-    @cached_property
-    def end_token_ids(self) -> tuple[int, ...]:
-        """Return the tokens after which generation ends, as ``generate`` takes them."""
-        for document in (self._read("generation_config.json"), self._config):
-            found = document.get("eos_token_id")
-            if found is not None:
-                return tuple(found) if isinstance(found, list) else (int(found),)
-        return ()
+        return 0
 
     @cached_property
     def longest(self) -> int | None:

@@ -12,12 +12,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError, UsageError
+
+if TYPE_CHECKING:
+    from mtl_export.checkpoint.tensors import Array
 
 GENERATION_FILE, CONFIG_FILE = "generation_config.json", "config.json"
 # Settings that change what greedy decoding picks and that are not done here, with the values
@@ -114,7 +116,15 @@ class TokenRules:
         own = folder / GENERATION_FILE
         return cls.from_settings(read_settings(own) if own.is_file() else config, config)
 
-    def applied(self, logits: Array, tokens: Array, *, begin: int, last: bool) -> Array:
+    def applied(
+        self,
+        logits: Array,
+        tokens: Array,
+        *,
+        begin: int,
+        last: bool,
+        padding: Array | None = None,
+    ) -> Array:
         """Return the logits as the rules change them.
 
         Args:
@@ -122,15 +132,19 @@ class TokenRules:
             tokens: int64 ``[B, N]``, all tokens of the decoder so far.
             begin: How many of them generation began with.
             last: The next token is the last one asked for.
+            padding: int ``[B]``, how many tokens at a row's beginning are padding, which is no
+                repetition; None: none.
         """
         logits = logits.copy()
         length, new = tokens.shape[1], tokens.shape[1] - begin
         if self.repetition_penalty != 1.0:
-            seen = np.take_along_axis(logits, tokens, axis=1)
-            penalised = np.where(
-                seen < 0, seen * self.repetition_penalty, seen / self.repetition_penalty
-            )
-            np.put_along_axis(logits, tokens, penalised.astype(logits.dtype), axis=1)
+            said = np.zeros(logits.shape, np.bool_)
+            real = np.arange(length) >= (0 if padding is None else padding[:, None])
+            rows, places = np.nonzero(np.broadcast_to(real, tokens.shape))
+            said[rows, tokens[rows, places]] = True
+            penalty = self.repetition_penalty
+            penalised = np.where(logits < 0, logits * penalty, logits / penalty)
+            logits = np.where(said, penalised, logits)
         if self.no_repeat_ngram_size:
             for row, said in zip(logits, tokens.tolist(), strict=True):
                 row[_repeats(said, self.no_repeat_ngram_size)] = -np.inf
