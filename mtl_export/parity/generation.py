@@ -18,8 +18,9 @@ import numpy as np
 
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import EngineRunError
 from mtl_export.parity.cases import ATTENTION_MASK, INPUT_IDS, MIXED, TASK_IDS, Case
-from mtl_export.parity.report import Cell
+from mtl_export.parity.report import Cell, Verdict
 from mtl_export.runtime.language import NEW_TOKENS, PROMPT_TASK_IDS, Generator
 from mtl_export.runtime.runner import Runner
 
@@ -124,9 +125,9 @@ def _compared(artefact: Artefact, task: Task, speech: Speech, found: Array, limi
     return replace(cell, decisions=(total, equal, ties))
 
 
-def _cell(artefact: Artefact, task: Task, verdict: str, reason: str) -> Cell:
+def _cell(artefact: Artefact, task: Task, verdict: Verdict, reason: str) -> Cell:
     name = f"{STEPS} tokens, {MIXED}"
-    return Cell(artefact.name, artefact.runner.name, task.name, name, verdict, reason)  # type: ignore[arg-type]
+    return Cell(artefact.name, artefact.runner.name, task.name, name, verdict, reason)
 
 
 def bad_step_ids(artefact: Artefact, runner: Runner, speech: Speech, bad: Array) -> Cell:
@@ -136,15 +137,16 @@ def bad_step_ids(artefact: Artefact, runner: Runner, speech: Speech, bad: Array)
     inputs = {name: np.repeat(value, count, axis=0) for name, value in good.items()}
     inputs[PROMPT_TASK_IDS] = inputs[TASK_IDS]
     inputs[TASK_IDS] = np.concatenate([good[TASK_IDS], bad])
-    logits = runner.infer(inputs)[OUTPUT]
-    reason = ""
+    cell = Cell(artefact.name, runner.name, "*", "bad task ids, step", "passed")
+    try:
+        logits = runner.infer(inputs)[OUTPUT]
+    except EngineRunError:
+        return cell  # refusing the whole batch is as good as poisoning the rows
     if np.isnan(logits[0]).any() or np.isnan(logits[:, 0]).any():
-        reason = "they spoil the good row beside them, or the prompt"
-    else:
-        silent = np.isnan(logits[1:, 1:]).reshape(len(bad), -1).all(axis=1)
-        if not silent.all():
-            reason = f"ids {bad[~silent].tolist()} are answered"
-    return Cell(
-        artefact.name, runner.name, "*", "bad task ids, step", "failed" if reason else "passed",
-        reason,
-    )  # fmt: skip
+        return _failed(cell, "they spoil the good row beside them, or the prompt")
+    silent = np.isnan(logits[1:, 1:]).reshape(len(bad), -1).all(axis=1)
+    return cell if silent.all() else _failed(cell, f"ids {bad[~silent].tolist()} are answered")
+
+
+def _failed(cell: Cell, reason: str) -> Cell:
+    return replace(cell, verdict="failed", reason=reason)
