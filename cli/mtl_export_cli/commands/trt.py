@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mtl_export.errors import UsageError
+from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
+from mtl_export.errors import EngineBuildError, UsageError
 from mtl_export_cli import graphs, options, render, sources
 from mtl_export_cli.options import Settings, option, with_settings
 from mtl_export_cli.written import Written
@@ -128,8 +129,9 @@ def command(
     from mtl_export.runtime.tensorrt.available import available_builder
 
     graphs.refuse_dtype(settings)
-    builder = available_builder()
     bound = sources.open_bound(settings)
+    _refuse_parts(bound)
+    builder = available_builder()
     wanted = graphs.wanted_graphs(settings, layout, bound.adapters.tasks)
     talk = render.Talk.from_settings(settings)
     talk.note(f"Building with {builder.name} {builder.version}.")
@@ -143,6 +145,24 @@ def command(
     with talk.steps(len(wanted)) as steps:
         built = [engines.write(graph, graph.folder(onnx_folder), steps) for graph in wanted]
     _print(settings, exported, built)
+
+
+def _refuse_parts(bound: BoundModel) -> None:
+    """Refuse a model that runs as several graphs.
+
+    Raises:
+        EngineBuildError: It generates tokens.
+    """
+    model_class = bound.adapters.model_class
+    if is_causal_lm(model_class) or is_seq2seq(model_class, bound.base.config):
+        raise EngineBuildError(
+            where=f"model class {model_class}",
+            found="it generates tokens, by several graphs that hand on keys and values",
+            expected="a model of one graph",
+            why="engines with a cache could not be run and compared here yet",
+            fix="Serve its ONNX graphs with ONNX Runtime, which runs on NVIDIA GPUs too"
+            " (mtl-export onnx)",
+        )
 
 
 class _EngineWriter:
