@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mtl_export.bundle.manifest import MANIFEST_FILE, Manifest, damage, own_files, read_manifest
 from mtl_export.errors import (
@@ -25,7 +25,9 @@ from mtl_export.errors import (
     shortened,
 )
 from mtl_export.runtime.golden import GOLDEN_FILE, Vector, read_golden
-from mtl_export.runtime.runner import Runner
+
+if TYPE_CHECKING:
+    from mtl_export.runtime.runner import Runner
 
 FILES: Literal["files"] = "files"
 GOLDEN: Literal["golden"] = "golden"
