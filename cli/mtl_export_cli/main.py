@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("mtl_export_cli.commands.plan", "Say what each way to deploy costs."),
     "merge": ("mtl_export_cli.commands.merge", "Fold tasks into standalone model folders."),
     "onnx": ("mtl_export_cli.commands.onnx", "Export one routed graph, or one per task."),
+    "tasks": ("mtl_export_cli.commands.tasks", "Add, remove or rename a task of a single graph."),
     "calibrate": (
         "mtl_export_cli.commands.calibrate",
         "Quantise exported graphs, by calibration data.",

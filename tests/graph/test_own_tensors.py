@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -22,9 +23,10 @@ from mtl_export.checkpoint.checkpoint import BaseReference, Checkpoint, Task
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BaseModelError, GraphError
-from mtl_export.graph.external_data import SharedData
+from mtl_export.graph.external_data import SharedData, externalised, write_data
 from mtl_export.graph.lower import merged_graph, routed_graph
 from mtl_export.graph.marking import mark
+from mtl_export.graph.task_edit import remove_task
 from mtl_export.graph.trace import trace
 from mtl_export.graph.writer import write_graph, write_graphs
 from mtl_export.merge.writer import write_merged
@@ -185,6 +187,13 @@ def test_graphs(
         assert np.isneginf(found[row, width:]).all()
     assert np.isnan(spoilt[[1, 3, 5]]).all()
     np.testing.assert_array_equal(spoilt[[0, 2, 4]], found[[0, 2, 4]])
+    for gone in bound.adapters.tasks:
+        others = mixed != gone.index
+        ids = np.where(mixed > gone.index, mixed - 1, mixed)[others]
+        rows = {name: value[others] for name, value in inputs.items()}
+        np.testing.assert_array_equal(
+            without(tmp_path, gone.name, {**rows, "task_ids": ids}), found[others]
+        )
     shared = SharedData()
     for task in bound.adapters.tasks:
         folder = tmp_path / task.name
@@ -195,6 +204,20 @@ def test_graphs(
         with OrtRunner(folder / "model.onnx") as runner:
             alone = runner.infer(inputs)["logits"]
         np.testing.assert_allclose(alone, expected[task.index], atol=TOLERANCE)
+
+
+def without(folder: Path, name: str, inputs: dict[str, Array]) -> Array:
+    """Return what the graph in ``folder`` answers after a task was cut out of it."""
+    models = {"model": ir.load(folder / "model.onnx")}
+    remove_task(models, name)
+    edited = folder / f"without-{name}"
+    edited.mkdir()
+    places, _ = write_data(models, edited)
+    with externalised(models, places):
+        ir.save(models["model"], edited / "model.onnx")
+    with OrtRunner(edited / "model.onnx") as runner:
+        logits: Array = runner.infer(inputs)["logits"]
+    return logits
 
 
 def test_merged_folders(

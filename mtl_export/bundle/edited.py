@@ -1,0 +1,237 @@
+"""A finished folder of single graphs with one task added, removed or renamed.
+
+All parts of the model (``prefill`` and ``decode``) change together: they are written beside
+the folder and put in its place in one step, with everything else that lay in it. The manifest
+keeps its recipe and says what was done, under these options
+
+    edits         one phrase for every edit
+    unverified    tasks whose rows no comparison has seen: those that were added
+
+Golden vectors are kept for every other task: their rows answer as before, so ``verify`` still
+holds the folder against what parity found. Their ids follow the tasks.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from mtl_export.bundle.manifest import (
+    MANIFEST_FILE,
+    FileEntry,
+    Manifest,
+    OptionValue,
+    Recipe,
+    damage,
+    read_manifest,
+)
+from mtl_export.bundle.output import output_folder
+from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import GraphError, IntegrityError, UsageError, shortened
+from mtl_export.graph.external_data import DATA_FILE, externalised, write_data
+from mtl_export.graph.task_edit import CHECKPOINT_KEY, task_table, vector_ids
+from mtl_export.runtime.golden import GOLDEN_FILE, Vector, golden_bytes, read_golden
+from mtl_export.version import VERSION
+
+Edit = Callable[[dict[str, ir.Model]], tuple[Task, ...]]
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What an edit made of a folder.
+
+    Attributes:
+        folder: The folder.
+        before: The tasks it served.
+        after: The tasks it serves.
+        unverified: Those whose rows no comparison has seen, by name.
+    """
+
+    folder: Path
+    before: tuple[Task, ...]
+    after: tuple[Task, ...]
+    unverified: tuple[str, ...]
+
+
+def edit_folder(place: Path, edit: Edit, note: str, *, added: str = "", removed: str = "",
+                renamed: tuple[str, str] = ("", "")) -> Edited:  # fmt: skip
+    """Edit the graphs at ``place`` and put the result there.
+
+    Args:
+        place: The folder, or one of the graphs in it.
+        edit: Changes the graphs, by stem, and returns the tasks they serve then.
+        note: What the edit is, for the manifest.
+        added: The task that no comparison has seen.
+        removed: The task that is gone.
+        renamed: Old and new name.
+
+    Raises:
+        UsageError: There is no graph.
+        IntegrityError: The folder is not as it was written.
+        GraphError: The graphs are not single graphs, or were changed by something else.
+    """
+    folder = place.parent if place.suffix == ".onnx" else place
+    manifest = _manifest_of(folder)
+    stems = sorted(Path(name).stem for name in manifest.files if name.endswith(".onnx"))
+    models = {stem: ir.load(folder / f"{stem}.onnx") for stem in stems}
+    before = task_table(models)
+    after = edit(models)
+    names = {old.name: old.name for old in before if old.name != removed}
+    names |= {renamed[0]: renamed[1]} if renamed[0] else {}
+    unverified = _names(manifest, "unverified")
+    unverified = [names[name] for name in unverified if name in names] + ([added] if added else [])
+    recipe = _recipe(manifest.recipe, models, after, note, unverified)
+    with output_folder(folder, recipe=recipe, force=True) as plan:
+        # The graphs' weights are read from the old folder while the new one is written.
+        places, files = write_data(models, plan.folder)
+        with externalised(models, places):
+            for stem, model in models.items():
+                ir.save(model, plan.folder / f"{stem}.onnx")
+        data = files[DATA_FILE]
+        plan.known[DATA_FILE] = FileEntry(data.sha256, data.size_bytes)
+        written = {DATA_FILE, *(f"{stem}.onnx" for stem in stems)}
+        for name in manifest.files.keys() - written - {GOLDEN_FILE}:
+            if not name.endswith(".onnx.data"):
+                (plan.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / name, plan.folder / name)
+        if GOLDEN_FILE in manifest.files:
+            vectors = _followed(read_golden(folder / GOLDEN_FILE), before, after, removed, names)
+            vectors = _widened(vectors, models)
+            if vectors:
+                (plan.folder / GOLDEN_FILE).write_bytes(golden_bytes(vectors))
+        _check(plan.folder, stems)
+    return Edited(folder, before, after, tuple(unverified))
+
+
+def _manifest_of(folder: Path) -> Manifest:
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    if manifest is None or not any(name.endswith(".onnx") for name in manifest.files):
+        raise UsageError(
+            where=str(folder),
+            found="no graph that mtl-export wrote" if folder.exists() else "no such folder",
+            expected=f"a folder with model.onnx and {MANIFEST_FILE}",
+            fix="Pass the folder that mtl-export onnx --all-tasks wrote, such as out/onnx",
+        )
+    problems = damage(folder, manifest)
+    if problems:
+        raise IntegrityError(
+            where=str(folder),
+            found=shortened(problems),
+            expected="the files that were written there",
+            why="an edit of a changed graph would make it look whole",
+            fix="Export it again",
+        )
+    return manifest
+
+
+def _names(manifest: Manifest, option: str) -> list[str]:
+    value = manifest.recipe.options.get(option)
+    return list(value) if isinstance(value, list) else []
+
+
+def _recipe(
+    old: Recipe,
+    models: dict[str, ir.Model],
+    tasks: Sequence[Task],
+    note: str,
+    unverified: list[str],
+) -> Recipe:
+    names = [task.name for task in tasks]
+    options: dict[str, OptionValue] = {
+        **old.options,
+        "tasks": names,
+        "served": names,
+        "edits": [*_texts(old.options.get("edits")), note],
+        "unverified": unverified,
+    }
+    checkpoint = next(iter(models.values())).metadata_props[CHECKPOINT_KEY]
+    return Recipe(old.command, options, {**old.sources, "checkpoint_sha256": checkpoint}, VERSION)
+
+
+def _texts(value: OptionValue) -> list[str]:
+    return list(value) if isinstance(value, list) else []
+
+
+def _check(folder: Path, stems: Sequence[str]) -> None:
+    """Refuse to put in place what onnx would not take.
+
+    Raises:
+        GraphError: A graph fails the full check.
+    """
+    import onnx
+
+    for stem in stems:
+        path = folder / f"{stem}.onnx"
+        try:
+            onnx.checker.check_model(str(path), full_check=True)
+        except Exception as error:  # its types are made by pybind and share no base
+            raise GraphError(
+                where=path.name,
+                found=f"the edited graph fails onnx's check ({str(error).strip().splitlines()[0]})",
+                expected="a graph as mtl-export onnx writes it",
+                fix="Export the graph again with the tasks you want; nothing was changed",
+            ) from error
+
+
+def _followed(
+    vectors: Sequence[Vector],
+    before: Sequence[Task],
+    after: Sequence[Task],
+    removed: str,
+    names: dict[str, str],
+) -> list[Vector]:
+    """Return the vectors with every id following its task, rows of a removed one left out."""
+    ids = np.array(list(vector_ids(before, after, removed)))
+    found = []
+    for vector in vectors:
+        old = vector.inputs.get("task_ids")
+        if old is None:
+            continue
+        known = (old >= 0) & (old < len(before))
+        new = np.where(known, ids[np.where(known, old, 0)], np.where(old < 0, old, ids[-1]))
+        # -1 stands for the removed task only among the known.
+        rows = ~(known & (new == -1))
+        if rows.any():
+            inputs = {**_rows(vector.inputs, rows), "task_ids": new[rows].astype(old.dtype)}
+            name = names.get(vector.name, vector.name)
+            found.append(
+                replace(vector, name=name, inputs=inputs, outputs=_rows(vector.outputs, rows))
+            )
+    return found
+
+
+def _rows(arrays: Any, rows: Array) -> dict[str, Array]:
+    """Return the chosen rows of every array that has them."""
+    return {
+        name: value[rows] if value.ndim and len(value) == len(rows) else value
+        for name, value in arrays.items()
+    }
+
+
+def _widened(vectors: Sequence[Vector], models: dict[str, ir.Model]) -> list[Vector]:
+    """Return the vectors with outputs as wide as the graphs' are now: -inf for absent labels."""
+    found = []
+    for vector in vectors:
+        graph = models[Path(vector.model).stem].graph
+        widths = {
+            value.name: value.shape[-1]
+            for value in graph.outputs
+            if value.shape is not None and len(value.shape)
+        }
+        outputs = {}
+        for name, saved in vector.outputs.items():
+            width = widths.get(name)
+            room = width - saved.shape[-1] if isinstance(width, int) and saved.ndim > 1 else 0
+            # A row of NaN, the answer to an unknown id, is NaN in every column.
+            fill = np.where(np.isnan(saved[..., -1:]), np.nan, -np.inf)
+            wide = [saved, *[fill.astype(saved.dtype)] * max(0, room)]
+            outputs[name] = np.concatenate(wide, axis=-1)
+        found.append(replace(vector, outputs=outputs))
+    return found

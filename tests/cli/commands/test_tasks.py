@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.cli.conftest import Run
+from tests.factories import TASKS, toy_checkpoint
+
+GRAPH = "out/onnx"
+
+
+def test_remove_and_rename_say_what_becomes_of_every_id(exported: Path, run: Run) -> None:
+    """The table has ids as they are now; graphs of single tasks inside the folder stay."""
+    own = (exported / GRAPH / "spam" / "model.onnx").read_bytes()
+    renamed = run("tasks", "rename", GRAPH, "spam", "junk", "--json")
+    assert renamed.code == 0
+    assert [(t["index"], t["name"], t["status"]) for t in renamed.json["tasks"]] == [
+        (0, "ads_rel", "as before"), (1, "topic", "as before"), (2, "junk", "was spam"),
+    ]  # fmt: skip
+    removed = run("tasks", "remove", f"{GRAPH}/model.onnx", "topic")
+    assert removed.code == 0
+    assert "id was 2" in removed.stdout
+    assert (exported / GRAPH / "spam" / "model.onnx").read_bytes() == own
+    manifest = json.loads((exported / GRAPH / "mtl-export.json").read_text())
+    assert manifest["options"]["edits"] == ["rename spam junk", "remove topic"]
+
+
+def test_an_edited_graph_is_not_taken_for_an_exported_one(exported: Path, run: Run) -> None:
+    """``onnx`` refuses to replace it without --force; ``verify`` finds it whole."""
+    assert run("tasks", "remove", GRAPH, "spam").code == 0
+    assert run("verify", GRAPH).code == 0
+    again = run("onnx", "--all-tasks")
+    assert again.code == 2
+    assert "edits" in again.stderr
+
+
+def test_an_added_task_is_said_to_be_unverified(exported: Path, run: Run) -> None:
+    """A task of the same checkpoint under another name; the settings file is not asked."""
+    words = ("tasks", "add", GRAPH, "copy", "--checkpoint", "adapter", "--from", "spam")
+    outcome = run(*words)
+    assert outcome.code == 0
+    assert "not compared with PyTorch yet: copy" in outcome.stdout
+    assert run("tasks", "remove", GRAPH, "copy", "--json").json["tasks"] == [
+        {"name": t.name, "index": t.index, "labels": list(t.labels), "kind": t.kind,
+         "status": "as before", "verified": True}
+        for t in TASKS
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(exported: Path, run: Run) -> None:
+    """Other projections, another base, no such task, no graph: said, and nothing written."""
+    toy_checkpoint(exported / "other", seed=7)
+    before = (exported / GRAPH / "model.onnx").read_bytes()
+    outcome = run("tasks", "add", GRAPH, "new", "-c", "other", "--from", "spam")
+    assert outcome.code == 5
+    assert "down-projection" in outcome.stderr
+    unknown = run("tasks", "add", GRAPH, "new", "-c", "other")
+    assert unknown.code == 2
+    assert "no task of that name" in unknown.stderr
+    assert run("tasks", "remove", "out/onnx/spam", "spam").code == 5
+    assert run("tasks", "remove", "nowhere", "spam").code == 2
+    assert (exported / GRAPH / "model.onnx").read_bytes() == before
