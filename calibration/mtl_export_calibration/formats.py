@@ -7,8 +7,8 @@
     fp8   FLOAT8 E4M3FN   448      a scale per output channel      per tensor    19
     int4  INT4            7        a scale per 32 inputs, output   stay float    21
 
-Zero points are 0 and -128 (-8) is not used: TensorRT refuses anything else, and a range
-that is not symmetric would gain nothing.
+Zero points are 0: TensorRT refuses others. Weights do not use -128 (-8); an activation below
+-127 steps, which is cut anyway, is stored as -128 by QuantizeLinear and counts as -127 here.
 
 Source: https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html (ties to even, saturation);
 E4M3: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433, table 1.

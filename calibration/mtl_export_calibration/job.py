@@ -95,8 +95,10 @@ class GraphJob:
         """Return the verdict on the graph that lies in the folder already."""
         kept = json.loads((self._folder / FILE).read_text(encoding="utf-8"))
         scores = [
-            TaskScore(**{name: value[name] for name in TaskScore.__dataclass_fields__})
-            for value in kept["tasks"].values()
+            TaskScore(
+                **{name: kept["tasks"][task.name][name] for name in TaskScore.__dataclass_fields__}
+            )
+            for task in self._tasks
         ]
         search = Search(
             frozenset(kept["excluded"]), kept["gate"]["worst_drop"], True, kept["gate"]["trials"]

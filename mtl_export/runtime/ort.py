@@ -49,10 +49,20 @@ def open_session(path: Path, *, providers: Sequence[str] | None = None, threads:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors only: warnings about constant folding are no news
     names = list(dict.fromkeys([*wanted, CPU]))
+
+    def opened() -> Any:
+        return onnxruntime.InferenceSession(str(path), options, providers=names, enable_fallback=0)
+
     try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=names, enable_fallback=0
-        )
+        try:
+            session = opened()
+        except Exception as error:
+            if "float8" not in str(error):
+                raise
+            # It puts 8-bit floats into kernels for 8-bit integers, and then refuses its own
+            # graph (1.31): without that fusion Q and DQ round, and products are in float.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+            session = opened()
     except Exception as error:  # its exception types are made by pybind and share no base
         raise _refused(path, "onnxruntime cannot open it", error) from error
     # A provider whose libraries or device are missing is left out without an exception.
