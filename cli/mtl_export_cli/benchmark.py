@@ -75,7 +75,7 @@ def lineup(
             verb = "onnx --all-tasks" + (" --layout per-task" if name == MERGED else "")
             not_run.append((name, f"not exported; mtl-export {verb} makes it"))
             continue
-        is_generating |= _graph(folder) == "prefill.onnx"
+        is_generating |= _graph(folder) != "model.onnx"
         subjects.append(_onnx_subject(name, folder, threads, new_tokens))
         files[name] = _size(folder, "*.onnx", "*.onnx.data")
     for name, candidates in (
@@ -100,15 +100,17 @@ def lineup(
 
 def _graph(folder: Path) -> str:
     """Return the name of the graph to open in ``folder``, "" if there is none."""
-    names = ("model.onnx", "prefill.onnx")
+    names = ("model.onnx", "prefill.onnx", "encoder.onnx")
     return next((name for name in names if (folder / name).is_file()), "")
 
 
 def _onnx_subject(name: str, folder: Path, threads: int, new_tokens: int) -> Subject:
-    from mtl_export.runtime.subjects import OnnxLanguageModel, OnnxModel
+    from mtl_export.runtime.subjects import OnnxLanguageModel, OnnxModel, OnnxSeq2Seq
 
     if _graph(folder) == "prefill.onnx":
         return OnnxLanguageModel(name, folder, threads, new_tokens)
+    if _graph(folder) == "encoder.onnx":
+        return OnnxSeq2Seq(name, folder, threads, new_tokens)
     return OnnxModel(name, folder / "model.onnx", threads)
 
 

@@ -113,6 +113,56 @@ class OnnxLanguageModel:
 
 
 @dataclass(frozen=True)
+class OnnxSeq2Seq:
+    """An encoder-decoder as its three graphs, on the CPU; its encoder counts as ``prefill``.
+
+    Attributes:
+        name: As tables print it.
+        folder: Holds them.
+        threads: Threads inside one operator; 0: ONNX Runtime's choice.
+        new_tokens: Decoding steps of one call.
+    """
+
+    name: str
+    folder: Path
+    threads: int = 0
+    new_tokens: int = 16
+
+    def prepare(self) -> None:
+        """Import onnxruntime."""
+        from mtl_export.runtime.ort import load_onnxruntime
+
+        load_onnxruntime()
+
+    def open(self) -> Opened:
+        """Open the three sessions."""
+        from mtl_export.runtime.generation import next_tokens
+        from mtl_export.runtime.ort import OrtPart, open_session
+        from mtl_export.runtime.seq2seq_generation import Seq2SeqDecoding, Seq2SeqParts
+        from mtl_export.runtime.token_rules import TokenRules
+
+        stems = ("encoder", "decoder", "decoder_with_past")
+        paths = [self.folder / f"{stem}.onnx" for stem in stems]
+        sessions = [open_session(path, threads=self.threads) for path in paths]
+        parts = Seq2SeqParts(*map(OrtPart, sessions, paths))
+        start = TokenRules.from_folder(self.folder).start or 0
+
+        def call(inputs: Mapping[str, Array]) -> Timings:
+            begun = perf_counter()
+            own = {name: value for name, value in inputs.items() if name != TASK_IDS}
+            first = np.full((len(inputs[INPUT_IDS]), 1), start, np.int64)
+            decoding = Seq2SeqDecoding(parts, own, inputs.get(TASK_IDS), first)
+            times: Timings = {PREFILL: [perf_counter() - begun], DECODE: []}
+            for _ in range(self.new_tokens):
+                begun = perf_counter()
+                decoding.feed(next_tokens(decoding.logits[:, -1]))
+                times[DECODE].append(perf_counter() - begun)
+            return times
+
+        return Opened(call, fields_of(sessions[0].get_inputs()))
+
+
+@dataclass(frozen=True)
 class Engine:
     """A TensorRT engine on the GPU.
 
@@ -228,22 +278,26 @@ def _generated(model: Any, inputs: Mapping[str, Array], *, new_tokens: int) -> T
 
     times: Timings = {PREFILL: [], DECODE: []}
     tensors = _tensors(inputs)
+    config = model.model.config
+    is_seq2seq = bool(config.is_encoder_decoder)
+    mask = tensors[ATTENTION_MASK]
+    kept = {TASK_IDS: tensors[TASK_IDS], "use_cache": True}
+    first = {}
+    if is_seq2seq:
+        start = config.decoder_start_token_id or 0
+        first = {"decoder_input_ids": torch.full((len(mask), 1), start)}
     with torch.inference_mode():
         begun = perf_counter()
-        out = model(**tensors, use_cache=True)
+        out = model(**tensors, **first, use_cache=True)
         times[PREFILL].append(perf_counter() - begun)
-        mask = tensors[ATTENTION_MASK]
+        if is_seq2seq:
+            kept["encoder_outputs"] = (out.encoder_last_hidden_state,)
         for _ in range(new_tokens):
             begun = perf_counter()
             tokens = out.logits[:, -1].argmax(-1, keepdim=True)
-            mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-            out = model(
-                input_ids=tokens,
-                attention_mask=mask,
-                task_ids=tensors[TASK_IDS],
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            )
+            mask = mask if is_seq2seq else torch.cat([mask, torch.ones_like(tokens)], dim=1)
+            step = {"decoder_input_ids" if is_seq2seq else INPUT_IDS: tokens, ATTENTION_MASK: mask}
+            out = model(**step, **kept, past_key_values=out.past_key_values)
             times[DECODE].append(perf_counter() - begun)
     return times
 

@@ -11,9 +11,11 @@ from mtl_export.adapters.family import read_adapters
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.graph.lower import merged_graph, routed_graph
+from mtl_export.graph.parts import trace_parts
 from mtl_export.graph.trace import trace
-from mtl_export.graph.writer import write_graph
+from mtl_export.graph.writer import write_graph, write_graphs
 from tests.factories import toy_base, toy_checkpoint
+from tests.graph.language import language_bound
 
 
 @pytest.fixture(scope="session")
@@ -31,4 +33,19 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in bound.adapters.tasks:
         (target / task.name).mkdir()
         write_graph(merged_graph(traced, bound, task), bound, target / task.name, task)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a project of a tiny LLaMA: ``base``, ``adapter``, ``onnx`` and ``onnx/reply``."""
+    folder = tmp_path_factory.mktemp("language")
+    bound = language_bound(folder, "LlamaForCausalLM")
+    parts, target = trace_parts(bound), folder / "onnx"
+    target.mkdir()
+    write_graphs({part.stem: routed_graph(part, bound) for part in parts}, bound, target, None)
+    task = bound.adapters.tasks[1]
+    (target / task.name).mkdir()
+    models = {part.stem: merged_graph(part, bound, task) for part in parts}
+    write_graphs(models, bound, target / task.name, task)
     return folder

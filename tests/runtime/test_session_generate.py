@@ -15,12 +15,10 @@ import torch
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.base import quiet_transformers
 from mtl_export.errors import TaskNotFoundError, UsageError
-from mtl_export.graph.lower import merged_graph, routed_graph
-from mtl_export.graph.parts import trace_parts
-from mtl_export.graph.writer import write_graphs
 from mtl_export.runtime import TaskSession
 from mtl_export.runtime.pytorch import oracle_model
-from tests.graph.language import POSITIONS, language_bound
+from tests.adapters import toys
+from tests.graph.language import POSITIONS
 
 PROMPTS = [[5, 9, 30], [7], [11, 12, 13, 14, 15, 16], [40, 41], [8, 3, 3, 50]]
 TASKS = ["reply", "summary", "title", "reply", "title"]
@@ -29,22 +27,15 @@ NEW = 9
 
 
 @pytest.fixture(scope="module")
-def bound(tmp_path_factory: pytest.TempPathFactory) -> BoundModel:
-    """Return a tiny LLaMA with three tasks."""
-    return language_bound(tmp_path_factory.mktemp("language"), "LlamaForCausalLM")
+def bound(language: Path) -> BoundModel:
+    """Return the tiny LLaMA with its three tasks."""
+    return toys.bound_model(language / "base", language / "adapter")
 
 
 @pytest.fixture(scope="module")
-def onnx(bound: BoundModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the single graph's folder, and below it a merged one."""
-    folder = tmp_path_factory.mktemp("onnx")
-    parts = trace_parts(bound)
-    write_graphs({part.stem: routed_graph(part, bound) for part in parts}, bound, folder, None)
-    task = bound.adapters.tasks[1]
-    (folder / task.name).mkdir()
-    models = {part.stem: merged_graph(part, bound, task) for part in parts}
-    write_graphs(models, bound, folder / task.name, task)
-    return folder
+def onnx(language: Path) -> Path:
+    """Return the single graph's folder."""
+    return language / "onnx"
 
 
 @pytest.fixture(scope="module")
