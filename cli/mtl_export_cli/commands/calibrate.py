@@ -13,6 +13,7 @@ import click
 
 from mtl_export.errors import MtlExportError, UsageError
 from mtl_export_cli import graphs, options, render, sources
+from mtl_export_cli.calibrated import Outcome, print_outcomes
 from mtl_export_cli.options import Settings, option, with_settings
 from mtl_export_cli.written import Written
 
@@ -129,16 +130,8 @@ def command(
     if not any(groups):
         raise _nothing_exported(parent, layout)
     outcomes = request.run(bound, [group for group in groups if group])
-    _print(outcomes, settings, request)
+    print_outcomes(outcomes, chosen, as_json=settings.json)
     return 0 if all(outcome.report.passed for outcome in outcomes) else EXIT_FAILED
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """One graph: the verdict, and the folder if one was written."""
-
-    report: GraphReport
-    written: Written | None
 
 
 class _GateError(Exception):
@@ -180,7 +173,7 @@ class _Request:
                 fix="Pass --data, or set data in the [calibrate] section of mtl-export.toml",
             )
 
-    def run(self, bound: BoundModel, groups: Sequence[Sequence[Target]]) -> list[_Outcome]:
+    def run(self, bound: BoundModel, groups: Sequence[Sequence[Target]]) -> list[Outcome]:
         """Quantise graphs, those of one layout together."""
         from mtl_export_calibration.measure import Work, measure
         from mtl_export_calibration.samples import open_samples
@@ -224,7 +217,7 @@ class _Request:
 
     def _graph(
         self, work: Work, target: Target, measured: Measured, rows: dict[str, Any]
-    ) -> _Outcome:
+    ) -> Outcome:
         from mtl_export.bundle.output import output_folder
         from mtl_export_calibration.job import GraphJob
 
@@ -249,8 +242,8 @@ class _Request:
                     raise _GateError(report)
                 report = replace(report, latency_ms=job.latencies_ms())
         except _GateError as failure:
-            return _Outcome(failure.report, None)
-        return _Outcome(report, Written.from_plan(plan, names, perf_counter() - started))
+            return Outcome(failure.report, None)
+        return Outcome(report, Written.from_plan(plan, names, perf_counter() - started))
 
     def _recipe(self, work: Work, target: Target) -> Recipe:
         key, chosen = work.key(target), self.options
@@ -331,96 +324,3 @@ def _refuse_unknown_weights(bound: BoundModel, weights: dict[str, float]) -> Non
 
     for name in weights:
         task_named(bound.adapters.tasks, name)
-
-
-def _print(outcomes: Sequence[_Outcome], settings: Settings, request: _Request) -> None:
-    if settings.json:
-        render.print_json(
-            {
-                "ok": all(outcome.report.passed for outcome in outcomes),
-                "command": "calibrate",
-                "graphs": [
-                    {
-                        **outcome.report.as_dict(),
-                        "latency_ms": list(outcome.report.latency_ms),
-                        "output": outcome.written.as_dict() if outcome.written else None,
-                    }
-                    for outcome in outcomes
-                ],
-            }
-        )
-        return
-    number = request.options.number.name
-    columns = (
-        "graph",
-        "task",
-        "rows",
-        "fp32",
-        number,
-        "drop",
-        "same",
-        "SQNR",
-        "range",
-        "cut",
-        "verdict",
-    )
-    rows = [row for outcome in outcomes for row in _rows(outcome.report)]
-    title = (
-        f"{number}, {request.options.method}; the worst task may lose"
-        f" {request.options.max_drop:g} points"
-    )
-    render.print_table(columns, rows, title=title, right=columns[2:-1])
-    for outcome in outcomes:
-        for line in _lines(outcome):
-            render.print_line(f"{outcome.report.graph}: {line}")
-
-
-def _rows(report: GraphReport) -> list[tuple[str, ...]]:
-    rows = []
-    for score in report.scores:
-        inflation, _ = report.measured.inflation(score.task)
-        cut, _ = report.measured.cut.get(score.task, (0.0, ""))
-        accuracies = (score.float_accuracy, score.accuracy)
-        rows.append(
-            (
-                report.graph,
-                score.task,
-                f"{score.rows:,}",
-                *("" if value is None else f"{100 * value:.2f}" for value in accuracies),
-                f"{score.drop:.2f}",
-                f"{100 * score.agreement:.2f} %",
-                f"{score.sqnr_db:.1f} dB",
-                f"{inflation:.2f}x",
-                f"{100 * cut:.2f} %",
-                "passed" if score.drop <= report.max_drop else "FAILED",
-            )
-        )
-    return rows
-
-
-def _lines(outcome: _Outcome) -> list[str]:
-    from mtl_export.errors import shortened
-
-    report, lines = outcome.report, []
-    if report.latency_ms:
-        before, after = report.latency_ms
-        lines.append(
-            f"ONNX Runtime, 8 x 128: fp32 {before:.1f} ms, {report.number} {after:.1f} ms"
-            f" ({after / before:.2f}x)"
-        )
-    total = len(report.measured.sqnr_db)
-    if report.excluded:
-        lines.append(f"{len(report.excluded)} of {total} layers left unquantised"
-                     f" after {report.trials} trials: {shortened(report.excluded)}")  # fmt: skip
-    if report.apart:
-        lines.append(
-            f"{len(report.apart)} layers add the task's change in high precision, because a"
-            f" step of the weight is larger: {shortened(report.apart)}"
-        )
-    lines += list(report.notes)
-    if outcome.written:
-        size = render.size_text(outcome.written.size_bytes)
-        lines.append(f"{outcome.written.path}: {size}, {outcome.written.status}")
-    else:
-        lines.append("not written, because a task loses too much")
-    return lines

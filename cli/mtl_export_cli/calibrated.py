@@ -1,0 +1,117 @@
+"""What ``mtl-export calibrate`` found, as a table for people or JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mtl_export.errors import shortened
+from mtl_export_cli import render
+from mtl_export_cli.written import Written
+
+if TYPE_CHECKING:
+    from mtl_export_calibration.measure import Options
+    from mtl_export_calibration.report import GraphReport
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One graph.
+
+    Attributes:
+        report: The verdict.
+        written: Its folder; None where it failed.
+    """
+
+    report: GraphReport
+    written: Written | None
+
+
+def print_outcomes(outcomes: Sequence[Outcome], options: Options, *, as_json: bool) -> None:
+    """Print all graphs."""
+    if as_json:
+        render.print_json(
+            {
+                "ok": all(outcome.report.passed for outcome in outcomes),
+                "command": "calibrate",
+                "graphs": [
+                    {
+                        **outcome.report.as_dict(),
+                        "latency_ms": list(outcome.report.latency_ms),
+                        "output": outcome.written.as_dict() if outcome.written else None,
+                    }
+                    for outcome in outcomes
+                ],
+            }
+        )
+        return
+    number = options.number.name
+    columns = (
+        "graph",
+        "task",
+        "rows",
+        "fp32",
+        number,
+        "drop",
+        "same",
+        "SQNR",
+        "range",
+        "cut",
+        "verdict",
+    )
+    rows = [row for outcome in outcomes for row in _rows(outcome.report)]
+    title = f"{number}, {options.method}; the worst task may lose {options.max_drop:g} points"
+    render.print_table(columns, rows, title=title, right=columns[2:-1])
+    for outcome in outcomes:
+        for line in _lines(outcome):
+            render.print_line(f"{outcome.report.graph}: {line}")
+
+
+def _rows(report: GraphReport) -> list[tuple[str, ...]]:
+    rows = []
+    for score in report.scores:
+        inflation, _ = report.measured.inflation(score.task)
+        cut, _ = report.measured.cut.get(score.task, (0.0, ""))
+        accuracies = (score.float_accuracy, score.accuracy)
+        rows.append(
+            (
+                report.graph,
+                score.task,
+                f"{score.rows:,}",
+                *("" if value is None else f"{100 * value:.2f}" for value in accuracies),
+                f"{score.drop:.2f}",
+                f"{100 * score.agreement:.2f} %",
+                f"{score.sqnr_db:.1f} dB",
+                f"{inflation:.2f}x",
+                f"{100 * cut:.2f} %",
+                "passed" if score.drop <= report.max_drop else "FAILED",
+            )
+        )
+    return rows
+
+
+def _lines(outcome: Outcome) -> list[str]:
+    report, lines = outcome.report, []
+    if report.latency_ms:
+        before, after = report.latency_ms
+        lines.append(
+            f"ONNX Runtime, 8 x 128: fp32 {before:.1f} ms, {report.number} {after:.1f} ms"
+            f" ({after / before:.2f}x)"
+        )
+    total = len(report.measured.sqnr_db)
+    if report.excluded:
+        lines.append(f"{len(report.excluded)} of {total} layers left unquantised"
+                     f" after {report.trials} trials: {shortened(report.excluded)}")  # fmt: skip
+    if report.apart:
+        lines.append(
+            f"{len(report.apart)} layers add the task's change in high precision, because a"
+            f" step of the weight is larger: {shortened(report.apart)}"
+        )
+    lines += list(report.notes)
+    if outcome.written:
+        size = render.size_text(outcome.written.size_bytes)
+        lines.append(f"{outcome.written.path}: {size}, {outcome.written.status}")
+    else:
+        lines.append("not written, because a task loses too much")
+    return lines

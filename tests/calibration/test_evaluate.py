@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mtl_export.checkpoint.checkpoint import Task, TaskKind
+from mtl_export_calibration.evaluate import Answers, score
+
+LABELS = np.array([0, 1, 1, 0, -1])
+BEFORE = np.array([[2.0, 1.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [5.0, 0.0]], np.float32)
+
+
+def task(kind: TaskKind = "single_label_classification") -> Task:
+    """Return a task of two labels."""
+    return Task("spam", 0, ("no", "yes"), kind)
+
+
+def answered(logits: object, labels: object = LABELS) -> Answers:
+    """Return logits as answers of task 0, followed by a row of another task."""
+    values = np.append(np.asarray(logits, np.float32), np.full((1, 2), 9.0, np.float32), axis=0)
+    ids = np.append(np.zeros(len(values) - 1, np.int64), 1)
+    return Answers(values, ids, np.append(np.asarray(labels), 0))
+
+
+def test_accuracy_is_counted_on_labelled_rows() -> None:
+    """Of four labelled rows three are right before, two after: 25 points lost."""
+    after = BEFORE.copy()
+    after[1] = [2.0, 1.0]
+    found = score(answered(BEFORE), answered(after), task())
+    assert (found.rows, found.labelled) == (5, 4)
+    assert (found.float_accuracy, found.accuracy, found.drop) == (0.75, 0.5, 25.0)
+    assert found.agreement == 0.8
+
+
+def test_a_better_accuracy_is_a_negative_drop() -> None:
+    """Quantising may help by chance; that is no loss."""
+    after = BEFORE.copy()
+    after[3] = [2.0, 1.0]
+    assert score(answered(BEFORE), answered(after), task()).drop == -25.0
+
+
+def test_without_labels_changed_decisions_count() -> None:
+    """No loss of accuracy can be larger than the share of decisions that changed."""
+    after = BEFORE.copy()
+    after[1] = [2.0, 1.0]
+    found = score(answered(BEFORE, [-1] * 5), answered(after, [-1] * 5), task())
+    assert (found.labelled, found.accuracy) == (0, None)
+    assert found.drop == pytest.approx(20.0)
+
+
+def test_nan_loses_everything() -> None:
+    """A graph that answers NaN never passes."""
+    after = BEFORE.copy()
+    after[0] = np.nan
+    assert score(answered(BEFORE), answered(after), task()).drop == 100.0
+
+
+def test_regression_loses_variance() -> None:
+    """Half the spread is noise: the drop is its share of the variance."""
+    after = BEFORE + np.array([1.0, -1.0], np.float32)
+    found = score(answered(BEFORE), answered(after), task("regression"))
+    total = ((BEFORE - BEFORE.mean(axis=0)) ** 2).sum()
+    assert found.drop == pytest.approx(100.0 * 10.0 / total)
+    assert score(answered(BEFORE), answered(BEFORE), task("regression")).drop == 0.0
+
+
+def test_multi_label_decisions_are_signs() -> None:
+    """A row agrees where every label's sign does; labels of one index say nothing here."""
+    signs = BEFORE - 1.5
+    after = signs.copy()
+    after[0, 0] = -1.0
+    found = score(answered(signs), answered(after), task("multi_label_classification"))
+    assert found.drop == pytest.approx(20.0)
+
+
+def test_other_tasks_wider_heads_do_not_count() -> None:
+    """A task's logits are as many as its labels; the rest is minus infinity."""
+    wide = np.append(BEFORE, np.full((5, 1), -np.inf, np.float32), axis=1)
+    answers = replace(answered(BEFORE), logits=np.append(wide, np.zeros((1, 3)), axis=0))
+    assert score(answers, answers, task()).drop == 0.0
