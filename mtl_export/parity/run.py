@@ -23,6 +23,7 @@ from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError, ParityError
 from mtl_export.parity.cases import TASK_IDS, Case
+from mtl_export.parity.contract import bad_ids_cell, isolation_cell, row_cells
 from mtl_export.parity.generation import Speech, bad_step_ids, oracle_speech, token_cells
 from mtl_export.parity.metrics import Decisions, decisions, difference
 from mtl_export.parity.outputs import LOGITS, Subject, answers, subjects
@@ -215,9 +216,7 @@ def _judge(
         with artefact.runner as runner:
             for _, group in groupby(exact, key=lambda one: id(one.case)):
                 cells += _compare_case(bound, artefact, runner, [*group], floors, tolerance)
-            if artefact.kind == "single-graph":
-                cells.append(_bad_ids(bound, artefact, runner, exact[0]))
-                cells.append(_isolation(bound, artefact, runner, exact))
+            cells += _contract(bound, artefact, runner, exact, floors, tolerance)
             if speech is not None:
                 limit = tolerance.factor * floors[Subject(LOGITS)]
                 cells += token_cells(artefact, runner, speech, bound.adapters.tasks, limit)
@@ -228,6 +227,27 @@ def _judge(
     except MtlExportError as error:
         cells += whole("failed", str(error))
     return cells
+
+
+def _contract(
+    bound: BoundModel,
+    artefact: Artefact,
+    runner: Runner,
+    exact: list[_Reference],
+    floors: _Floors,
+    tolerance: Tolerance,
+) -> list[Cell]:
+    """Return the cells of what must hold whatever the numbers are."""
+    name = artefact.task.name if artefact.task else "*"
+    cell = Cell(artefact.name, artefact.runner.name, name, "contract", "passed")
+    one = max(exact, key=lambda one: len(set(one.case.task_ids.tolist())))
+    case, output = one.case, one.subject.output
+    cells, shape = [], one.logits.shape[1:]
+    if artefact.kind == "single-graph":
+        cells.append(bad_ids_cell(cell, runner, case, output, shape, _bad(bound)))
+        cells.append(isolation_cell(cell, runner, case, output, len(bound.adapters.tasks)))
+    limit = float(tolerance.allowed(one.logits[np.isfinite(one.logits)], floors[one.subject]).max())
+    return cells + row_cells(cell, runner, case, output, shape, artefact.task, limit)
 
 
 def _stale(bound: BoundModel, artefact: Artefact) -> str:
@@ -333,59 +353,8 @@ def _compare(
     )  # fmt: skip
 
 
-def _bad_ids(bound: BoundModel, artefact: Artefact, runner: Runner, reference: _Reference) -> Cell:
-    """Return the cell that says whether ids outside [0, T) are kept from answering."""
-    bad, output = _bad(bound), reference.subject.output
-    good = reference.case.rows(np.arange(len(reference.case.task_ids)) == 0)
-    inputs = {name: np.repeat(value, len(bad) + 1, axis=0) for name, value in good.items()}
-    inputs[TASK_IDS] = np.concatenate([good[TASK_IDS], bad])
-    cell = Cell(artefact.name, artefact.runner.name, "*", "bad task ids", "passed")
-    try:
-        logits = runner.infer(inputs).get(output)
-    except BackendMissingError:
-        raise
-    except MtlExportError:
-        return cell  # refusing the whole batch is as good as poisoning the rows
-    expected = (len(bad) + 1, *reference.logits.shape[1:])
-    if logits is None or logits.shape != expected:
-        found = "is missing" if logits is None else f"has shape {list(logits.shape)}"
-        reason = f"{output} {found}, not {list(expected)}"
-    elif np.isnan(logits[0]).any():
-        reason = "they spoil the good row beside them"
-    elif not np.isnan(logits[1:]).all():
-        silent = np.isnan(logits[1:]).reshape(len(bad), -1).all(axis=1)
-        reason = f"ids {bad[~silent].tolist()} are answered"
-    else:
-        return cell
-    return Cell(cell.artefact, cell.runtime, "*", cell.case, "failed", reason)
-
-
 def _bad(bound: BoundModel) -> Array:
     return np.array([*BAD_IDS, len(bound.adapters.tasks)], np.int64)
-
-
-def _isolation(
-    bound: BoundModel, artefact: Artefact, runner: Runner, exact: list[_Reference]
-) -> Cell:
-    """Return the cell that says whether a row is the same whatever tasks its neighbours have."""
-    cell = Cell(artefact.name, artefact.runner.name, "*", "neighbours change task", "passed")
-    count = len(bound.adapters.tasks)
-    case = max((one.case for one in exact), key=lambda case: len(set(case.task_ids.tolist())))
-    output = exact[0].subject.output
-    before = runner.infer(case.inputs).get(output)
-    if before is None:
-        return replace(cell, verdict="failed", reason=f"no output {output!r}")
-    disturbed = []
-    for row in range(min(len(before), count)):
-        ids = (case.task_ids + 1) % count
-        ids[row] = case.task_ids[row]
-        after = runner.infer({**case.inputs, TASK_IDS: ids})[output]
-        if not np.array_equal(after[row], before[row]):
-            disturbed.append(row)
-    if count == 1 or not disturbed:
-        return cell
-    reason = f"rows {disturbed} change bit for bit when the other rows' tasks do"
-    return replace(cell, verdict="failed", reason=reason)
 
 
 def _versions() -> dict[str, str]:
