@@ -9,14 +9,18 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from mtl_export.adapters.binding import BoundModel
+from mtl_export.checkpoint import sentence_embedding
 from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.graph.passes.guard_outputs import GuardOutputsPass
 from mtl_export.graph.passes.joint_gemm import JointGemmPass
 from mtl_export.graph.passes.markers import ensure_no_markers
 from mtl_export.graph.passes.merge_task import MergeTaskPass
+from mtl_export.graph.passes.pool_states import PoolStatesPass
 from mtl_export.graph.passes.route_embeddings import RouteEmbeddingsPass
 from mtl_export.graph.passes.route_norms import RouteNormsPass
 from mtl_export.graph.passes.route_tasks import RouteTasksPass
+from mtl_export.graph.passes.routing import TaskInput
 from mtl_export.graph.passes.shared_cores import SharedCoresPass
 from mtl_export.graph.passes.shared_down import SharedDownPass
 from mtl_export.graph.passes.weights import mark_common
@@ -25,30 +29,72 @@ from mtl_export.version import VERSION
 
 LAYOUT_MERGED = "merged"
 LAYOUT_SINGLE = "single-graph"
+TASK_INPUT_KEY = "mtl_export.task_input"
 
 
-def merged_graph(traced: TracedModel, bound: BoundModel, task: Task) -> ir.Model:
-    """Return the graph of ``task`` alone, its weights merged."""
+def merged_graph(
+    traced: TracedModel,
+    bound: BoundModel,
+    task: Task,
+    *,
+    embedding: SentenceEmbedding | None = None,
+) -> ir.Model:
+    """Return the graph of ``task`` alone, its weights merged.
+
+    Args:
+        traced: The base.
+        bound: The adapters.
+        task: The task.
+        embedding: Pool the hidden states of a bare encoder so; None keeps its outputs.
+
+    Raises:
+        GraphError: There are no hidden states to pool.
+    """
     metadata = _metadata(bound, LAYOUT_MERGED, (task,))
-    return _lowered(traced, [MergeTaskPass(bound, task)], metadata)
+    return _lowered(traced, [MergeTaskPass(bound, task)], metadata, embedding)
 
 
-def routed_graph(traced: TracedModel, bound: BoundModel) -> ir.Model:
-    """Return the graph of all tasks, with the extra input ``task_ids`` int64 [batch]."""
+def routed_graph(
+    traced: TracedModel,
+    bound: BoundModel,
+    *,
+    task_input: TaskInput = "rows",
+    embedding: SentenceEmbedding | None = None,
+) -> ir.Model:
+    """Return the graph of all tasks, with the extra input ``task_ids``.
+
+    Args:
+        traced: The base.
+        bound: The adapters.
+        task_input: ``rows``: int64 [batch], each row's task. ``scalar``: int64 [1], one task
+            for the whole batch.
+        embedding: Pool the hidden states of a bare encoder so; None keeps its outputs.
+
+    Raises:
+        GraphError: It is not known which rows of the batch a layer's rows belong to, or
+            there are no hidden states to pool.
+    """
     metadata = _metadata(bound, LAYOUT_SINGLE, bound.adapters.tasks)
+    metadata[TASK_INPUT_KEY] = task_input
     # Embeddings first: they may widen what linear layers take from [1, S, I] to [B, S, I].
     passes: list[ir.passes.InPlacePass] = [
-        RouteEmbeddingsPass(bound),
-        RouteTasksPass(bound),
-        RouteNormsPass(bound),
+        RouteEmbeddingsPass(bound, task_input),
+        RouteTasksPass(bound, task_input),
+        RouteNormsPass(bound, task_input),
     ]
     passes += [SharedDownPass(), SharedCoresPass(), JointGemmPass(), GuardOutputsPass()]
-    return _lowered(traced, passes, metadata)
+    return _lowered(traced, passes, metadata, embedding)
 
 
 def _lowered(
-    traced: TracedModel, lowering: Sequence[ir.passes.InPlacePass], metadata: dict[str, str]
+    traced: TracedModel,
+    lowering: Sequence[ir.passes.InPlacePass],
+    metadata: dict[str, str],
+    embedding: SentenceEmbedding | None,
 ) -> ir.Model:
+    if embedding is not None:
+        lowering = [*lowering, PoolStatesPass(embedding)]
+        metadata[sentence_embedding.METADATA_KEY] = embedding.to_json()
     mark_common(traced.model)
     model = traced.model.clone()
     # One by one: ir.passes.Sequential would hide our own errors inside its PassError.

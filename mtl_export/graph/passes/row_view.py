@@ -56,7 +56,8 @@ class RowView:
             x = self._swapped(x, rows)
         last = [_size(input_of(node))] if self._has_features else []
         self.x = self._reshaped(x, [batch, self._numbers(-1, *last)], "by_row")
-        self.x.shape = ir.Shape([names.BATCH, None, *last])
+        # A name of its own: sizes that other passes find alike must be alike.
+        self.x.shape = ir.Shape([names.BATCH, names.value(self._module, "by_row"), *last])
         self.x.type = input_of(node).type
 
     def back(self, y: ir.Value) -> ir.Value:
