@@ -103,7 +103,7 @@ class OrtLanguageRunner(OrtRunner):
 
 
 def joined_inputs(inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Return prompts and new tokens as one left-padded batch with its positions.
+    """Return prompts and new tokens as one left-padded batch.
 
     The last token is left out: what follows it is not asked for.
     """
@@ -111,7 +111,7 @@ def joined_inputs(inputs: Mapping[str, Array]) -> dict[str, Array]:
     tokens = inputs[NEW_TOKENS][:, :-1]
     ids = np.concatenate([ids, tokens], axis=1)
     mask = np.concatenate([mask, np.ones_like(tokens)], axis=1)
-    return {INPUT_IDS: ids, ATTENTION_MASK: mask, "position_ids": positions(mask)}
+    return {INPUT_IDS: ids, ATTENTION_MASK: mask}
 
 
 def positions(mask: Array) -> Array:

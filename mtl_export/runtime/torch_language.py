@@ -22,6 +22,7 @@ from mtl_export.runtime.language import (
     NEW_TOKENS,
     TASK_IDS,
     joined_inputs,
+    positions,
 )
 from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
 
@@ -40,11 +41,9 @@ class OracleLanguageRunner(OracleRunner):
         Raises:
             EngineRunError: A task id is outside [0, T).
         """
-        if NEW_TOKENS not in inputs:
-            return _logits_only(super().infer(inputs))
         passed = _passed(inputs, self._models[0].model)
         answers = super().infer({**passed, TASK_IDS: inputs[TASK_IDS]})
-        return _after_prompt(answers, inputs)
+        return _asked_for(answers, inputs)
 
     def generate(self, inputs: Mapping[str, Array], max_new_tokens: int) -> Array:
         """Return the tokens of transformers' ``generate``; no token ends a row."""
@@ -75,27 +74,26 @@ class MergedLanguageRunner(MergedRunner):
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return ``logits``; see ``language``."""
-        if NEW_TOKENS not in inputs:
-            return _logits_only(super().infer(inputs))
-        return _after_prompt(super().infer(_passed(inputs, self._model)), inputs)
+        return _asked_for(super().infer(_passed(inputs, self._model)), inputs)
 
     def generate(self, inputs: Mapping[str, Array], max_new_tokens: int) -> Array:
         """Return the tokens of transformers' ``generate``; no token ends a row."""
         return _generated(self._model, inputs, max_new_tokens)
 
 
-def _logits_only(outputs: dict[str, Array]) -> dict[str, Array]:
-    return {LOGITS: outputs[LOGITS]}
-
-
 def _passed(inputs: Mapping[str, Array], model: Any) -> dict[str, Array]:
-    """Return what the model is given: positions only if it takes them."""
+    """Return what the model is given: all tokens at once, and their positions if it takes them."""
+    texts = {name: inputs[name] for name in (INPUT_IDS, ATTENTION_MASK)}
+    given = joined_inputs(inputs) if NEW_TOKENS in inputs else texts
+    given["position_ids"] = positions(given[ATTENTION_MASK])
     accepted = inspect.signature(model.forward).parameters
-    return {name: value for name, value in joined_inputs(inputs).items() if name in accepted}
+    return {name: value for name, value in given.items() if name in accepted}
 
 
-def _after_prompt(outputs: dict[str, Array], inputs: Mapping[str, Array]) -> dict[str, Array]:
-    return {LOGITS: outputs[LOGITS][:, -inputs[NEW_TOKENS].shape[1] :]}
+def _asked_for(outputs: dict[str, Array], inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the logits of every prompt token, or of those that follow the prompt."""
+    count = inputs[NEW_TOKENS].shape[1] if NEW_TOKENS in inputs else 0
+    return {LOGITS: outputs[LOGITS][:, -count:]}
 
 
 def _generated(model: Any, inputs: Mapping[str, Array], max_new_tokens: int) -> Array:

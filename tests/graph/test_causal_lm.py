@@ -26,7 +26,7 @@ from mtl_export.parity.generation import step_cases
 from mtl_export.parity.run import Artefact, run_parity
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.generation import Decoding, GreedyDecoder
-from mtl_export.runtime.language import NEW_TOKENS, OrtLanguageRunner, joined_inputs
+from mtl_export.runtime.language import NEW_TOKENS, OrtLanguageRunner
 from mtl_export.runtime.ort import OrtPart, open_session
 from mtl_export.runtime.pytorch import oracle_model
 from mtl_export.runtime.torch_language import MergedLanguageRunner, OracleLanguageRunner
@@ -151,18 +151,12 @@ def test_prompts_answer_as_the_oracle_does(exported: Exported, is_right: bool) -
     inputs = {"input_ids": ids, "attention_mask": mask}
     if is_right:
         inputs = dict(zip(inputs, language.moved_right(ids, mask), strict=True))
-    # The oracle numbers positions as it is told; here, as generate does.
-    whole = joined_inputs({"input_ids": ids, "attention_mask": mask, NEW_TOKENS: ids[:, :1]})
+    inputs["task_ids"] = IDS
+    counts = inputs["attention_mask"] == 1
     exact, single = (
-        oracle_model(exported.bound, dtype)(
-            task_ids=torch.from_numpy(IDS),
-            **{name: torch.from_numpy(value) for name, value in whole.items()},
-        )
-        .logits.detach()
-        .numpy()[mask == 1]
-        for dtype in (torch.float64, torch.float32)
+        oracle_logits(exported.bound, inputs, dtype)[counts] for dtype in ("fp64", "fp32")
     )
-    found = exported.prefill({**inputs, "task_ids": IDS})["logits"][inputs["attention_mask"] == 1]
+    found = exported.prefill(inputs)["logits"][counts]
     assert np.abs(found - exact).max() <= TOLERANCE + np.abs(single - exact).max()
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mtl_export_cli.artefacts import Places
 
 EXIT_FAILED = 3
+# The largest array of a language model's logits that is compared.
+LARGEST_LOGITS_BYTES = 1 << 28
 EPILOG = """\b
 Example:
   mtl-export parity
@@ -160,11 +162,9 @@ def _compare(bound: BoundModel, request: _Request, settings: Settings) -> Parity
             progress=steps.begin,
         )
     if request.golden:
-        from mtl_export.runtime.language import NEW_TOKENS
         from mtl_export_cli.golden import save_golden
 
-        whole = [case for case in cases if NEW_TOKENS not in case.inputs]
-        for path in save_golden(bound, artefacts, whole, result, request.tolerance):
+        for path in save_golden(bound, artefacts, cases, result, request.tolerance):
             talk.note(f"golden vectors: {path}")
     return reports.with_evidence(result, artefacts, cases, request.inputs)
 
@@ -187,8 +187,8 @@ def _oracle(bound: BoundModel) -> Callable[[str], Runner]:
 def _cases(bound: BoundModel, inputs: Path | None) -> list[Case]:
     """Return the batches to compare on: the user's rows, or seeded ones."""
     from mtl_export.checkpoint.model_inputs import PIXEL_VALUES, image_shape, longest_sequence
-    from mtl_export.parity.cases import build_cases, seeded_rows
-    from mtl_export.parity.generation import step_cases
+    from mtl_export.parity.cases import LONG_SEQUENCE, build_cases, seeded_rows
+    from mtl_export.parity.generation import STEPS, step_cases
     from mtl_export.parity.seq2seq import decoder_cases
 
     config = bound.base.config
@@ -197,6 +197,11 @@ def _cases(bound: BoundModel, inputs: Path | None) -> list[Case]:
     longest = longest_sequence(config, unlimited=512)
     token_types = int(config.get("type_vocab_size") or 1)
     task_count = len(bound.adapters.tasks)
+    is_lm = is_causal_lm(bound.adapters.model_class)
+    if is_lm:
+        # A logit for each word of the vocabulary at each token, in float64, for every task.
+        room = LARGEST_LOGITS_BYTES // (8 * vocabulary * task_count)
+        longest = min(longest, max(room, LONG_SEQUENCE + STEPS))
     if inputs is None:
         names = [PIXEL_VALUES] if image else ["input_ids", "attention_mask"]
         names += ["token_type_ids"] if config.get("type_vocab_size") else []
@@ -224,7 +229,7 @@ def _cases(bound: BoundModel, inputs: Path | None) -> list[Case]:
         longest=longest,
         token_types=token_types,
     )
-    if is_causal_lm(bound.adapters.model_class):
+    if is_lm:
         cases += step_cases(cases, vocabulary=vocabulary, longest=longest)
     if is_seq2seq(bound.adapters.model_class, config):
         cases = decoder_cases(cases, bound.adapters.model_class, config, vocabulary=vocabulary)
