@@ -1,6 +1,8 @@
 """A graph that takes one task for the whole batch, run as one that takes a task for each row.
 
     task_ids [B]  ->  one call with task_ids [1] for each task in it  ->  rows put back in order
+
+B rows.
 """
 
 from __future__ import annotations

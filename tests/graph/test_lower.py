@@ -210,7 +210,7 @@ def test_a_marker_that_no_pass_took_is_caught(monkeypatch: pytest.MonkeyPatch) -
     """A kind of marker that every pass leaves to another never reaches a file."""
 
     class Idle(ir.passes.InPlacePass):
-        def __init__(self, bound: BoundModel) -> None:
+        def __init__(self, bound: BoundModel, task_input: str) -> None:
             super().__init__()
 
         def call(self, model: ir.Model) -> ir.passes.PassResult:
