@@ -159,12 +159,14 @@ def _shared_variance(before: Array, after: Array) -> float:
     return 1.0 if rest == 0.0 else max(0.0, 1.0 - rest / total) if total else 0.0
 
 
-def latencies_ms(paths: Sequence[Path], samples: Samples, *, threads: int = 0) -> list[float]:
-    """Return the median latency of graphs on 8 rows of 128 tokens, taken in turns.
+def latencies_ms(
+    paths: Sequence[Path], samples: Samples, *, length: int = LATENCY_LENGTH, threads: int = 0
+) -> list[float]:
+    """Return the median latency of graphs on 8 rows of ``length`` tokens, taken in turns.
 
     Rows of other kinds than text are taken as they are.
     """
-    feed = _latency_inputs(samples)
+    feed = _latency_inputs(samples, length)
     runners = [OrtRunner(path, threads=threads) for path in paths]
     times: list[list[float]] = [[] for _ in paths]
     for runner in runners:
@@ -183,7 +185,7 @@ def latencies_ms(paths: Sequence[Path], samples: Samples, *, threads: int = 0) -
     return [float(np.median(taken)) for taken in times]
 
 
-def _latency_inputs(samples: Samples) -> dict[str, Array]:
+def _latency_inputs(samples: Samples, length: int) -> dict[str, Array]:
     rows = samples.take(np.arange(LATENCY_BATCH) % len(samples))
     mask = rows.arrays.get(MASK)
     feed = {**rows.arrays, TASK_IDS: rows.task_ids}
@@ -191,6 +193,6 @@ def _latency_inputs(samples: Samples) -> dict[str, Array]:
         return feed
     for name, value in rows.arrays.items():
         if value.shape == mask.shape:
-            feed[name] = np.resize(value, (LATENCY_BATCH, LATENCY_LENGTH))
-    feed[MASK] = np.ones((LATENCY_BATCH, LATENCY_LENGTH), mask.dtype)
+            feed[name] = np.resize(value, (LATENCY_BATCH, length))
+    feed[MASK] = np.ones((LATENCY_BATCH, length), mask.dtype)
     return feed

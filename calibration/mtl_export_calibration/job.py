@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mtl_export.graph.passes.split_gemm import SplitGemmPass
 from mtl_export_calibration.cache import read_cache, write_cache
 from mtl_export_calibration.deltas import APART, MERGED, DeltaSource, swallowed_layers
 from mtl_export_calibration.evaluate import (
+    LATENCY_LENGTH,
     Answers,
     TaskScore,
     answers,
@@ -105,10 +107,12 @@ class GraphJob:
         )
         return self._report(search, search.excluded, scores)
 
-    def latencies_ms(self) -> tuple[float, ...]:
-        """Return the latency of the float graph and of the one in the folder."""
+    def timed(self, report: GraphReport) -> GraphReport:
+        """Return the report with the latency of the float graph and of the one in the folder."""
         paths = (self._target.path, self._folder / MODEL_FILE)
-        return tuple(latencies_ms(paths, self._judged, threads=self._work.options.threads))
+        length = min(LATENCY_LENGTH, self._work.longest)
+        times = latencies_ms(paths, self._judged, length=length, threads=self._work.options.threads)
+        return replace(report, latency_ms=tuple(times), latency_length=length)
 
     def _swallowed(self) -> frozenset[str]:
         if self._target.task is None:

@@ -110,6 +110,7 @@ class Work:
         options: What the user chose.
         cache: Folder for results that cost time.
         progress: Is told what is done: name, part, of how many.
+        longest: Most tokens that the model takes.
     """
 
     bound: BoundModel
@@ -119,6 +120,7 @@ class Work:
     options: Options
     cache: Path
     progress: Progress = lambda name, done, total: None
+    longest: int = 512
 
     @property
     def combine(self) -> str:

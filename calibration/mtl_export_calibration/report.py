@@ -11,7 +11,7 @@ the rows that accuracy is counted on, beyond the range.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mtl_export_calibration.evaluate import TaskScore
@@ -95,6 +95,7 @@ class GraphReport:
         trials: How many sets of excluded layers were tried.
         data: Hashes and counts of the rows used.
         latency_ms: Of the float and the quantised graph; empty where it failed.
+        latency_length: Tokens of the rows that were timed.
     """
 
     graph: str
@@ -109,7 +110,8 @@ class GraphReport:
     max_drop: float
     trials: int
     data: Mapping[str, Any]
-    latency_ms: tuple[float, ...] = field(default=())
+    latency_ms: tuple[float, ...] = ()
+    latency_length: int = 0
 
     @property
     def worst_drop(self) -> float:

@@ -39,6 +39,7 @@ def print_outcomes(outcomes: Sequence[Outcome], options: Options, *, as_json: bo
                     {
                         **outcome.report.as_dict(),
                         "latency_ms": list(outcome.report.latency_ms),
+                        "latency_length": outcome.report.latency_length,
                         "output": outcome.written.as_dict() if outcome.written else None,
                     }
                     for outcome in outcomes
@@ -96,8 +97,8 @@ def _lines(outcome: Outcome) -> list[str]:
     if report.latency_ms:
         before, after = report.latency_ms
         lines.append(
-            f"ONNX Runtime, 8 x 128: fp32 {before:.1f} ms, {report.number} {after:.1f} ms"
-            f" ({after / before:.2f}x)"
+            f"ONNX Runtime, 8 x {report.latency_length}: fp32 {before:.1f} ms,"
+            f" {report.number} {after:.1f} ms ({after / before:.2f}x)"
         )
     total = len(report.measured.sqnr_db)
     if report.excluded:

@@ -210,6 +210,7 @@ class _Request:
                     options=self.options,
                     cache=self.settings.output_dir / "calibration",
                     progress=meter,
+                    longest=longest,
                 )
                 measured = measure(work)
                 outcomes += [self._graph(work, one, measured[one.name], rows) for one in group]
@@ -240,7 +241,7 @@ class _Request:
                 report = job.report_again() if plan.up_to_date else job.run()
                 if not report.passed:
                     raise _GateError(report)
-                report = replace(report, latency_ms=job.latencies_ms())
+                report = job.timed(report)
         except _GateError as failure:
             return Outcome(failure.report, None)
         return Outcome(report, Written.from_plan(plan, names, perf_counter() - started))

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run, files_below
+from tests.factories import TASKS, WORDS
+
+FILES = (
+    "calibration.json", "config.json", "model.onnx", "model.onnx.data", "mtl-export.json",
+    "tokenizer.json", "tokenizer_config.json",
+)  # fmt: skip
+# The toy's weights are random and its margins narrow: what is tested is not its accuracy.
+LOOSE = ("--max-drop", "100", "--threads", "1", "--data", "rows.jsonl")
+
+
+@pytest.fixture
+def rows(exported: Path) -> Path:
+    """Give the exported project with a few rows of every task."""
+    words = [word for word in WORDS if word.isalpha()]
+    lines = [
+        {"task": task.name, "text": f"{word} {words[(place + 3) % len(words)]} night"}
+        for task in TASKS
+        for place, word in enumerate(words[: 12 - task.index])
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (exported / "rows.jsonl").write_text(text, encoding="utf-8")
+    return exported
+
+
+def test_every_exported_graph_is_quantised(rows: Path, run: Run) -> None:
+    """The single graph and each task's, beside one another, judged per task."""
+    outcome = run("calibrate", *LOOSE)
+    assert outcome.code == 0, outcome.stderr
+    folders = ["", *(f"{task.name}/" for task in TASKS)]
+    assert files_below(rows / "out" / "onnx-int8") == sorted(f + n for f in folders for n in FILES)
+    table = outcome.stdout.splitlines()
+    assert table[0] == "int8, percentile; the worst task may lose 100 points"
+    for task in TASKS:
+        assert sum(f" {task.name} " in line and "passed" in line for line in table) == 2
+    assert sum("ONNX Runtime, 8 x 40: fp32" in line for line in table) == 4
+
+
+def test_the_same_call_again_finds_it_done(rows: Path, run: Run) -> None:
+    """Nothing is measured or written twice; other options are refused without --force."""
+    words = ("calibrate", *LOOSE, "--layout", "single-graph")
+    first = run(*words, "--json").json
+    again = run(*words, "--json").json
+    assert first["ok"]
+    assert again["ok"]
+    assert again["graphs"][0]["output"]["status"] == "up to date"
+    for graph in (*first["graphs"], *again["graphs"]):
+        del graph["output"], graph["latency_ms"]
+    assert again == first
+    assert first["graphs"][0]["data"]["rows"]["topic"] == {
+        "available": 11,
+        "judged": 11,
+        "used": 11,
+    }
+    other = run(*words, "--method", "max")
+    assert other.code == 2
+    assert "method was 'percentile', is 'max'" in other.stderr
+    assert run(*words, "--method", "max", "--force").code == 0
+
+
+def test_a_task_that_loses_too_much_fails_the_gate(rows: Path, run: Run) -> None:
+    """Exit code 4, and nothing is written that an engine could be built from."""
+    words = ("--layout", "single-graph", "--combine", "weighted", "--method", "max")
+    wrong = ("--weight", "topic=0", "--weight", "spam=0", "--max-excluded", "0")
+    outcome = run("calibrate", *LOOSE[2:], *words, *wrong, "--max-drop", "0", "--quantize", "fp8")
+    assert outcome.code == 4
+    assert "FAILED" in outcome.stdout
+    assert "not written, because a task loses too much" in outcome.stdout
+    assert not (rows / "out" / "onnx-fp8").exists()
+
+
+def test_graphs_of_some_layers(rows: Path, run: Run) -> None:
+    """Layers that match are kept, and what was kept is said."""
+    words = ("--layout", "per-task", "--exclude", "attention", "--json", "-o", "quantised")
+    graphs = run("calibrate", *LOOSE, *words).json["graphs"]
+    assert [graph["graph"] for graph in graphs] == [task.name for task in TASKS]
+    assert all(len(graph["layers"]) == 4 for graph in graphs)
+    assert not any("attention" in name for graph in graphs for name in graph["layers"])
+    assert (rows / "quantised" / "topic" / "model.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ((), "no calibration data was given"),
+        (("--data", "nowhere.jsonl"), "it cannot be read"),
+        (("--data", "rows.jsonl", "--onnx", "elsewhere"), "Run mtl-export onnx --all-tasks first"),
+        (("--data", "rows.jsonl", "--weight", "spma=2"), "Did you mean --task spam"),
+        (("--data", "rows.jsonl", "--weight", "spam"), "is not NAME=NUMBER"),
+        (("--data", "rows.jsonl", "--exclude", "nothing"), "found in no layer's name"),
+        (("--data", "rows.jsonl", "--quantize", "int4"), "no multiple of 32"),
+        (("--data", "rows.jsonl", "--layout", "single-graph", "--combine", "per-task"),
+         "a graph that serves 3 tasks"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_said(
+    rows: Path, run: Run, words: tuple[str, ...], reason: str
+) -> None:
+    """Exit code 2, with what to do."""
+    outcome = run("calibrate", *words)
+    assert outcome.code == 2
+    assert reason in outcome.stderr
+
+
+def test_the_file_may_say_it_all(rows: Path, run: Run) -> None:
+    """[calibrate] holds the options; data are found beside the file, from any folder."""
+    (rows / "made.py").write_text(
+        "import json, pathlib\n"
+        "def rows():\n"
+        "    text = (pathlib.Path(__file__).parent / 'rows.jsonl').read_text()\n"
+        "    return map(json.loads, text.splitlines())\n"
+    )
+    with (rows / "mtl-export.toml").open("a") as file:
+        file.write(
+            '[calibrate]\ndata = "made.py:rows"\njudge = "rows.jsonl"\nmax_drop = 100\n'
+            'layout = "single-graph"\nthreads = 1\ncombine = "weighted"\nweight = { spam = 2 }\n'
+        )
+    outcome = run("calibrate", "--config", str(rows / "mtl-export.toml"), "--json")
+    assert outcome.code == 0, outcome.stderr
+    (graph,) = outcome.json["graphs"]
+    assert (graph["combine"], graph["gate"]["max_drop"]) == ("weighted", 100.0)
