@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
+from mtl_export.runtime.model_files import ENCODER, PREFILL, WHOLE, runner_of
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.parity.report import Cell
     from mtl_export.parity.run import Artefact
-    from mtl_export.runtime.runner import Runner
 
 MERGED, MERGED_ONNX = "merged pytorch", "merged onnx"
 SINGLE_ONNX, ENGINE = "single graph onnx", "single graph engine"
 MERGED_ENGINE = "merged engine"
 KINDS = (MERGED, MERGED_ONNX, SINGLE_ONNX, MERGED_ENGINE, ENGINE)
 # The file of a graph that is the whole model, and of the first of several.
-WHOLE, PREFILL, ENCODER = "model.onnx", "prefill.onnx", "encoder.onnx"
 # transformers' word in config.json -> ours
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -83,11 +82,13 @@ class _Record:
         sources: SHA-256 of what it was made from; empty without a manifest.
         defect: What no longer agrees with the manifest; empty if nothing.
         is_there: There is a manifest, so the folder was once whole.
+        dtype: What it says it computes in.
     """
 
     sources: Mapping[str, str]
     defect: str
     is_there: bool
+    dtype: str = "fp32"
 
 
 def _record(folder: Path) -> _Record:
@@ -100,7 +101,12 @@ def _record(folder: Path) -> _Record:
         return _Record({}, str(error), is_there=True)
     if manifest is None:
         return _Record({}, "", is_there=False)
-    return _Record(manifest.recipe.sources, "; ".join(damage(folder, manifest)), is_there=True)
+    return _Record(
+        manifest.recipe.sources,
+        "; ".join(damage(folder, manifest)),
+        is_there=True,
+        dtype=str(manifest.recipe.options.get("dtype", "fp32")),
+    )
 
 
 def _merged(
@@ -151,30 +157,15 @@ def _onnx(
         Artefact(
             name=name,
             kind="single-graph" if task is None else "merged",
-            runner=_onnx_runner(path, threads),
+            runner=runner_of(path, threads=threads),
             task=task,
-            dtype="fp32",
+            dtype=metadata.get("mtl_export.dtype", "fp32"),
             checkpoint_sha256=metadata.get("mtl_export.checkpoint_sha256", ""),
             base_sha256=metadata.get("mtl_export.base_sha256", ""),
             defect=record.defect,
             path=path,
         )
     )
-
-
-def _onnx_runner(path: Path, threads: int) -> Runner:
-    """Return what runs a graph, and those beside it that belong to the same model."""
-    if path.name == PREFILL:
-        from mtl_export.runtime.language import OrtLanguageRunner
-
-        return OrtLanguageRunner(path, decode="decode.onnx", threads=threads)
-    if path.name == ENCODER:
-        from mtl_export.runtime.seq2seq import OrtSeq2SeqRunner
-
-        return OrtSeq2SeqRunner(path.parent, threads=threads)
-    from mtl_export.runtime.ort import OrtRunner
-
-    return OrtRunner(path, threads=threads)
 
 
 def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[Cell]) -> None:
@@ -192,7 +183,7 @@ def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[
             kind="single-graph" if task is None else "merged",
             runner=TensorRTBackend(path),
             task=task,
-            dtype="fp32",
+            dtype=record.dtype,
             checkpoint_sha256=record.sources.get("checkpoint_sha256", ""),
             base_sha256=record.sources.get("base_sha256", ""),
             defect=record.defect,

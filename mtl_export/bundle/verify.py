@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from mtl_export.bundle.manifest import MANIFEST_FILE, Manifest, damage, own_files, read_manifest
 from mtl_export.errors import (
@@ -25,9 +25,7 @@ from mtl_export.errors import (
     shortened,
 )
 from mtl_export.runtime.golden import GOLDEN_FILE, Vector, read_golden
-
-if TYPE_CHECKING:
-    from mtl_export.runtime.runner import Runner
+from mtl_export.runtime.model_files import runner_of
 
 FILES: Literal["files"] = "files"
 GOLDEN: Literal["golden"] = "golden"
@@ -149,7 +147,7 @@ def _replay(folder: Path, name: str, manifest: Manifest, threads: int) -> list[C
 def _replay_model(path: Path, name: str, vectors: list[Vector], threads: int) -> list[Check]:
     checks: list[Check] = []
     try:
-        with _runner(path, threads) as runner:
+        with runner_of(path, threads=threads) as runner:
             for vector in vectors:
                 reason = vector.difference(runner.infer(vector.inputs))
                 what = f"{path.name}, {vector.name}"
@@ -159,13 +157,3 @@ def _replay_model(path: Path, name: str, vectors: list[Vector], threads: int) ->
     except MtlExportError as error:
         checks.append(Check(name, GOLDEN, path.name, "failed", str(error)))
     return checks
-
-
-def _runner(path: Path, threads: int) -> Runner:
-    if path.suffix == ".engine":
-        from mtl_export.runtime.tensorrt.runner import TensorRTBackend
-
-        return TensorRTBackend(path)
-    from mtl_export.runtime.ort import OrtRunner
-
-    return OrtRunner(path, threads=threads)

@@ -1,5 +1,7 @@
 """Batches that parity ran -> golden vectors: two rows of each task, and one mixed batch.
 
+Of a language model also a batch whose tokens are fed one by one.
+
 The mixed batch ends with a task id that does not exist: that it is not answered is kept too.
 What is saved is the candidate's own output, so the same runtime gives it again exactly, and
 another one within what parity allows.
@@ -16,14 +18,16 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError
-from mtl_export.parity.cases import MIXED, TASK_IDS, Case
+from mtl_export.parity.cases import ATTENTION_MASK, MIXED, TASK_IDS, Case
 from mtl_export.parity.outputs import LOGITS
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.golden import Vector
+from mtl_export.runtime.language import NEW_TOKENS
 from mtl_export.runtime.runner import Runner
 
 ROWS_PER_TASK = 2
 MOST_MIXED = 16
+STEPS = "steps from the cache"
 UNKNOWN = "an id that no task has"
 
 
@@ -54,9 +58,12 @@ def golden_vectors(
         if task is not None:
             rows.pop(TASK_IDS)
         vectors.append(_vector(runner, model, own.name, rows, floors[own.name], tolerance))
+    steps = [case for case in cases if NEW_TOKENS in case.inputs]
+    if steps and len(steps) < len(cases):  # else every batch above has them
+        vectors += _steps(runner, model, steps, tasks, task, floors, tolerance)
     if task is None:
         floor = max(floors[one.name] for one in tasks)
-        mixed = _mixed(cases, tasks)
+        mixed = _mixed(cases)
         vectors.append(_vector(runner, model, MIXED, mixed, floor, tolerance))
         unknown = {name: value[-2:] for name, value in mixed.items()}
         unknown[TASK_IDS] = np.array([mixed[TASK_IDS][-2], len(tasks)], mixed[TASK_IDS].dtype)
@@ -64,6 +71,27 @@ def golden_vectors(
         with suppress(EngineRunError):
             vectors.append(_vector(runner, model, UNKNOWN, unknown, floor, tolerance))
     return tuple(vectors)
+
+
+def _steps(
+    runner: Runner,
+    model: str,
+    cases: Sequence[Case],
+    tasks: Sequence[Task],
+    task: Task | None,
+    floors: Mapping[str, float],
+    tolerance: Tolerance,
+) -> list[Vector]:
+    """Return a language model's answers to tokens that are fed one by one, from its cache."""
+    if task is None:
+        floor = max(floors[one.name] for one in tasks)
+        return [_vector(runner, model, STEPS, _mixed(cases), floor, tolerance)]
+    own = [case for case in cases if (case.task_ids == task.index).any()]
+    if not own:
+        return []
+    rows = _rows_of(own, task)
+    rows.pop(TASK_IDS)
+    return [_vector(runner, model, STEPS, rows, floors[task.name], tolerance)]
 
 
 def for_engine(vectors: Sequence[Vector], model: str) -> tuple[Vector, ...]:
@@ -85,7 +113,7 @@ def _rows_of(cases: Sequence[Case], task: Task) -> dict[str, Array]:
     return {name: value[:ROWS_PER_TASK] for name, value in case.rows(chosen).items()}
 
 
-def _mixed(cases: Sequence[Case], tasks: Sequence[Task]) -> dict[str, Array]:
+def _mixed(cases: Sequence[Case]) -> dict[str, Array]:
     """Return one row of each task from the batch with the most, the last one twice."""
     case = max(cases, key=lambda one: len(np.unique(one.task_ids)))
     _, first = np.unique(case.task_ids, return_index=True)
@@ -102,10 +130,24 @@ def _vector(
     floor: float,
     tolerance: Tolerance,
 ) -> Vector:
-    known = getattr(runner, "inputs", tuple(rows))
-    inputs = {key: value for key, value in rows.items() if key in known}
-    outputs = runner.infer(inputs)
+    outputs = runner.infer(rows)
+    if NEW_TOKENS not in rows and any(value.ndim > 2 for value in outputs.values()):
+        # What a model says of padding is nobody's concern, and may differ elsewhere.
+        rows = _without_padding(rows)
+        outputs = runner.infer(rows)
     outputs = {LOGITS: outputs[LOGITS]} if LOGITS in outputs else outputs
     if tolerance.atol is not None and tolerance.rtol is not None:
-        return Vector(name, model, inputs, outputs, tolerance.atol, tolerance.rtol)
-    return Vector(name, model, inputs, outputs, tolerance.factor * floor, 0.0)
+        return Vector(name, model, rows, outputs, tolerance.atol, tolerance.rtol)
+    return Vector(name, model, rows, outputs, tolerance.factor * floor, 0.0)
+
+
+def _without_padding(rows: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Return the rows cut to the positions where none has padding."""
+    mask = rows.get(ATTENTION_MASK)
+    if mask is None:
+        return rows
+    whole = (mask == 1).all(axis=0)
+    return {
+        name: value[:, whole] if value.shape[:2] == mask.shape else value
+        for name, value in rows.items()
+    }

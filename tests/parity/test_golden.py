@@ -7,9 +7,10 @@ import numpy as np
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError
 from mtl_export.parity.cases import MIXED, TASK_IDS, Case
-from mtl_export.parity.golden import UNKNOWN, for_engine, golden_vectors
+from mtl_export.parity.golden import STEPS, UNKNOWN, for_engine, golden_vectors
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.golden import Vector
+from mtl_export.runtime.language import NEW_TOKENS
 from tests.parity.fakes import TASKS, Answer, FakeRunner, exact, right, right_for
 
 FLOORS = {task.name: 1e-6 for task in TASKS}
@@ -76,3 +77,42 @@ def test_an_engine_gets_its_graphs_vectors(cases: list[Case]) -> None:
     made = for_engine(of_single_graph(cases), "model.engine")
     assert [one.name for one in made] == [*(task.name for task in TASKS), MIXED]
     assert {(one.model, one.atol) for one in made} == {("model.engine", 1.6e-5)}
+
+
+def of_language_model(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Answer each token, or each new one; NaN for padding, which nobody may look at."""
+    shape = inputs[NEW_TOKENS if NEW_TOKENS in inputs else "input_ids"].shape
+    logits = np.broadcast_to(exact(inputs)[:, None], (*shape, 4)).copy()
+    if NEW_TOKENS not in inputs:
+        logits[inputs["attention_mask"] == 0] = np.nan
+    return {"logits": logits}
+
+
+def test_a_language_model_keeps_a_batch_of_steps_and_no_padding(cases: list[Case]) -> None:
+    """Prompts are cut to the tokens that all rows have; new tokens are fed after whole ones."""
+    mixed = next(case for case in cases if case.name == MIXED)
+    tokens = np.ones((len(mixed.task_ids), 3), np.int64)
+    spoken = Case("3 steps", {**mixed.inputs, NEW_TOKENS: tokens})
+    vectors = of_single_graph([*cases, spoken], of_language_model)
+    names = [one.name for one in vectors]
+    assert names == [*(task.name for task in TASKS), STEPS, MIXED, UNKNOWN]
+    for one in vectors:
+        if one.name == STEPS:
+            assert one.inputs[NEW_TOKENS].shape[1] == one.outputs["logits"].shape[1] == 3
+        else:
+            assert (one.inputs["attention_mask"] == 1).all()
+            assert one.inputs["input_ids"].shape == one.outputs["logits"].shape[:2]
+            assert np.isfinite(one.outputs["logits"][0, :, 0]).all()
+    merged = [Case(spoken.name, spoken.inputs)]
+    with FakeRunner(lambda inputs: of_language_model({**inputs, **ids_of(inputs)})) as runner:
+        of_task = golden_vectors(
+            runner, "prefill.onnx", [*cases, *merged], TASKS, task=TASKS[2], floors=FLOORS,
+            tolerance=Tolerance(),
+        )  # fmt: skip
+    assert [one.name for one in of_task] == [TASKS[2].name, STEPS]
+    assert not any(TASK_IDS in one.inputs for one in of_task)
+
+
+def ids_of(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the ids of a batch of the third task."""
+    return {TASK_IDS: np.full(len(inputs["input_ids"]), 2)}

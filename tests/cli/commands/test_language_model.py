@@ -30,8 +30,13 @@ def test_a_language_model_from_export_to_parity(project: Path, run: Run) -> None
         "mtl-export.json", "prefill.onnx",
     ]  # fmt: skip
     assert run("merge", "--task", TASKS[0]).code == 0
-    outcome = run("parity", "--json", "--atol", "1e-4", "--rtol", "0", "--threads", "1")
+    words = ("--json", "--atol", "1e-4", "--rtol", "0", "--threads", "1", "--golden")
+    outcome = run("parity", *words)
     assert outcome.code == 0, outcome.stdout
+    replayed = run("verify", "out", "--require-run", "--json")
+    assert replayed.code == 0, replayed.stdout
+    steps = "prefill.onnx, steps from the cache"
+    assert steps in {one["what"] for one in replayed.json["checks"] if one["verdict"] == "passed"}
     found = {
         (cell["artefact"], cell["case"], cell["task"])
         for cell in outcome.json["cells"]

@@ -1,0 +1,44 @@
+"""A model's file -> what runs it, and the files beside it that belong to the same model.
+
+    model.onnx      itself
+    prefill.onnx    with decode.onnx: a causal language model
+    encoder.onnx    with decoder.onnx and decoder_with_past.onnx: an encoder-decoder
+    *.engine        itself
+
+Nothing is opened yet, and torch is imported only where an engine runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtl_export.runtime.runner import Runner
+
+WHOLE, PREFILL, ENCODER = "model.onnx", "prefill.onnx", "encoder.onnx"
+ENGINE_SUFFIX = ".engine"
+
+
+def runner_of(path: Path, *, threads: int = 0) -> Runner:
+    """Return the runner of the model whose file, or whose first file, is ``path``.
+
+    Args:
+        path: The file.
+        threads: Threads inside one operator; 0 lets the runtime decide.
+    """
+    if path.suffix == ENGINE_SUFFIX:
+        from mtl_export.runtime.tensorrt.runner import TensorRTBackend
+
+        return TensorRTBackend(path)
+    if path.name == PREFILL:
+        from mtl_export.runtime.language import OrtLanguageRunner
+
+        return OrtLanguageRunner(path, decode="decode.onnx", threads=threads)
+    if path.name == ENCODER:
+        from mtl_export.runtime.seq2seq import OrtSeq2SeqRunner
+
+        return OrtSeq2SeqRunner(path.parent, threads=threads)
+    from mtl_export.runtime.ort import OrtRunner
+
+    return OrtRunner(path, threads=threads)
