@@ -21,11 +21,13 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError
-from mtl_export.parity.cases import ATTENTION_MASK, TASK_IDS, Case
+from mtl_export.parity.cases import ATTENTION_MASK, INPUT_IDS, TASK_IDS, Case
 from mtl_export.parity.outputs import answers
 from mtl_export.parity.report import Cell
 from mtl_export.runtime.runner import Runner
 
+# What attention_mask is about; other inputs have lengths of their own.
+PER_TOKEN = frozenset({INPUT_IDS, ATTENTION_MASK, "token_type_ids"})
 MORE_PADDING = 3
 Infer = Callable[[Mapping[str, Array]], Array | None]
 
@@ -148,7 +150,7 @@ def _alone(case: Case, infer: Infer, whole: Array) -> float:
 
 def _padded(case: Case, infer: Infer, whole: Array) -> float:
     wider = {
-        name: np.pad(value, ((0, 0), (0, MORE_PADDING))) if value.ndim == 2 else value
+        name: np.pad(value, ((0, 0), (0, MORE_PADDING))) if name in PER_TOKEN else value
         for name, value in case.inputs.items()
     }
     found = infer(wider)
