@@ -20,6 +20,8 @@ from mtl_export_cli.written import Written
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.bundle.output import OutputPlan
+    from mtl_export.checkpoint.sentence_embedding import Pooling
+    from mtl_export.graph.passes.routing import TaskInput
     from mtl_export.runtime.tensorrt.available import BuilderInfo
     from mtl_export.runtime.tensorrt.manifest import Check, EngineManifest
     from mtl_export.runtime.tensorrt.shapes import Profile
@@ -107,6 +109,7 @@ class Built:
     options.SOURCE,
     options.SELECTION,
     [options.LAYOUT],
+    options.FORM,
     SHAPES,
     options.OUTPUT,
     options.TALK,
@@ -115,6 +118,9 @@ class Built:
 def command(
     settings: Settings,
     layout: str | None,
+    task_input: TaskInput,
+    pooling: Pooling | None,
+    normalize: bool,
     min_shapes: str | None,
     opt_shapes: str | None,
     max_shapes: str | None,
@@ -128,7 +134,7 @@ def command(
     """
     from mtl_export.runtime.tensorrt.available import available_builder
 
-    graphs.refuse_dtype(settings)
+    form = graphs.Form.from_options(task_input, pooling, normalize=normalize)
     bound = sources.open_bound(settings)
     _refuse_parts(bound)
     builder = available_builder()
@@ -136,8 +142,9 @@ def command(
     talk = render.Talk.from_settings(settings)
     talk.note(f"Building with {builder.name} {builder.version}.")
     onnx_folder = settings.output_dir / "onnx"
-    exporter = graphs.Exporter(bound, onnx_folder)
-    engines = _EngineWriter(settings, bound, builder, (min_shapes, opt_shapes, max_shapes))
+    exporter = graphs.Exporter(bound, onnx_folder, dtype=settings.dtype, form=form)
+    shapes = (min_shapes, opt_shapes, max_shapes)
+    engines = _EngineWriter(settings, bound, builder, shapes, form)
     with talk.steps(len(wanted)) as steps:
         exported = [exporter.write(graph, steps, force=settings.force) for graph in wanted]
     for output in exported:
@@ -174,9 +181,10 @@ class _EngineWriter:
         bound: BoundModel,
         builder: BuilderInfo,
         shapes: Sequence[str | None],
+        form: graphs.Form,
     ) -> None:
         self._settings, self._bound, self._builder = settings, bound, builder
-        self._shapes = shapes
+        self._shapes, self._form = shapes, form
         self._first: Path | None = None
 
     def write(self, graph: graphs.Graph, onnx_folder: Path, steps: render.Steps) -> Built:
@@ -251,6 +259,8 @@ class _EngineWriter:
                 "served": [task.name for task in graph.tasks],
                 "builder": f"{self._builder.name} {self._builder.version}",
                 "profile": limits,
+                "dtype": self._settings.dtype or graphs.GRAPH_DTYPE,
+                **self._form.as_options(graph),
             },
         )
 
