@@ -17,6 +17,7 @@ from mtl_export_cli.written import Written
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
+    from mtl_export.bundle.manifest import OptionValue
     from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.graph.external_data import SharedData, WrittenFile
     from mtl_export.graph.trace import TracedModel
@@ -81,33 +82,27 @@ def wanted_graphs(settings: Settings, layout: str | None, tasks: Sequence[Task])
     return [Graph(selected, SINGLE_GRAPH)]
 
 
-def refuse_dtype(settings: Settings) -> None:
-    """Refuse a precision that graphs are not written in.
-
-    Raises:
-        UsageError: Anything but fp32.
-    """
-    if settings.dtype not in {None, GRAPH_DTYPE}:
-        raise UsageError(
-            where=f"--dtype {settings.dtype}",
-            found="graphs are written in fp32",
-            expected="no --dtype, or fp32",
-            why="the base is traced in fp32 and precision lives in the graph",
-            fix=f"Leave it out, or use mtl-export merge --dtype {settings.dtype}",
-        )
-
-
 class Exporter:
     """Writes graphs of one model; the base is traced once, when the first is needed.
 
     Args:
         bound: The sources.
         parent: Where the folders go.
+        dtype: ``fp32``, ``fp16`` or ``bf16``: what graphs compute in; None is ``fp32``,
+            whatever the base's files are in.
         is_linked: Tasks' folders get the data they have in common as hard links.
     """
 
-    def __init__(self, bound: BoundModel, parent: Path, *, is_linked: bool = False) -> None:
+    def __init__(
+        self,
+        bound: BoundModel,
+        parent: Path,
+        *,
+        dtype: str | None = None,
+        is_linked: bool = False,
+    ) -> None:
         self._bound, self._parent, self._is_linked = bound, parent, is_linked
+        self._dtype = dtype or GRAPH_DTYPE
 
     def write(self, graph: Graph, steps: Steps, *, force: bool) -> Written:
         """Write ``graph`` unless it is there already."""
@@ -117,13 +112,16 @@ class Exporter:
 
         started = perf_counter()
         names = [task.name for task in graph.tasks]
-        recipe = sources.recipe("onnx", self._bound, {"layout": graph.layout, "served": names})
+        options: dict[str, OptionValue] = {"layout": graph.layout, "served": names}
+        if self._dtype != GRAPH_DTYPE:
+            options["dtype"] = self._dtype
+        recipe = sources.recipe("onnx", self._bound, options)
         steps.begin(f"onnx: {graph.name}")
         with output_folder(
             graph.folder(self._parent),
             recipe=recipe,
             force=force,
-            estimated_size_bytes=merged_size_bytes(self._bound, GRAPH_DTYPE),
+            estimated_size_bytes=merged_size_bytes(self._bound, self._dtype),
         ) as plan:
             if not plan.up_to_date:
                 files = self._lower(graph, plan.folder)
@@ -136,6 +134,7 @@ class Exporter:
 
     def _lower(self, graph: Graph, folder: Path) -> dict[str, WrittenFile]:
         from mtl_export.graph.lower import merged_graph, routed_graph
+        from mtl_export.graph.passes.precision import PrecisionPass
         from mtl_export.graph.writer import write_graphs
 
         models = {
@@ -144,6 +143,9 @@ class Exporter:
             else routed_graph(part, self._bound)
             for part in self._parts
         }
+        if self._dtype != GRAPH_DTYPE:
+            narrow = PrecisionPass(self._dtype)
+            models = {stem: narrow(model).model for stem, model in models.items()}
         shared = self._shared if graph.task else None
         return write_graphs(models, self._bound, folder, graph.task, shared)
 

@@ -64,6 +64,8 @@ def open_session(path: Path, *, providers: Sequence[str] | None = None, threads:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
             session = opened()
     except Exception as error:  # its exception types are made by pybind and share no base
+        if type(error).__name__ == "NotImplemented":
+            raise _no_kernel(path, names, error) from error
         raise _refused(path, "onnxruntime cannot open it", error) from error
     # A provider whose libraries or device are missing is left out without an exception.
     lost = [name for name in wanted if name not in session.get_providers()]
@@ -265,6 +267,16 @@ def _refused(path: Path, found: str, error: Exception) -> EngineRunError:
 
 def _reason(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _no_kernel(path: Path, providers: Sequence[str], error: Exception) -> BackendMissingError:
+    return BackendMissingError(
+        where=str(path),
+        found=f"{', '.join(providers)} cannot compute in its types ({_reason(error)})",
+        expected="a provider with kernels for them",
+        why="the CPU provider has hardly any for bfloat16",
+        fix="Run it on a GPU, or export with --dtype fp32 or fp16",
+    )
 
 
 def _no_provider(found: str, names: Sequence[str]) -> BackendMissingError:

@@ -31,14 +31,18 @@ def command(settings: Settings, layout: str | None, *, link_data: bool) -> None:
     picks its own task. per-task: TASK/model.onnx, that task's weights merged in; what all
     tasks have in common lies in shared.onnx.data, the same file in every folder. Both go
     to onnx/ under the output folder, or to --output. The base is traced once.
+
+    --dtype fp16 or bf16: weights and activations are of that type, statistics, softmax and
+    positions float32; results are given as float32. Without it graphs are fp32.
     """
     # Weights are folded in small blocks, for which OpenBLAS's threads wait longer than they
     # compute; it reads this when numpy is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    graphs.refuse_dtype(settings)
     bound = sources.open_bound(settings)
     wanted = graphs.wanted_graphs(settings, layout, bound.adapters.tasks)
-    exporter = graphs.Exporter(bound, settings.folder("onnx"), is_linked=link_data)
+    exporter = graphs.Exporter(
+        bound, settings.folder("onnx"), dtype=settings.dtype, is_linked=link_data
+    )
     with render.Talk.from_settings(settings).steps(len(wanted)) as steps:
         written = [exporter.write(graph, steps, force=settings.force) for graph in wanted]
     print_written("onnx", written, as_json=settings.json)
