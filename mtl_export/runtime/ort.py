@@ -155,12 +155,18 @@ class OrtPart:
     Args:
         session: What ``open_session`` returned.
         path: Its file, for messages.
+        options: ``onnxruntime.RunOptions``, say with an active adapter; None: none.
     """
 
-    def __init__(self, session: Any, path: Path) -> None:
-        self._session, self._path = session, path
+    def __init__(self, session: Any, path: Path, options: Any = None) -> None:
+        self._session, self._path, self._options = session, path, options
         self._outputs = [value.name for value in session.get_outputs()]
-        self._scalars = {value.name for value in session.get_inputs() if not value.shape}
+        # One task for the whole batch: [] or [1], where callers pass every row's, [batch].
+        self._single = {
+            value.name: tuple(value.shape)
+            for value in session.get_inputs()
+            if value.name == "task_ids" and list(value.shape) in ([], [1])
+        }
         self._device = "cuda" if CUDA in session.get_providers() else "cpu"
 
     def __call__(self, inputs: Mapping[str, Any], /) -> dict[str, Any]:
@@ -169,26 +175,47 @@ class OrtPart:
         Raises:
             EngineRunError: An input is missing, unknown or misshaped, or a node failed.
         """
-        binding = self._session.io_binding()
-        held = []  # the arrays must outlive the run
+        given = {
+            name: value[:1].reshape(self._single[name]) if name in self._single else value
+            for name, value in inputs.items()
+        }
         try:
-            for name, value in inputs.items():
-                if isinstance(value, np.ndarray):
-                    held.append(np.ascontiguousarray(value))
-                    array = held[-1][0].reshape(()) if name in self._scalars else held[-1]
-                    binding.bind_cpu_input(name, array)
-                else:
-                    binding.bind_ortvalue_input(name, value)
-            for name in self._outputs:
-                binding.bind_output(name, self._device if name.startswith("present.") else "cpu")
-            self._session.run_with_iobinding(binding)
-            values = binding.get_outputs()
+            values = self._bound(given) if self._options is None else self._under_options(given)
         except Exception as error:
             raise not_run(self._session, self._path, error) from error
         return {
             name: value if name.startswith("present.") else value.numpy()
             for name, value in zip(self._outputs, values, strict=True)
         }
+
+    def _bound(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """Run with outputs bound to where they are wanted."""
+        binding = self._session.io_binding()
+        held = []  # the arrays must outlive the run
+        for name, value in inputs.items():
+            if isinstance(value, np.ndarray):
+                # ascontiguousarray would make [1] of [].
+                held.append(np.require(value, requirements="C"))
+                binding.bind_cpu_input(name, held[-1])
+            else:
+                binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, self._device if name.startswith("present.") else "cpu")
+        self._session.run_with_iobinding(binding)
+        values: list[Any] = binding.get_outputs()
+        return values
+
+    def _under_options(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """Run without bindings: ONNX Runtime (1.31) ignores adapters beside them."""
+        onnxruntime = load_onnxruntime()
+        feeds = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.require(value, requirements="C"))
+            if isinstance(value, np.ndarray)
+            else value
+            for name, value in inputs.items()
+        }
+        values: list[Any] = self._session.run_with_ort_values(self._outputs, feeds, self._options)
+        return values
 
 
 def run_session(

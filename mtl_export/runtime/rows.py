@@ -44,6 +44,11 @@ class Field:
     dtype: str
 
     @property
+    def is_batched(self) -> bool:
+        """Whether it has one entry for each row; a task for the whole batch is ``[1]``."""
+        return bool(self.dims) and not isinstance(self.dims[0], int)
+
+    @property
     def is_sequence(self) -> bool:
         """Whether it has one value for each token: ``[batch, sequence]``."""
         return len(self.dims) == 2 and self.dims[1] == SEQUENCE

@@ -3,8 +3,8 @@
     names or ids of tasks + rows of tokens -> padded batches -> ONNX Runtime -> one Answer per row
 
 Works on the single graph, on a merged graph (of one task) and on graphs whose task is chosen for
-the whole batch; which it is stands in the file. Needs numpy and onnxruntime; neither torch
-nor onnx is imported.
+the whole batch, by an input or by an adapter; which it is stands in the file. Needs numpy and
+onnxruntime; neither torch nor onnx is imported.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from mtl_export.runtime.texts import TextFiles
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
+    from mtl_export.runtime.onnx_adapters import ActiveAdapter
     from mtl_export.runtime.token_rules import TokenRules
 
 # What a folder is opened by, and the graphs beside it that generation needs.
@@ -42,7 +43,7 @@ PARTS = {
     "prefill.onnx": ("decode.onnx",),
     "encoder.onnx": ("decoder.onnx", "decoder_with_past.onnx"),
 }
-PRESENT = "present."
+PRESENT, ADAPTER_INPUT = "present.", "adapter-input"
 TaskLike = str | int | np.integer[Any]
 
 
@@ -122,11 +123,11 @@ class TaskSession:
             if not field.name.startswith(PRESENT)
         )
         others = [self._path.with_name(name) for name in PARTS.get(self._path.name, ())]
-        opened = [open_session(file, providers=providers, threads=threads) for file in others]
-        self._parts = [
-            OrtPart(session, file)
-            for session, file in zip([self._session, *opened], [self._path, *others], strict=True)
+        self._files = [self._path, *others]
+        self._sessions = [self._session] + [
+            open_session(file, providers=providers, threads=threads) for file in others
         ]
+        self._adapters = {task.index: self._active(task) for task in self.tasks}
 
     def encode(self, texts: Sequence[str | tuple[str, str]]) -> dict[str, list[list[int]]]:
         """Return the inputs of texts, or pairs of texts, by the folder's own tokenizer.
@@ -197,7 +198,7 @@ class TaskSession:
             TaskNotFoundError: A name or id is unknown.
             EngineRunError: The inputs do not fit the graph, or it failed.
         """
-        if len(self._parts) == 1:
+        if len(self._files) == 1:
             raise UsageError(
                 where=str(self._path),
                 found="it does not generate",
@@ -214,7 +215,10 @@ class TaskSession:
         found: dict[int, list[int]] = {}
         for chosen in self._batches(served, max_batch):
             ids = np.array([served[row].index for row in chosen], np.int64)
-            tokens = self._generated(rows.batch(chosen), ids, rules, max_new_tokens)
+            # Without an input for tasks all rows of a batch are of one.
+            parts = self._parts(served[chosen[0]])
+            batch = rows.batch(chosen)
+            tokens = self._generated(parts, batch, ids, rules, max_new_tokens)
             found.update(zip(chosen, (_ended(row, rules.eos) for row in tokens), strict=True))
         return [found[row] for row in range(rows.count)]
 
@@ -263,7 +267,7 @@ class TaskSession:
 
     def _batches(self, served: Sequence[Task], max_batch: int | None) -> Iterator[Sequence[int]]:
         """Yield the row numbers of each batch; mixed only where each row has its own task."""
-        is_mixed = self._task_input is not None and self._task_input.dims != ()
+        is_mixed = self._task_input is not None and self._task_input.is_batched
         groups: dict[int, list[int]] = {}
         for row, task in enumerate(served):
             groups.setdefault(-1 if is_mixed else task.index, []).append(row)
@@ -278,24 +282,45 @@ class TaskSession:
         inputs = rows.batch(chosen)
         if self._task_input is not None:
             ids = np.array([served[row].index for row in chosen], np.int64)
-            inputs[TASK_IDS] = ids if self._task_input.dims else ids[0].reshape(())
+            is_mixed = self._task_input.is_batched
+            inputs[TASK_IDS] = ids if is_mixed else ids[:1].reshape(self._task_input.dims)
         names = [field.name for field in self._outputs]
-        return run_session(self._session, self._path, inputs, names)
+        active = self._adapters[served[chosen[0]].index]
+        options = active[0].options if active else None
+        return run_session(self._session, self._path, inputs, names, options)
+
+    def _active(self, task: Task) -> list[ActiveAdapter]:
+        """Return the task's adapters, one for each graph; none where the graphs hold all tasks."""
+        if self.layout != ADAPTER_INPUT:
+            return []
+        from mtl_export.runtime.onnx_adapters import active, adapter_file
+
+        names = [(file, adapter_file(file.stem, task.name)) for file in self._files]
+        return [active(file.with_name(name)) for file, name in names]
+
+    def _parts(self, task: Task) -> list[OrtPart]:
+        options = [one.options for one in self._adapters[task.index]] or [None] * len(self._files)
+        return list(map(OrtPart, self._sessions, self._files, options))
 
     def _generated(
-        self, inputs: dict[str, Array], ids: Array, rules: TokenRules, max_new_tokens: int
+        self,
+        parts: Sequence[OrtPart],
+        inputs: dict[str, Array],
+        ids: Array,
+        rules: TokenRules,
+        max_new_tokens: int,
     ) -> list[list[int]]:
         from mtl_export.runtime.generation import GreedyDecoder
         from mtl_export.runtime.seq2seq_generation import Seq2SeqGreedyDecoder, Seq2SeqParts
 
         task_ids = None if self._task_input is None else ids
         limit = self._texts.positions
-        if len(self._parts) == 3:
-            seq2seq = Seq2SeqGreedyDecoder(Seq2SeqParts(*self._parts), rules, max_length=limit)
+        if len(parts) == 3:
+            seq2seq = Seq2SeqGreedyDecoder(Seq2SeqParts(*parts), rules, max_length=limit)
             tokens = seq2seq.generate(inputs, task_ids=task_ids, max_new_tokens=max_new_tokens)
         else:
             causal = GreedyDecoder(
-                *self._parts,
+                *parts,
                 eos_token_ids=rules.eos,
                 pad_token_id=rules.pad,
                 max_length=limit,

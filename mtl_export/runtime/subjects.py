@@ -48,18 +48,14 @@ class OnnxModel:
 
     def open(self) -> Opened:
         """Open a session."""
-        from mtl_export.runtime.ort import load_onnxruntime, open_session, run_session
+        from mtl_export.runtime.onnx_adapters import active
+        from mtl_export.runtime.ort import open_session, run_session
 
         session = open_session(self.path, threads=self.threads)
-        options = None
-        if self.adapter is not None:
-            onnxruntime = load_onnxruntime()
-            adapter = onnxruntime.LoraAdapter()
-            adapter.Load(str(self.adapter))
-            options = onnxruntime.RunOptions()
-            options.add_active_adapter(adapter)
+        adapter = active(self.adapter) if self.adapter else None
 
         def call(inputs: Mapping[str, Array]) -> Timings:
+            options = adapter.options if adapter else None
             begun = perf_counter()
             run_session(session, self.path, inputs, options=options)
             return {FORWARD: [perf_counter() - begun]}
