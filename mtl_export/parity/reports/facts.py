@@ -103,13 +103,22 @@ def tasks(report: ParityReport) -> list[str]:
     return names([*floors, *(cell.task for cell in report.cells if cell.task != ALL)])
 
 
-def speaks(report: ParityReport, artefact: str, task: str) -> Cell | None:
-    """Return the cell that speaks for a task of an artefact; None where there is none.
+def matrix(report: ParityReport) -> dict[str, dict[str, Cell]]:
+    """Return, by task and then by artefact, the cell that speaks for both, where there is one.
 
     What holds for all tasks counts for each.
     """
-    own = [cell for cell in report.cells if cell.artefact == artefact and cell.task in {task, ALL}]
-    return worst(own) if own else None
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in report.cells:
+        found.setdefault((cell.artefact, cell.task), []).append(cell)
+    rows: dict[str, dict[str, Cell]] = {task: {} for task in tasks(report)}
+    for artefact in artefacts(report):
+        shared = found.get((artefact, ALL), [])
+        for task, row in rows.items():
+            own = found.get((artefact, task), []) + shared
+            if own:
+                row[artefact] = worst(own)
+    return rows
 
 
 def case_kind(case: str) -> str:

@@ -124,9 +124,8 @@ def _not_run(report: ParityReport) -> str:
 def _matrix(report: ParityReport) -> str:
     artefacts = facts.artefacts(report)
     rows = []
-    for task in facts.tasks(report):
-        cells = [facts.speaks(report, artefact, task) for artefact in artefacts]
-        rows.append([escaped(task), *map(_spoken, cells)])
+    for task, cells in facts.matrix(report).items():
+        rows.append([escaped(task), *(_spoken(cells.get(artefact)) for artefact in artefacts)])
     return _table(["task", *map(escaped, artefacts)], rows) if rows and artefacts else ""
 
 

@@ -30,9 +30,11 @@ def heat_map(report: ParityReport, artefact: str) -> str:
     cells = [cell for cell in report.cells if cell.artefact == artefact and cell.case != facts.ALL]
     if not cells:
         return ""
-    there = {facts.case_kind(cell.case) for cell in cells}
+    squares: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        squares.setdefault((cell.task, facts.case_kind(cell.case)), []).append(cell)
+    present, there = {task for task, _ in squares}, {kind for _, kind in squares}
     kinds = [kind for kind in facts.case_kinds(report) if kind in there]
-    present = {cell.task for cell in cells}
     rows = [task for task in facts.tasks(report) if task in present]
     rows += [facts.ALL] * (facts.ALL in present)
     step = _CELL + _GAP
@@ -48,8 +50,7 @@ def heat_map(report: ParityReport, artefact: str) -> str:
         label = "all tasks" if task == facts.ALL else task
         parts.append(_text(_LEFT - 8, y + 15, _cut(label, 26), "end"))
         for column, kind in enumerate(kinds):
-            own = [c for c in cells if c.task == task and facts.case_kind(c.case) == kind]
-            if own:
+            if own := squares.get((task, kind)):
                 parts.append(_square(_LEFT + column * step, y, worst(own)))
     # The last label leans out to the right by what its length gives.
     width = _LEFT + len(kinds) * step + round(0.79 * _length(kinds[-1])) + 16

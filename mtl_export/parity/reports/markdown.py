@@ -53,12 +53,12 @@ def _not_run(report: ParityReport) -> list[str]:
 
 
 def _matrix(report: ParityReport) -> list[str]:
-    tasks, artefacts = facts.tasks(report), facts.artefacts(report)
+    tasks, artefacts = facts.matrix(report), facts.artefacts(report)
     if not report.cells or not tasks:
         return []
     rows = [
-        [_task(task), *(_cell(facts.speaks(report, artefact, task)) for artefact in artefacts)]
-        for task in tasks[:MOST_TASKS]
+        [_task(task), *(_cell(tasks[task].get(artefact)) for artefact in artefacts)]
+        for task in list(tasks)[:MOST_TASKS]
     ]
     table = _table(["task", *map(_text, artefacts)], rows)
     cut = "" if len(rows) == len(tasks) else f"\n\n{len(rows)} of {len(tasks)} tasks shown."
