@@ -12,6 +12,8 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint import sentence_embedding
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
+from mtl_export.graph.adapter_parameters import Parameter
+from mtl_export.graph.passes.adapter_input import AdapterInputPass
 from mtl_export.graph.passes.guard_outputs import GuardOutputsPass
 from mtl_export.graph.passes.joint_gemm import JointGemmPass
 from mtl_export.graph.passes.markers import ensure_no_markers
@@ -29,6 +31,7 @@ from mtl_export.version import VERSION
 
 LAYOUT_MERGED = "merged"
 LAYOUT_SINGLE = "single-graph"
+LAYOUT_ADAPTER_INPUT = "adapter-input"
 TASK_INPUT_KEY = "mtl_export.task_input"
 
 
@@ -84,6 +87,21 @@ def routed_graph(
     ]
     passes += [SharedDownPass(), SharedCoresPass(), JointGemmPass(), GuardOutputsPass()]
     return _lowered(traced, passes, metadata, embedding)
+
+
+def adapter_input_graph(
+    traced: TracedModel, bound: BoundModel
+) -> tuple[ir.Model, tuple[Parameter, ...]]:
+    """Return the graph that takes one task's tensors as optional inputs, and these inputs.
+
+    Raises:
+        GraphError: One task adapts a layer that another replaces.
+    """
+    metadata = _metadata(bound, LAYOUT_ADAPTER_INPUT, bound.adapters.tasks)
+    lowering = AdapterInputPass(bound)
+    model = _lowered(traced, [lowering], metadata, None)
+    kept = {value.name for value in model.graph.inputs}
+    return model, tuple(one for one in lowering.parameters if one.name in kept)
 
 
 def _lowered(

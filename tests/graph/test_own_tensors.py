@@ -24,12 +24,13 @@ from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BaseModelError, GraphError
 from mtl_export.graph.external_data import SharedData, externalised, write_data
-from mtl_export.graph.lower import merged_graph, routed_graph
+from mtl_export.graph.lower import adapter_input_graph, merged_graph, routed_graph
 from mtl_export.graph.marking import mark
 from mtl_export.graph.task_edit import remove_task
-from mtl_export.graph.trace import trace
+from mtl_export.graph.trace import TracedModel, trace
 from mtl_export.graph.writer import write_graph, write_graphs
 from mtl_export.merge.writer import write_merged
+from mtl_export.runtime.onnx_adapters import AdapterRunner, adapter_file, write_adapter
 from mtl_export.runtime.ort import OrtRunner
 from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
 from tests import factories
@@ -171,11 +172,20 @@ def test_tasks_differ(expected: list[Array]) -> None:
             assert np.abs(one[:, :2] - other[:, :2]).max() > 1e-2
 
 
+@pytest.fixture(scope="module")
+def traced(bound: BoundModel) -> TracedModel:
+    """Return the one trace."""
+    return trace(bound)
+
+
 def test_graphs(
-    bound: BoundModel, inputs: dict[str, Array], expected: list[Array], tmp_path: Path
+    bound: BoundModel,
+    traced: TracedModel,
+    inputs: dict[str, Array],
+    expected: list[Array],
+    tmp_path: Path,
 ) -> None:
     """One graph for all tasks, mixed and unknown ids included, and one graph per task."""
-    traced = trace(bound)
     write_graph(routed_graph(traced, bound), bound, tmp_path, None)
     with OrtRunner(tmp_path / "model.onnx") as runner:
         mixed = np.array([0, 1, 2, 2, 1, 0])
@@ -204,6 +214,28 @@ def test_graphs(
         with OrtRunner(folder / "model.onnx") as runner:
             alone = runner.infer(inputs)["logits"]
         np.testing.assert_allclose(alone, expected[task.index], atol=TOLERANCE)
+
+
+def test_adapters_as_input(
+    bound: BoundModel,
+    traced: TracedModel,
+    inputs: dict[str, Array],
+    expected: list[Array],
+    tmp_path: Path,
+) -> None:
+    """One adapter file per task, mixed in one batch by the runner."""
+    model, parameters = adapter_input_graph(traced, bound)
+    write_graph(model, bound, tmp_path, None)
+    for task in bound.adapters.tasks:
+        values = {p.name: p.value(task.index).astype(np.float32) for p in parameters}
+        write_adapter(tmp_path / adapter_file("model", task.name), values)
+    mixed = np.array([0, 1, 2, 2, 1, 0])
+    with AdapterRunner(tmp_path / "model.onnx") as runner:
+        found = runner.infer({**inputs, "task_ids": mixed})["logits"]
+    for row, task_id in enumerate(mixed):
+        width = expected[task_id].shape[1]
+        np.testing.assert_allclose(found[row, :width], expected[task_id][row], atol=TOLERANCE)
+        assert np.isneginf(found[row, width:]).all()
 
 
 def without(folder: Path, name: str, inputs: dict[str, Array]) -> Array:

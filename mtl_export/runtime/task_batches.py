@@ -1,0 +1,39 @@
+"""A batch of several tasks, inferred one task at a time.
+
+    task_ids [B]  ->  one call with task_ids [1] for each task in it  ->  rows put back in order
+
+B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mtl_export.checkpoint.tensors import Array
+
+TASK_IDS = "task_ids"
+
+
+def by_task(
+    inputs: Mapping[str, Array], infer: Callable[[dict[str, Array]], Mapping[str, Array]]
+) -> dict[str, Array]:
+    """Return the outputs for a batch of several tasks, each inferred alone.
+
+    Args:
+        inputs: With ``task_ids`` int64 [B].
+        infer: Takes the rows of one task, with ``task_ids`` [1].
+    """
+    ids = inputs[TASK_IDS]
+    joined: dict[str, Array] = {}
+    for task in np.unique(ids):
+        rows = np.flatnonzero(ids == task)
+        own = {name: value[rows] for name, value in inputs.items()}
+        own[TASK_IDS] = np.array([task], np.int64)
+        for name, values in infer(own).items():
+            shape = (len(ids), *values.shape[1:])
+            joined.setdefault(name, np.empty(shape, values.dtype))[rows] = values
+    return joined
