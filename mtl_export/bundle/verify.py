@@ -4,9 +4,9 @@
     golden    its models, run on the saved inputs, give the saved outputs
 
 Outputs nested in the folder (``onnx/<task>/``) are checked by their own manifests, and a
-folder that only holds outputs (``out/``) by theirs. Imports no torch: files need nothing,
-graphs onnxruntime; an engine needs its GPU and is ``not-run`` elsewhere, as a merged folder
-is, which only PyTorch runs.
+folder that only holds outputs (``out/``) by theirs. Files need nothing to be checked and
+graphs numpy and onnxruntime, no torch. An engine needs its GPU, and torch for the memory
+there; it is ``not-run`` elsewhere, as a merged folder is, which only PyTorch runs.
 """
 
 from __future__ import annotations

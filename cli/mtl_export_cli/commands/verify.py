@@ -35,9 +35,9 @@ def command(settings: Settings, folder: Path, require_run: bool, threads: int) -
     """Check a finished folder again, also on the device.
 
     Every file must have the SHA-256 of the folder's manifest, and no file may be missing or
-    added: exit code 7. Then the inputs that mtl-export parity --golden saved are run again, with
-    numpy and the runtime alone: exit code 3 if an output differs. Neither the checkpoint nor
-    torch is needed. Folders inside are checked too.
+    added: exit code 7. Then the inputs that mtl-export parity --golden saved are run again:
+    exit code 3 if an output differs. The checkpoint is not needed, and for graphs nothing but
+    numpy and onnxruntime. Folders inside are checked too.
     """
     from mtl_export.bundle.verify import verify_folder
 
@@ -78,7 +78,7 @@ def _print(checks: Sequence[Check], settings: Settings, code: int) -> None:
             (folder, _summary(checks, folder, "files"), _summary(checks, folder, "golden"))
             for folder in dict.fromkeys(check.folder for check in checks)
         ],
-        title=f"verify {'passed' if code == 0 else 'failed'}",
+        title=f"verify {'not-run' if code == EXIT_MISSING else 'failed' if code else 'passed'}",
     )
 
 
