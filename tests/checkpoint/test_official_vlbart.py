@@ -21,7 +21,10 @@ from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BaseModelError, CheckpointError, HyperparameterError
+from mtl_export.runtime.ort import OrtPart, open_session
 from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
+from mtl_export.runtime.seq2seq import FILES
+from mtl_export.runtime.seq2seq_generation import Seq2SeqDecoding, Seq2SeqParts
 from mtl_export_cli.main import cli
 from tests.checkpoint import vl_bart_toys as toys
 from tests.checkpoint.messages import assert_whole
@@ -193,16 +196,43 @@ def test_alpha_and_temperature_are_asked_for(tmp_path: Path) -> None:
         read_adapters(checkpoint)
 
 
-def test_graph_commands_refuse_it_with_the_reason(tmp_path: Path) -> None:
-    """No ONNX graph of image inputs yet: exit 5, and merge is named instead."""
-    run = toys.write(tmp_path / "run", toys.state_dict())
-    base = toys.base_folder(tmp_path / "base")
-    words = ["-c", str(run), "-b", str(base), "--alpha", "7", "--temperature", "0.8"]
-    result = CliRunner().invoke(cli, ["onnx", *words, "--all-tasks", "-o", str(tmp_path / "o")])
-    assert result.exit_code == 5
-    assert "image features" in result.output
-    assert "mtl-export merge" in result.output
-    assert not (tmp_path / "o").exists()
+@pytest.fixture(scope="module")
+def graphs(merged: Path) -> Path:
+    """Give the folder of the single graph's three parts, written by the command line."""
+    words = ["-c", str(merged.parent / "run"), "-b", str(merged.parent / "base"), "--alpha",
+             str(toys.ALPHA), "--temperature", str(toys.TEMPERATURE), "--tasks", NAMES,
+             "--all-tasks", "-o", str(merged.parent / "graphs")]  # fmt: skip
+    result = CliRunner().invoke(cli, ["onnx", *words])
+    assert result.exit_code == 0, result.output
+    return merged.parent / "graphs"
+
+
+def test_graphs_take_the_image(graphs: Path) -> None:
+    """The encoder reads regions and says which of its states count; the decoder steps on."""
+    state, tasks = toys.state_dict(), [2, 0, 3, 1]
+    inputs = single(toys.rows())
+    inputs["vis_attention_mask"] = np.ones((4, 5), np.int64)
+    tokens = inputs.pop("decoder_input_ids")
+    parts = Seq2SeqParts(*(OrtPart(open_session(graphs / name), graphs / name) for name in FILES))
+    decoding = Seq2SeqDecoding(parts, inputs, np.array(tasks), tokens[:, :1])
+    logits = [decoding.logits]
+    for step in range(1, tokens.shape[1]):
+        decoding.feed(tokens[:, step])
+        logits.append(decoding.logits)
+    found = np.concatenate(logits, axis=1)
+    np.testing.assert_allclose(found, expected(state, tasks), rtol=0, atol=2e-5)
+
+
+def test_parity_compares_graphs_with_masked_regions(
+    graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps and tokens pass; a graph whose parts are not of one export does not."""
+    for name in ("base", "run"):
+        shutil.copytree(graphs.parent / name, tmp_path / name)
+    shutil.copytree(graphs, tmp_path / "out" / "onnx")
+    assert parity(tmp_path, monkeypatch) == 0
+    shutil.copy(graphs / "decoder.onnx", tmp_path / "out" / "onnx" / "decoder_with_past.onnx")
+    assert parity(tmp_path, monkeypatch) == 3
 
 
 def edited(change: Callable[[Weights], object]) -> Weights:
