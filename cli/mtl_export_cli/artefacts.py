@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
+from mtl_export.checkpoint.sentence_embedding import METADATA_KEY, SentenceEmbedding
 from mtl_export.runtime.model_files import ENCODER, PREFILL, WHOLE, runner_of
 
 if TYPE_CHECKING:
@@ -83,12 +84,16 @@ class _Record:
         defect: What no longer agrees with the manifest; empty if nothing.
         is_there: There is a manifest, so the folder was once whole.
         dtype: What it says it computes in.
+        takes_one_task: Its graph has one task for the whole batch.
+        embedding: How its graph pools hidden states; None if it does not.
     """
 
     sources: Mapping[str, str]
     defect: str
     is_there: bool
     dtype: str = "fp32"
+    takes_one_task: bool = False
+    embedding: SentenceEmbedding | None = None
 
 
 def _record(folder: Path) -> _Record:
@@ -101,11 +106,14 @@ def _record(folder: Path) -> _Record:
         return _Record({}, str(error), is_there=True)
     if manifest is None:
         return _Record({}, "", is_there=False)
+    options = manifest.recipe.options
     return _Record(
         manifest.recipe.sources,
         "; ".join(damage(folder, manifest)),
         is_there=True,
-        dtype=str(manifest.recipe.options.get("dtype", "fp32")),
+        dtype=str(options.get("dtype", "fp32")),
+        takes_one_task=options.get("task_input") == "scalar",
+        embedding=SentenceEmbedding.from_json(str(options.get("embedding", ""))),
     )
 
 
@@ -145,6 +153,7 @@ def _onnx(
     path: Path, task: Task | None, threads: int, found: list[Artefact], missing: list[Cell]
 ) -> None:
     from mtl_export.parity.run import Artefact
+    from mtl_export.runtime.one_task import one_task
     from mtl_export.runtime.ort import onnx_metadata
 
     name = SINGLE_ONNX if task is None else MERGED_ONNX
@@ -153,23 +162,27 @@ def _onnx(
         missing.append(_absent(name, task, "onnx"))
         return
     metadata = {} if record.defect else onnx_metadata(path)
+    runner = runner_of(path, threads=threads)
+    takes_one_task = metadata.get("mtl_export.task_input") == "scalar"
     found.append(
         Artefact(
             name=name,
             kind="single-graph" if task is None else "merged",
-            runner=runner_of(path, threads=threads),
+            runner=one_task(runner) if takes_one_task else runner,
             task=task,
             dtype=metadata.get("mtl_export.dtype", "fp32"),
             checkpoint_sha256=metadata.get("mtl_export.checkpoint_sha256", ""),
             base_sha256=metadata.get("mtl_export.base_sha256", ""),
             defect=record.defect,
             path=path,
+            embedding=SentenceEmbedding.from_json(metadata.get(METADATA_KEY, "")),
         )
     )
 
 
 def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[Cell]) -> None:
     from mtl_export.parity.run import Artefact
+    from mtl_export.runtime.one_task import one_task
     from mtl_export.runtime.tensorrt import TensorRTBackend
 
     name = ENGINE if task is None else MERGED_ENGINE
@@ -177,17 +190,19 @@ def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[
     if not record.is_there and not path.is_file():
         missing.append(_absent(name, task, "trt"))
         return
+    runner = TensorRTBackend(path)
     found.append(
         Artefact(
             name=name,
             kind="single-graph" if task is None else "merged",
-            runner=TensorRTBackend(path),
+            runner=one_task(runner) if record.takes_one_task else runner,
             task=task,
             dtype=record.dtype,
             checkpoint_sha256=record.sources.get("checkpoint_sha256", ""),
             base_sha256=record.sources.get("base_sha256", ""),
             defect=record.defect,
             path=path,
+            embedding=record.embedding,
         )
     )
 

@@ -211,6 +211,12 @@ def _base(value: object, folder: Path) -> str:
     return reference
 
 
+def _switch(value: object, folder: Path) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
 def _choice(*words: str) -> Reader:
     def read(value: object, folder: Path) -> str:
         if value not in words:
@@ -271,6 +277,11 @@ OPTIONS: dict[str, Reader] = {
     "dtype": _choice("fp32", "fp16", "bf16"),
 }
 _LAYOUT: Reader = _choice("single-graph", "per-task")
+_FORM: dict[str, Reader] = {
+    "task_input": _choice("rows", "scalar"),
+    "pooling": _choice("mean", "cls"),
+    "normalize": _switch,
+}
 SECTIONS: dict[str, dict[str, Reader]] = {
     "output": {"dir": _path},
     "merge": {
@@ -278,9 +289,10 @@ SECTIONS: dict[str, dict[str, Reader]] = {
         "shared_by": _choice("link", "reference"),
         "max_shard_size": _word,
     },
-    "onnx": {"layout": _LAYOUT},
+    "onnx": {"layout": _LAYOUT, **_FORM},
     "trt": {
         "layout": _LAYOUT,
+        **_FORM,
         "min_shapes": _shapes,
         "opt_shapes": _shapes,
         "max_shapes": _shapes,

@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from mtl_export.checkpoint.sentence_embedding import Pooling, SentenceEmbedding
 from mtl_export.errors import UsageError
 from mtl_export_cli import sources
 from mtl_export_cli.options import Settings
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mtl_export.bundle.manifest import OptionValue
     from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.graph.external_data import SharedData, WrittenFile
+    from mtl_export.graph.passes.routing import TaskInput
     from mtl_export.graph.trace import TracedModel
 
 SINGLE_GRAPH, PER_TASK = "single-graph", "per-task"
@@ -51,6 +53,48 @@ class Graph:
     def folder(self, parent: Path) -> Path:
         """Return its folder: ``parent`` itself, or the task's inside it."""
         return parent / self.task.name if self.task else parent
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What graphs take and give.
+
+    Attributes:
+        task_input: ``rows``: task_ids [batch]; ``scalar``: task_ids [1].
+        embedding: How hidden states become one vector a row; None keeps the model's outputs.
+    """
+
+    task_input: TaskInput = "rows"
+    embedding: SentenceEmbedding | None = None
+
+    @classmethod
+    def from_options(
+        cls, task_input: TaskInput, pooling: Pooling | None, *, normalize: bool
+    ) -> Form:
+        """Return what the options of ``options.FORM`` ask for.
+
+        Raises:
+            UsageError: ``--normalize`` without ``--pooling``.
+        """
+        if normalize and pooling is None:
+            raise UsageError(
+                where="--normalize",
+                found="no --pooling",
+                expected="--pooling mean or --pooling cls beside it",
+                why="it is the pooled vectors that are brought to length 1",
+                fix="Add --pooling, or leave out --normalize",
+            )
+        embedding = SentenceEmbedding(pooling, normalize) if pooling else None
+        return cls(task_input, embedding)
+
+    def as_options(self, graph: Graph) -> dict[str, OptionValue]:
+        """Return what of it is not the default for ``graph``, for the recipe."""
+        options: dict[str, OptionValue] = {}
+        if self.task_input != "rows" and graph.task is None:
+            options["task_input"] = self.task_input
+        if self.embedding is not None:
+            options["embedding"] = self.embedding.to_json()
+        return options
 
 
 def wanted_graphs(settings: Settings, layout: str | None, tasks: Sequence[Task]) -> list[Graph]:
@@ -91,6 +135,7 @@ class Exporter:
         dtype: ``fp32``, ``fp16`` or ``bf16``: what graphs compute in; None is ``fp32``,
             whatever the base's files are in.
         is_linked: Tasks' folders get the data they have in common as hard links.
+        form: What the graphs take and give.
     """
 
     def __init__(
@@ -100,7 +145,9 @@ class Exporter:
         *,
         dtype: str | None = None,
         is_linked: bool = False,
+        form: Form | None = None,
     ) -> None:
+        self._form = form or Form()
         self._bound, self._parent, self._is_linked = bound, parent, is_linked
         self._dtype = dtype or GRAPH_DTYPE
 
@@ -113,6 +160,7 @@ class Exporter:
         started = perf_counter()
         names = [task.name for task in graph.tasks]
         options: dict[str, OptionValue] = {"layout": graph.layout, "served": names}
+        options |= self._form.as_options(graph)
         if self._dtype != GRAPH_DTYPE:
             options["dtype"] = self._dtype
         recipe = sources.recipe("onnx", self._bound, options)
@@ -137,10 +185,13 @@ class Exporter:
         from mtl_export.graph.passes.precision import PrecisionPass
         from mtl_export.graph.writer import write_graphs
 
+        form = self._form
         models = {
-            part.stem: merged_graph(part, self._bound, graph.task)
+            part.stem: merged_graph(part, self._bound, graph.task, embedding=form.embedding)
             if graph.task
-            else routed_graph(part, self._bound)
+            else routed_graph(
+                part, self._bound, task_input=form.task_input, embedding=form.embedding
+            )
             for part in self._parts
         }
         if self._dtype != GRAPH_DTYPE:

@@ -16,12 +16,14 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from mtl_export.checkpoint.sentence_embedding import POOLINGS
 from mtl_export.errors import UsageError
 from mtl_export_cli.config import Config, read_config
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 DTYPES = ("fp32", "fp16", "bf16")
 LAYOUTS = ("single-graph", "per-task")
+TASK_INPUTS = ("rows", "scalar")
 _CONFIG_KEY = "mtl_export_cli.config"
 
 
@@ -127,6 +129,19 @@ SELECTION: tuple[Decorator, ...] = (
 LAYOUT: Decorator = option(
     "--layout", type=click.Choice(LAYOUTS),
     help="single-graph (default with --all-tasks) or per-task (default with --task).",
+)  # fmt: skip
+FORM: tuple[Decorator, ...] = (
+    option(
+        "--task-input", type=click.Choice(TASK_INPUTS), default=TASK_INPUTS[0], show_default=True,
+        help="Of the single graph: rows, task_ids [batch], each row's task; or scalar, task_ids"
+        " [1], one task for the whole batch.",
+    ),
+    option(
+        "--pooling", type=click.Choice(POOLINGS),
+        help="Of a bare encoder: answer with one vector a row, sentence_embedding, the mean over"
+        " its tokens or the first token's.",
+    ),
+    option("--normalize", is_flag=True, help="With --pooling: bring the vectors to length 1."),
 )  # fmt: skip
 OUTPUT: tuple[Decorator, ...] = (
     option(

@@ -1,22 +1,22 @@
 """A graph that takes one task for the whole batch, run as one that takes a task for each row.
 
-    task_ids [B]  ->  one call with task_ids [1] for each task in it  ->  rows put back in order
-
-B rows.
+The batch is taken apart by task (``task_batches``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-import numpy as np
 from typing_extensions import Self
 
-from mtl_export.checkpoint.tensors import Array
+from mtl_export.runtime.language import Generator
 from mtl_export.runtime.runner import Runner
+from mtl_export.runtime.task_batches import by_task
 
-TASK_IDS = "task_ids"
+if TYPE_CHECKING:
+    from mtl_export.checkpoint.tensors import Array
 
 
 class OneTaskRunner:
@@ -47,13 +47,32 @@ class OneTaskRunner:
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs by name, each row under its own task."""
-        ids = inputs[TASK_IDS]
-        joined: dict[str, Array] = {}
-        for task in np.unique(ids):
-            rows = np.flatnonzero(ids == task)
-            own = {name: value[rows] for name, value in inputs.items()}
-            own[TASK_IDS] = np.array([task], np.int64)
-            for name, values in self._runner.infer(own).items():
-                shape = (len(ids), *values.shape[1:])
-                joined.setdefault(name, np.empty(shape, values.dtype))[rows] = values
-        return joined
+        return by_task(inputs, self._runner.infer)
+
+
+class OneTaskGenerator(OneTaskRunner):
+    """The same around a runner that generates.
+
+    Args:
+        runner: Of such graphs.
+        generator: The same.
+    """
+
+    def __init__(self, runner: Runner, generator: Generator) -> None:
+        super().__init__(runner)
+        self._generator = generator
+
+    def generate(self, inputs: Mapping[str, Array], max_new_tokens: int) -> Array:
+        """Return exactly so many greedy tokens after each prompt, int64 ``[B, N]``."""
+
+        def tokens(own: dict[str, Array]) -> dict[str, Array]:
+            return {"tokens": self._generator.generate(own, max_new_tokens)}
+
+        return by_task(inputs, tokens)["tokens"]
+
+
+def one_task(runner: Runner) -> Runner:
+    """Return ``runner``, of a graph with one task for the batch, as one that takes any batch."""
+    if isinstance(runner, Generator):
+        return OneTaskGenerator(runner, runner)
+    return OneTaskRunner(runner)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtl_export.errors import BackendMissingError, EngineRunError, shortened
+from mtl_export.runtime.task_batches import TASK_IDS, by_task
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
@@ -130,6 +131,10 @@ class OrtRunner:
         return tuple(value.name for value in self._session.get_inputs())
 
     @property
+    def _takes_one_task(self) -> bool:
+        return any(v.name == TASK_IDS and v.shape == [1] for v in self._session.get_inputs())
+
+    @property
     def metadata(self) -> dict[str, str]:
         """Return the file's ``metadata_props``."""
         return metadata_of(self._session)
@@ -137,9 +142,13 @@ class OrtRunner:
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs by name, floating ones as float64.
 
+        A graph that takes one task for the whole batch is run once for each task in it.
+
         Raises:
             EngineRunError: An input is missing, unknown or misshaped, or a node failed.
         """
+        if len(inputs.get(TASK_IDS, ())) > 1 and self._takes_one_task:
+            return by_task(inputs, self.infer)
         values = run_session(self._session, self._path, inputs)
         return {
             name: value.astype(np.float64) if value.dtype.kind == "f" else value

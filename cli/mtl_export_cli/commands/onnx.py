@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import click
 
 from mtl_export_cli import graphs, options, render, sources
 from mtl_export_cli.options import Settings, option, with_settings
 from mtl_export_cli.written import print_written
+
+if TYPE_CHECKING:
+    from mtl_export.checkpoint.sentence_embedding import Pooling
+    from mtl_export.graph.passes.routing import TaskInput
 
 EPILOG = """\b
 Example:
@@ -19,12 +24,27 @@ Example:
 
 
 @click.command(short_help="Export one routed graph, or one per task.", epilog=EPILOG)
-@with_settings(options.SOURCE, options.SELECTION, [options.LAYOUT], options.OUTPUT, options.TALK)
+@with_settings(
+    options.SOURCE,
+    options.SELECTION,
+    [options.LAYOUT],
+    options.FORM,
+    options.OUTPUT,
+    options.TALK,
+)
 @option(
     "--link-data", is_flag=True,
     help="per-task: hard-link what the tasks have in common. Only ONNX Runtime opens such folders.",
 )  # fmt: skip
-def command(settings: Settings, layout: str | None, *, link_data: bool) -> None:
+def command(
+    settings: Settings,
+    layout: str | None,
+    *,
+    task_input: TaskInput,
+    pooling: Pooling | None,
+    normalize: bool,
+    link_data: bool,
+) -> None:
     """Export one routed graph, or one per task.
 
     single-graph: one model.onnx with the extra input task_ids (int64 [batch]); every row
@@ -38,10 +58,11 @@ def command(settings: Settings, layout: str | None, *, link_data: bool) -> None:
     # Weights are folded in small blocks, for which OpenBLAS's threads wait longer than they
     # compute; it reads this when numpy is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    form = graphs.Form.from_options(task_input, pooling, normalize=normalize)
     bound = sources.open_bound(settings)
     wanted = graphs.wanted_graphs(settings, layout, bound.adapters.tasks)
     exporter = graphs.Exporter(
-        bound, settings.folder("onnx"), dtype=settings.dtype, is_linked=link_data
+        bound, settings.folder("onnx"), dtype=settings.dtype, is_linked=link_data, form=form
     )
     with render.Talk.from_settings(settings).steps(len(wanted)) as steps:
         written = [exporter.write(graph, steps, force=settings.force) for graph in wanted]
