@@ -21,7 +21,9 @@ import onnx_ir as ir
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import GraphError
 from mtl_export.graph import functions, names
+from mtl_export.graph.passes.precision import DTYPES, narrowed
 
+NARROW = frozenset(DTYPES.values())
 PARTS = frozenset({"core", "downs", "ups", "weights", "biases", "gain", "starts", "slots", "table"})
 COUNT_NODE = "task_ids/count"
 GUARDED = ("task_ids/one", "task_ids/guarded")
@@ -85,8 +87,7 @@ class Stack:
         dtype = old.dtype
 
         def made() -> ir.TensorProtocol:
-            # Converted once, by numpy: from float64 or from the dtype itself.
-            array = np.ascontiguousarray(values(old.numpy()), dtype=dtype.numpy())
+            array = np.ascontiguousarray(as_stored(values(old.numpy()), dtype))
             if array.shape != shape:
                 raise ValueError(f"{self.value.name}: {array.shape} for {shape}")
             return ir.tensor(array, dtype=dtype, name=self.value.name)
@@ -95,6 +96,17 @@ class Stack:
             made, dtype=dtype, shape=ir.Shape(shape), name=self.value.name
         )
         self.value.shape = ir.Shape(shape)
+
+
+def as_stored(values: Array, dtype: ir.DataType) -> Array:
+    """Return ``values`` as a graph of this dtype holds them, which is by way of float32.
+
+    What is of that dtype already keeps its bits.
+    """
+    target = np.dtype(dtype.numpy())
+    if values.dtype == target or dtype not in NARROW:
+        return values.astype(target)
+    return narrowed(values.astype(np.float32), dtype)
 
 
 def stacks_of(model: ir.Model, task_count: int) -> list[Stack]:

@@ -29,6 +29,7 @@ from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, UsageError, shortened
 from mtl_export.graph.stacks_on_disk import (
     Stack,
+    as_stored,
     head_outputs,
     set_task_count,
     stacks_of,
@@ -169,13 +170,13 @@ def _append(stack: Stack, own: Array, task_count: int) -> None:
         room = [(0, 0)] * (rows.ndim - 1) + [(0, width - rows.shape[-1])]
         return np.pad(rows, room, constant_values=fill)
 
+    dtype = stack.tensor.dtype
+
     def values(old: Array) -> Array:
         fill = NO_LABEL if is_bias else 0.0
-        dtype = old.dtype
         known, poison = old[:task_count], old[task_count:]
-        parts = [widened(known, fill), widened(own[None], fill).astype(dtype),
-                 widened(poison, np.nan)]  # fmt: skip
-        return np.concatenate(parts)
+        new = as_stored(own[None], dtype)
+        return np.concatenate([widened(known, fill), widened(new, fill), widened(poison, np.nan)])
 
     stack.change(shape, values)
 
@@ -233,7 +234,7 @@ def _is_of(
 
 
 def _is_equal(stack: Stack, own: Array, stored: Array) -> bool:
-    own = own.astype(stored.dtype)
+    own = as_stored(own, stack.tensor.dtype)
     room = stored.shape[-1] - own.shape[-1]
     fill = NO_LABEL if stack.part == "biases" else 0.0
     padded = np.pad(own, [(0, 0)] * (own.ndim - 1) + [(0, room)], constant_values=fill)

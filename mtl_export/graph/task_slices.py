@@ -17,7 +17,7 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, IntegrityError, shortened
 from mtl_export.graph import names
-from mtl_export.graph.stacks_on_disk import Stack
+from mtl_export.graph.stacks_on_disk import Stack, as_stored
 
 _EXPORT = "Export the graph again with the new task in the checkpoint"
 
@@ -157,20 +157,19 @@ def _altered(
             continue  # a slice of a stack
         keys = (name, names.weight_t(name.removesuffix(".weight")))
         found = [
-            value.const_value.numpy()
+            value.const_value
             for model in models.values()
             for key in keys
             if (value := model.graph.initializers.get(key)) and value.const_value is not None
         ]
         if not found:
             yield f"its own {name}, which the graph's tasks share"
-        elif not all(_is_same(stored, values) for stored in found):
+        elif not all(_is_same(t, values) or _is_same(t, values.T) for t in found):
             yield f"{name} with other values"
 
 
-def _is_same(stored: Array, values: Array) -> bool:
-    own = values.astype(stored.dtype)
-    return np.array_equal(stored, own) or np.array_equal(stored, own.T)
+def _is_same(stored: ir.TensorProtocol, values: Array) -> bool:
+    return np.array_equal(stored.numpy(), as_stored(values, stored.dtype))
 
 
 def _factors_differ(
@@ -182,8 +181,8 @@ def _factors_differ(
         return
     for name, own in (("down", layer.down.T), ("up", layer.up.T)):
         value = initializers.get(names.part(stack.module, name))
-        stored = None if value is None or value.const_value is None else value.const_value.numpy()
-        if stored is None or not np.array_equal(stored, own.astype(stored.dtype)):
+        tensor = None if value is None else value.const_value
+        if tensor is None or not _is_same(tensor, own):
             yield f"another {name}-projection of {stack.module}"
 
 

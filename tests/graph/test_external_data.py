@@ -29,6 +29,7 @@ from mtl_export.graph.external_data import (
     write_data,
 )
 from mtl_export.graph.lower import merged_graph
+from mtl_export.graph.passes.precision import PrecisionPass
 from mtl_export.graph.passes.weights import add_initializer
 from mtl_export.graph.trace import TracedModel
 from mtl_export.graph.writer import MODEL_FILE, write_graphs
@@ -271,6 +272,24 @@ def test_where_links_and_kernel_copies_do_not_work_bytes_are_copied(
     for index, folder in export(bound, traced, tmp_path, [0, 1], is_linked=True).items():
         expected = (folders[index] / SHARED_FILE).read_bytes()
         assert (folder / SHARED_FILE).read_bytes() == expected
+
+
+def test_half_precision_is_shared_as_well(
+    bound: BoundModel, traced: TracedModel, tmp_path: Path
+) -> None:
+    """What is converted for every task alike is written once, too."""
+    shared = SharedData()
+    contents = set()
+    for task in bound.adapters.tasks[:2]:
+        (tmp_path / task.name).mkdir()
+        model = PrecisionPass("fp16")(merged_graph(traced, bound, task)).model
+        write_graphs({"model": model}, bound, tmp_path / task.name, task, shared)
+        shared.settle(tmp_path / task.name)
+        contents.add((tmp_path / task.name / SHARED_FILE).read_bytes())
+        places = locations(tmp_path / task.name / MODEL_FILE)
+        assert places["bert.embeddings.word_embeddings.weight"][0] == SHARED_FILE
+        onnx.checker.check_model(str(tmp_path / task.name / MODEL_FILE), full_check=True)
+    assert len(contents) == 1
 
 
 def test_small_tensors_stay_in_the_graph_and_the_model_is_unchanged(tmp_path: Path) -> None:

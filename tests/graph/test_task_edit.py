@@ -33,6 +33,8 @@ from mtl_export.errors import (
     UsageError,
 )
 from mtl_export.graph.lower import routed_graph
+from mtl_export.graph.passes.precision import PrecisionPass
+from mtl_export.graph.passes.routing import TaskInput
 from mtl_export.graph.task_edit import add_task, remove_task, rename_task, task_table
 from mtl_export.graph.trace import TracedModel, trace
 from mtl_export.graph.writer import write_graphs
@@ -169,6 +171,41 @@ def test_an_edited_graph_is_what_an_export_of_the_new_checkpoint_would_be(
     manifest = read_manifest(folder)
     assert manifest is not None
     assert manifest.recipe.sources["checkpoint_sha256"] == four.adapters.checkpoint_sha256
+
+
+@pytest.mark.parametrize(
+    ("task_input", "dtype"), [("scalar", ""), ("rows", "fp16"), ("rows", "bf16")]
+)
+def test_other_forms_of_the_graph_are_edited_alike(
+    bound: BoundModel, traced: TracedModel, four: BoundModel, task_input: TaskInput, dtype: str
+) -> None:
+    """One task for the batch, half precision: the edited weights are those of a new export."""
+
+    def lowered(source: BoundModel) -> ir.Model:
+        model = routed_graph(traced, source, task_input=task_input)
+        return PrecisionPass(dtype)(model).model if dtype else model
+
+    edited, fresh = lowered(bound), lowered(four)
+    before = {
+        name: value.const_value.numpy()
+        for name, value in edited.graph.initializers.items()
+        if value.const_value is not None
+    }
+    add_task({"model": edited}, four.adapters, four.adapters.tasks[3], WIDE.name)
+    for name, value in fresh.graph.initializers.items():
+        stored = edited.graph.initializers[name].const_value
+        assert stored is not None
+        assert value.const_value is not None
+        assert stored.dtype == value.const_value.dtype
+        assert stored.tobytes() == value.const_value.tobytes()
+    if not dtype:
+        assert edited.graph.outputs[0].shape == fresh.graph.outputs[0].shape
+    remove_task({"model": edited}, WIDE.name)
+    for name, weight in before.items():
+        now = edited.graph.initializers[name].const_value
+        assert now is not None
+        kept = now.numpy()[..., : weight.shape[-1]] if weight.ndim else now.numpy()
+        assert kept.tobytes() == weight.tobytes()
 
 
 def test_a_removed_task_leaves_the_others_their_bits(folder: Path) -> None:
