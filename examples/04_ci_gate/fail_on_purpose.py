@@ -4,8 +4,8 @@
     python fail_on_purpose.py edited     a number of a merged model, its manifest made to match
     python fail_on_purpose.py damaged    a graph's weights were cut short on the way
 
-Works on a copy in ``out/``, whose large files are hard links; the project stays as it is. Exits
-with the code of ``mtl-export parity``.
+Works on a copy in ``out/``; the project stays as it is. Exits with the code of
+``mtl-export parity``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -27,18 +26,12 @@ MANIFEST = "mtl-export.json"
 LEFT_OUT = shutil.ignore_patterns("engines", "reports", ".data", ".*_cache", "__pycache__")
 
 
-def rewrite(path: Path, content: bytes) -> None:
-    """Replace a file; written in place, the project's own file would change with its link."""
-    path.unlink()
-    path.write_bytes(content)
-
-
 def stale(project: Path) -> None:
     """Change one bit of the checkpoint: what was exported is not from it any more."""
     path = project / "adapter" / "adapter_model.safetensors"
     content = bytearray(path.read_bytes())
     content[-2] ^= 0x01
-    rewrite(path, bytes(content))
+    path.write_bytes(content)
 
 
 def edited(project: Path) -> None:
@@ -52,26 +45,26 @@ def edited(project: Path) -> None:
     start = 8 + length + header["classifier.bias"]["data_offsets"][0]
     (bias,) = struct.unpack("<f", content[start : start + 4])
     content[start : start + 4] = struct.pack("<f", bias + 0.01)
-    rewrite(path, bytes(content))
+    path.write_bytes(content)
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][path.name]["sha256"] = hashlib.sha256(content).hexdigest()
-    rewrite(folder / MANIFEST, json.dumps(manifest).encode())
+    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def damaged(project: Path) -> None:
     """Cut the single graph's weights in half."""
     path = project / "out" / "onnx" / "model.onnx.data"
     content = path.read_bytes()
-    rewrite(path, content[: len(content) // 2])
+    path.write_bytes(content[: len(content) // 2])
 
 
 FAULTS: dict[str, Callable[[Path], None]] = {"stale": stale, "edited": edited, "damaged": damaged}
 
 
 def copy_of(project: Path, copy: Path) -> None:
-    """Make a copy of ``project`` that shares its bytes."""
+    """Make a copy of ``project``."""
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(project, copy, ignore=LEFT_OUT, copy_function=os.link)
+    shutil.copytree(project, copy, ignore=LEFT_OUT)
 
 
 def main() -> int:
