@@ -42,10 +42,11 @@ class TensorStatistics:
 
     def add(self, values: Array, keep: int) -> None:
         """Count ``values`` ``[N, I]`` and keep ``keep`` rows."""
+        values = values.astype(np.float32, copy=False)
         self.histogram.add(values)
         if keep > 0 and len(values):
             places = np.linspace(0, len(values) - 1, min(keep, len(values))).astype(np.int64)
-            self.rows.append(values[places].astype(np.float32))
+            self.rows.append(values[places])
 
 
 def collect(

@@ -10,6 +10,9 @@
 Zero points are 0: TensorRT refuses others. Weights do not use -128 (-8); an activation below
 -127 steps, which is cut anyway, is stored as -128 by QuantizeLinear and counts as -127 here.
 
+Default calibrators, by the logits of examples/01 (SQNR of the worst task): int8 percentile 19 dB,
+mse 18, max 17, entropy 12; E4M3 has room for outliers, and max gives 27 dB.
+
 Source: https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html (ties to even, saturation);
 E4M3: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433, table 1.
 """

@@ -19,6 +19,7 @@ from typing import Any
 import onnx_ir as ir
 
 from mtl_export.bundle.manifest import own_files
+from mtl_export.errors import CalibrationError
 from mtl_export.graph.passes.split_gemm import SplitGemmPass
 from mtl_export_calibration.cache import read_cache, write_cache
 from mtl_export_calibration.deltas import APART, MERGED, DeltaSource, swallowed_layers
@@ -73,10 +74,20 @@ class GraphJob:
         """Quantise, search where needed, and return the verdict.
 
         The graph and its report lie in the folder if the verdict is passed.
+
+        Raises:
+            CalibrationError: ``--deltas exclude`` leaves no layer.
         """
         options = self._work.options
         always = self._always_excluded()
         order = [n for n in worst_first(self._measured.sqnr_db) if n not in always]
+        if not order:
+            raise CalibrationError(
+                where=self._target.name,
+                found="every layer's steps are larger than what the task changes",
+                expected="at least one layer to quantise",
+                fix="Pass --deltas apart: the base is quantised, the change is added in float",
+            )
         # Leaving everything out would pass and be no quantised graph.
         limit = min(int(options.max_excluded * len(self._layers)), len(order) - 1)
         search = smallest_exclusion(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,19 @@ class Work:
         merged = self.targets[0].task is not None
         return self.options.combine or (PER_TASK if merged else "union")
 
+    @cached_property
+    def _data_sha256(self) -> dict[str, str]:
+        """Return the hashes of the rows."""
+        return {
+            "data_sha256": self.calibration.sha256(),
+            "judged_sha256": self.judged.sha256(),
+        }
+
+    @cached_property
+    def _onnx_sha256(self) -> dict[str, dict[str, str]]:
+        """Return the hashes of all graphs' files, by the graphs' names."""
+        return {one.name: one.sha256() for one in self.targets}
+
     def cache_file(self, target: Target, kind: str) -> Path:
         """Return where a target's results of one kind are kept."""
         layout = f"task-{target.task.name}" if target.task else "single-graph"
@@ -139,9 +153,8 @@ class Work:
         sources = [target] if self.combine == PER_TASK else self.targets
         return {
             "graph": target.name,
-            "data_sha256": self.calibration.sha256(),
-            "judged_sha256": self.judged.sha256(),
-            "onnx_sha256": {one.name: one.sha256() for one in sources},
+            **self._data_sha256,
+            "onnx_sha256": {one.name: self._onnx_sha256[one.name] for one in sources},
             "checkpoint_sha256": self.bound.adapters.checkpoint_sha256,
             "format": options.number.name,
             "method": options.method,

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 import mtl_export_calibration.job as job_module
 import mtl_export_calibration.measure as measure_module
+from mtl_export.adapters.normal_form import LayerAdapter
 from mtl_export.errors import CalibrationError
+from mtl_export.graph.passes.merge_task import MergeTaskPass
 from mtl_export.runtime.ort import OrtRunner, onnx_metadata
 from mtl_export_calibration.evaluate import answers
 from mtl_export_calibration.formats import FP8, INT4, INT8
@@ -21,6 +24,7 @@ from mtl_export_calibration.measure import Options, Target, Work, measure
 from mtl_export_calibration.report import GraphReport
 from mtl_export_calibration.samples import Samples
 from tests.calibration import toys
+from tests.graph import marked
 
 OPTIONS = Options(INT8, "max", max_drop=5.0, max_excluded=0.0, threads=1)
 
@@ -202,6 +206,38 @@ def test_merged_graphs_have_ranges_of_their_own(
     half = replace(union, targets=targets[:1], cache=tmp_path / "other")
     with pytest.raises(CalibrationError, match="no exported graph for loud"):
         measure(half)
+
+
+def small_change(tmp_path: Path, options: Options) -> Work:
+    """Return the work on a merged graph whose task changes almost nothing."""
+    bound = marked.bound()
+    layers = {
+        name: replace(layer, core=layer.core * 1e-4)
+        for name, layer in bound.adapters.layers.items()
+        if isinstance(layer, LayerAdapter)
+    }
+    bound = replace(bound, adapters=replace(bound.adapters, layers=layers))
+    task = marked.TASKS[1]
+    ir.save(MergeTaskPass(bound, task)(marked.model()).model, tmp_path / "model.onnx")
+    x = np.random.default_rng(0).normal(size=(64, 3, 5)).astype(np.float32)
+    rows = Samples({"x": x}, np.full(64, task.index), np.full(64, -1))
+    return Work(bound, (Target(tmp_path, task),), rows, rows, options, tmp_path / "cache")
+
+
+def test_a_change_below_the_steps_is_added_in_float(tmp_path: Path) -> None:
+    """Merged into the weight it would be rounded away: seen, and kept apart or left alone."""
+    options = replace(OPTIONS, max_drop=30.0)
+    report = run(small_change(tmp_path, options), tmp_path / "out")
+    assert report.passed
+    assert report.apart == ("enc.narrow", "enc.wide", "pool")
+    assert all(by_task == {"b": 1.0} for by_task in report.measured.swallowed.values())
+    names = {node.name for node in ir.load(tmp_path / "out" / "model.onnx").graph}
+    assert {f"{name}/rest" for name in report.apart} < names
+    merged = run(small_change(tmp_path, replace(options, deltas="merged")), tmp_path / "merged")
+    assert merged.passed
+    assert not merged.apart
+    with pytest.raises(CalibrationError, match="larger than what the task changes"):
+        run(small_change(tmp_path, replace(options, deltas="exclude")), tmp_path / "excluded")
 
 
 def test_nothing_to_quantise_is_said(source: Path, judged: Samples, tmp_path: Path) -> None:
