@@ -14,11 +14,14 @@ from mtl_export.errors import BackendMissingError, IntegrityError, UsageError
 from mtl_export_cli.options import Settings
 
 if TYPE_CHECKING:
+    from mtl_export.adapters.binding import BoundModel
     from mtl_export.checkpoint.checkpoint import Task
-    from mtl_export.runtime.measure import Subject
+    from mtl_export.runtime.measure import Shape, Subject
 
 MERGED, SINGLE, ADAPTER_INPUT = "merged onnx", "single graph onnx", "adapter-input onnx"
 MERGED_ENGINE, SINGLE_ENGINE = "merged engine", "single graph engine"
+# Where one folder holds both.
+SINGLE_FOLDER, ADAPTER_FOLDER = "single-graph", "adapter-input"
 EAGER = "eager pytorch unmerged"
 PACKAGES = ("mtl-export", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "torch",
             "transformers")  # fmt: skip
@@ -68,16 +71,14 @@ def lineup(
     files: dict[str, int] = {}
     not_run: list[tuple[str, str]] = []
     is_generating = False
-    merged = [onnx / task.name for task in tasks]
-    for name, folders in ((MERGED, merged), (SINGLE, [onnx])):
-        folder = next((one for one in folders if _graph(one)), None)
+    for name, options, folder in _graphs(onnx, tasks):
         if folder is None:
-            verb = "onnx --all-tasks" + (" --layout per-task" if name == MERGED else "")
-            not_run.append((name, f"not exported; mtl-export {verb} makes it"))
+            not_run.append((name, f"not exported; mtl-export onnx --all-tasks{options} makes it"))
             continue
         is_generating |= _graph(folder) != "model.onnx"
-        subjects.append(_onnx_subject(name, folder, threads, new_tokens))
-        files[name] = _size(folder, "*.onnx", "*.onnx.data")
+        task = tasks[0].name if name == ADAPTER_INPUT else ""
+        subjects.append(_onnx_subject(name, folder, threads, new_tokens, task))
+        files[name] = _size(folder, "*.onnx", "*.onnx.data", "*.onnx_adapter")
     for name, candidates in (
         (MERGED_ENGINE, [engines / task.name for task in tasks]),
         (SINGLE_ENGINE, [engines]),
@@ -104,14 +105,30 @@ def _graph(folder: Path) -> str:
     return next((name for name in names if (folder / name).is_file()), "")
 
 
-def _onnx_subject(name: str, folder: Path, threads: int, new_tokens: int) -> Subject:
+def _graphs(onnx: Path, tasks: Sequence[Task]) -> list[tuple[str, str, Path | None]]:
+    """Return name, options that export it and folder (None: not there) of each form."""
+    adapted = [one for one in (onnx, onnx / ADAPTER_FOLDER) if any(one.glob("*.onnx_adapter"))]
+    single = [one for one in (onnx, onnx / SINGLE_FOLDER) if one not in adapted]
+    forms = (
+        (MERGED, " --layout per-task", [onnx / task.name for task in tasks]),
+        (SINGLE, "", single),
+        (ADAPTER_INPUT, " --layout adapter-input", adapted),
+    )
+    return [
+        (name, options, next((one for one in folders if _graph(one)), None))
+        for name, options, folders in forms
+    ]
+
+
+def _onnx_subject(name: str, folder: Path, threads: int, new_tokens: int, task: str) -> Subject:
     from mtl_export.runtime.subjects import OnnxLanguageModel, OnnxModel, OnnxSeq2Seq
 
     if _graph(folder) == "prefill.onnx":
-        return OnnxLanguageModel(name, folder, threads, new_tokens)
+        return OnnxLanguageModel(name, folder, threads, new_tokens, task)
     if _graph(folder) == "encoder.onnx":
         return OnnxSeq2Seq(name, folder, threads, new_tokens)
-    return OnnxModel(name, folder / "model.onnx", threads)
+    adapter = folder / f"{task}.onnx_adapter" if task else None
+    return OnnxModel(name, folder / "model.onnx", threads, adapter)
 
 
 def _why_no_engine(path: Path | None) -> str:
@@ -164,6 +181,39 @@ def _size(folder: Path, *patterns: str) -> int:
     return sum(file.stat().st_size for pattern in patterns for file in folder.glob(pattern))
 
 
+def refuse_longer(shapes: Sequence[Shape], new_tokens: int, bound: BoundModel) -> None:
+    """Refuse rows that have more tokens than the model has positions.
+
+    Raises:
+        UsageError: One of the shapes has.
+    """
+    from mtl_export.checkpoint.model_class import is_causal_lm
+    from mtl_export.checkpoint.model_inputs import longest_sequence
+
+    longest = longest_sequence(bound.base.config)
+    more = new_tokens if is_causal_lm(bound.adapters.model_class) else 0
+    for shape in shapes:
+        if shape.sequence + more > longest:
+            raise UsageError(
+                where=f"--shapes {shape}",
+                found=f"{shape.sequence} tokens" + (f" and {more} new ones" if more else ""),
+                expected=f"at most {longest}",
+                why="the model has no more positions",
+                fix="Shorten the shape" + (", or lower --new-tokens" if more else ""),
+            )
+
+
+def why_disturbed(conditions: Mapping[str, Any]) -> str:
+    """Return what to tell of a machine that is at work already, "" if it is not."""
+    loads, cores = conditions["load_average"], conditions["cores_usable"] or conditions["cores"]
+    if not loads or loads[0] < cores / 2:
+        return ""
+    return (
+        f"The machine is busy (load {loads[0]} on {cores} cores): times hold for nothing but now,"
+        " ratios are rough."
+    )
+
+
 def vocabulary(config: Mapping[str, Any]) -> int:
     """Return below which number token ids lie; 2 where the config does not say."""
     text = config.get("text_config")
@@ -180,6 +230,20 @@ def machine() -> dict[str, Any]:
         "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
         "system": f"{platform.system()} {platform.release()}",
         "load_average": [round(load, 2) for load in loads],
+    }
+
+
+def conditions(
+    before: Mapping[str, Any], threads: int, rounds: int, tasks: Sequence[Task]
+) -> dict[str, Any]:
+    """Return what figures hold for: ``before`` is the machine as it was then."""
+    return {
+        **before,
+        "load_average_after": machine()["load_average"],
+        "threads": threads,
+        "rounds": rounds,
+        "tasks": [task.name for task in tasks],
+        "versions": versions(),
     }
 
 

@@ -164,11 +164,11 @@ class OrtPart:
     Args:
         session: What ``open_session`` returned.
         path: Its file, for messages.
-        options: ``onnxruntime.RunOptions``, say with an active adapter; None: none.
+        adapter: ``onnx_adapters.ActiveAdapter`` that the graph is run under; None: none.
     """
 
-    def __init__(self, session: Any, path: Path, options: Any = None) -> None:
-        self._session, self._path, self._options = session, path, options
+    def __init__(self, session: Any, path: Path, adapter: Any = None) -> None:
+        self._session, self._path, self._adapter = session, path, adapter
         self._outputs = [value.name for value in session.get_outputs()]
         # One task for the whole batch: [] or [1], where callers pass every row's, [batch].
         self._single = {
@@ -189,7 +189,7 @@ class OrtPart:
             for name, value in inputs.items()
         }
         try:
-            values = self._bound(given) if self._options is None else self._under_options(given)
+            values = self._bound(given) if self._adapter is None else self._adapted(given)
         except Exception as error:
             raise not_run(self._session, self._path, error) from error
         return {
@@ -214,7 +214,7 @@ class OrtPart:
         values: list[Any] = binding.get_outputs()
         return values
 
-    def _under_options(self, inputs: Mapping[str, Any]) -> list[Any]:
+    def _adapted(self, inputs: Mapping[str, Any]) -> list[Any]:
         """Run without bindings: ONNX Runtime (1.31) ignores adapters beside them."""
         onnxruntime = load_onnxruntime()
         feeds = {
@@ -223,7 +223,9 @@ class OrtPart:
             else value
             for name, value in inputs.items()
         }
-        values: list[Any] = self._session.run_with_ort_values(self._outputs, feeds, self._options)
+        values: list[Any] = self._session.run_with_ort_values(
+            self._outputs, feeds, self._adapter.options
+        )
         return values
 
 

@@ -299,8 +299,11 @@ class TaskSession:
         return [active(file.with_name(name)) for file, name in names]
 
     def _parts(self, task: Task) -> list[OrtPart]:
-        options = [one.options for one in self._adapters[task.index]] or [None] * len(self._files)
-        return list(map(OrtPart, self._sessions, self._files, options))
+        adapters = self._adapters[task.index]
+        return [
+            OrtPart(self._sessions[at], file, adapters[at] if adapters else None)
+            for at, file in enumerate(self._files)
+        ]
 
     def _generated(
         self,

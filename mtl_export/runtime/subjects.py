@@ -72,12 +72,14 @@ class OnnxLanguageModel:
         folder: Holds both.
         threads: Threads inside one operator; 0: ONNX Runtime's choice.
         new_tokens: Decoding steps of one call.
+        task: For graphs that take adapters as input: whose adapters; "" for all others.
     """
 
     name: str
     folder: Path
     threads: int = 0
     new_tokens: int = 16
+    task: str = ""
 
     def prepare(self) -> None:
         """Import onnxruntime."""
@@ -88,11 +90,14 @@ class OnnxLanguageModel:
     def open(self) -> Opened:
         """Open both sessions."""
         from mtl_export.runtime.generation import Decoding, next_tokens
+        from mtl_export.runtime.onnx_adapters import active, adapter_file
         from mtl_export.runtime.ort import OrtPart, open_session
 
         paths = [self.folder / f"{stem}.onnx" for stem in (PREFILL, DECODE)]
         sessions = [open_session(path, threads=self.threads) for path in paths]
-        prefill, decode = map(OrtPart, sessions, paths)
+        files = [self.folder / adapter_file(path.stem, self.task) for path in paths]
+        adapters = [active(file) if self.task else None for file in files]
+        prefill, decode = map(OrtPart, sessions, paths, adapters)
 
         def call(inputs: Mapping[str, Array]) -> Timings:
             begun = perf_counter()

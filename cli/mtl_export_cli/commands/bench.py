@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from mtl_export_cli import options, render, sources
 from mtl_export_cli.options import Settings, option, with_settings
 
 if TYPE_CHECKING:
+    from mtl_export.adapters.binding import BoundModel
+    from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.runtime.measure import Footprint, Measured, Shape, Timing
     from mtl_export_cli.benchmark import Lineup
 
@@ -56,12 +59,11 @@ def command(
     runs in a process of its own; blocks of calls alternate, and ratios compare blocks of the same
     round. Exit code 6 when nothing could be run.
     """
-    from mtl_export.runtime.measure import measure
-    from mtl_export.runtime.subjects import Batches
-    from mtl_export_cli.benchmark import lineup, machine, versions, vocabulary
+    from mtl_export_cli.benchmark import conditions, lineup, machine, refuse_longer
 
     wanted = parse_shapes(shapes)
     bound = sources.open_bound(settings)
+    refuse_longer(wanted, new_tokens, bound)
     tasks = bound.adapters.tasks
     if settings.task:
         tasks = sources.selected_tasks(settings, tasks)
@@ -75,26 +77,33 @@ def command(
         with_eager=not no_eager,
     )
     before = machine()
-    with render.Talk.from_settings(settings).steps(len(found.subjects) + len(wanted)) as steps:
-        measured = measure(
-            found.subjects,
-            wanted,
-            Batches(vocabulary(bound.base.config), tuple(task.index for task in tasks)),
-            rounds=rounds,
-            progress=steps.begin,
-        )
-    conditions = {
-        **before,
-        "load_average_after": machine()["load_average"],
-        "threads": threads,
-        "rounds": rounds,
-        "tasks": [task.name for task in tasks],
-        "versions": versions(),
-    }
+    measured = _measured(settings, bound, found, wanted, tasks, rounds=rounds)
+    facts = conditions(before, threads, rounds, tasks)
     if settings.json:
-        render.print_json(_document(found, measured, conditions))
+        render.print_json(_document(found, measured, facts))
     else:
-        _print(found, measured, conditions)
+        _print(found, measured, facts)
+
+
+def _measured(
+    settings: Settings,
+    bound: BoundModel,
+    found: Lineup,
+    shapes: list[Shape],
+    tasks: Sequence[Task],
+    *,
+    rounds: int,
+) -> Measured:
+    from mtl_export.runtime.measure import measure
+    from mtl_export.runtime.subjects import Batches
+    from mtl_export_cli.benchmark import machine, vocabulary, why_disturbed
+
+    talk = render.Talk.from_settings(settings)
+    if disturbed := why_disturbed(machine()):
+        talk.note(disturbed)
+    batches = Batches(vocabulary(bound.base.config), tuple(task.index for task in tasks))
+    with talk.steps(len(found.subjects) + len(shapes)) as steps:
+        return measure(found.subjects, shapes, batches, rounds=rounds, progress=steps.begin)
 
 
 def parse_shapes(text: str) -> list[Shape]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,6 +89,23 @@ def test_a_broken_graph_is_no_figure(exported: Path, run: Run) -> None:
     outcome = run(*QUICK, "--no-eager", "--json")
     assert outcome.code == 6
     assert "model.onnx" in outcome.json["error"]["where"]
+
+
+def test_rows_longer_than_the_model_are_refused(exported: Path, run: Run) -> None:
+    """Exit 2 with the limit, before anything is loaded."""
+    outcome = run("bench", "--shapes", "1x8,2x41")
+    assert outcome.code == 2
+    assert "--shapes 2x41: 41 tokens. Expected at most 40" in outcome.stderr
+
+
+def test_a_busy_machine_is_told() -> None:
+    """Half the cores at work before the first call is worth a word."""
+    from mtl_export_cli.benchmark import why_disturbed
+
+    idle: dict[str, Any] = {"load_average": [0.4, 3.0, 3.0], "cores_usable": 2, "cores": 8}
+    assert why_disturbed(idle) == ""
+    assert "load 1.2 on 2 cores" in why_disturbed({**idle, "load_average": [1.2, 0.0, 0.0]})
+    assert why_disturbed({**idle, "load_average": []}) == ""
 
 
 @pytest.mark.parametrize("shapes", ["8", "8x", "0x4", "8x128x2", "axb", "8x16,,", "-1x4"])
