@@ -28,10 +28,13 @@ from mtl_export.parity.generation import Speech, bad_step_ids, oracle_speech, to
 from mtl_export.parity.metrics import Decisions, decisions, difference
 from mtl_export.parity.outputs import LOGITS, Subject, answers, subjects
 from mtl_export.parity.report import Cell, ParityReport
+from mtl_export.parity.task_weights import weight_cells
 from mtl_export.parity.tolerance import Tolerance, noise_floor
 from mtl_export.runtime.runner import Runner
 from mtl_export.version import VERSION
 
+# Graphs that see every adapted layer and answer by themselves.
+PROBED = frozenset({"model.onnx", "prefill.onnx"})
 # No task has these ids; the last wraps to 1 in a runtime that narrows ids to int32.
 BAD_IDS = (-1, 2**32 + 1, 2**63 - 1)
 
@@ -246,6 +249,15 @@ def _contract(
     if artefact.kind == "single-graph":
         cells.append(bad_ids_cell(cell, runner, case, output, shape, _bad(bound)))
         cells.append(isolation_cell(cell, runner, case, output, len(bound.adapters.tasks)))
+        if artefact.path is not None and artefact.path.name in PROBED:
+            layers = bound.adapters.layers
+            modules = [
+                name
+                for name, layer in layers.items()
+                if any(layer.factors(task.index) is not None for task in bound.adapters.tasks)
+            ]
+            path, tasks = artefact.path, bound.adapters.tasks
+            cells += weight_cells(cell, path, case, output, tasks, modules)
     limit = float(tolerance.allowed(one.logits[np.isfinite(one.logits)], floors[one.subject]).max())
     return cells + row_cells(cell, runner, case, output, shape, artefact.task, limit)
 

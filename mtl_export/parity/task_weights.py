@@ -1,0 +1,166 @@
+"""What the tensors of a single graph do: each task's own work for it alone, and all do work.
+
+    tensors of other tasks   filled with NaN, they leave a task's rows as they are, bit for bit,
+                             and poison their own
+    every layer counts       without one layer's tensors the answers of every task change whose
+                             tensors there are not zero
+
+Both look at the file, not at its numbers: a graph that routes the traced ids, or lost a layer
+on the way, may agree with the oracle wherever it was compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import BackendMissingError, shortened
+from mtl_export.parity.cases import Case
+from mtl_export.parity.report import Cell
+from mtl_export.runtime.task_batches import TASK_IDS, by_task
+
+OTHERS, LAYERS = "tensors of other tasks", "every layer counts"
+FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
+# What numpy and ONNX Runtime both know; a bfloat16 array cannot be handed over.
+FED = {"float32", "float16"}
+
+
+def weight_cells(
+    cell: Cell,
+    path: Path,
+    case: Case,
+    output: str,
+    tasks: Sequence[Task],
+    modules: Sequence[str],
+    threads: int = 0,
+) -> list[Cell]:
+    """Return the two cells.
+
+    Args:
+        cell: Says whose they are; ``passed``.
+        path: The ONNX file of a single graph.
+        case: Every task has a row in it.
+        output: Which output is looked at.
+        tasks: The checkpoint's tasks.
+        modules: The layers that the checkpoint adapts.
+        threads: As for ``OrtRunner``.
+
+    Raises:
+        GraphError: The file is no single graph of these tasks.
+    """
+    others, layers = replace(cell, case=OTHERS), replace(cell, case=LAYERS)
+    try:
+        probe = _Probe(path, len(tasks), threads)
+    except BackendMissingError as error:
+        return [replace(one, verdict="not-run", reason=str(error)) for one in (others, layers)]
+    if not probe.stacks:
+        reason = "none of its tensors can be exchanged from outside"
+        return [replace(one, verdict="not-run", reason=reason) for one in (others, layers)]
+    before = probe.answer(case.inputs, output, {})
+    return [
+        _verdict(others, _leaks(probe, case, output, tasks, before)),
+        _verdict(layers, _lost(probe, modules) + _idle(probe, case, output, tasks, before)),
+    ]
+
+
+class _Probe:
+    """The graph, its per-task tensors exchangeable at every call.
+
+    Attributes:
+        stacks: By name, the stored values, ``[(T + 1) block, ...]``.
+        blocks: Rows of each that are one task's.
+        modules: Whose each is.
+    """
+
+    def __init__(self, path: Path, task_count: int, threads: int) -> None:
+        import onnx_ir as ir
+
+        from mtl_export.graph.stacks_on_disk import stacks_of
+        from mtl_export.runtime.ort import load_onnxruntime
+
+        onnxruntime = load_onnxruntime()
+        model = ir.load(path)
+        self.stacks: dict[str, Array] = {}
+        self.blocks: dict[str, int] = {}
+        self.modules: dict[str, str] = {}
+        for stack in stacks_of(model, task_count):
+            values = stack.tensor.numpy()
+            name = stack.value.name or ""
+            if values.dtype.name in FED and stack.part != "table":
+                # An initializer that is an input as well is only the default.
+                model.graph.inputs.append(stack.value)
+                self.stacks[name], self.blocks[name] = values, stack.block
+                self.modules[name] = stack.module
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        options.add_session_config_entry(FOLDER_OPTION, str(path.parent))
+        graph = ir.to_proto(model).SerializeToString()
+        self._session: Any = onnxruntime.InferenceSession(
+            graph, options, providers=["CPUExecutionProvider"]
+        )
+
+    def answer(self, inputs: Mapping[str, Array], output: str, fed: Mapping[str, Array]) -> Array:
+        """Return ``output``, with the stacks in ``fed`` in place of the stored ones."""
+
+        def infer(own: Mapping[str, Array]) -> dict[str, Array]:
+            return {output: self._session.run([output], {**own, **fed})[0]}
+
+        takes_one_task = any(
+            value.name == TASK_IDS and value.shape == [1] for value in self._session.get_inputs()
+        )
+        return (by_task(inputs, infer) if takes_one_task else infer(inputs))[output]
+
+    def task_rows(self, name: str, task_index: int) -> slice:
+        """Return which rows of a stack are the task's."""
+        block = self.blocks[name]
+        return slice(task_index * block, (task_index + 1) * block)
+
+
+def _lost(probe: _Probe, modules: Sequence[str]) -> list[str]:
+    there = set(probe.modules.values())
+    return [f"{module} has no tensors of tasks" for module in modules if module not in there]
+
+
+def _leaks(
+    probe: _Probe, case: Case, output: str, tasks: Sequence[Task], before: Array
+) -> list[str]:
+    found = []
+    for task in tasks:
+        fed = {}
+        for name, values in probe.stacks.items():
+            fed[name] = values.copy()
+            fed[name][probe.task_rows(name, task.index)] = np.nan
+        after = probe.answer(case.inputs, output, fed)
+        own = case.task_ids == task.index
+        if not np.array_equal(after[~own], before[~own], equal_nan=True):
+            found.append(f"{task.name}'s reach other tasks' rows")
+        if not np.isnan(after[own]).reshape(int(own.sum()), -1).any(axis=1).all():
+            found.append(f"{task.name}'s own rows do not use them")
+    return found
+
+
+def _idle(
+    probe: _Probe, case: Case, output: str, tasks: Sequence[Task], before: Array
+) -> list[str]:
+    found = []
+    for module in dict.fromkeys(probe.modules.values()):
+        own = [name for name, owner in probe.modules.items() if owner == module]
+        after = probe.answer(
+            case.inputs, output, {name: np.zeros_like(probe.stacks[name]) for name in own}
+        )
+        for task in tasks:
+            rows = case.task_ids == task.index
+            holds = any(probe.stacks[n][probe.task_rows(n, task.index)].any() for n in own)
+            if holds and np.array_equal(after[rows], before[rows], equal_nan=True):
+                found.append(f"{module} does nothing for {task.name}")
+    return found
+
+
+def _verdict(cell: Cell, problems: list[str]) -> Cell:
+    return replace(cell, verdict="failed", reason=shortened(problems)) if problems else cell

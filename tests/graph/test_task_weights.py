@@ -1,0 +1,115 @@
+"""What parity finds out about the tensors of a single graph, on the traced toy model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.graph import names
+from mtl_export.parity.cases import MIXED, Case, build_cases, seeded_rows
+from mtl_export.parity.report import Cell
+from mtl_export.parity.task_weights import LAYERS, OTHERS, weight_cells
+from tests.adapters import toys
+from tests.factories import VOCABULARY
+
+CELL = Cell("single graph onnx", "onnxruntime", "*", "weights", "passed")
+
+
+@pytest.fixture(scope="module")
+def mixed(bound: BoundModel) -> Case:
+    """Return a batch of all tasks."""
+    count = len(bound.adapters.tasks)
+    text = ("input_ids", "attention_mask", "token_type_ids")
+    rows = seeded_rows(task_count=count, vocabulary=VOCABULARY, names=text)
+    cases = build_cases(rows, task_count=count, vocabulary=VOCABULARY, longest=16)
+    return next(case for case in cases if case.name == MIXED)
+
+
+def judged(path: Path, mixed: Case, bound: BoundModel) -> dict[str, Cell]:
+    """Return the cells by check."""
+    tasks = bound.adapters.tasks
+    cells = weight_cells(CELL, path, mixed, "logits", tasks, list(toys.MODULES))
+    return {cell.case: cell for cell in cells}
+
+
+def test_a_right_graph_passes(routed_folder: Path, mixed: Case, bound: BoundModel) -> None:
+    """Every layer counts for every task, and no task's tensors reach another's rows."""
+    cells = judged(routed_folder / "model.onnx", mixed, bound)
+    assert {name: (cell.verdict, cell.reason) for name, cell in cells.items()} == {
+        OTHERS: ("passed", ""),
+        LAYERS: ("passed", ""),
+    }
+
+
+def guarded(model: ir.Model) -> ir.Value:
+    """Return the task ids that all gathers read."""
+    return next(node.outputs[0] for node in model.graph if node.name == "task_ids/guarded")
+
+
+def freeze_routing(model: ir.Model) -> str:
+    """Every row gets the tensors of the first task."""
+    ids = guarded(model)
+    frozen = ir.node("Mul", [ids, _zero(model)], name="frozen")
+    made_by = ids.producer()
+    assert made_by is not None
+    model.graph.insert_after(made_by, frozen)
+    for node, position in list(ids.uses()):
+        if node is not frozen:
+            node.replace_input_with(position, frozen.outputs[0])
+    return "first's reach other tasks' rows"
+
+
+def drop_a_layer(model: ir.Model) -> str:
+    """One layer's way up is zero: its tensors are there, and nothing comes of them."""
+    module = list(toys.MODULES)[1]
+    up = model.graph.initializers[names.part(module, "up")]
+    assert up.const_value is not None
+    up.const_value = ir.tensor(np.zeros_like(up.const_value.numpy()), name=up.name)
+    return module
+
+
+def _zero(model: ir.Model) -> ir.Value:
+    return _constant(model, np.array(0, np.int64), "test/zero")
+
+
+def _constant(model: ir.Model, values: Array, name: str) -> ir.Value:
+    tensor = ir.tensor(values, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape([]))
+    value.type = ir.TensorType(tensor.dtype)
+    model.graph.initializers[name] = value
+    return value
+
+
+def edited(source: Path, target: Path, edit: Callable[[ir.Model], str]) -> tuple[Path, str]:
+    """Write an edited copy; return its file and what the check should say."""
+    model = ir.load(source / "model.onnx")
+    expected = edit(model)
+    ir.save(model, target / "model.onnx", external_data="model.onnx.data")
+    return target / "model.onnx", expected
+
+
+def test_frozen_routing_is_seen(
+    routed_folder: Path, tmp_path: Path, mixed: Case, bound: BoundModel
+) -> None:
+    """The first task's tensors reach every row, the others' reach none."""
+    path, _ = edited(routed_folder, tmp_path, freeze_routing)
+    first, second = (task.name for task in bound.adapters.tasks[:2])
+    reason = judged(path, mixed, bound)[OTHERS].reason
+    assert f"{first}'s reach other tasks' rows" in reason
+    assert f"{second}'s own rows do not use them" in reason
+
+
+def test_a_layer_that_does_nothing_is_named(
+    routed_folder: Path, tmp_path: Path, mixed: Case, bound: BoundModel
+) -> None:
+    """Its tensors are in the file, but nothing comes of them."""
+    path, module = edited(routed_folder, tmp_path, drop_a_layer)
+    cells = judged(path, mixed, bound)
+    assert cells[LAYERS].verdict == "failed"
+    assert module in cells[LAYERS].reason
