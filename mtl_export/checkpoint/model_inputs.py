@@ -17,7 +17,8 @@ PIXEL_VALUES = "pixel_values"
 # Model types that number positions from pad_token_id + 1 on. Found by searching transformers
 # 5.23 (src/transformers/models) for create_position_ids_from_input_ids.
 OFFSET_POSITIONS = frozenset({
-    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "longformer", "luke", "mpnet",
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke",
+    "markuplm", "mpnet",
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 })  # fmt: skip
 # Beyond any length a user would ask of a model that does not name its own.

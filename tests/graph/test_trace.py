@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from transformers import BertConfig, BertForSequenceClassification
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import BaseReference
 from mtl_export.errors import BaseModelError, GraphError
 from mtl_export.graph import trace as trace_module
 from mtl_export.graph.export import OPSET
+from mtl_export.graph.marking import mark
 from mtl_export.graph.passes.markers import markers, module_of
 from mtl_export.graph.trace import TracedModel, trace
 from tests.adapters import toys
@@ -136,6 +138,34 @@ def test_heads_that_do_not_fit_the_model_are_refused(bound: BoundModel, tmp_path
     assert "take 11 features" in caught.value.found
     assert caught.value.expected == "12 features"
     assert "--base" in caught.value.fix
+
+
+def test_a_head_that_is_not_linear_is_refused(bound: BoundModel, tmp_path: Path) -> None:
+    """A head of several layers is named by its layers, not as a whole."""
+    parts = toys.checkpoint_parts()
+    parts["heads"]["bert.pooler"] = parts["heads"].pop(toys.HEAD)
+    adapter = toys.write_checkpoint(tmp_path / "adapter", parts, BaseReference())
+    pooled = toys.bound_model(bound.base.folder, adapter)
+    with pytest.raises(
+        BaseModelError, match="a BertPooler in BertForSequenceClassification"
+    ) as caught:
+        mark(BertForSequenceClassification(BertConfig(**bound.base.config)), pooled)
+    assert caught.value.where == "bert.pooler"
+    assert "linear layers inside it" in caught.value.fix
+
+
+def test_a_vision_model_of_no_size_is_refused() -> None:
+    """An image must have a size to be traced with."""
+
+    class Config(SimpleNamespace):
+        def to_dict(self) -> dict[str, Any]:
+            return dict(vars(self))
+
+    model = SimpleNamespace(main_input_name="pixel_values", config=Config(num_channels=3))
+    with pytest.raises(GraphError, match="no image_size"):
+        trace_module._sample_inputs(model)
+    model.config = Config(num_channels=1, image_size=[6, 4])
+    assert trace_module._sample_inputs(model)["pixel_values"].shape == (3, 1, 6, 4)
 
 
 def test_inputs_that_the_model_does_not_take_are_left_out(

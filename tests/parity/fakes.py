@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
+from typing_extensions import Self
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
@@ -47,7 +48,7 @@ class FakeRunner:
         self.asked: list[Mapping[str, Array]] = []
         self.is_open = False
 
-    def __enter__(self) -> FakeRunner:
+    def __enter__(self) -> Self:
         """Open, or refuse."""
         if self._refuses:
             raise self._refuses

@@ -162,3 +162,17 @@ def test_rows_of_a_case_are_picked_together() -> None:
     picked = case.rows(np.array([True, False, True]))
     assert picked["task_ids"].tolist() == [0, 2]
     np.testing.assert_array_equal(picked["input_ids"], case.inputs["input_ids"][[0, 2]])
+
+
+def test_images_are_compared_at_their_own_size() -> None:
+    """Seeded pixels of the model's size, every task in each mixed batch, an odd batch last."""
+    rows = seeded_rows(task_count=3, vocabulary=1, names=["pixel_values"], image=(3, 4, 6))
+    assert rows["pixel_values"].shape == (12, 3, 4, 6)
+    assert rows["pixel_values"].dtype == np.float32
+    cases = build_cases(rows, task_count=3, vocabulary=1, longest=512)
+    assert cases[-1].name == "batch 7"
+    for case in cases:
+        assert set(case.inputs) == {"pixel_values", "task_ids"}
+        assert case.inputs["pixel_values"].shape == (len(case.task_ids), 3, 4, 6)
+    assert set(cases[-1].task_ids) == {0, 1, 2}
+    assert {len(case.task_ids) for case in cases} >= {1, 2, 3, 7, 12}
