@@ -53,9 +53,9 @@ def _weights(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
 
 
 @click.command(short_help="Quantise exported graphs, by calibration data.", epilog=EPILOG)
-@with_settings(
-    options.SOURCE, [options.LAYOUT], [options.OUTPUT[0], options.OUTPUT[2]], options.TALK
-)
+@with_settings(options.SOURCE, [options.OUTPUT[0], options.OUTPUT[2]], options.TALK)
+@option("--layout", type=click.Choice(options.LAYOUTS),
+        help="Only the graphs of one layout; by default all that were exported.")  # fmt: skip
 @option("--data", metavar="DATA", help="Rows to take ranges from; each task needs some.")
 @option("--judge", metavar="DATA",
         help="Rows to count accuracy on, best labelled; by default those of --data.")  # fmt: skip
