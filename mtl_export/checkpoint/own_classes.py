@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtl_export.checkpoint import vl_bart_config
-from mtl_export.checkpoint.tensors import Array, Tensor
+
+if TYPE_CHECKING:
+    from mtl_export.checkpoint.tensors import Array, Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mtl_export.checkpoint.tensors import Array, Tensor
 from mtl_export.errors import BaseModelError, CheckpointError, shortened
+
+if TYPE_CHECKING:
+    from mtl_export.checkpoint.tensors import Array, Tensor
 
 MODEL_CLASS = "VLBart"
 SHARED = "model.shared.weight"
@@ -73,6 +73,9 @@ def seeded_inputs(config: Mapping[str, Any], rows: int) -> dict[str, Array]:
     Features and boxes are float32 ``[rows, V, ...]``, the others int64 ``[rows, V]``: rows have
     between one region and all of them, of several images where the model knows several.
     """
+    # Here, because --help of commands that ask for a model's class must not wait for it.
+    import numpy as np
+
     generator = np.random.default_rng(0)
     shape = (rows, SEEDED_REGIONS)
     features = generator.normal(size=(*shape, int(config["feat_dim"])))
