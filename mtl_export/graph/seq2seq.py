@@ -89,7 +89,7 @@ def trace_seq2seq(bound: BoundModel) -> tuple[TracedModel, ...]:
             graph = exported(model, part.inputs, part.axes, limits | own)
         _name_tied(graph, model, bound)
         graphs[part.stem] = graph
-    return _checked(graphs, bound)
+    return checked_parts(graphs, bound)
 
 
 def _refuse_other_inputs(model: Any) -> None:
@@ -283,7 +283,7 @@ def _forward(model: Any, function: Callable[..., Any]) -> Iterator[None]:
         del model.forward
 
 
-def _checked(graphs: Mapping[str, ir.Model], bound: BoundModel) -> tuple[TracedModel, ...]:
+def checked_parts(graphs: Mapping[str, ir.Model], bound: BoundModel) -> tuple[TracedModel, ...]:
     """Return the parts, cleaned, once every adapted layer is where it must be.
 
     Every adapted layer is in some part and in none twice. ``decoder_with_past`` has all of

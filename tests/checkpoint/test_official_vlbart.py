@@ -111,7 +111,7 @@ def parity(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Return the exit code of ``mtl-export parity`` in a folder with base and run."""
     monkeypatch.chdir(folder)
     words = ["-c", "run", "-b", "base", "--alpha", str(toys.ALPHA), "--temperature",
-             str(toys.TEMPERATURE), "--tasks", NAMES]  # fmt: skip
+             str(toys.TEMPERATURE), "--tasks", NAMES, "--threads", "1"]  # fmt: skip
     return CliRunner().invoke(cli, ["parity", *words]).exit_code
 
 
@@ -213,7 +213,9 @@ def test_graphs_take_the_image(graphs: Path) -> None:
     inputs = single(toys.rows())
     inputs["vis_attention_mask"] = np.ones((4, 5), np.int64)
     tokens = inputs.pop("decoder_input_ids")
-    parts = Seq2SeqParts(*(OrtPart(open_session(graphs / name), graphs / name) for name in FILES))
+    parts = Seq2SeqParts(
+        *(OrtPart(open_session(graphs / name, threads=1), graphs / name) for name in FILES)
+    )
     decoding = Seq2SeqDecoding(parts, inputs, np.array(tasks), tokens[:, :1])
     logits = [decoding.logits]
     for step in range(1, tokens.shape[1]):

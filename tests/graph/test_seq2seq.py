@@ -27,6 +27,7 @@ from mtl_export.runtime.ort import OrtPart, OrtRunner, open_session
 from mtl_export.runtime.pytorch import oracle_model
 from mtl_export.runtime.seq2seq import FILES, OrtSeq2SeqRunner
 from mtl_export.runtime.seq2seq_generation import Seq2SeqGreedyDecoder, Seq2SeqParts
+from mtl_export.runtime.session import TaskSession
 from mtl_export.runtime.token_rules import TokenRules
 from mtl_export.runtime.torch_seq2seq import OracleSeq2SeqRunner
 from tests.graph import seq2seq_toys as toys
@@ -133,6 +134,23 @@ def test_generation_says_what_transformers_says(exported: Exported) -> None:
             np.testing.assert_array_equal(own, expected)
         said.append(expected)
     assert (said[1] != said[2]).any()
+
+
+def test_a_task_session_generates_by_name(exported: Exported) -> None:
+    """Ragged rows of mixed tasks, by the names of tasks, in one batch or in several."""
+    session = TaskSession(exported.single, threads=1)
+    inputs, ids = toys.rows(4, 9, seed=5), np.array([1, 0, 0, 1])
+    rules = TokenRules.from_folder(exported.single)
+    decoder = Seq2SeqGreedyDecoder(opened(exported.single), rules)
+    expected = decoder.generate(inputs, task_ids=ids, max_new_tokens=NEW)
+    lengths = inputs["attention_mask"].sum(axis=1)
+    rows = [row[:length].tolist() for row, length in zip(inputs["input_ids"], lengths, strict=True)]
+    names = [toys.TASKS[index].name for index in ids]
+    for max_batch in (None, 3):
+        found = session.generate(rows, names, max_new_tokens=NEW, max_batch=max_batch)
+        for said, wanted in zip(found, expected.tolist(), strict=True):
+            assert said == wanted[: len(said)]
+            assert len(said) == NEW or said[-1] in rules.eos
 
 
 def test_rows_repeated_for_beams_keep_their_task(exported: Exported) -> None:
