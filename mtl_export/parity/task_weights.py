@@ -57,7 +57,8 @@ def weight_cells(
     others, layers = replace(cell, case=OTHERS), replace(cell, case=LAYERS)
     try:
         probe = _Probe(path, len(tasks), threads)
-    except BackendMissingError as error:
+    except (BackendMissingError, ValueError, OSError) as error:
+        # onnx-ir refuses data files with several hard links, which ONNX Runtime may still read.
         return [replace(one, verdict="not-run", reason=str(error)) for one in (others, layers)]
     if not probe.stacks:
         reason = "none of its tensors can be exchanged from outside"

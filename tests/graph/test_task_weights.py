@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,3 +115,15 @@ def test_a_layer_that_does_nothing_is_named(
     cells = judged(path, mixed, bound)
     assert cells[LAYERS].verdict == "failed"
     assert module in cells[LAYERS].reason
+
+
+def test_what_cannot_be_looked_into_is_not_run(
+    routed_folder: Path, tmp_path: Path, mixed: Case, bound: BoundModel
+) -> None:
+    """Weights with a second hard link are read by no graph tool; that is no pass."""
+    for name in ("model.onnx", "model.onnx.data"):
+        shutil.copyfile(routed_folder / name, tmp_path / name)
+    os.link(tmp_path / "model.onnx.data", tmp_path / "again")
+    cells = judged(tmp_path / "model.onnx", mixed, bound)
+    assert {cell.verdict for cell in cells.values()} == {"not-run"}
+    assert "hard link" in cells[OTHERS].reason
