@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 MERGED, MERGED_ONNX = "merged pytorch", "merged onnx"
 SINGLE_ONNX, ENGINE = "single graph onnx", "single graph engine"
-MERGED_ENGINE = "merged engine"
-KINDS = (MERGED, MERGED_ONNX, SINGLE_ONNX, MERGED_ENGINE, ENGINE)
+ADAPTER_ONNX, MERGED_ENGINE = "adapter-input onnx", "merged engine"
+KINDS = (MERGED, MERGED_ONNX, SINGLE_ONNX, ADAPTER_ONNX, MERGED_ENGINE, ENGINE)
+ADAPTER_FOLDER = "adapter-input"
 # The file of a graph that is the whole model, and of the first of several.
 # transformers' word in config.json -> ours
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -61,6 +62,11 @@ def find_artefacts(
     for task in bound.adapters.tasks:
         _onnx(places.onnx / task.name / graph, task, threads, found, missing)
     _onnx(places.onnx / graph, None, threads, found, missing)
+    # An alternative to the single graph that few ask for, so its absence is no gap; language
+    # models with adapters are run by their session alone.
+    adapted = places.onnx / ADAPTER_FOLDER
+    if graph == WHOLE and adapted.is_dir():
+        _onnx(adapted / graph, None, threads, found, missing, name=ADAPTER_ONNX)
     for task in bound.adapters.tasks:
         _engine(places.engines / task.name / "model.engine", task, found, missing)
     _engine(places.engines / "model.engine", None, found, missing)
@@ -150,13 +156,19 @@ def _merged(
 
 
 def _onnx(
-    path: Path, task: Task | None, threads: int, found: list[Artefact], missing: list[Cell]
+    path: Path,
+    task: Task | None,
+    threads: int,
+    found: list[Artefact],
+    missing: list[Cell],
+    *,
+    name: str = "",
 ) -> None:
     from mtl_export.parity.run import Artefact
     from mtl_export.runtime.one_task import one_task
     from mtl_export.runtime.ort import onnx_metadata
 
-    name = SINGLE_ONNX if task is None else MERGED_ONNX
+    name = name or (SINGLE_ONNX if task is None else MERGED_ONNX)
     record = _record(path.parent)
     if not record.is_there and not path.is_file():
         missing.append(_absent(name, task, "onnx"))

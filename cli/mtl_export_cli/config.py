@@ -289,7 +289,7 @@ SECTIONS: dict[str, dict[str, Reader]] = {
         "shared_by": _choice("link", "reference"),
         "max_shard_size": _word,
     },
-    "onnx": {"layout": _LAYOUT, **_FORM},
+    "onnx": {"layout": _choice("single-graph", "per-task", "adapter-input"), **_FORM},
     "trt": {
         "layout": _LAYOUT,
         **_FORM,

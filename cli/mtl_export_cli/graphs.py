@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mtl_export.graph.passes.routing import TaskInput
     from mtl_export.graph.trace import TracedModel
 
-SINGLE_GRAPH, PER_TASK = "single-graph", "per-task"
+SINGLE_GRAPH, PER_TASK, ADAPTER_INPUT = "single-graph", "per-task", "adapter-input"
 GRAPH_DTYPE = "fp32"
 
 
@@ -34,7 +34,7 @@ class Graph:
 
     Attributes:
         tasks: The tasks it serves: one, or all.
-        layout: ``single-graph`` or ``per-task``.
+        layout: ``single-graph``, ``per-task`` or ``adapter-input``.
     """
 
     tasks: tuple[Task, ...]
@@ -48,10 +48,14 @@ class Graph:
     @property
     def name(self) -> str:
         """Return its name for people."""
+        if self.layout == ADAPTER_INPUT:
+            return "graph with adapters"
         return self.task.name if self.task else "single graph"
 
     def folder(self, parent: Path) -> Path:
-        """Return its folder: ``parent`` itself, or the task's inside it."""
+        """Return its folder: ``parent`` itself, the task's inside it, or that of adapters."""
+        if self.layout == ADAPTER_INPUT:
+            return parent / ADAPTER_INPUT
         return parent / self.task.name if self.task else parent
 
 
@@ -117,13 +121,32 @@ def wanted_graphs(settings: Settings, layout: str | None, tasks: Sequence[Task])
         return [Graph((task,), PER_TASK) for task in selected]
     if len(selected) < len(tasks):
         raise UsageError(
-            where="--layout single-graph",
+            where=f"--layout {layout}",
             found=f"only {', '.join(task.name for task in selected)} asked for",
             expected="--all-tasks",
-            why="the single graph serves every task of the checkpoint",
+            why="that graph serves every task of the checkpoint",
             fix="Pass --all-tasks, or --layout per-task",
         )
-    return [Graph(selected, SINGLE_GRAPH)]
+    return [Graph(selected, layout)]
+
+
+def refuse_form(layout: str | None, form: Form, dtype: str | None) -> None:
+    """Refuse what a graph that takes adapters cannot be.
+
+    Raises:
+        UsageError: Half precision, or a form that is not the default.
+    """
+    asked = [] if dtype in {None, GRAPH_DTYPE} else [f"--dtype {dtype}"]
+    asked += ["--task-input scalar"] if form.task_input != "rows" else []
+    asked += ["--pooling"] if form.embedding is not None else []
+    if layout == ADAPTER_INPUT and asked:
+        raise UsageError(
+            where=f"--layout {ADAPTER_INPUT}",
+            found=f"{' and '.join(asked)} beside it",
+            expected="fp32, the model's own outputs, and no task_ids",
+            why="its task is an adapter in float32, chosen for each run",
+            fix=f"Leave out {asked[0]}, or use --layout single-graph",
+        )
 
 
 class Exporter:
@@ -181,6 +204,8 @@ class Exporter:
         return Written.from_plan(plan, names, perf_counter() - started)
 
     def _lower(self, graph: Graph, folder: Path) -> dict[str, WrittenFile]:
+        if graph.layout == ADAPTER_INPUT:
+            return self._with_adapters(graph, folder)
         from mtl_export.graph.lower import merged_graph, routed_graph
         from mtl_export.graph.passes.precision import PrecisionPass
         from mtl_export.graph.writer import write_graphs
@@ -199,6 +224,22 @@ class Exporter:
             models = {stem: narrow(model).model for stem, model in models.items()}
         shared = self._shared if graph.task else None
         return write_graphs(models, self._bound, folder, graph.task, shared)
+
+    def _with_adapters(self, graph: Graph, folder: Path) -> dict[str, WrittenFile]:
+        from mtl_export.graph.lower import adapter_input_graph
+        from mtl_export.graph.writer import write_graphs
+        from mtl_export.runtime.onnx_adapters import adapter_file, write_adapter
+        from mtl_export.runtime.ort import load_onnxruntime
+
+        load_onnxruntime()  # before the trace: without it there will be no adapters
+        lowered = {part.stem: adapter_input_graph(part, self._bound) for part in self._parts}
+        models = {stem: model for stem, (model, _) in lowered.items()}
+        files = write_graphs(models, self._bound, folder, None)
+        for stem, (_, parameters) in lowered.items():
+            for task in graph.tasks:
+                values = {p.name: p.value(task.index).astype("float32") for p in parameters}
+                write_adapter(folder / adapter_file(stem, task.name), values)
+        return files
 
     @cached_property
     def _shared(self) -> SharedData | None:

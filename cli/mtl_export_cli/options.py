@@ -126,10 +126,8 @@ SELECTION: tuple[Decorator, ...] = (
     option("--task", multiple=True, metavar="NAME", help="A task; may be repeated."),
     option("--all-tasks", is_flag=True, help="Every task of the checkpoint."),
 )
-LAYOUT: Decorator = option(
-    "--layout", type=click.Choice(LAYOUTS),
-    help="single-graph (default with --all-tasks) or per-task (default with --task).",
-)  # fmt: skip
+LAYOUT_HELP = "single-graph (default with --all-tasks) or per-task (default with --task)."
+LAYOUT: Decorator = option("--layout", type=click.Choice(LAYOUTS), help=LAYOUT_HELP)
 FORM: tuple[Decorator, ...] = (
     option(
         "--task-input", type=click.Choice(TASK_INPUTS), default=TASK_INPUTS[0], show_default=True,

@@ -1,6 +1,6 @@
 """A model's file -> what runs it, and the files beside it that belong to the same model.
 
-    model.onnx      itself
+    model.onnx      itself, with *.onnx_adapter beside it under these
     prefill.onnx    with decode.onnx: a causal language model
     encoder.onnx    with decoder.onnx and decoder_with_past.onnx: an encoder-decoder
     *.engine        itself
@@ -39,6 +39,10 @@ def runner_of(path: Path, *, threads: int = 0) -> Runner:
         from mtl_export.runtime.seq2seq import OrtSeq2SeqRunner
 
         return OrtSeq2SeqRunner(path.parent, threads=threads)
+    if any(path.parent.glob("*.onnx_adapter")):
+        from mtl_export.runtime.onnx_adapters import AdapterRunner
+
+        return AdapterRunner(path, threads=threads)
     from mtl_export.runtime.ort import OrtRunner
 
     return OrtRunner(path, threads=threads)

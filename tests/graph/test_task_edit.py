@@ -199,7 +199,7 @@ def test_other_forms_of_the_graph_are_edited_alike(
         assert stored.dtype == value.const_value.dtype
         assert stored.tobytes() == value.const_value.tobytes()
     if not dtype:
-        assert edited.graph.outputs[0].shape == fresh.graph.outputs[0].shape
+        assert edited.graph.outputs[0].shape == ir.Shape(["batch", 6])
     remove_task({"model": edited}, WIDE.name)
     for name, weight in before.items():
         now = edited.graph.initializers[name].const_value

@@ -19,15 +19,21 @@ EPILOG = """\b
 Example:
   mtl-export onnx --all-tasks
   mtl-export onnx --all-tasks --layout per-task
+  mtl-export onnx --all-tasks --layout adapter-input
   mtl-export onnx --task ads_rel
 """
+# One layout more than engines and calibration have.
+LAYOUT = option(
+    "--layout", type=click.Choice((*options.LAYOUTS, graphs.ADAPTER_INPUT)),
+    help=options.LAYOUT_HELP,
+)  # fmt: skip
 
 
 @click.command(short_help="Export one routed graph, or one per task.", epilog=EPILOG)
 @with_settings(
     options.SOURCE,
     options.SELECTION,
-    [options.LAYOUT],
+    [LAYOUT],
     options.FORM,
     options.OUTPUT,
     options.TALK,
@@ -49,8 +55,10 @@ def command(
 
     single-graph: one model.onnx with the extra input task_ids (int64 [batch]); every row
     picks its own task. per-task: TASK/model.onnx, that task's weights merged in; what all
-    tasks have in common lies in shared.onnx.data, the same file in every folder. Both go
-    to onnx/ under the output folder, or to --output. The base is traced once.
+    tasks have in common lies in shared.onnx.data, the same file in every folder.
+    adapter-input: adapter-input/model.onnx, the base, and one TASK.onnx_adapter a task, which
+    ONNX Runtime is told for each run (RunOptions.add_active_adapter). All go to onnx/ under
+    the output folder, or to --output. The base is traced once.
 
     --dtype fp16 or bf16: weights and activations are of that type, statistics, softmax and
     positions float32; results are given as float32. Without it graphs are fp32.
@@ -59,6 +67,7 @@ def command(
     # compute; it reads this when numpy is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     form = graphs.Form.from_options(task_input, pooling, normalize=normalize)
+    graphs.refuse_form(layout, form, settings.dtype)
     bound = sources.open_bound(settings)
     wanted = graphs.wanted_graphs(settings, layout, bound.adapters.tasks)
     exporter = graphs.Exporter(

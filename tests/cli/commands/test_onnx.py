@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,41 @@ def test_linked_folders_are_one_file_on_disk(project: Path, run: Run) -> None:
     assert len({path.stat().st_ino for path in shared}) == 1
     again = run(*words, "--json")
     assert [output["status"] for output in again.json["outputs"]] == ["up to date"] * 3
+
+
+def test_adapters_as_input_from_export_to_parity(project: Path, run: Run) -> None:
+    """A folder of its own with one file per task; parity compares it, verify replays it."""
+    words = ("onnx", "--all-tasks", "--layout", "adapter-input")
+    assert run(*words).code == 0
+    adapters = [f"{task.name}.onnx_adapter" for task in TASKS]
+    folder = project / "out" / "onnx" / "adapter-input"
+    assert files_below(folder) == sorted([*FILES, *adapters])
+    again = run(*words, "--json")
+    assert [output["status"] for output in again.json["outputs"]] == ["up to date"]
+    rows = [{"task": task.name, "text": text} for task in TASKS for text in ("good film", "who")]
+    (project / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = run("parity", "--inputs", "texts.jsonl", "--golden", "--json").json
+    cells = [cell for cell in report["cells"] if cell["artefact"] == "adapter-input onnx"]
+    assert sum(cell["verdict"] == "passed" for cell in cells) > 15
+    # Its tensors of one task lie in a file of their own, so there is nothing to exchange.
+    left = {cell["reason"] for cell in cells if cell["verdict"] != "passed"}
+    assert left <= {"none of its tensors can be exchanged from outside"}
+    assert run("verify", str(folder)).code == 0
+
+
+def test_adapters_need_onnx_runtime_and_take_no_other_form(
+    project: Path, run: Run, monkeypatch: pytest.MonkeyPatch, traces: list[object]
+) -> None:
+    """It alone writes their format; what an adapter cannot be is said before any work."""
+    words = ("onnx", "--all-tasks", "--layout", "adapter-input")
+    for more in (["--dtype", "fp16"], ["--task-input", "scalar"], ["--pooling", "mean"]):
+        outcome = run(*words, *more)
+        assert outcome.code == 2
+        assert more[0] in outcome.stderr
+    assert run("onnx", "--task", "spam", "--layout", "adapter-input").code == 2
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    outcome = run(*words)
+    assert outcome.code == 6
+    assert "mtl-export[cpu]" in outcome.stderr
+    assert not traces
+    assert not (project / "out" / "onnx" / "adapter-input").exists()
