@@ -22,6 +22,8 @@ A runtime that knows ``mtl_export::TaskDelta`` may replace it; all others inline
         rows[task_ids]
     TaskUp(z, cores, up)            z [B, S, D]            ->  [B, S, O]
         (z . cores) . up
+    TaskComposedUp(z, cores, up)    the same
+        z . (cores . up)
     TaskJoin(x, z, cores)           x [B, S, I]            ->  [B, S, I + U]
         [x, z . cores]
     TaskJoinBias(x, z, cores, ones)     ones [B, S, 1]     ->  [B, S, I + U + 1]
@@ -58,6 +60,7 @@ TASK_EMBEDDING_ROWS = "TaskEmbeddingRows"
 TASK_VECTORS = "TaskVectors"
 TASK_VECTOR_ROWS = "TaskVectorRows"
 TASK_UP = "TaskUp"
+TASK_COMPOSED_UP = "TaskComposedUp"
 TASK_JOIN = "TaskJoin"
 TASK_JOIN_BIAS = "TaskJoinBias"
 
@@ -181,6 +184,14 @@ def task_up(opset: int) -> ir.Function:
     return _function(TASK_UP, inputs, y, body, opset)
 
 
+def task_composed_up(opset: int) -> ir.Function:
+    """Return ``TaskComposedUp``."""
+    z, cores, up = inputs = _values("z", "cores", "up")
+    body = tape.Tape()
+    y = body.op("MatMul", [z, body.op("MatMul", [cores, up])])
+    return _function(TASK_COMPOSED_UP, inputs, y, body, opset)
+
+
 def task_join(opset: int) -> ir.Function:
     """Return ``TaskJoin``."""
     x, z, cores = inputs = _values("x", "z", "cores")
@@ -217,6 +228,7 @@ FUNCTIONS = {
     TASK_VECTORS: task_vectors,
     TASK_VECTOR_ROWS: task_vector_rows,
     TASK_UP: task_up,
+    TASK_COMPOSED_UP: task_composed_up,
     TASK_JOIN: task_join,
     TASK_JOIN_BIAS: task_join_bias,
 }

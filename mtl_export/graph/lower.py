@@ -14,6 +14,7 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.graph.adapter_parameters import Parameter
 from mtl_export.graph.passes.adapter_input import AdapterInputPass
+from mtl_export.graph.passes.composed_up import ComposedUpPass
 from mtl_export.graph.passes.guard_outputs import GuardOutputsPass
 from mtl_export.graph.passes.joint_gemm import JointGemmPass
 from mtl_export.graph.passes.markers import ensure_no_markers
@@ -85,7 +86,8 @@ def routed_graph(
         RouteTasksPass(bound, task_input),
         RouteNormsPass(bound, task_input),
     ]
-    passes += [SharedDownPass(), SharedCoresPass(), JointGemmPass(), GuardOutputsPass()]
+    passes += [SharedDownPass(), SharedCoresPass(), JointGemmPass(), ComposedUpPass()]
+    passes += [GuardOutputsPass()]
     return _lowered(traced, passes, metadata, embedding)
 
 

@@ -77,7 +77,7 @@ def expected_row(name: str, v: dict[str, Array], row: int, task: int) -> Array:
         return np.asarray(v["table"][v["slots"][task * V + v["x"][row]]])
     if name.startswith("TaskOwnDelta"):
         return np.asarray(v["x"][row] @ v["downs"][task] @ v["ups"][task])
-    if name == "TaskUp":
+    if name in {"TaskUp", "TaskComposedUp"}:
         return np.asarray(v["z"][row] @ v["cores"][row] @ v["up"])
     if name.startswith("TaskJoin"):
         mixed = v["z"][row] @ v["cores"][row]

@@ -82,6 +82,10 @@ def _projected(x: ir.Value, group: list[ir.Node]) -> list[ir.Value]:
             )
         )  # fmt: skip
     insert_before(group[0], ops)
+    for part, down in zip(parts, downs, strict=True):
+        if x.shape is not None:
+            part.shape = ir.Shape([*x.shape.dims[:-1], width_of(down)])
+            part.type = x.type
     return parts
 
 

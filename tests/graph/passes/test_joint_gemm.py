@@ -6,6 +6,7 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from mtl_export.graph.passes.composed_up import ComposedUpPass
 from mtl_export.graph.passes.joint_gemm import JointGemmPass
 from mtl_export.graph.passes.shared_cores import SharedCoresPass
 from mtl_export.graph.passes.shared_down import SharedDownPass
@@ -121,6 +122,35 @@ def test_a_layer_back_from_the_wide_middle_keeps_its_two_gemms() -> None:
     found = counts(model)
     assert found[("mtl_export", "TaskUp")] == 1
     assert ("mtl_export", "TaskJoin") not in found
+
+
+WIDE_UP = {**layers.SIZES, "query": (6, 4 * layers.DOWN), "wide": (7, 65)}
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2, 1], [2]])
+def test_a_wide_up_projection_is_composed_with_each_rows_core(ids: list[int]) -> None:
+    """U > 64 keeps two GEMMs, U >= 4 D multiplies the core into up first; numbers stay."""
+    before, model = layers.model(sizes=WIDE_UP), layers.model(sizes=WIDE_UP)
+    for step in (*JOINT, ComposedUpPass):
+        model = step()(model).model
+    found = counts(model)
+    assert found[("mtl_export", "TaskComposedUp")] == 1
+    assert found[("mtl_export", "TaskJoinBias")] == 1
+    assert ("mtl_export", "TaskUp") not in found
+    for value, wanted in zip(run(model, ids), run(before, ids), strict=True):
+        np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-4)
+    poisoned = run(model, [layers.TASKS, 0])
+    assert all(np.isnan(value[0]).all() and np.isfinite(value[1]).all() for value in poisoned)
+
+
+def test_one_token_a_row_composes_nothing() -> None:
+    """A decoding step would spend more on composing than it saves."""
+    text = layers.GRAPH.replace("sequence", "1")
+    model = layers.model(text, WIDE_UP)
+    for step in JOINT:
+        model = step()(model).model
+    assert counts(model)[("mtl_export", "TaskUp")] == 1
+    assert not ComposedUpPass()(model).modified
 
 
 def test_split_gives_back_what_quantisers_look_for() -> None:
