@@ -49,10 +49,11 @@ def t5() -> Any:
     """Return a T5 with random weights."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(
+    config: Any = T5Config(
         vocab_size=VOCABULARY, d_model=WIDTH, d_kv=5, d_ff=20, num_layers=1, num_decoder_layers=1,
-        num_heads=HEADS, feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+        num_heads=HEADS, feed_forward_proj="gated-gelu",
     )  # fmt: skip
+    config.decoder_start_token_id = 0
     return T5ForConditionalGeneration(config)
 
 
