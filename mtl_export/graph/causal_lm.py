@@ -19,6 +19,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 from mtl_export.adapters.binding import BoundModel
@@ -67,7 +68,16 @@ def trace_causal_lm(bound: BoundModel) -> tuple[TracedModel, TracedModel]:
     axes = {"input_ids": {0: names.BATCH}, "attention_mask": {0: names.BATCH, 1: TOTAL}}
     axes |= {name: {0: names.BATCH, 2: PAST} for name in states}
     decode = exported(model, step, axes, limits, defer=True)
+    for part in (prefill, decode):
+        _name_outputs(part, cache)
     return checked_trace(prefill, bound, PREFILL), checked_trace(decode, bound, DECODE)
+
+
+def _name_outputs(model: ir.Model, states: States) -> None:
+    """Name the outputs; older exporters number them."""
+    present = [f"present.{layer}.{kind}" for layer, state in states.items() for kind in state]
+    for value, name in zip(model.graph.outputs, ["logits", *present], strict=True):
+        value.name = name
 
 
 def _sample_prompts(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
