@@ -20,7 +20,12 @@ from typing_extensions import Self
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.family import family_named, read_adapters
-from mtl_export.adapters.modules.base import base_model, class_named, quiet_transformers
+from mtl_export.adapters.modules.base import (
+    base_model,
+    class_named,
+    load_with_info,
+    quiet_transformers,
+)
 from mtl_export.adapters.modules.model import MultiTaskModel
 from mtl_export.adapters.modules.readout import with_readout
 from mtl_export.adapters.normal_form import NO_LABEL
@@ -136,8 +141,8 @@ class MergedRunner:
             if head_file.is_file():
                 model_class = with_readout(model_class, *read_readout(head_file))
             # Mismatched weights are let through only to be refused below, all at once.
-            self._model, info = model_class.from_pretrained(
-                self._folder, output_loading_info=True, ignore_mismatched_sizes=True
+            self._model, info = load_with_info(
+                model_class, self._folder, ignore_mismatched_sizes=True
             )
         beside = _load_head(self._model, head_file) if head_file.is_file() else set()
         problems = [f"missing {key!r}" for key in sorted(info["missing_keys"] - beside)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +39,8 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
         shapes = [bound.adapters.heads[module][0].weight.shape for module in readout.modules]
         model_class = with_readout(model_class, readout, shapes)
     with quiet_transformers():
-        model, info = model_class.from_pretrained(
-            bound.base.folder, dtype=dtype, output_loading_info=True, **_switched(bound)
+        model, info = load_with_info(
+            model_class, bound.base.folder, dtype=dtype, **_switched(bound)
         )
     heads = tuple(f"{module}." for module in bound.adapters.heads)
     in_no_file = bound.base.tensors.keys() - bound.base.file_of.keys()
@@ -56,6 +58,21 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
         )
     _replace(model, bound, dtype, added)
     return model.eval()
+
+
+def load_with_info(model_class: Any, folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a model and what ``from_pretrained`` says of its weights.
+
+    A bare encoder whose folder has no pooler (it was saved with another head) is loaded
+    without one: its hidden states need none.
+    """
+    model, info = model_class.from_pretrained(folder, output_loading_info=True, **settings)
+    missing = info["missing_keys"]
+    has_choice = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    if missing and has_choice and all(key.startswith("pooler.") for key in missing):
+        settings["add_pooling_layer"] = False
+        model, info = model_class.from_pretrained(folder, output_loading_info=True, **settings)
+    return model, info
 
 
 def _switched(bound: BoundModel) -> dict[str, Any]:
