@@ -275,6 +275,8 @@ def _measured(
             swallowed[layer.name] = shares
         work.progress(f"sensitivity: {target.name}", place + 1, len(layers))
     own = {name: by_name for name, by_name in ranges.own.items() if name in names}
+    if not options.number.quantises_activations:
+        own = {}  # nobody pays for ranges that are not used
     cut = {task.name: _cut(work, target, task, ranges) for task in tasks}
     return Measured(ranges.amax, own, sqnr_db, cut, swallowed)
 

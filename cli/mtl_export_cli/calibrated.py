@@ -72,8 +72,8 @@ def print_outcomes(outcomes: Sequence[Outcome], options: Options, *, as_json: bo
 def _rows(report: GraphReport) -> list[tuple[str, ...]]:
     rows = []
     for score in report.scores:
-        inflation, _ = report.measured.inflation(score.task)
-        cut, _ = report.measured.cut.get(score.task, (0.0, ""))
+        inflation, widest = report.measured.inflation(score.task)
+        cut, most_cut = report.measured.cut.get(score.task, (0.0, ""))
         accuracies = (score.float_accuracy, score.accuracy)
         rows.append(
             (
@@ -84,8 +84,8 @@ def _rows(report: GraphReport) -> list[tuple[str, ...]]:
                 f"{score.drop:.2f}",
                 f"{100 * score.agreement:.2f} %",
                 f"{score.sqnr_db:.1f} dB",
-                f"{inflation:.2f}x",
-                f"{100 * cut:.2f} %",
+                f"{inflation:.2f}x" if widest else "",
+                f"{100 * cut:.2f} %" if most_cut else "",
                 "passed" if score.drop <= report.max_drop else "FAILED",
             )
         )
