@@ -2,6 +2,7 @@
 
 This is the public face; the rest may change between minor versions. Names are
 imported when first used, so ``import mtl_export`` costs milliseconds and no torch.
+Services import ``mtl_export.runtime.TaskSession``, which needs neither torch nor onnx.
 """
 
 from __future__ import annotations
