@@ -53,9 +53,9 @@ def _weights(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
 
 
 @click.command(short_help="Quantise exported graphs, by calibration data.", epilog=EPILOG)
-@with_settings(options.SOURCE, [options.OUTPUT[0], options.OUTPUT[2]], options.TALK)
-@option("--layout", type=click.Choice(options.LAYOUTS),
-        help="Only the graphs of one layout; by default all that were exported.")  # fmt: skip
+@with_settings(
+    options.SOURCE, [options.LAYOUT], [options.OUTPUT[0], options.OUTPUT[2]], options.TALK
+)
 @option("--data", metavar="DATA", help="Rows to take ranges from; each task needs some.")
 @option("--judge", metavar="DATA",
         help="Rows to count accuracy on, best labelled; by default those of --data.")  # fmt: skip
@@ -104,7 +104,8 @@ def command(
     products, and counts what that costs each task. Where the worst task loses more than
     --max-drop, the layers that cost most are left unquantised. Graphs that pass go to
     onnx-int8/ (onnx-fp8/, onnx-int4/) under the output folder, or to --output; if a task
-    still loses too much nothing is written and the exit code is 4.
+    still loses too much nothing is written and the exit code is 4. Without --layout all
+    graphs that were exported are taken.
     """
     from mtl_export_calibration.formats import format_named
     from mtl_export_calibration.measure import Options
@@ -293,9 +294,28 @@ def _targets(bound: BoundModel, parent: Path, layout: str) -> list[Target]:
 
     one = Target(parent, None)
     if layout == graphs.SINGLE_GRAPH:
-        return [one] if one.path.is_file() else []
+        return [one] if one.path.is_file() and _serves_rows(one.path) else []
     found = [Target(parent / task.name, task) for task in bound.adapters.tasks]
     return [target for target in found if target.path.is_file()]
+
+
+def _serves_rows(path: Path) -> bool:
+    """Return whether each row of a batch picks its own task.
+
+    Raises:
+        UsageError: The graph takes one task for the whole batch.
+    """
+    from mtl_export.runtime.ort import onnx_metadata
+
+    if onnx_metadata(path).get("mtl_export.task_input") == "scalar":
+        raise UsageError(
+            where=str(path),
+            found="it takes one task for the whole batch",
+            expected="a graph in which each row picks its task",
+            why="tasks are mixed in the batches that it is judged on",
+            fix="Export it with --task-input rows, or pass --layout per-task",
+        )
+    return True
 
 
 def _nothing_exported(parent: Path, layout: str | None) -> MtlExportError:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 
 from tests.cli.conftest import Run, files_below
@@ -107,6 +108,17 @@ def test_what_cannot_be_done_is_said(
     outcome = run("calibrate", *words)
     assert outcome.code == 2
     assert reason in outcome.stderr
+
+
+def test_a_graph_of_one_task_at_a_time_is_refused(rows: Path, run: Run) -> None:
+    """Batches that mix tasks cannot be fed to it; the message says what can."""
+    path = rows / "out" / "onnx" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(model, {"mtl_export.task_input": "scalar"})
+    onnx.save(model, path)
+    outcome = run("calibrate", *LOOSE)
+    assert outcome.code == 2
+    assert "--task-input rows" in outcome.stderr
 
 
 def test_the_file_may_say_it_all(rows: Path, run: Run) -> None:
