@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from onnx_ir.passes.common import CheckerPass
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.graph.lower import merged_graph, routed_graph
@@ -32,6 +34,28 @@ def test_the_written_graphs_pass_onnxs_full_check(
     """The checker accepts every file, shapes inferred, external data found."""
     for folder in (routed_folder, *merged_folders):
         onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)
+
+
+BARE = """
+import sys
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+rows = {value.name: numpy.ones((2, 5) if len(value.shape) == 2 else (2,), numpy.int64)
+        for value in session.get_inputs()}
+assert numpy.isfinite(session.run(["logits"], rows)[0][:, 0]).all()
+assert not {"torch", "transformers", "onnx", "onnx_ir", "mtl_export"} & set(sys.modules)
+"""
+
+
+def test_other_tools_take_the_written_graphs(
+    routed_folder: Path, merged_folders: list[Path], tmp_path: Path
+) -> None:
+    """The check of onnx-ir, shape inference by file, ONNX Runtime with numpy alone."""
+    for folder in (routed_folder, merged_folders[0]):
+        path = str(folder / MODEL_FILE)
+        CheckerPass(full_check=True)(ir.external_data.load_to_model(ir.load(path)))
+        onnx.shape_inference.infer_shapes_path(path, str(tmp_path / "inferred.onnx"), True, True)
+        subprocess.run([sys.executable, "-c", BARE, path], cwd=tmp_path, check=True, timeout=100)
 
 
 def test_the_folder_holds_graph_data_config_and_tokenizer(
