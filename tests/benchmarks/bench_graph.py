@@ -86,7 +86,7 @@ class Inputs:
     def encoder(self, tasks: int) -> Path:
         """Return the folder with ``single/`` and ``merged/`` of MiniLM for so many tasks."""
         folder = self._cache / f"minilm-{tasks}"
-        if not (folder / "single").is_dir():
+        if not folder.is_dir():
             print(f"exporting MiniLM with {tasks} tasks", flush=True)
             _export(self.encoder_bound(tasks), folder)
         return folder
@@ -105,7 +105,7 @@ class Inputs:
     def language(self) -> Path:
         """Return the folder with ``single/`` and ``merged/`` of the language model."""
         folder = self._cache / "smollm"
-        if not (folder / "single").is_dir():
+        if not folder.is_dir():
             print("exporting a LLaMA of SmolLM2-135M's shape", flush=True)
             base = self._cache / "smollm-base"
             layers = _language_base(base)
@@ -187,9 +187,11 @@ def _export(bound: BoundModel, folder: Path) -> None:
     parts, task = trace_parts(bound), bound.adapters.tasks[0]
     merged = {part.stem: merged_graph(part, bound, task) for part in parts}
     single = {part.stem: routed_graph(part, bound) for part in parts}
+    partial = folder.with_suffix(".partial")
     for name, models, own in (("merged", merged, task), ("single", single, None)):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        write_graphs(models, bound, folder / name, own)
+        (partial / name).mkdir(parents=True, exist_ok=True)
+        write_graphs(models, bound, partial / name, own)
+    partial.rename(folder)
 
 
 def encoder_rows(batch: int, sequence: int, *, tasks: int) -> dict[str, Array]:
@@ -388,9 +390,8 @@ def main() -> None:
     parser.add_argument("--only", default="latency,tasks,memory,decode")
     arguments = parser.parse_args()
     inputs = Inputs(arguments.cache.resolve())
-    print(f"{os.cpu_count()} cores, {arguments.rounds} rounds of blocks of {arguments.runs}")
-    parts = [print_latency, print_tasks, print_memory, print_decode]
-    for part in parts:
+    print(f"{os.cpu_count()} cores, {arguments.rounds} rounds of {arguments.runs} runs")
+    for part in (print_latency, print_tasks, print_memory, print_decode):
         if part.__name__.removeprefix("print_") in arguments.only.split(","):
             part(inputs, arguments)
 
