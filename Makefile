@@ -17,7 +17,7 @@ DEMO := examples/01_ads_relevance
 CODE := mtl_export cli calibration tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench bench-merge clean
+.PHONY: help venv demo test check bench bench-merge bench-graph clean
 
 help:
 	@echo 'make demo    take the example checkpoint through every stage; ends with the parity table'
@@ -25,6 +25,7 @@ help:
 	@echo 'make check   lint, types, layers and the content of the wheel'
 	@echo 'make bench   measure, against named peers'
 	@echo 'make bench-merge   merging a 1.1 B model beside cp and PEFT; needs 70 GB in BENCH_CACHE'
+	@echo 'make bench-graph   the single graph beside merged graphs and PyTorch, on MiniLM'
 	@echo 'make clean   remove .venv, caches and what the demo wrote'
 
 venv: $(INSTALLED)
@@ -68,6 +69,10 @@ bench: $(INSTALLED)
 BENCH_CACHE ?= $(HOME)/.cache/mtl-export/bench-merge
 bench-merge: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_merge.py --cache $(BENCH_CACHE)
+
+GRAPH_CACHE ?= $(HOME)/.cache/mtl-export/bench-graph
+bench-graph: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/bench_graph.py --cache $(GRAPH_CACHE)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
