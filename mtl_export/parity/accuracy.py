@@ -14,7 +14,7 @@ The worst task decides. Only ``passed`` opens the gate.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -123,20 +123,11 @@ def paired_bootstrap(
         Drawings on which the score is not defined are left out.
     """
     generator = np.random.default_rng(seed)
-    groups = _groups(reference)
     drops = []
     for _ in range(RESAMPLES):
-        drawn = generator.integers(0, len(groups), len(groups))
-        places = np.concatenate([groups[n] for n in drawn]) if reference.queries is not None else (
-            drawn
-        )  # fmt: skip
+        places, queries = _drawn(reference, generator)
         left, right = reference.rows(places), candidate.rows(places)
-        if reference.queries is not None:
-            # A query that is drawn twice counts as two.
-            again = np.repeat(np.arange(len(drawn)), [len(groups[n]) for n in drawn])
-            left = Answers(left.logits, left.labels, again)
-            right = Answers(right.logits, right.labels, again)
-        drops.append(score(left) - score(right))
+        drops.append(score(replace(left, queries=queries)) - score(replace(right, queries=queries)))
     kept = np.array(drops)[~np.isnan(drops)]
     if not kept.size:
         return float("-inf"), float("inf")
@@ -178,8 +169,14 @@ def _verdict(drop: float, low: float, high: float, allowed: float) -> tuple[Verd
     )
 
 
-def _groups(answers: Answers) -> list[Array]:
-    """Return the places of the rows that are drawn together: a query's, or one row's."""
+def _drawn(answers: Answers, generator: np.random.Generator) -> tuple[Array, Array | None]:
+    """Return places of rows, or of whole queries, drawn with replacement, and their queries.
+
+    A query that is drawn twice counts as two.
+    """
     if answers.queries is None:
-        return [np.array([n]) for n in range(len(answers.logits))]
-    return [np.flatnonzero(answers.queries == query) for query in np.unique(answers.queries)]
+        count = len(answers.logits)
+        return generator.integers(0, count, count), None
+    groups = [np.flatnonzero(answers.queries == query) for query in np.unique(answers.queries)]
+    drawn = [groups[n] for n in generator.integers(0, len(groups), len(groups))]
+    return np.concatenate(drawn), np.repeat(np.arange(len(drawn)), [len(one) for one in drawn])

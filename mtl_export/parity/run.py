@@ -99,6 +99,7 @@ def run_parity(
     tolerance: Tolerance,
     oracle: Callable[[str], Runner],
     not_there: Sequence[Cell] = (),
+    threads: int = 0,
     progress: Callable[[str], None] = lambda step: None,
 ) -> ParityReport:
     """Return the verdict on ``artefacts``.
@@ -111,6 +112,7 @@ def run_parity(
         oracle: Returns the oracle in ``fp64``, the reference, or in a candidate's dtype,
             for its noise floor.
         not_there: Cells of artefacts that could have been compared but do not exist.
+        threads: Of ONNX Runtime where the tensors of a graph are looked into; 0 lets it decide.
         progress: Called with the name of each step as it begins; ``step_count`` in all.
 
     Raises:
@@ -129,7 +131,7 @@ def run_parity(
     for artefact in artefacts:
         progress(f"{artefact.name} {artefact.task.name if artefact.task else ''}".rstrip())
         own = [one for one in exact if one.subject.embedding == artefact.embedding]
-        cells += _judge(bound, artefact, own, speech, floors[artefact.dtype], tolerance)
+        cells += _judge(bound, artefact, own, speech, floors[artefact.dtype], tolerance, threads)
     cells += not_there
     return ParityReport(
         cells=tuple(cells),
@@ -207,6 +209,7 @@ def _judge(
     speech: Speech | None,
     floors: _Floors,
     tolerance: Tolerance,
+    threads: int,
 ) -> list[Cell]:
     def whole(verdict: Literal["failed", "not-run"], reason: str) -> list[Cell]:
         name = artefact.task.name if artefact.task else "*"
@@ -219,7 +222,7 @@ def _judge(
         with artefact.runner as runner:
             for _, group in groupby(exact, key=lambda one: id(one.case)):
                 cells += _compare_case(bound, artefact, runner, [*group], floors, tolerance)
-            cells += _contract(bound, artefact, runner, exact, floors, tolerance)
+            cells += _contract(bound, artefact, runner, exact, floors, tolerance, threads)
             if speech is not None:
                 limit = tolerance.factor * floors[Subject(LOGITS)]
                 cells += token_cells(artefact, runner, speech, bound.adapters.tasks, limit)
@@ -239,6 +242,7 @@ def _contract(
     exact: list[_Reference],
     floors: _Floors,
     tolerance: Tolerance,
+    threads: int,
 ) -> list[Cell]:
     """Return the cells of what must hold whatever the numbers are."""
     name = artefact.task.name if artefact.task else "*"
@@ -257,7 +261,7 @@ def _contract(
                 if any(layer.factors(task.index) is not None for task in bound.adapters.tasks)
             ]
             path, tasks = artefact.path, bound.adapters.tasks
-            cells += weight_cells(cell, path, case, output, tasks, modules)
+            cells += weight_cells(cell, path, case, output, tasks, modules, threads)
     limit = float(tolerance.allowed(one.logits[np.isfinite(one.logits)], floors[one.subject]).max())
     return cells + row_cells(cell, runner, case, output, shape, artefact.task, limit)
 

@@ -38,7 +38,7 @@ def weight_cells(
     output: str,
     tasks: Sequence[Task],
     modules: Sequence[str],
-    threads: int = 0,
+    threads: int,
 ) -> list[Cell]:
     """Return the two cells.
 

@@ -6,7 +6,7 @@ layer (``mtl_export.adapters.modules``); it knows nothing of the normal form.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -98,6 +98,27 @@ class OracleRunner:
             # One task at a time: layers that see windows or packed or transposed tokens would
             # have to know whose rows they are, and that is what the graphs are checked for.
             return _joined(_members(self._models, present), tensors, widest)
+
+    def _generated_by_task(
+        self, task_ids: Array, width: int, generate: Callable[[Any, Array], Array]
+    ) -> Array:
+        """Return the tokens ``[B, width]``, where every task may have a model of its own.
+
+        Args:
+            task_ids: int64 [B].
+            width: Tokens a row.
+            generate: From a model whose routing is set, and the rows [B] it is to answer,
+                to their tokens.
+        """
+        tokens = np.zeros((len(task_ids), width), np.int64)
+        has_own = len(self._models) > 1
+        for index, model in enumerate(self._models):
+            rows = task_ids == index if has_own else np.ones(len(task_ids), np.bool_)
+            if rows.any():
+                ids = np.zeros_like(task_ids[rows]) if has_own else task_ids
+                model.routing.set(torch.from_numpy(ids))
+                tokens[rows] = generate(model.model, rows)
+        return tokens
 
 
 class MergedRunner:

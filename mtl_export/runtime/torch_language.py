@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from mtl_export.adapters.modules.base import quiet_transformers
@@ -30,11 +29,6 @@ from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
 class OracleLanguageRunner(OracleRunner):
     """The unmerged model; inputs and outputs as in ``language``."""
 
-    def __enter__(self) -> OracleLanguageRunner:
-        """Load the base and adapt it."""
-        super().__enter__()
-        return self
-
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return ``logits``; see ``language``.
 
@@ -47,17 +41,12 @@ class OracleLanguageRunner(OracleRunner):
 
     def generate(self, inputs: Mapping[str, Array], max_new_tokens: int) -> Array:
         """Return the tokens of transformers' ``generate``; no token ends a row."""
-        task_ids = inputs[TASK_IDS]
-        tokens = np.zeros((len(task_ids), max_new_tokens), np.int64)
-        for index, model in enumerate(self._models):
-            is_alone = len(self._models) > 1
-            rows = task_ids == index if is_alone else np.ones(len(task_ids), np.bool_)
-            if rows.any():
-                ids = np.zeros_like(task_ids[rows]) if is_alone else task_ids
-                model.routing.set(torch.from_numpy(ids))
-                own = {name: inputs[name][rows] for name in (INPUT_IDS, ATTENTION_MASK)}
-                tokens[rows] = _generated(model.model, own, max_new_tokens)
-        return tokens
+
+        def generate(model: Any, rows: Array) -> Array:
+            own = {name: inputs[name][rows] for name in (INPUT_IDS, ATTENTION_MASK)}
+            return _generated(model, own, max_new_tokens)
+
+        return self._generated_by_task(inputs[TASK_IDS], max_new_tokens, generate)
 
 
 class MergedLanguageRunner(MergedRunner):

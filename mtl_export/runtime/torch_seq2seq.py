@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from mtl_export.adapters.modules.base import quiet_transformers
@@ -39,18 +38,13 @@ class OracleSeq2SeqRunner(OracleRunner):
 
     def generate(self, inputs: Mapping[str, Array], max_new_tokens: int) -> Array:
         """Return the tokens of transformers' ``generate``; no token ends a row."""
-        task_ids = inputs[TASK_IDS]
-        tokens = np.zeros((len(task_ids), max_new_tokens), np.int64)
-        for index, model in enumerate(self._models):
-            is_alone = len(self._models) > 1
-            rows = task_ids == index if is_alone else np.ones(len(task_ids), np.bool_)
-            if rows.any():
-                ids = np.zeros_like(task_ids[rows]) if is_alone else task_ids
-                model.routing.set(torch.from_numpy(ids))
-                own = {name: value[rows] for name, value in encoder_inputs(inputs).items()}
-                start = first_token(self._bound.base.config)
-                tokens[rows] = _generated(model.model, own, start, max_new_tokens)
-        return tokens
+        start = first_token(self._bound.base.config)
+
+        def generate(model: Any, rows: Array) -> Array:
+            own = {name: value[rows] for name, value in encoder_inputs(inputs).items()}
+            return _generated(model, own, start, max_new_tokens)
+
+        return self._generated_by_task(inputs[TASK_IDS], max_new_tokens, generate)
 
 
 class MergedSeq2SeqRunner(MergedRunner):

@@ -36,7 +36,7 @@ def mixed(bound: BoundModel) -> Case:
 def judged(path: Path, mixed: Case, bound: BoundModel) -> dict[str, Cell]:
     """Return the cells by check."""
     tasks = bound.adapters.tasks
-    cells = weight_cells(CELL, path, mixed, "logits", tasks, list(toys.MODULES))
+    cells = weight_cells(CELL, path, mixed, "logits", tasks, list(toys.MODULES), 1)
     return {cell.case: cell for cell in cells}
 
 

@@ -159,6 +159,7 @@ def _compare(bound: BoundModel, request: _Request, settings: Settings) -> Parity
             tolerance=request.tolerance,
             oracle=_oracle(bound),
             not_there=not_there,
+            threads=request.threads,
             progress=steps.begin,
         )
     if request.golden:
