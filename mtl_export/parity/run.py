@@ -9,7 +9,7 @@ pass        the error is within the tolerance AND the decisions agree AND nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
@@ -21,15 +21,16 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import BackendMissingError, MtlExportError, ParityError
-from mtl_export.parity.cases import TASK_IDS, Case
+from mtl_export.errors import BackendMissingError, MtlExportError
+from mtl_export.parity.cases import Case
+from mtl_export.parity.compare import compare_case
 from mtl_export.parity.contract import bad_ids_cell, isolation_cell, row_cells
 from mtl_export.parity.generation import Speech, bad_step_ids, oracle_speech, token_cells
-from mtl_export.parity.metrics import Decisions, decisions, difference
-from mtl_export.parity.outputs import LOGITS, Subject, answers, subjects
+from mtl_export.parity.outputs import LOGITS, Subject
+from mtl_export.parity.reference import Floors, Reference, noise_floors, references_of
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.parity.task_weights import weight_cells
-from mtl_export.parity.tolerance import Tolerance, noise_floor
+from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.runner import Runner
 from mtl_export.version import VERSION
 
@@ -66,20 +67,6 @@ class Artefact:
     defect: str = ""
     path: Path | None = None
     embedding: SentenceEmbedding | None = None
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """One output of the oracle for one case: ``[B, L]`` or ``[B, S, L]``."""
-
-    case: Case
-    subject: Subject
-    logits: Array
-    title: str
-
-
-# By output, the error that the arithmetic of a dtype costs the model.
-_Floors = dict[Subject, float]
 
 
 def step_count(artefacts: Sequence[Artefact]) -> int:
@@ -121,12 +108,12 @@ def run_parity(
     progress("oracle fp64")
     embeddings = list(dict.fromkeys(artefact.embedding for artefact in artefacts))
     with oracle("fp64") as reference:
-        exact = [one for case in cases for one in _references(reference, case, embeddings)]
+        exact = [one for case in cases for one in references_of(reference, case, embeddings)]
         speech = oracle_speech(reference, cases)
-    floors: dict[str, _Floors] = {}
+    floors: dict[str, Floors] = {}
     for dtype in _dtypes(artefacts):
         progress(f"oracle {dtype}, for the noise floor")
-        floors[dtype] = _floors(bound.adapters.tasks, exact, oracle(dtype), dtype)
+        floors[dtype] = noise_floors(bound.adapters.tasks, exact, oracle(dtype), dtype)
     cells: list[Cell] = []
     for artefact in artefacts:
         progress(f"{artefact.name} {artefact.task.name if artefact.task else ''}".rstrip())
@@ -148,66 +135,12 @@ def run_parity(
     )
 
 
-def _references(
-    oracle: Runner, case: Case, embeddings: Sequence[SentenceEmbedding | None]
-) -> list[_Reference]:
-    """Return what the oracle answers to one case."""
-    outputs = oracle.infer(case.inputs)
-    found = []
-    for embedding in embeddings:
-        compared = subjects(outputs, embedding)
-        for subject in compared:
-            title = case.name if len(compared) == 1 else f"{case.name}, {subject.output}"
-            found.append(_Reference(case, subject, subject.of(outputs, case), title))
-    return found
-
-
-def _floors(
-    tasks: Sequence[Task], exact: list[_Reference], lower_precision: Runner, dtype: str
-) -> _Floors:
-    """Return the noise floor of each output over all cases.
-
-    It is the same for every task: the one whose few rows happen to be computed well would
-    otherwise fail correct exports.
-    """
-    floors: _Floors = {}
-    outputs: dict[int, dict[str, Array]] = {}
-    with lower_precision as runner:
-        for reference in exact:
-            case, subject = reference.case, reference.subject
-            if id(case) not in outputs:
-                outputs = {id(case): runner.infer(case.inputs)}
-            lower = subject.of(outputs[id(case)], case)
-            for task in tasks:
-                rows = case.task_ids == task.index
-                if rows.any():
-                    own = slice((subject.decides and len(task.labels)) or None)
-                    wanted = answers(case, rows, reference.logits)[:, own]
-                    found = answers(case, rows, lower)[:, own]
-                    _refuse_not_finite(task, case, dtype, wanted, found)
-                    floor = noise_floor(wanted, found, dtype)
-                    floors[subject] = max(floors.get(subject, 0.0), floor)
-    return floors
-
-
-def _refuse_not_finite(task: Task, case: Case, dtype: str, exact: Array, lower: Array) -> None:
-    for name, values in (("fp64", exact), (dtype, lower)):
-        if not np.isfinite(values).all():
-            raise ParityError(
-                where=f"oracle in {name}, task {task.name}, {case.name}",
-                found=f"{int((~np.isfinite(values)).sum())} logits are NaN or Inf",
-                expected="finite logits",
-                why="no error can be measured against them",
-                fix="Check the base and the checkpoint; a dtype that overflows cannot be shipped",
-            )
-
-
 def _judge(
     bound: BoundModel,
     artefact: Artefact,
-    exact: list[_Reference],
+    exact: list[Reference],
     speech: Speech | None,
-    floors: _Floors,
+    floors: Floors,
     tolerance: Tolerance,
     threads: int,
 ) -> list[Cell]:
@@ -221,7 +154,7 @@ def _judge(
     try:
         with artefact.runner as runner:
             for _, group in groupby(exact, key=lambda one: id(one.case)):
-                cells += _compare_case(bound, artefact, runner, [*group], floors, tolerance)
+                cells += compare_case(bound, artefact, runner, [*group], floors, tolerance)
             cells += _contract(bound, artefact, runner, exact, floors, tolerance, threads)
             if speech is not None:
                 limit = tolerance.factor * floors[Subject(LOGITS)]
@@ -239,8 +172,8 @@ def _contract(
     bound: BoundModel,
     artefact: Artefact,
     runner: Runner,
-    exact: list[_Reference],
-    floors: _Floors,
+    exact: list[Reference],
+    floors: Floors,
     tolerance: Tolerance,
     threads: int,
 ) -> list[Cell]:
@@ -276,97 +209,6 @@ def _stale(bound: BoundModel, artefact: Artefact) -> str:
             was = f"{found[:12]}..." if found else "an unknown one"
             return f"made from {was}, not from this {name} ({now[:12]}...): export it again"
     return ""
-
-
-def _compare_case(
-    bound: BoundModel,
-    artefact: Artefact,
-    runner: Runner,
-    references: Sequence[_Reference],
-    floors: _Floors,
-    tolerance: Tolerance,
-) -> list[Cell]:
-    """Return one cell for each task that ``artefact`` serves in the case, and each output."""
-    case = references[0].case
-    if artefact.task is not None:
-        rows = case.task_ids == artefact.task.index
-        if not rows.any():
-            return []
-        own = Case(case.name, case.rows(rows))
-        outputs = runner.infer({n: value for n, value in own.inputs.items() if n != TASK_IDS})
-        everything = np.ones(int(rows.sum()), np.bool_)
-        return [
-            _compare(artefact, replace(one, case=own, logits=one.logits[rows]), artefact.task,
-                     everything, outputs.get(one.subject.output), floors[one.subject], tolerance)
-            for one in references
-        ]  # fmt: skip
-    outputs = runner.infer(case.inputs)
-    cells = []
-    for one in references:
-        for task in bound.adapters.tasks:
-            rows = case.task_ids == task.index
-            if rows.any():
-                cells.append(
-                    _compare(artefact, one, task, rows, outputs.get(one.subject.output),
-                             floors[one.subject], tolerance)
-                )  # fmt: skip
-    return cells
-
-
-def _compare(
-    artefact: Artefact,
-    wanted: _Reference,
-    task: Task,
-    rows: Array,
-    candidate: Array | None,
-    floor: float,
-    tolerance: Tolerance,
-) -> Cell:
-    """Return the cell for the task's ``rows``, bool [B].
-
-    The reference is [B, widest], or [B, S, widest] where every token has its own logits.
-    """
-    case, output, reference = wanted.case, wanted.subject.output, wanted.logits
-
-    def failed(reason: str) -> Cell:
-        return Cell(
-            artefact.name, artefact.runner.name, task.name, wanted.title, "failed", reason,
-            noise_floor=floor,
-        )  # fmt: skip
-
-    if candidate is None:
-        return failed(f"no output {output!r}")
-    labels = (wanted.subject.decides and len(task.labels)) or reference.shape[-1]
-    width = reference.shape[-1] if artefact.task is None else labels
-    expected = (len(rows), *reference.shape[1:-1], width)
-    if candidate.shape != expected:
-        return failed(f"{output} has shape {list(candidate.shape)}, not {list(expected)}")
-    reference, candidate = answers(case, rows, reference), answers(case, rows, candidate)
-    if not np.isneginf(candidate[:, labels:]).all():
-        return failed(f"columns {labels} and up answer, but the task has {labels} labels")
-    own_reference, own = reference[:, :labels], candidate[:, :labels]
-    if not np.isfinite(own).all():
-        return failed(f"{int((~np.isfinite(own)).sum())} values are NaN or Inf")
-    allowed = tolerance.allowed(own_reference, floor)
-    worst = difference(own_reference, own, allowed)
-    limit = float(allowed[worst.index])
-    # A wide --atol must not make every flip a tie: only what the noise floor explains is one.
-    tie = min(limit, tolerance.factor * floor)
-    decided = wanted.subject.decides
-    agreed = decisions(own_reference, own, task.kind, tie) if decided else Decisions(0, 0, 0)
-    reason = ""
-    if worst.excess > 0:
-        reason = (
-            f"error {worst.max_abs:.3g} at row {worst.index[0]}, logit {worst.index[1]};"
-            f" allowed {limit:.3g}"
-        )
-    elif agreed.changed:
-        reason = f"{agreed.changed} of {agreed.total} decisions changed"
-    return Cell(
-        artefact.name, artefact.runner.name, task.name, wanted.title,
-        "failed" if reason else "passed", reason, worst.max_abs, floor, limit,
-        (agreed.total, agreed.equal, agreed.ties),
-    )  # fmt: skip
 
 
 def _bad(bound: BoundModel) -> Array:

@@ -1,0 +1,114 @@
+"""One case of one artefact against the oracle: a cell for each task and output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.parity.cases import TASK_IDS, Case
+from mtl_export.parity.metrics import Decisions, decisions, difference
+from mtl_export.parity.outputs import answers
+from mtl_export.parity.reference import Floors, Reference
+from mtl_export.parity.report import Cell
+from mtl_export.parity.tolerance import Tolerance
+from mtl_export.runtime.runner import Runner
+
+if TYPE_CHECKING:
+    from mtl_export.parity.run import Artefact
+
+
+def compare_case(
+    bound: BoundModel,
+    artefact: Artefact,
+    runner: Runner,
+    references: Sequence[Reference],
+    floors: Floors,
+    tolerance: Tolerance,
+) -> list[Cell]:
+    """Return one cell for each task that ``artefact`` serves in the case, and each output."""
+    case = references[0].case
+    if artefact.task is not None:
+        rows = case.task_ids == artefact.task.index
+        if not rows.any():
+            return []
+        own = Case(case.name, case.rows(rows))
+        outputs = runner.infer({n: value for n, value in own.inputs.items() if n != TASK_IDS})
+        everything = np.ones(int(rows.sum()), np.bool_)
+        return [
+            _compare(artefact, replace(one, case=own, logits=one.logits[rows]), artefact.task,
+                     everything, outputs.get(one.subject.output), floors[one.subject], tolerance)
+            for one in references
+        ]  # fmt: skip
+    outputs = runner.infer(case.inputs)
+    cells = []
+    for one in references:
+        for task in bound.adapters.tasks:
+            rows = case.task_ids == task.index
+            if rows.any():
+                cells.append(
+                    _compare(artefact, one, task, rows, outputs.get(one.subject.output),
+                             floors[one.subject], tolerance)
+                )  # fmt: skip
+    return cells
+
+
+def _compare(
+    artefact: Artefact,
+    wanted: Reference,
+    task: Task,
+    rows: Array,
+    candidate: Array | None,
+    floor: float,
+    tolerance: Tolerance,
+) -> Cell:
+    """Return the cell for the task's ``rows``, bool [B].
+
+    The reference is [B, widest], or [B, S, widest] where every token has its own logits.
+    """
+    case, output, reference = wanted.case, wanted.subject.output, wanted.logits
+
+    def failed(reason: str) -> Cell:
+        return Cell(
+            artefact.name, artefact.runner.name, task.name, wanted.title, "failed", reason,
+            noise_floor=floor,
+        )  # fmt: skip
+
+    if candidate is None:
+        return failed(f"no output {output!r}")
+    labels = (wanted.subject.decides and len(task.labels)) or reference.shape[-1]
+    width = reference.shape[-1] if artefact.task is None else labels
+    expected = (len(rows), *reference.shape[1:-1], width)
+    if candidate.shape != expected:
+        return failed(f"{output} has shape {list(candidate.shape)}, not {list(expected)}")
+    reference, candidate = answers(case, rows, reference), answers(case, rows, candidate)
+    if not np.isneginf(candidate[:, labels:]).all():
+        return failed(f"columns {labels} and up answer, but the task has {labels} labels")
+    own_reference, own = reference[:, :labels], candidate[:, :labels]
+    if not np.isfinite(own).all():
+        return failed(f"{int((~np.isfinite(own)).sum())} values are NaN or Inf")
+    allowed = tolerance.allowed(own_reference, floor)
+    worst = difference(own_reference, own, allowed)
+    limit = float(allowed[worst.index])
+    # A wide --atol must not make every flip a tie: only what the noise floor explains is one.
+    tie = min(limit, tolerance.factor * floor)
+    decided = wanted.subject.decides
+    agreed = decisions(own_reference, own, task.kind, tie) if decided else Decisions(0, 0, 0)
+    reason = ""
+    if worst.excess > 0:
+        reason = (
+            f"error {worst.max_abs:.3g} at row {worst.index[0]}, logit {worst.index[1]};"
+            f" allowed {limit:.3g}"
+        )
+    elif agreed.changed:
+        reason = f"{agreed.changed} of {agreed.total} decisions changed"
+    return Cell(
+        artefact.name, artefact.runner.name, task.name, wanted.title,
+        "failed" if reason else "passed", reason, worst.max_abs, floor, limit,
+        (agreed.total, agreed.equal, agreed.ties),
+    )  # fmt: skip

@@ -1,0 +1,89 @@
+"""What the oracle answers, and how far its own arithmetic in a lower precision is from that.
+
+case  ->  one ``Reference`` for each output, float64
+dtype ->  the noise floor of each output
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import ParityError
+from mtl_export.parity.cases import Case
+from mtl_export.parity.outputs import Subject, answers, subjects
+from mtl_export.parity.tolerance import noise_floor
+from mtl_export.runtime.runner import Runner
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One output of the oracle for one case: ``[B, L]`` or ``[B, S, L]``."""
+
+    case: Case
+    subject: Subject
+    logits: Array
+    title: str
+
+
+# By output, the error that the arithmetic of a dtype costs the model.
+Floors = dict[Subject, float]
+
+
+def references_of(
+    oracle: Runner, case: Case, embeddings: Sequence[SentenceEmbedding | None]
+) -> list[Reference]:
+    """Return what the oracle answers to one case."""
+    outputs = oracle.infer(case.inputs)
+    found = []
+    for embedding in embeddings:
+        compared = subjects(outputs, embedding)
+        for subject in compared:
+            title = case.name if len(compared) == 1 else f"{case.name}, {subject.output}"
+            found.append(Reference(case, subject, subject.of(outputs, case), title))
+    return found
+
+
+def noise_floors(
+    tasks: Sequence[Task], exact: list[Reference], lower_precision: Runner, dtype: str
+) -> Floors:
+    """Return the noise floor of each output over all cases.
+
+    It is the same for every task: the one whose few rows happen to be computed well would
+    otherwise fail correct exports.
+    """
+    floors: Floors = {}
+    outputs: dict[int, dict[str, Array]] = {}
+    with lower_precision as runner:
+        for reference in exact:
+            case, subject = reference.case, reference.subject
+            if id(case) not in outputs:
+                outputs = {id(case): runner.infer(case.inputs)}
+            lower = subject.of(outputs[id(case)], case)
+            for task in tasks:
+                rows = case.task_ids == task.index
+                if rows.any():
+                    own = slice((subject.decides and len(task.labels)) or None)
+                    wanted = answers(case, rows, reference.logits)[:, own]
+                    found = answers(case, rows, lower)[:, own]
+                    _refuse_not_finite(task, case, dtype, wanted, found)
+                    floor = noise_floor(wanted, found, dtype)
+                    floors[subject] = max(floors.get(subject, 0.0), floor)
+    return floors
+
+
+def _refuse_not_finite(task: Task, case: Case, dtype: str, exact: Array, lower: Array) -> None:
+    for name, values in (("fp64", exact), (dtype, lower)):
+        if not np.isfinite(values).all():
+            raise ParityError(
+                where=f"oracle in {name}, task {task.name}, {case.name}",
+                found=f"{int((~np.isfinite(values)).sum())} logits are NaN or Inf",
+                expected="finite logits",
+                why="no error can be measured against them",
+                fix="Check the base and the checkpoint; a dtype that overflows cannot be shipped",
+            )
