@@ -1,10 +1,8 @@
 """A float graph and its quantised one -> per task, what quantising costs; and how fast both are.
 
-    drop   points of accuracy lost where labels are known; else points of decisions that
-           differ from the float graph's, which no loss of accuracy can exceed; for
-           regression, points of variance not shared
-
-B rows, L logits.
+drop   points of accuracy lost where labels are known; else points of decisions that
+       differ from the float graph's, which no loss of accuracy can exceed; for
+       regression, points of variance not shared
 """
 
 from __future__ import annotations
@@ -20,29 +18,15 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CalibrationError
+from mtl_export.parity.metrics import decisions, sqnr_db
+from mtl_export.parity.scores import Answers, accuracy
 from mtl_export.runtime.ort import OrtRunner
 from mtl_export_calibration.data import TASK_IDS
 from mtl_export_calibration.samples import MASK, NO_LABEL, Samples
-from mtl_export_calibration.sqnr import sqnr_db
 
 BATCH = 32
 LATENCY_BATCH, LATENCY_LENGTH, LATENCY_ROUNDS = 8, 128, 15
 OUTPUT = "logits"
-
-
-@dataclass(frozen=True)
-class Answers:
-    """A graph's logits on samples.
-
-    Attributes:
-        logits: float32 ``[B, L]``; for tokens, one row each.
-        task_ids: int64 ``[B]``.
-        labels: int64 ``[B]``.
-    """
-
-    logits: Array
-    task_ids: Array
-    labels: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +64,15 @@ def answers(
     *,
     threads: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Answers:
-    """Return the logits of the graph at ``path``, rows in the order of ``Samples.batches``.
+) -> dict[int, Answers]:
+    """Return what the graph at ``path`` answers, by task index, in the order of its batches.
+
+    Of a graph that answers for every token, each token is a row.
 
     Raises:
         CalibrationError: The graph has no logits.
     """
-    logits, task_ids, labels = [], [], []
+    parts: dict[int, list[Answers]] = {}
     done = 0
     with OrtRunner(path, threads=threads) as runner:
         wanted = set(runner.inputs)
@@ -101,56 +87,57 @@ def answers(
                     why="what quantising costs is told by it",
                     fix="Calibrate a model with classification heads",
                 )
-            value = outputs[OUTPUT].astype(np.float32)
-            owners, truth = batch.task_ids, batch.labels
-            if value.ndim == 3:
-                mask = batch.arrays.get(MASK, np.ones(value.shape[:2], np.int64)) != 0
+            logits = outputs[OUTPUT].astype(np.float64)
+            owners, labels = batch.task_ids, batch.labels
+            if logits.ndim == 3:
+                mask = batch.arrays.get(MASK, np.ones(logits.shape[:2], np.int64)) != 0
                 owners = np.broadcast_to(owners[:, None], mask.shape)[mask]
-                truth = np.full(len(owners), NO_LABEL)
-                value = value[mask]
-            logits.append(value)
-            task_ids.append(owners)
-            labels.append(truth)
+                labels = np.full(len(owners), NO_LABEL)
+                logits = logits[mask]
+            for index in np.unique(owners).tolist():
+                own = owners == index
+                parts.setdefault(index, []).append(Answers(logits[own], labels[own]))
             done += len(batch)
             progress(done, len(samples))
-    return Answers(np.concatenate(logits), np.concatenate(task_ids), np.concatenate(labels))
+    return {index: _joined(found) for index, found in parts.items()}
+
+
+def _joined(parts: Sequence[Answers]) -> Answers:
+    return Answers(
+        np.concatenate([part.logits for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+    )
 
 
 def score(reference: Answers, candidate: Answers, task: Task) -> TaskScore:
-    """Return what ``candidate``, the quantised graph, costs ``task``."""
-    own = reference.task_ids == task.index
+    """Return what ``candidate``, the quantised graph, costs ``task``, whose rows these are."""
     width = len(task.labels) or reference.logits.shape[1]
-    before, after = reference.logits[own, :width], candidate.logits[own, :width]
-    labels = reference.labels[own]
-    known = labels != NO_LABEL
-    same = _same_decisions(before, after, task)
-    share = float(same.mean()) if same.size else 1.0
-    float_accuracy = accuracy = None
+    before, after = reference.logits[:, :width], candidate.logits[:, :width]
+    known = reference.labels != NO_LABEL
+    # Without a margin every changed decision counts.
+    same = decisions(before, after, task.kind, 0.0)
+    share = same.equal / same.total if same.total else 1.0
+    float_accuracy = quantised_accuracy = None
     drop = 100.0 * (1.0 - share)
     if not np.isfinite(after).all():
         drop = 100.0
     elif task.kind == "regression":
         drop = 100.0 * (1.0 - _shared_variance(before, after))
     elif known.any() and task.kind == "single_label_classification":
-        truth = labels[known]
-        float_accuracy = float((before[known].argmax(axis=1) == truth).mean())
-        accuracy = float((after[known].argmax(axis=1) == truth).mean())
-        drop = 100.0 * (float_accuracy - accuracy)
-    labelled = int(known.sum()) if accuracy is not None else 0
-    noise = sqnr_db(before, after)
+        truth = reference.labels[known]
+        float_accuracy = accuracy(Answers(before[known], truth))
+        quantised_accuracy = accuracy(Answers(after[known], truth))
+        drop = 100.0 * (float_accuracy - quantised_accuracy)
     return TaskScore(
-        task.name, int(own.sum()), labelled, float_accuracy, accuracy, share, drop, noise
+        task=task.name,
+        rows=len(before),
+        labelled=int(known.sum()) if quantised_accuracy is not None else 0,
+        float_accuracy=float_accuracy,
+        accuracy=quantised_accuracy,
+        agreement=share,
+        drop=drop,
+        sqnr_db=sqnr_db(before, after),
     )
-
-
-def _same_decisions(before: Array, after: Array, task: Task) -> Array:
-    if task.kind == "multi_label_classification":
-        same: Array = ((before > 0) == (after > 0)).all(axis=1)
-        return same
-    if task.kind == "regression" or before.shape[1] < 2:
-        return np.ones(len(before), np.bool_)
-    same = before.argmax(axis=1) == after.argmax(axis=1)
-    return same
 
 
 def _shared_variance(before: Array, after: Array) -> float:

@@ -21,11 +21,11 @@ import onnx_ir as ir
 from mtl_export.bundle.manifest import own_files
 from mtl_export.errors import CalibrationError
 from mtl_export.graph.passes.split_gemm import SplitGemmPass
+from mtl_export.parity.scores import Answers
 from mtl_export_calibration.cache import read_cache, write_cache
 from mtl_export_calibration.deltas import APART, MERGED, DeltaSource, swallowed_layers
 from mtl_export_calibration.evaluate import (
     LATENCY_LENGTH,
-    Answers,
     TaskScore,
     answers,
     latencies_ms,
@@ -67,7 +67,7 @@ class GraphJob:
         self._log = work.cache_file(target, "trials")
         kept = read_cache(self._log, self._key) or {}
         self._trials: dict[str, list[dict[str, Any]]] = kept.get("trials", {})
-        self._reference: Answers | None = None
+        self._reference: dict[int, Answers] | None = None
         self._written: frozenset[str] | None = None
 
     def run(self) -> GraphReport:
@@ -166,7 +166,9 @@ class GraphJob:
                 f"{step}, {self._work.options.number.name}", done, total
             ),
         )
-        return [score(self._reference, candidate, task) for task in self._tasks]
+        return [
+            score(self._reference[task.index], candidate[task.index], task) for task in self._tasks
+        ]
 
     def _write(self, excluded: frozenset[str]) -> None:
         if self._written == excluded:

@@ -11,22 +11,10 @@ from __future__ import annotations
 import numpy as np
 
 from mtl_export.checkpoint.tensors import Array
+from mtl_export.parity.metrics import sqnr_db
 from mtl_export_calibration.formats import NumberFormat
 from mtl_export_calibration.layers import QuantLayer
 from mtl_export_calibration.weights import WeightGrid
-
-BEST_DB = 150.0  # float32's own noise; stands for "no difference"
-
-
-def sqnr_db(reference: Array, candidate: Array) -> float:
-    """Return the signal-to-noise ratio of ``candidate``, at most ``BEST_DB``."""
-    signal = float((reference.astype(np.float64) ** 2).sum())
-    noise = float(((reference.astype(np.float64) - candidate) ** 2).sum())
-    if noise == 0.0:
-        return BEST_DB
-    if not np.isfinite(noise) or signal == 0.0:
-        return -BEST_DB
-    return min(BEST_DB, 10.0 * float(np.log10(signal / noise)))
 
 
 def layer_sqnr_db(

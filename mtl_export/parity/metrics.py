@@ -12,6 +12,8 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import TaskKind
 from mtl_export.checkpoint.tensors import Array
 
+BEST_DB = 150.0  # float32's own noise; stands for "no difference"
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -85,3 +87,17 @@ def decisions(reference: Array, candidate: Array, kind: TaskKind, limit: float) 
         return Decisions(0, 0, 0)
     ties = int((~same & close).sum())
     return Decisions(int(same.size) if same.ndim > 1 else rows, int(same.sum()), ties)
+
+
+def sqnr_db(reference: Array, candidate: Array) -> float:
+    """Return the signal-to-noise ratio of ``candidate``, at most ``BEST_DB``.
+
+    10 log10( sum reference^2 / sum (reference - candidate)^2 ), arrays of any shape.
+    """
+    signal = float((reference.astype(np.float64) ** 2).sum())
+    noise = float(((reference.astype(np.float64) - candidate) ** 2).sum())
+    if noise == 0.0:
+        return BEST_DB
+    if not np.isfinite(noise) or signal == 0.0:
+        return -BEST_DB
+    return min(BEST_DB, 10.0 * float(np.log10(signal / noise)))

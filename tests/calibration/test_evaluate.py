@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from mtl_export.checkpoint.checkpoint import Task, TaskKind
-from mtl_export_calibration.evaluate import Answers, score
+from mtl_export.parity.scores import Answers
+from mtl_export_calibration.evaluate import score
 
 LABELS = np.array([0, 1, 1, 0, -1])
 BEFORE = np.array([[2.0, 1.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [5.0, 0.0]], np.float32)
@@ -18,10 +17,8 @@ def task(kind: TaskKind = "single_label_classification") -> Task:
 
 
 def answered(logits: object, labels: object = LABELS) -> Answers:
-    """Return logits as answers of task 0, followed by a row of another task."""
-    values = np.append(np.asarray(logits, np.float32), np.full((1, 2), 9.0, np.float32), axis=0)
-    ids = np.append(np.zeros(len(values) - 1, np.int64), 1)
-    return Answers(values, ids, np.append(np.asarray(labels), 0))
+    """Return logits as answers of one task."""
+    return Answers(np.asarray(logits, np.float64), np.asarray(labels))
 
 
 def test_accuracy_is_counted_on_labelled_rows() -> None:
@@ -67,16 +64,16 @@ def test_regression_loses_variance() -> None:
 
 
 def test_multi_label_decisions_are_signs() -> None:
-    """A row agrees where every label's sign does; labels of one index say nothing here."""
+    """Every label's sign is a decision; labels of one index say nothing here."""
     signs = BEFORE - 1.5
     after = signs.copy()
     after[0, 0] = -1.0
     found = score(answered(signs), answered(after), task("multi_label_classification"))
-    assert found.drop == pytest.approx(20.0)
+    assert found.accuracy is None
+    assert found.drop == pytest.approx(10.0)
 
 
-def test_other_tasks_wider_heads_do_not_count() -> None:
+def test_columns_beyond_a_tasks_labels_do_not_count() -> None:
     """A task's logits are as many as its labels; the rest is minus infinity."""
-    wide = np.append(BEFORE, np.full((5, 1), -np.inf, np.float32), axis=1)
-    answers = replace(answered(BEFORE), logits=np.append(wide, np.zeros((1, 3)), axis=0))
-    assert score(answers, answers, task()).drop == 0.0
+    wide = answered(np.append(BEFORE, np.full((5, 1), -np.inf), axis=1))
+    assert score(wide, wide, task()).drop == 0.0

@@ -40,9 +40,10 @@ def judged(source: Path) -> Samples:
     """Give rows that the float graph is sure of, labelled with what it says."""
     rows = toys.samples(400, seed=1)
     found = answers(source / "model.onnx", rows, threads=1)
-    ordered = np.sort(found.logits, axis=1)
+    logits = np.stack([found[0].logits, found[1].logits], axis=1).reshape(-1, 3)
+    ordered = np.sort(logits, axis=1)
     margin = (ordered[:, -1] - ordered[:, -2]) / ordered.std()
-    labelled = Samples(rows.arrays, rows.task_ids, found.logits.argmax(axis=1))
+    labelled = Samples(rows.arrays, rows.task_ids, logits.argmax(axis=1))
     return labelled.take(np.flatnonzero(margin > np.where(rows.task_ids == 1, 0.3, 0.05)))
 
 

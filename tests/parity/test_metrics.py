@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mtl_export.checkpoint.checkpoint import TaskKind
-from mtl_export.parity.metrics import Decisions, decisions, difference
+from mtl_export.parity.metrics import BEST_DB, Decisions, decisions, difference, sqnr_db
 
 REFERENCE = np.array([[1.0, -2.0, 0.5], [3.0, 3.5, -1.0]])
 
@@ -81,3 +81,12 @@ def test_decisions_are_counted_by_the_tasks_kind(
     found = decisions(np.array(reference), np.array(candidate), kind, limit)
     assert found == expected
     assert found.changed == expected.total - expected.equal - expected.ties
+
+
+def test_sqnr_counts_energies_in_decibels() -> None:
+    """Noise of a hundredth of the signal's energy is 20 dB; none, or only noise, has its limit."""
+    signal = np.array([[3.0, 4.0]])
+    assert sqnr_db(signal, signal + np.array([[0.3, 0.4]])) == pytest.approx(20.0)
+    assert sqnr_db(signal, signal) == BEST_DB
+    assert sqnr_db(0 * signal, signal) == -BEST_DB
+    assert sqnr_db(signal, signal * np.nan) == -BEST_DB
