@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
 from mtl_export.errors import BackendMissingError, UsageError
 from mtl_export_cli import options, render, reports, sources
 from mtl_export_cli.options import Settings, option, with_settings
+from mtl_export_cli.parity_table import print_report
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
-    from mtl_export.checkpoint.tensors import Array
-    from mtl_export.parity.cases import Case
-    from mtl_export.parity.report import Cell, ParityReport
+    from mtl_export.parity.report import ParityReport
     from mtl_export.parity.tolerance import Tolerance
-    from mtl_export.runtime.runner import Runner
     from mtl_export_cli.artefacts import Places
 
 EXIT_FAILED = 3
-# The largest array of a language model's logits that is compared.
-LARGEST_LOGITS_BYTES = 1 << 28
 EPILOG = """\b
 Example:
   mtl-export parity
@@ -85,7 +79,7 @@ def command(
         request = _Request(places, inputs, tolerance, threads, golden)
         result = _compare(bound, request, settings)
         reports.write_reports(report, result)
-    _print(result, settings)
+    print_report(result, settings)
     if result.verdict == "not-run":
         raise BackendMissingError(
             where="parity",
@@ -137,6 +131,7 @@ def _compare(bound: BoundModel, request: _Request, settings: Settings) -> Parity
     from mtl_export.parity.run import run_parity, step_count
     from mtl_export.runtime.pytorch import use_threads
     from mtl_export_cli.artefacts import find_artefacts
+    from mtl_export_cli.parity_inputs import cases_of, oracle_of
 
     places = request.places
     artefacts, not_there = find_artefacts(bound, places, threads=request.threads)
@@ -149,7 +144,7 @@ def _compare(bound: BoundModel, request: _Request, settings: Settings) -> Parity
             fix="Run mtl-export merge --all-tasks or mtl-export onnx --all-tasks first",
         )
     use_threads(request.threads)
-    cases = _cases(bound, request.inputs)
+    cases = cases_of(bound, request.inputs)
     talk = render.Talk.from_settings(settings)
     with talk.steps(step_count(artefacts)) as steps:
         result = run_parity(
@@ -157,7 +152,7 @@ def _compare(bound: BoundModel, request: _Request, settings: Settings) -> Parity
             artefacts,
             cases,
             tolerance=request.tolerance,
-            oracle=_oracle(bound),
+            oracle=oracle_of(bound),
             not_there=not_there,
             threads=request.threads,
             progress=steps.begin,
@@ -168,126 +163,3 @@ def _compare(bound: BoundModel, request: _Request, settings: Settings) -> Parity
         for path in save_golden(bound, artefacts, cases, result, request.tolerance):
             talk.note(f"golden vectors: {path}")
     return reports.with_evidence(result, artefacts, cases, request.inputs)
-
-
-def _oracle(bound: BoundModel) -> Callable[[str], Runner]:
-    """Return what makes the oracle in a dtype."""
-    if is_causal_lm(bound.adapters.model_class):
-        from mtl_export.runtime.torch_language import OracleLanguageRunner
-
-        return lambda dtype: OracleLanguageRunner(bound, dtype)
-    if is_seq2seq(bound.adapters.model_class, bound.base.config):
-        from mtl_export.runtime.torch_seq2seq import OracleSeq2SeqRunner
-
-        return lambda dtype: OracleSeq2SeqRunner(bound, dtype)
-    from mtl_export.runtime.pytorch import OracleRunner
-
-    return lambda dtype: OracleRunner(bound, dtype)
-
-
-def _cases(bound: BoundModel, inputs: Path | None) -> list[Case]:
-    """Return the batches to compare on: the user's rows, or seeded ones."""
-    from mtl_export.checkpoint.model_inputs import PIXEL_VALUES, image_shape, longest_sequence
-    from mtl_export.parity.cases import LONG_SEQUENCE, build_cases, seeded_rows
-    from mtl_export.parity.generation import STEPS, step_cases
-    from mtl_export.parity.seq2seq import decoder_cases
-
-    config = bound.base.config
-    image = image_shape(config)
-    vocabulary = int(config.get("vocab_size") or 1)
-    longest = longest_sequence(config, unlimited=512)
-    token_types = int(config.get("type_vocab_size") or 1)
-    task_count = len(bound.adapters.tasks)
-    is_lm = is_causal_lm(bound.adapters.model_class)
-    if is_lm:
-        # A logit for each word of the vocabulary at each token, in float64, for every task.
-        room = LARGEST_LOGITS_BYTES // (8 * vocabulary * task_count)
-        longest = min(longest, max(room, LONG_SEQUENCE + STEPS))
-    if inputs is None:
-        names = [PIXEL_VALUES] if image else ["input_ids", "attention_mask"]
-        names += ["token_type_ids"] if config.get("type_vocab_size") else []
-        rows = seeded_rows(
-            task_count=task_count,
-            vocabulary=vocabulary,
-            names=names,
-            token_types=token_types,
-            image=image,
-        )
-    elif image:
-        raise UsageError(
-            where=f"--inputs {inputs}",
-            found=f"rows of text for a {bound.adapters.model_class}",
-            expected="no --inputs: this model takes images",
-            why="images are compared on seeded pixel values",
-            fix="Leave out --inputs",
-        )
-    else:
-        rows = _tokenised(bound, inputs, longest)
-    cases = build_cases(
-        rows,
-        task_count=task_count,
-        vocabulary=vocabulary,
-        longest=longest,
-        token_types=token_types,
-    )
-    if is_lm:
-        cases += step_cases(cases, vocabulary=vocabulary, longest=longest)
-    if is_seq2seq(bound.adapters.model_class, config):
-        cases = decoder_cases(cases, bound.adapters.model_class, config, vocabulary=vocabulary)
-    return cases
-
-
-def _tokenised(bound: BoundModel, inputs: Path, longest: int) -> dict[str, Array]:
-    from mtl_export_calibration.data import load_rows, tokenize
-
-    return tokenize(load_rows(inputs), bound.base.folder, bound.adapters.tasks, max_length=longest)
-
-
-def _print(result: ParityReport, settings: Settings) -> None:
-    if settings.json:
-        render.print_json({"ok": result.verdict == "passed", **result.as_dict()})
-        return
-    for cell in result.cells:
-        if cell.verdict == "failed":
-            render.print_line(
-                f"FAILED {cell.artefact}, task {cell.task}, {cell.case}: {cell.reason}"
-            )
-    not_run: dict[tuple[str, str], list[str]] = {}
-    for cell in result.cells:
-        if cell.verdict == "not-run":
-            not_run.setdefault((cell.artefact, cell.reason), []).append(cell.task)
-    for (artefact, reason), tasks in not_run.items():
-        of_tasks = "" if tasks == ["*"] else f" of {', '.join(tasks)}"
-        render.print_line(f"not run: {artefact}{of_tasks}: {reason}")
-    counts = ", ".join(f"{result.count(v)} {v}" for v in ("passed", "failed", "not-run"))
-    title = f"parity {result.verdict}: {counts}; rule: {result.tolerance}"
-    render.print_table(*_table(result), title=title)
-
-
-def _table(result: ParityReport) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows: task by artefact, the worst cell of each speaking for it."""
-    from mtl_export.parity.report import worst
-    from mtl_export_cli.artefacts import KINDS
-
-    found = {cell.artefact for cell in result.cells}
-    artefacts = [kind for kind in KINDS if kind in found]
-    rows = []
-    tasks = list(next(iter(result.noise_floors.values())))
-    for task in tasks:
-        floors = [f"{dtype} {by_task[task]:.1e}" for dtype, by_task in result.noise_floors.items()]
-        row = [task, ", ".join(floors)]
-        for artefact in artefacts:
-            # What holds for all tasks (bad ids, an engine that cannot run) counts for each.
-            own = [
-                cell
-                for cell in result.cells
-                if cell.artefact == artefact and cell.task in {task, "*"}
-            ]
-            row.append(_text(worst(own)) if own else "")
-        rows.append(row)
-    return ["task", "noise floor", *artefacts], rows
-
-
-def _text(cell: Cell) -> str:
-    error = "" if cell.max_abs_error is None else f"{cell.max_abs_error:.1e} "
-    return f"{error}{cell.verdict}"

@@ -1,0 +1,92 @@
+"""What ``parity`` compares on, and with: batches of the user's rows or seeded ones; the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
+from mtl_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from mtl_export.adapters.binding import BoundModel
+    from mtl_export.checkpoint.tensors import Array
+    from mtl_export.parity.cases import Case
+    from mtl_export.runtime.runner import Runner
+
+# The largest array of a language model's logits that is compared.
+LARGEST_LOGITS_BYTES = 1 << 28
+
+
+def oracle_of(bound: BoundModel) -> Callable[[str], Runner]:
+    """Return what makes the oracle in a dtype."""
+    if is_causal_lm(bound.adapters.model_class):
+        from mtl_export.runtime.torch_language import OracleLanguageRunner
+
+        return lambda dtype: OracleLanguageRunner(bound, dtype)
+    if is_seq2seq(bound.adapters.model_class, bound.base.config):
+        from mtl_export.runtime.torch_seq2seq import OracleSeq2SeqRunner
+
+        return lambda dtype: OracleSeq2SeqRunner(bound, dtype)
+    from mtl_export.runtime.pytorch import OracleRunner
+
+    return lambda dtype: OracleRunner(bound, dtype)
+
+
+def cases_of(bound: BoundModel, inputs: Path | None) -> list[Case]:
+    """Return the batches to compare on: the user's rows, or seeded ones."""
+    from mtl_export.checkpoint.model_inputs import PIXEL_VALUES, image_shape, longest_sequence
+    from mtl_export.parity.cases import LONG_SEQUENCE, build_cases, seeded_rows
+    from mtl_export.parity.generation import STEPS, step_cases
+    from mtl_export.parity.seq2seq import decoder_cases
+
+    config = bound.base.config
+    image = image_shape(config)
+    vocabulary = int(config.get("vocab_size") or 1)
+    longest = longest_sequence(config, unlimited=512)
+    token_types = int(config.get("type_vocab_size") or 1)
+    task_count = len(bound.adapters.tasks)
+    is_lm = is_causal_lm(bound.adapters.model_class)
+    if is_lm:
+        # A logit for each word of the vocabulary at each token, in float64, for every task.
+        room = LARGEST_LOGITS_BYTES // (8 * vocabulary * task_count)
+        longest = min(longest, max(room, LONG_SEQUENCE + STEPS))
+    if inputs is None:
+        names = [PIXEL_VALUES] if image else ["input_ids", "attention_mask"]
+        names += ["token_type_ids"] if config.get("type_vocab_size") else []
+        rows = seeded_rows(
+            task_count=task_count,
+            vocabulary=vocabulary,
+            names=names,
+            token_types=token_types,
+            image=image,
+        )
+    elif image:
+        raise UsageError(
+            where=f"--inputs {inputs}",
+            found=f"rows of text for a {bound.adapters.model_class}",
+            expected="no --inputs: this model takes images",
+            why="images are compared on seeded pixel values",
+            fix="Leave out --inputs",
+        )
+    else:
+        rows = _tokenised(bound, inputs, longest)
+    cases = build_cases(
+        rows,
+        task_count=task_count,
+        vocabulary=vocabulary,
+        longest=longest,
+        token_types=token_types,
+    )
+    if is_lm:
+        cases += step_cases(cases, vocabulary=vocabulary, longest=longest)
+    if is_seq2seq(bound.adapters.model_class, config):
+        cases = decoder_cases(cases, bound.adapters.model_class, config, vocabulary=vocabulary)
+    return cases
+
+
+def _tokenised(bound: BoundModel, inputs: Path, longest: int) -> dict[str, Array]:
+    from mtl_export_calibration.data import load_rows, tokenize
+
+    return tokenize(load_rows(inputs), bound.base.folder, bound.adapters.tasks, max_length=longest)

@@ -1,0 +1,62 @@
+"""What ``parity`` prints: the verdict, why, and a table of tasks by artefacts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mtl_export_cli import render
+from mtl_export_cli.options import Settings
+
+if TYPE_CHECKING:
+    from mtl_export.parity.report import Cell, ParityReport
+
+
+def print_report(result: ParityReport, settings: Settings) -> None:
+    """Print ``result`` as a table, or with ``--json`` as the whole record."""
+    if settings.json:
+        render.print_json({"ok": result.verdict == "passed", **result.as_dict()})
+        return
+    for cell in result.cells:
+        if cell.verdict == "failed":
+            render.print_line(
+                f"FAILED {cell.artefact}, task {cell.task}, {cell.case}: {cell.reason}"
+            )
+    not_run: dict[tuple[str, str], list[str]] = {}
+    for cell in result.cells:
+        if cell.verdict == "not-run":
+            not_run.setdefault((cell.artefact, cell.reason), []).append(cell.task)
+    for (artefact, reason), tasks in not_run.items():
+        of_tasks = "" if tasks == ["*"] else f" of {', '.join(tasks)}"
+        render.print_line(f"not run: {artefact}{of_tasks}: {reason}")
+    counts = ", ".join(f"{result.count(v)} {v}" for v in ("passed", "failed", "not-run"))
+    title = f"parity {result.verdict}: {counts}; rule: {result.tolerance}"
+    render.print_table(*_table(result), title=title)
+
+
+def _table(result: ParityReport) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows: task by artefact, the worst cell of each speaking for it."""
+    from mtl_export.parity.report import worst
+    from mtl_export_cli.artefacts import KINDS
+
+    found = {cell.artefact for cell in result.cells}
+    artefacts = [kind for kind in KINDS if kind in found]
+    rows = []
+    tasks = list(next(iter(result.noise_floors.values())))
+    for task in tasks:
+        floors = [f"{dtype} {by_task[task]:.1e}" for dtype, by_task in result.noise_floors.items()]
+        row = [task, ", ".join(floors)]
+        for artefact in artefacts:
+            # What holds for all tasks (bad ids, an engine that cannot run) counts for each.
+            own = [
+                cell
+                for cell in result.cells
+                if cell.artefact == artefact and cell.task in {task, "*"}
+            ]
+            row.append(_text(worst(own)) if own else "")
+        rows.append(row)
+    return ["task", "noise floor", *artefacts], rows
+
+
+def _text(cell: Cell) -> str:
+    error = "" if cell.max_abs_error is None else f"{cell.max_abs_error:.1e} "
+    return f"{error}{cell.verdict}"
