@@ -73,6 +73,11 @@ class OracleRunner:
         """Drop the model."""
         self._models = ()
 
+    @property
+    def models(self) -> tuple[MultiTaskModel, ...]:
+        """Return what was loaded: one model, or one per task; none outside the block."""
+        return self._models
+
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs for ``inputs``, which hold ``task_ids``.
 
@@ -183,6 +188,11 @@ class MergedRunner:
     def __exit__(self, *_: object) -> None:
         """Drop the model."""
         self._model = None
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """Return what was loaded; nothing outside the block."""
+        return () if self._model is None else (self._model,)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs for ``inputs``; a merged model takes no ``task_ids``."""
