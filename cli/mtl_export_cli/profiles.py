@@ -2,12 +2,14 @@
 
 What is given for one input holds for every input that shares the dimension's name, so
 ``--max-shapes input_ids:64x128`` is enough: ``batch`` is 64 and ``sequence`` 128 in the
-others too. What nothing was given for takes the model's default range.
+others too, and in the other graphs of a model that has several. A dimension that is one
+more than another (``past + 1``) follows it. What nothing was given for takes the model's
+default range.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,12 @@ SMALLEST, BEST, LARGEST = 0, 1, 2
 
 
 def profile_from_options(
-    onnx_path: Path, smallest: str | None, best: str | None, largest: str | None
+    onnx_path: Path,
+    smallest: str | None,
+    best: str | None,
+    largest: str | None,
+    *,
+    beside: Sequence[Path] = (),
 ) -> Profile:
     """Return the profile that the three options describe.
 
@@ -28,6 +35,7 @@ def profile_from_options(
         smallest: ``--min-shapes``.
         best: ``--opt-shapes``.
         largest: ``--max-shapes``.
+        beside: The other graphs of the same model; the shapes may name their inputs too.
 
     Raises:
         UsageError: A shape is malformed or does not fit the model.
@@ -46,11 +54,17 @@ def profile_from_options(
         return default
     source = read_source(onnx_path)
     inputs = {tensor.name: tensor for tensor in source.inputs}
-    sizes = [_sizes_by_dimension(inputs, shapes) for shapes in given]
+    others = [tensor for path in beside for tensor in read_source(path).inputs]
+    sizes = [_sizes_by_dimension([*inputs.values(), *others], shapes) for shapes in given]
+    # What belongs to another graph alone has given its sizes, and is no mistake here.
+    own = [
+        {name: shape for name, shape in shapes.items() if not _belongs(inputs, others, name, shape)}
+        for shapes in given
+    ]
     shapes: dict[str, tuple[Shape, Shape, Shape]] = {}
-    for name in [*default.shapes, *(n for part in given for n in part if n not in default.shapes)]:
+    for name in [*default.shapes, *(n for part in own for n in part if n not in default.shapes)]:
         tensor, limits = inputs.get(name), default.shapes.get(name)
-        rows: list[Shape | None] = [part.get(name) for part in given]
+        rows: list[Shape | None] = [part.get(name) for part in own]
         if tensor is not None and limits is not None:
             rows = [
                 row or _by_dimension(tensor, limits[index], sizes[index])
@@ -67,14 +81,45 @@ def profile_from_options(
     return profile
 
 
-def _sizes_by_dimension(inputs: dict[str, TensorInfo], shapes: dict[str, Shape]) -> dict[str, int]:
-    return {
+def _belongs(
+    inputs: dict[str, TensorInfo], others: Sequence[TensorInfo], name: str, shape: Shape
+) -> bool:
+    """Return whether the shape fits an input of another graph, and none of this one."""
+    if name in inputs and _fits(inputs[name], shape):
+        return False
+    return any(tensor.name == name and _fits(tensor, shape) for tensor in others)
+
+
+def _fits(tensor: TensorInfo, shape: Shape) -> bool:
+    return len(tensor.shape) == len(shape) and all(
+        isinstance(wanted, str) or wanted == size
+        for wanted, size in zip(tensor.shape, shape, strict=True)
+    )
+
+
+def _sizes_by_dimension(tensors: Sequence[TensorInfo], shapes: dict[str, Shape]) -> dict[str, int]:
+    """Return the sizes given, and those of the dimensions that follow from them."""
+    from mtl_export.runtime.tensorrt.shapes import base_and_offset
+
+    named = {
         dimension: size
-        for name, shape in shapes.items()
-        if name in inputs
-        for dimension, size in zip(inputs[name].shape, shape, strict=False)
+        for tensor in tensors
+        if tensor.name in shapes
+        for dimension, size in zip(tensor.shape, shapes[tensor.name], strict=False)
         if isinstance(dimension, str)
     }
+    bases: dict[str, int] = {}
+    for dimension, size in named.items():
+        base, offset = base_and_offset(dimension)
+        bases.setdefault(base, size - offset)
+    dimensions = {one for tensor in tensors for one in tensor.shape if isinstance(one, str)}
+    follow = {
+        dimension: bases[base] + offset
+        for dimension in dimensions - named.keys()
+        for base, offset in [base_and_offset(dimension)]
+        if base in bases
+    }
+    return named | follow
 
 
 def _by_dimension(tensor: TensorInfo, default: Shape, sizes: dict[str, int]) -> Shape:

@@ -76,8 +76,6 @@ def build_engine(
         EngineBuildError: The graph or the build was refused; every reason is named.
         OutputError: The engine cannot be written.
     """
-    info = available_builder(library_name)
-    source = read_source(onnx_path)
     options = BuildOptions(
         profiles=tuple(profiles),
         workspace_bytes=workspace_bytes,
@@ -85,8 +83,23 @@ def build_engine(
         tf32=tf32,
         compute_capabilities=tuple(compute_capabilities),
     )
+    return build_with_options(
+        onnx_path, engine_path, options=options, progress=progress, library_name=library_name
+    )
+
+
+def build_with_options(
+    onnx_path: Path,
+    engine_path: Path,
+    *,
+    options: BuildOptions,
+    progress: Progress | None = None,
+    library_name: str | None = None,
+) -> EngineManifest:
+    """Return what ``build_engine`` does, of choices that are a record already."""
+    info = available_builder(library_name)
     return build_from(
-        source,
+        read_source(onnx_path),
         engine_path,
         info=info,
         options=options,
@@ -234,15 +247,8 @@ class _Steps:
         else:
             config.clear_flag(trt.BuilderFlag.TF32)
         self._check("setting TF32", config.get_flag(trt.BuilderFlag.TF32) == options.tf32)
-        if options.workspace_bytes is not None:
-            pool = trt.MemoryPoolType.WORKSPACE
-            config.set_memory_pool_limit(pool, options.workspace_bytes)
-            taken = config.get_memory_pool_limit(pool) == options.workspace_bytes
-            self._check(f"limiting the workspace to {options.workspace_bytes} bytes", taken)
-        if options.optimization_level is not None:
-            config.builder_optimization_level = options.optimization_level
-            taken = config.builder_optimization_level == options.optimization_level
-            self._check(f"setting optimization level {options.optimization_level}", taken)
+        self._limit(config, options)
+        self._make_portable(config, options)
         for number, profile in enumerate(options.profiles, start=1):
             optimization_profile = builder.create_optimization_profile()
             for name, (low, middle, high) in profile.shapes.items():
@@ -257,6 +263,33 @@ class _Steps:
                 self._check(f"targeting compute capability {name}", taken)
         self._check("configuring the build")
         return config
+
+    def _limit(self, config: TrtObject, options: BuildOptions) -> None:
+        trt = self._library.trt
+        if options.workspace_bytes is not None:
+            pool = trt.MemoryPoolType.WORKSPACE
+            config.set_memory_pool_limit(pool, options.workspace_bytes)
+            taken = config.get_memory_pool_limit(pool) == options.workspace_bytes
+            self._check(f"limiting the workspace to {options.workspace_bytes} bytes", taken)
+        if options.optimization_level is not None:
+            config.builder_optimization_level = options.optimization_level
+            taken = config.builder_optimization_level == options.optimization_level
+            self._check(f"setting optimization level {options.optimization_level}", taken)
+
+    def _make_portable(self, config: TrtObject, options: BuildOptions) -> None:
+        trt = self._library.trt
+        if options.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+            taken = config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+            self._check("asking for version compatibility", taken)
+        if options.hardware_compatibility is not None:
+            level = {
+                "ampere-plus": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
+                "same-compute-capability": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
+            }[options.hardware_compatibility]
+            config.hardware_compatibility_level = level
+            taken = config.hardware_compatibility_level == level
+            self._check(f"asking for {options.hardware_compatibility} engines", taken)
 
     def _check(self, doing: str, succeeded: bool = True) -> None:
         if self._errors or not succeeded:

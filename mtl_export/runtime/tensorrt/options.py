@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mtl_export.errors import UsageError
 from mtl_export.runtime.tensorrt.api import Library
@@ -11,6 +12,31 @@ from mtl_export.runtime.tensorrt.available import rtx_capabilities
 from mtl_export.runtime.tensorrt.shapes import Profile
 
 MAX_OPTIMIZATION_LEVEL = 5
+# TensorRT's HardwareCompatibilityLevel, as users write it.
+HARDWARE_LEVELS = ("ampere-plus", "same-compute-capability")
+# What TensorRT-RTX has no part of -> why, and what to do instead.
+RTX_REFUSALS = {
+    "version compatibility": (
+        "its engines belong to the exact release that wrote them",
+        "Leave --version-compatible out, and build again for each release",
+    ),
+    "hardware compatibility": (
+        "it ignores the level with a warning; its engines are made for named GPUs",
+        "Name the GPUs with --compute-capability instead",
+    ),
+    "timing cache": (
+        "it times no kernels when it builds, and its timing cache does nothing",
+        "Leave --timing-cache out",
+    ),
+    "stripped weights": (
+        "it cannot build engines without their weights unless the GPU is there",
+        "Leave --strip-weights out; engines of one model share their graph part anyway",
+    ),
+    "refit": (
+        "it refits only on a GPU, and building again takes it no longer",
+        "Leave --refit out; --layout per-task reads the structure once anyway",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +49,12 @@ class BuildOptions:
         optimization_level: 0 to 5; None for the default.
         tf32: Whether float32 products may be rounded to TF32.
         compute_capabilities: GPUs to build for, such as ``8.6`` (TensorRT-RTX only).
+        version_compatible: Whether later releases must run the engine (TensorRT only).
+        hardware_compatibility: One of ``HARDWARE_LEVELS``, or None (TensorRT only).
+        timing_cache: File that keeps kernel timings from build to build (TensorRT only).
+        strip_weights: Whether weights stay out of the engine (TensorRT only).
+        refittable: Names of the initializers whose values may change afterwards, and no
+            others (TensorRT only).
     """
 
     profiles: Sequence[Profile]
@@ -30,6 +62,11 @@ class BuildOptions:
     optimization_level: int | None = None
     tf32: bool = False
     compute_capabilities: Sequence[str] = ()
+    version_compatible: bool = False
+    hardware_compatibility: str | None = None
+    timing_cache: Path | None = None
+    strip_weights: bool = False
+    refittable: Sequence[str] = ()
 
     def given(self) -> dict[str, object]:
         """Return the options that differ from the default, for the manifest."""
@@ -37,6 +74,11 @@ class BuildOptions:
             "workspace_bytes": self.workspace_bytes,
             "optimization_level": self.optimization_level,
             "compute_capabilities": list(self.compute_capabilities) or None,
+            "version_compatible": self.version_compatible or None,
+            "hardware_compatibility": self.hardware_compatibility,
+            "timing_cache": self.timing_cache.name if self.timing_cache else None,
+            "strip_weights": self.strip_weights or None,
+            "refittable": list(self.refittable) or None,
         }
         return {name: value for name, value in values.items() if value is not None}
 
@@ -68,8 +110,41 @@ def check_options(library: Library, options: BuildOptions) -> None:
             expected="at least 1 byte",
             fix="Give more, or leave it out",
         )
-    if not options.compute_capabilities:
-        return
+    _check_portability(library, options)
+    if options.compute_capabilities:
+        _check_targets(library, options.compute_capabilities)
+
+
+def _check_portability(library: Library, options: BuildOptions) -> None:
+    """Refuse what TensorRT-RTX ignores, warns of, or fails at long after it was asked."""
+    level = options.hardware_compatibility
+    if level is not None and level not in HARDWARE_LEVELS:
+        raise UsageError(
+            where="hardware compatibility",
+            found=f"it is {level!r}",
+            expected=f"one of {', '.join(HARDWARE_LEVELS)}",
+            fix="Give one of these",
+        )
+    asked = {
+        "version compatibility": options.version_compatible,
+        "hardware compatibility": level is not None,
+        "timing cache": options.timing_cache is not None,
+        "stripped weights": options.strip_weights,
+        "refit": bool(options.refittable),
+    }
+    refused = [name for name, wanted in asked.items() if wanted] if library.is_rtx else []
+    if refused:
+        why, fix = RTX_REFUSALS[refused[0]]
+        raise UsageError(
+            where=refused[0],
+            found=f"{library.name} {library.version} builds here, and it has none",
+            expected="tensorrt, and the GPU it builds for",
+            why=why,
+            fix=fix,
+        )
+
+
+def _check_targets(library: Library, capabilities: Sequence[str]) -> None:
     known = rtx_capabilities(library.trt)
     if not known:
         raise UsageError(
@@ -79,9 +154,8 @@ def check_options(library: Library, options: BuildOptions) -> None:
             why="tensorrt builds for the GPU it finds",
             fix="Leave the targets out, or build with tensorrt_rtx",
         )
-    unknown = [name for name in options.compute_capabilities if name not in known]
-    repeated = len(set(options.compute_capabilities)) < len(options.compute_capabilities)
-    if unknown or repeated:
+    unknown = [name for name in capabilities if name not in known]
+    if unknown or len(set(capabilities)) < len(capabilities):
         raise UsageError(
             where="compute capabilities",
             found=f"{', '.join(unknown)} is unknown" if unknown else "one is given twice",

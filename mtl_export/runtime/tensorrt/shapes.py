@@ -1,14 +1,16 @@
 """Shapes on the command line or in a model -> optimization profiles.
 
 A profile gives, for each input, the smallest shape, the one to be fast at, and the
-largest. Builders miss two mistakes, so they are looked for here: a name that is no
-input, and two inputs whose dimensions share a name but not a maximum (a request that
-fits one and not the other would fail only when served).
+largest. Builders miss three mistakes, so they are looked for here: a name that is no
+input, two inputs whose dimensions share a name but not a maximum (a request that fits
+one and not the other would fail only when served), and a dimension such as ``past + 1``
+whose sizes are not one more than those of ``past``.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +24,15 @@ Shape: TypeAlias = tuple[int, ...]
 OPTIONS = "--min-shapes, --opt-shapes and --max-shapes"
 LIMITS = ("min", "opt", "max")
 BATCH_NAMES = ("batch", "batch_size")
-SEQUENCE_NAMES = ("sequence", "sequence_length")
+SEQUENCE_NAMES = ("sequence", "sequence_length", "decoder_sequence")
+# Tokens whose keys and values are kept. Exported graphs read at least one.
+PAST_NAMES = ("past", "past_sequence_length")
 OPT_BATCH = 8
 OPT_SEQUENCE = 64
+OPT_PAST = 128
 MAX_SEQUENCE = 512
+MAX_PAST = 2048
+_SUM = re.compile(r"(\w+)\s*\+\s*(\d+)|(\d+)\s*\+\s*(\w+)")
 # tokenizers without a limit store 1e30 here
 _NO_LIMIT = 1_000_000
 
@@ -88,44 +95,66 @@ def parse_shapes(text: str) -> dict[str, Shape]:
     return shapes
 
 
+def base_and_offset(dimension: str) -> tuple[str, int]:
+    """Return the dimension that this one is counted from, and how much it adds.
+
+    >>> base_and_offset("past + 1"), base_and_offset("batch")
+    (('past', 1), ('batch', 0))
+    """
+    match = _SUM.fullmatch(dimension)
+    if match is None:
+        return dimension, 0
+    return match[1] or match[4], int(match[2] or match[3])
+
+
 def default_profile(
-    onnx_path: Path, *, max_batch: int = 32, max_sequence: int | None = None
+    onnx_path: Path,
+    *,
+    max_batch: int = 32,
+    max_sequence: int | None = None,
+    max_past: int | None = None,
 ) -> Profile:
     """Return a profile for the model's named dimensions.
 
     Every dimension called ``batch`` goes from 1 over 8 to ``max_batch``, every one
-    called ``sequence`` from 1 over 64 to ``max_sequence``, ``task_ids`` included.
+    called ``sequence`` or ``decoder_sequence`` from 1 over 64 to ``max_sequence``,
+    ``past`` from 1 over 128 to ``max_past``, and ``past + 1`` is one more than that.
 
     Args:
         onnx_path: The model.
         max_batch: Largest number of rows.
         max_sequence: Largest number of tokens; by default what ``config.json`` and
             ``tokenizer_config.json`` beside the model allow, at most 512.
+        max_past: Largest number of tokens in the cache; by default one less than
+            ``config.json`` allows, at most 2047.
 
     Raises:
         UsageError: A dynamic dimension has another name, or a maximum is below 1.
         EngineBuildError: The model cannot be read.
     """
     source = read_source(onnx_path)
-    sequence = _sequence_limit(onnx_path.parent) if max_sequence is None else max_sequence
-    for name, value in (("max_batch", max_batch), ("max_sequence", sequence)):
+    folder = onnx_path.parent
+    sequence = _token_limit(folder, MAX_SEQUENCE) if max_sequence is None else max_sequence
+    past = max(_token_limit(folder, MAX_PAST) - 1, 1) if max_past is None else max_past
+    for name, value in (("max_batch", max_batch), ("max_sequence", sequence), ("max_past", past)):
         if value < 1:
             raise UsageError(
                 where=name, found=f"it is {value}", expected="at least 1", fix="Give more"
             )
     ranges = dict.fromkeys(BATCH_NAMES, (1, min(OPT_BATCH, max_batch), max_batch))
     ranges |= dict.fromkeys(SEQUENCE_NAMES, (1, min(OPT_SEQUENCE, sequence), sequence))
+    ranges |= dict.fromkeys(PAST_NAMES, (1, min(OPT_PAST, past), past))
     unknown = [
         f"{size or 'without a name'} in {tensor}"
         for tensor in source.inputs
         for size in tensor.shape
-        if isinstance(size, str) and size not in ranges
+        if isinstance(size, str) and base_and_offset(size)[0] not in ranges
     ]
     if unknown:
         raise UsageError(
             where=str(onnx_path),
             found=f"dynamic dimensions with no default: {shortened(unknown)}",
-            expected="only batch and sequence",
+            expected="only batch, sequence, decoder_sequence and past",
             fix=f"Give {OPTIONS}",
         )
     return Profile(
@@ -215,15 +244,29 @@ def _unequal(named: Mapping[str, list[tuple[str, Shape]]]) -> list[str]:
             if len({limits[position] for _, limits in uses}) > 1:
                 listed = ", ".join(f"{limits[position]} in {name}" for name, limits in uses)
                 problems.append(f"{limit} of dimension {dimension} differs: {listed}")
+        base, offset = base_and_offset(dimension)
+        if offset and base in named:
+            counted = zip(LIMITS, uses[0][1], named[base][0][1], strict=True)
+            problems.extend(
+                f"{limit} of dimension {dimension} is {size}, of {base} {base_size}"
+                for limit, size, base_size in counted
+                if size != base_size + offset
+            )
     return problems
 
 
 def _sizes(tensor: TensorInfo, ranges: Mapping[str, tuple[int, int, int]], position: int) -> Shape:
-    return tuple(ranges[size][position] if isinstance(size, str) else size for size in tensor.shape)
+    sizes = []
+    for size in tensor.shape:
+        if isinstance(size, str):
+            base, offset = base_and_offset(size)
+            size = ranges[base][position] + offset
+        sizes.append(size)
+    return tuple(sizes)
 
 
-def _sequence_limit(folder: Path) -> int:
-    limit = MAX_SEQUENCE
+def _token_limit(folder: Path, limit: int) -> int:
+    """Return how many tokens the model beside takes, at most ``limit``."""
     for name, keys in (
         ("config.json", ("max_position_embeddings", "n_positions")),
         ("tokenizer_config.json", ("model_max_length",)),

@@ -1,0 +1,179 @@
+"""Options of a build: flags, environment and settings file -> record -> ``BuildOptions``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from onnx import TensorProto, helper
+
+from mtl_export.errors import UsageError
+from mtl_export_cli.engine_options import ENGINE, EngineChoices, size_in_bytes, with_engine_choices
+from tests.runtime.tensorrt_models import write_graph, write_routed
+
+
+def choices_of(
+    *words: str, env: dict[str, str] | None = None, settings: dict[str, object] | None = None
+) -> EngineChoices:
+    """Return the record for ``words``, beside one option that is none of the builder's."""
+    received: list[EngineChoices] = []
+
+    @with_engine_choices
+    def callback(*, choices: EngineChoices, other: str | None, **rest: Any) -> None:
+        assert (other, rest) == ("mine", {})
+        received.append(choices)
+
+    command: Any = click.command(click.option("--other")(callback))
+    for decorator in ENGINE:
+        command = decorator(command)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (env or {}).items():
+            patch.setenv(name, value)
+        command.main(
+            ["--other", "mine", *words], "trt", standalone_mode=False, default_map=settings
+        )
+    return received[0]
+
+
+def test_nothing_given_is_the_default_record() -> None:
+    """No option means no choice, and nothing in the recipe."""
+    assert choices_of() == EngineChoices()
+    assert EngineChoices().recipe() == {}
+
+
+def test_every_flag_arrives_in_the_record() -> None:
+    """Each option has its field, and the recipe all but shapes and timing cache."""
+    choices = choices_of(
+        *("--workspace", "2G", "--optimization-level", "4", "--tf32", "--version-compatible"),
+        *("--compute-capability", "8.6", "--compute-capability", "12.0", "--strip-weights"),
+        *("--hardware-compatible", "ampere-plus", "--timing-cache", "kernels.bin", "--refit"),
+        *("--max-shapes", "input_ids:8x16"),
+    )
+    assert choices == EngineChoices(
+        workspace_bytes=1 << 31,
+        optimization_level=4,
+        tf32=True,
+        compute_capabilities=("8.6", "12.0"),
+        version_compatible=True,
+        hardware_compatibility="ampere-plus",
+        timing_cache=Path("kernels.bin"),
+        strip_weights=True,
+        refit=True,
+        shapes=((None, None, "input_ids:8x16"),),
+    )
+    assert choices.recipe() == {
+        "workspace_bytes": 1 << 31,
+        "optimization_level": 4,
+        "tf32": True,
+        "compute_capabilities": ["8.6", "12.0"],
+        "version_compatible": True,
+        "hardware_compatibility": "ampere-plus",
+        "strip_weights": True,
+        "refit": True,
+    }
+
+
+def test_repeated_shapes_are_several_profiles() -> None:
+    """The first of each belong together, then the second of each."""
+    choices = choices_of(
+        *("--min-shapes", "x:1", "--max-shapes", "x:2", "--min-shapes", "x:3"),
+        *("--max-shapes", "x:4"),
+    )
+    assert choices.shapes == (("x:1", None, "x:2"), ("x:3", None, "x:4"))
+
+
+def test_unequal_repetition_is_refused() -> None:
+    """Which minimum belongs to the second maximum would be a guess."""
+    with pytest.raises(UsageError, match="--min-shapes 1 times, --opt-shapes 0 times, --max-shap"):
+        choices_of("--min-shapes", "x:1", "--max-shapes", "x:2", "--max-shapes", "x:4")
+
+
+@pytest.mark.parametrize("value", ["x:2,y:3", ["x:2,y:3"]])
+def test_settings_file_gives_one_text_or_a_list(value: object) -> None:
+    """A text is one profile and not one per character."""
+    choices = choices_of(settings={"max_shapes": value, "compute_capability": "8.6"})
+    assert choices.shapes == ((None, None, "x:2,y:3"),)
+    assert choices.compute_capabilities == ("8.6",)
+
+
+def test_environment_gives_several_separated_by_spaces() -> None:
+    """As click reads every option that may be repeated."""
+    choices = choices_of(env={"MTL_EXPORT_MAX_SHAPES": "x:1 x:2", "MTL_EXPORT_WORKSPACE": "1M"})
+    assert choices.shapes == ((None, None, "x:1"), (None, None, "x:2"))
+    assert choices.workspace_bytes == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4096", 4096), ("64KiB", 1 << 16), ("512M", 1 << 29), ("2 g", 1 << 31)]
+)
+def test_sizes_count_in_powers_of_1024(text: str, size: int) -> None:
+    """As trtexec's memory pools do."""
+    assert size_in_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "2.5G", "2GB", "much"])
+def test_other_sizes_are_refused(text: str) -> None:
+    """A decimal unit or a fraction is asked back, not rounded."""
+    with pytest.raises(UsageError, match="512M or 2G"):
+        size_in_bytes(text)
+
+
+def test_choices_become_build_options(tmp_path: Path) -> None:
+    """Every profile is resolved against the graph; options are handed on."""
+    path = write_routed(tmp_path)
+    shapes = ((None, None, "input_ids:2x4"), (None, None, "input_ids:16x8"))
+    options = EngineChoices(shapes=shapes, tf32=True, workspace_bytes=7).build_options(path)
+    assert [profile.shapes["input_ids"][2] for profile in options.profiles] == [(2, 4), (16, 8)]
+    assert [profile.shapes["task_ids"][2] for profile in options.profiles] == [(2,), (16,)]
+    assert (options.tf32, options.workspace_bytes) == (True, 7)
+
+
+def test_fixed_graph_has_no_profile(tmp_path: Path) -> None:
+    """Where nothing is dynamic there is nothing to profile."""
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
+    path = write_graph(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], value[:1], value[1:])
+    assert EngineChoices().build_options(path).profiles == ()
+
+
+def decode_like(folder: Path) -> Path:
+    """Write a graph with the inputs of ``decode`` and return its path."""
+    shapes: dict[str, list[int | str]] = {
+        "input_ids": ["batch", 1],
+        "attention_mask": ["batch", "past + 1"],
+        "past_key_values.0.key": ["batch", 2, "past", 4],
+    }
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in shapes.items()
+    ]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "past + 1"])
+    return write_graph(
+        folder, [helper.make_node("Relu", ["attention_mask"], ["y"])], inputs, [output]
+    )
+
+
+def test_shapes_of_another_part_give_their_sizes(tmp_path: Path) -> None:
+    """``prefill``'s input_ids bounds the batch of ``decode``, whose own has one token."""
+    prefill, decode = write_routed(tmp_path / "a"), decode_like(tmp_path / "b")
+    choices = EngineChoices(shapes=((None, None, "input_ids:2x9,task_ids:2"),))
+    (profile,) = choices.build_options(decode, beside=[prefill]).profiles
+    assert profile.shapes["input_ids"][2] == (2, 1)
+    assert profile.shapes["past_key_values.0.key"] == (
+        (1, 2, 1, 4),
+        (2, 2, 128, 4),
+        (2, 2, 2047, 4),
+    )
+    with pytest.raises(UsageError, match="task_ids is not an input"):
+        choices.build_options(decode)
+
+
+@pytest.mark.parametrize("given", ["past_key_values.0.key:2x2x9x4", "attention_mask:2x10"])
+def test_dimension_one_more_follows(tmp_path: Path, given: str) -> None:
+    """``past + 1`` follows ``past``, and the other way round."""
+    (profile,) = (
+        EngineChoices(shapes=((None, None, given),)).build_options(decode_like(tmp_path)).profiles
+    )
+    assert profile.shapes["attention_mask"] == ((1, 2), (2, 10), (2, 10))
+    assert profile.shapes["past_key_values.0.key"] == ((1, 2, 1, 4), (2, 2, 9, 4), (2, 2, 9, 4))
