@@ -37,6 +37,9 @@ def image_shape(config: Mapping[str, Any]) -> tuple[int, int, int] | None:
 def longest_sequence(config: Mapping[str, Any], unlimited: int = NO_LIMIT) -> int:
     """Return how many tokens a model takes; ``unlimited`` if its config does not say."""
     positions = int(config.get("max_position_embeddings") or 0)
+    if not positions and "relative_attention_num_buckets" not in config:
+        # GPT-2's word for it; a T5 may say it too, and has no table of positions.
+        positions = int(config.get("n_positions") or 0)
     if not positions:
         return unlimited
     if config.get("model_type") in OFFSET_POSITIONS:

@@ -27,7 +27,9 @@ def test_images_have_one_size(config: dict[str, Any], shape: tuple[int, int, int
         ({"model_type": "bert", "max_position_embeddings": 512}, 512),
         ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
         ({"model_type": "mpnet", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ({"model_type": "gpt2", "n_positions": 1024}, 1024),
         ({"model_type": "t5"}, NO_LIMIT),
+        ({"n_positions": 512, "relative_attention_num_buckets": 32}, NO_LIMIT),
     ],
 )
 def test_positions_may_begin_behind_the_padding(config: dict[str, Any], longest: int) -> None:
