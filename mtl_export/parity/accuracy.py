@@ -8,59 +8,22 @@ same ones for both) says how far the rows at hand leave it open:
     failed    even the lower end is above it
     not-run   neither: these rows cannot tell, so noise neither fails nor passes a build
 
-The worst task decides. Only ``passed`` opens the gate.
+The worst task decides (``ParityReport.accuracy_verdict``). Only ``passed`` opens the gate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CalibrationError
-from mtl_export.parity.report import Verdict
+from mtl_export.parity.report import AccuracyCell, Verdict
 from mtl_export.parity.scores import SCORES, Answers, Score
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True, slots=True)
-class AccuracyCell:
-    """One artefact's score on one task's rows.
-
-    Attributes:
-        artefact: Its name.
-        task: The task's name.
-        score: Which score, a key of ``SCORES``.
-        rows: How many rows.
-        reference: Score of the model it came from.
-        candidate: Its own.
-        low: Lower end of the interval of the drop.
-        high: Upper end.
-        allowed: Largest drop allowed.
-        verdict: See the module's docstring.
-        reason: Why it did not pass; empty when it did.
-    """
-
-    artefact: str
-    task: str
-    score: str
-    rows: int
-    reference: float
-    candidate: float
-    low: float
-    high: float
-    allowed: float
-    verdict: Verdict
-    reason: str = ""
-
-    @property
-    def drop(self) -> float:
-        """Return how much lower the candidate scores; negative where it scores higher."""
-        return self.reference - self.candidate
 
 
 def judge_accuracy(
@@ -98,11 +61,11 @@ def judge_accuracy(
             fix="Give more rows of this task, or another --score",
         )
     if not np.isfinite(candidate).all() or np.isnan(after):
-        return AccuracyCell(artefact, task, score, len(candidate), before, float("nan"),
-                            float("nan"), float("nan"), max_drop, "failed",
+        return AccuracyCell(artefact, task, score, len(candidate), before, None, None, None,
+                            max_drop, "failed",
                             "answers that are NaN or Inf, or all the same")  # fmt: skip
     low, high = paired_bootstrap(SCORES[score], reference, own, seed=seed)
-    verdict, reason = _verdict(before - after, low, high, max_drop)
+    verdict, reason = _verdict(before - after, low, high, max_drop, len(candidate))
     return AccuracyCell(artefact, task, score, len(candidate), before, after, low, high,
                         max_drop, verdict, reason)  # fmt: skip
 
@@ -136,36 +99,20 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
-def gate(cells: Sequence[AccuracyCell]) -> Verdict:
-    """Return ``failed`` if any failed, ``passed`` if all passed, else ``not-run``."""
-    verdicts = {cell.verdict for cell in cells}
-    if "failed" in verdicts:
-        return "failed"
-    return "passed" if verdicts == {"passed"} else "not-run"
-
-
-def worst_by_artefact(cells: Sequence[AccuracyCell]) -> Mapping[str, AccuracyCell]:
-    """Return each artefact's cell with the largest drop; NaN is larger than any."""
-    found: dict[str, AccuracyCell] = {}
-    for cell in cells:
-        known = found.get(cell.artefact)
-        if known is None or _size(cell) > _size(known):
-            found[cell.artefact] = cell
-    return found
-
-
-def _size(cell: AccuracyCell) -> float:
-    return float("inf") if np.isnan(cell.drop) else cell.drop
-
-
-def _verdict(drop: float, low: float, high: float, allowed: float) -> tuple[Verdict, str]:
+def _verdict(
+    drop: float, low: float, high: float, allowed: float, rows: int
+) -> tuple[Verdict, str]:
     if high <= allowed:
         return "passed", ""
     if low > allowed:
         return "failed", f"drops by {drop:.4f}, at least {low:.4f}; allowed is {allowed:g}"
+    # The interval's width shrinks with the square root of the rows.
+    apart = abs(allowed - drop)
+    needed = rows * ((high - low) / 2 / apart) ** 2 if apart and np.isfinite(high - low) else None
+    more = "more rows" if needed is None else f"about {float(f'{needed:.1g}'):g} rows"
     return "not-run", (
-        f"these rows cannot tell: the drop is {drop:.4f}, but {low:.4f} to {high:.4f} with"
-        f" {CONFIDENCE:.0%} confidence, allowed is {allowed:g}; give more rows"
+        f"these {rows} rows cannot tell: the drop is {drop:.4f}, but {low:.4f} to {high:.4f} with"
+        f" {CONFIDENCE:.0%} confidence, allowed is {allowed:g}; give {more}"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +25,9 @@ class Cell:
         noise_floor: The task's; None likewise.
         limit: Largest error allowed where the worst one was; None likewise.
         decisions: Compared, equal and tied decisions; None likewise.
+        output: Which output of the model was compared; empty likewise.
+        least_atol: The least absolute tolerance that the errors would pass under, beside the
+            relative one in force; None likewise. It mends no changed decision.
     """
 
     artefact: str
@@ -37,6 +40,51 @@ class Cell:
     noise_floor: float | None = None
     limit: float | None = None
     decisions: tuple[int, int, int] | None = None
+    output: str = ""
+    least_atol: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AccuracyCell:
+    """One artefact's score on one task's rows.
+
+    Attributes:
+        artefact: Its name.
+        task: The task's name.
+        score: Which score, a key of ``scores.SCORES``.
+        rows: How many rows.
+        reference: Score of the model it came from; None where the artefact was not asked.
+        candidate: Its own; None where it has none.
+        low: Lower end of the interval of the drop; None likewise.
+        high: Upper end; None likewise.
+        allowed: Largest drop allowed.
+        verdict: See ``parity.accuracy``.
+        reason: Why it did not pass; empty when it did.
+    """
+
+    artefact: str
+    task: str
+    score: str
+    rows: int
+    reference: float | None
+    candidate: float | None
+    low: float | None
+    high: float | None
+    allowed: float
+    verdict: Verdict
+    reason: str = ""
+
+    @property
+    def drop(self) -> float | None:
+        """Return how much lower the candidate scores; negative where it scores higher."""
+        if self.reference is None or self.candidate is None:
+            return None
+        return self.reference - self.candidate
+
+    @property
+    def is_undecided(self) -> bool:
+        """Return whether it was scored, and the rows cannot tell."""
+        return self.verdict == "not-run" and self.candidate is not None
 
 
 @dataclass(frozen=True)
@@ -69,6 +117,7 @@ class ParityReport:
         artefacts: The files that were judged.
         error: What kept the comparison from being made, as ``MtlExportError.as_dict``;
             empty when it was made.
+        accuracy: Of labelled rows, by artefact and task; empty where none were given.
     """
 
     cells: tuple[Cell, ...]
@@ -78,14 +127,32 @@ class ParityReport:
     versions: Mapping[str, str]
     artefacts: tuple[ArtefactFiles, ...] = ()
     error: Mapping[str, str] = field(default_factory=dict)
+    accuracy: tuple[AccuracyCell, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
+        """Return the verdict on all: numbers, contract, and accuracy where it was asked for."""
+        both = {self.parity_verdict}
+        if self.accuracy:
+            both.add(self.accuracy_verdict)
+        return "failed" if "failed" in both else "not-run" if "not-run" in both else "passed"
+
+    @property
+    def parity_verdict(self) -> Verdict:
         """Return ``failed`` if any cell failed, ``passed`` if any passed, else ``not-run``."""
         verdicts = {cell.verdict for cell in self.cells}
         if "failed" in verdicts:
             return "failed"
         return "passed" if "passed" in verdicts else "not-run"
+
+    @property
+    def accuracy_verdict(self) -> Verdict:
+        """Return ``failed`` if a task failed, ``not-run`` if rows cannot tell or none passed."""
+        verdicts = {cell.verdict for cell in self.accuracy}
+        if "failed" in verdicts:
+            return "failed"
+        undecided = any(cell.is_undecided for cell in self.accuracy)
+        return "passed" if "passed" in verdicts and not undecided else "not-run"
 
     def count(self, verdict: Verdict) -> int:
         """Return how many cells have ``verdict``."""
@@ -106,7 +173,27 @@ class ParityReport:
                 {**asdict(files), "sha256": dict(files.sha256)} for files in self.artefacts
             ],
             "cells": [asdict(cell) for cell in self.cells],
+            "accuracy": {
+                "verdict": self.accuracy_verdict,
+                "cells": [{**asdict(cell), "drop": cell.drop} for cell in self.accuracy],
+            },
         }
+
+
+def worst_by_artefact(cells: Sequence[AccuracyCell]) -> dict[str, AccuracyCell]:
+    """Return each artefact's cell with the largest drop; an unscored failure is larger than any."""
+    found: dict[str, AccuracyCell] = {}
+    for cell in cells:
+        known = found.get(cell.artefact)
+        if known is None or _size(cell) > _size(known):
+            found[cell.artefact] = cell
+    return found
+
+
+def _size(cell: AccuracyCell) -> float:
+    if cell.drop is None:
+        return float("inf") if cell.verdict == "failed" else float("-inf")
+    return cell.drop
 
 
 def worst(cells: list[Cell]) -> Cell:

@@ -148,7 +148,7 @@ def _judge(
         name = artefact.task.name if artefact.task else "*"
         return [Cell(artefact.name, artefact.runner.name, name, "*", verdict, reason)]
 
-    if wrong := artefact.defect or _stale(bound, artefact):
+    if wrong := wrong_files(bound, artefact):
         return whole("failed", wrong)
     cells: list[Cell] = []
     try:
@@ -199,7 +199,10 @@ def _contract(
     return cells + row_cells(cell, runner, case, output, shape, artefact.task, limit)
 
 
-def _stale(bound: BoundModel, artefact: Artefact) -> str:
+def wrong_files(bound: BoundModel, artefact: Artefact) -> str:
+    """Return why an artefact's files need not be run to fail; empty if nothing is known."""
+    if artefact.defect:
+        return artefact.defect
     expected = {
         "checkpoint": (artefact.checkpoint_sha256, bound.adapters.checkpoint_sha256),
         "base": (artefact.base_sha256, bound.base.sha256),

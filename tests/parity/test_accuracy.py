@@ -1,17 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CalibrationError
-from mtl_export.parity.accuracy import (
-    AccuracyCell,
-    gate,
-    judge_accuracy,
-    paired_bootstrap,
-    worst_by_artefact,
-)
+from mtl_export.parity.accuracy import judge_accuracy, paired_bootstrap
+from mtl_export.parity.report import AccuracyCell, Cell, ParityReport, Verdict, worst_by_artefact
 from mtl_export.parity.scores import Answers, accuracy, ndcg
 
 
@@ -47,6 +44,8 @@ def test_a_drop_beyond_doubt_fails() -> None:
     cell = judged(*case(rows=1000, wrong_before=50, newly_wrong=80, newly_right=0))
     assert cell.verdict == "failed"
     assert cell.drop == pytest.approx(0.08)
+    assert cell.low is not None
+    assert cell.high is not None
     assert 0.01 < cell.low < 0.08 < cell.high
     assert "0.0800" in cell.reason
 
@@ -55,7 +54,9 @@ def test_few_rows_can_neither_pass_nor_fail() -> None:
     """One row of twenty is five points, or nothing at all."""
     cell = judged(*case(rows=20, wrong_before=2, newly_wrong=1, newly_right=0))
     assert cell.verdict == "not-run"
-    assert "give more rows" in cell.reason
+    assert cell.is_undecided
+    # 15 points wide around 5, where 8 would tell it from the limit: 20 * (15 / 8)^2.
+    assert "give about 70 rows" in cell.reason
 
 
 def test_small_drops_on_many_rows_pass() -> None:
@@ -63,6 +64,9 @@ def test_small_drops_on_many_rows_pass() -> None:
     cell = judged(*case(rows=3000, wrong_before=100, newly_wrong=6, newly_right=4))
     assert cell.verdict == "passed"
     assert cell.drop == pytest.approx(2 / 3000)
+    assert cell.low is not None
+    assert cell.high is not None
+    assert cell.drop is not None
     assert cell.low < cell.drop < cell.high < 0.01
 
 
@@ -104,13 +108,35 @@ def test_queries_are_drawn_whole() -> None:
     assert low == pytest.approx(ndcg(reference) - ndcg(candidate))
 
 
+def gate(*cells: AccuracyCell) -> Verdict:
+    """Return the verdict of a report that has these."""
+    return ParityReport((), "", {}, {}, {}, accuracy=cells).accuracy_verdict
+
+
 def test_only_passed_opens_the_gate() -> None:
-    """One undecided task keeps it shut; the worst task speaks for its artefact."""
+    """One undecided task keeps it shut; one that could not run does not; the worst speaks."""
     passed = judged(*case(rows=3000, wrong_before=100, newly_wrong=0, newly_right=0))
     unsure = judged(*case(rows=20, wrong_before=2, newly_wrong=1, newly_right=0))
     failed = judged(*case(rows=1000, wrong_before=50, newly_wrong=80, newly_right=0))
-    assert gate([passed]) == "passed"
-    assert gate([passed, unsure]) == "not-run"
-    assert gate([passed, unsure, failed]) == "failed"
-    assert gate([]) == "not-run"
+    absent = AccuracyCell("engine", "spam", "accuracy", 9, None, None, None, None, 0.01, "not-run")
+    assert gate(passed) == "passed"
+    assert gate(passed, unsure) == "not-run"
+    assert gate(passed, unsure, failed) == "failed"
+    assert gate(passed, absent) == "passed"
+    assert gate(absent) == "not-run"
+    assert gate() == "not-run"
     assert worst_by_artefact([passed, failed, unsure])["int8"] is failed
+
+
+def test_both_gates_must_open() -> None:
+    """Numbers that pass do not outweigh a score that drops, nor rows that cannot tell."""
+    passed = judged(*case(rows=3000, wrong_before=100, newly_wrong=0, newly_right=0))
+    unsure = judged(*case(rows=20, wrong_before=2, newly_wrong=1, newly_right=0))
+    failed = judged(*case(rows=1000, wrong_before=50, newly_wrong=80, newly_right=0))
+    right = Cell("int8", "fake", "spam", "mixed tasks", "passed")
+    report = ParityReport((right,), "", {}, {}, {})
+    assert report.verdict == "passed"
+    for cell, verdict in ((passed, "passed"), (unsure, "not-run"), (failed, "failed")):
+        assert replace(report, accuracy=(cell,)).verdict == verdict
+    wrong = replace(right, verdict="failed", reason="error")
+    assert replace(report, cells=(wrong,), accuracy=(passed,)).verdict == "failed"

@@ -7,7 +7,14 @@ import re
 from collections.abc import Iterable
 from html import escape
 
-from mtl_export.parity.report import Cell, ParityReport, Verdict, worst
+from mtl_export.parity.report import (
+    AccuracyCell,
+    Cell,
+    ParityReport,
+    Verdict,
+    worst,
+    worst_by_artefact,
+)
 
 ALL = "*"
 VERDICTS: tuple[Verdict, ...] = ("passed", "failed", "not-run")
@@ -21,7 +28,49 @@ def verdict_line(report: ParityReport) -> str:
     if report.error:
         return f"parity could not be judged: {error_text(report)}"
     counts = ", ".join(f"{report.count(verdict)} {verdict}" for verdict in VERDICTS)
-    return f"parity {report.verdict}: {counts}"
+    line = f"parity {report.parity_verdict}: {counts}"
+    if not report.accuracy:
+        return line
+    line += f"; accuracy {report.accuracy_verdict}"
+    cell = max(worst_by_artefact(report.accuracy).values(), key=_dropped)
+    change = "" if cell.drop is None else f": {cell.task} {points(-cell.drop)} points at worst"
+    return line + change
+
+
+def _dropped(cell: AccuracyCell) -> float:
+    return -math.inf if cell.drop is None else cell.drop
+
+
+def points(share: float | None) -> str:
+    """Return a change of a score in points, with its sign."""
+    return "" if share is None else f"{100 * share + 0.0:+.2f}"
+
+
+def score(value: float | None) -> str:
+    """Return a score for people."""
+    return "" if value is None else f"{value:.4f}"
+
+
+def interval(cell: AccuracyCell) -> str:
+    """Return the interval of a drop as a change, in points."""
+    if cell.low is None or cell.high is None:
+        return ""
+    return f"{points(-cell.high)} to {points(-cell.low)}"
+
+
+ACCURACY_COLUMNS = (
+    "artefact", "task", "score", "rows", "reference", "artefact's", "change", "95 % interval",
+    "allowed", "verdict",
+)  # fmt: skip
+
+
+def accuracy_row(cell: AccuracyCell) -> list[str]:
+    """Return what is told of a score, changes in points, a text for each column."""
+    return [
+        cell.artefact, cell.task, cell.score, str(cell.rows), score(cell.reference),
+        score(cell.candidate), points(None if cell.drop is None else -cell.drop),
+        interval(cell), points(-cell.allowed), cell.verdict,
+    ]  # fmt: skip
 
 
 def error_text(report: ParityReport) -> str:
@@ -94,7 +143,11 @@ def names(values: Iterable[str]) -> list[str]:
 
 def artefacts(report: ParityReport) -> list[str]:
     """Return the names of the artefacts that were judged or looked for, in order."""
-    return names(cell.artefact for cell in report.cells)
+    return names([*(cell.artefact for cell in report.cells), *_scored(report)])
+
+
+def _scored(report: ParityReport) -> list[str]:
+    return [cell.artefact for cell in report.accuracy]
 
 
 def tasks(report: ParityReport) -> list[str]:

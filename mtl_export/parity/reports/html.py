@@ -26,6 +26,7 @@ def html_text(report: ParityReport) -> str:
     body = [
         _head(report),
         _section("What failed", _cells(facts.failures(report), why=True)),
+        _section("Accuracy", _accuracy(report)),
         _section("Tasks and artefacts", _matrix(report)),
         _heat_maps(report),
         _against_floor(report),
@@ -54,6 +55,9 @@ def _head(report: ParityReport) -> str:
     lines = [f'<h1>Parity <span class="{verdict}">{word}</span></h1>']
     if report.error:
         lines.append(f"<p>{escaped(facts.error_text(report))}</p>")
+    if report.accuracy:
+        said = escaped(facts.verdict_line(report))
+        lines.append(f"<p>{said[0].upper()}{said[1:]}.</p>")
     if report.tolerance:
         lines.append(
             f'<p class="muted">Rule: <code>{escaped(report.tolerance)}</code> against the unmerged'
@@ -127,6 +131,25 @@ def _matrix(report: ParityReport) -> str:
     for task, cells in facts.matrix(report).items():
         rows.append([escaped(task), *(_spoken(cells.get(artefact)) for artefact in artefacts)])
     return _table(["task", *map(escaped, artefacts)], rows) if rows and artefacts else ""
+
+
+def _accuracy(report: ParityReport) -> str:
+    said = (
+        '<p class="muted">Scores on labelled rows, beside the unmerged model in float64; changes'
+        " are in points, their interval by paired bootstrap. Rows that cannot tell neither pass"
+        " nor fail.</p>"
+    )
+    rows = []
+    for cell in report.accuracy:
+        texts = [escaped(text) for text in facts.accuracy_row(cell)]
+        for place, value in ((4, cell.reference), (5, cell.candidate)):
+            exact = facts.exact(value)
+            texts[place] = f'<span data-value="{exact}">{texts[place]}</span>' if exact else ""
+        texts[-1] = f'<span class="{cell.verdict}">{cell.verdict.replace("-", " ")}</span>'
+        rows.append([*texts, escaped(cell.reason)])
+    columns = [*facts.ACCURACY_COLUMNS, "why"]
+    table = _table(columns, rows, numbers=(3, 4, 5, 6, 7, 8), name="accuracy")
+    return said + table if rows else ""
 
 
 def _spoken(cell: Cell | None) -> str:

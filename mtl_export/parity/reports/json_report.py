@@ -19,8 +19,13 @@ SCHEMA_FILE = Path(__file__).with_name("parity.schema.json")
 
 def json_text(report: ParityReport) -> str:
     """Return the report as a JSON document; a number that is not finite becomes null."""
-    document = _finite(report.as_dict())
-    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(document(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def document(report: ParityReport) -> dict[str, Any]:
+    """Return the report as JSON's types, each number finite or None."""
+    finite: dict[str, Any] = _finite(report.as_dict())
+    return finite
 
 
 def read_schema() -> dict[str, Any]:

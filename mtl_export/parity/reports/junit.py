@@ -1,4 +1,4 @@
-"""A report as JUnit XML: one suite per artefact, one case per cell.
+"""A report as JUnit XML: one suite per artefact, one case per cell and score.
 
     passed     a case
     failed     a case with ``failure``
@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
-from mtl_export.parity.report import Cell, ParityReport
+from mtl_export.parity.report import AccuracyCell, Cell, ParityReport
 from mtl_export.parity.reports import facts
 
 
@@ -33,18 +33,24 @@ def junit_text(report: ParityReport) -> str:
         _error_suite(root, report)
     for index, artefact in enumerate(facts.artefacts(report), start=len(root)):
         cells = [cell for cell in report.cells if cell.artefact == artefact]
-        _suite(root, index, artefact, cells, report)
+        scores = [cell for cell in report.accuracy if cell.artefact == artefact]
+        _suite(root, index, artefact, cells, scores, report)
     ElementTree.indent(root)
     text = ElementTree.tostring(root, encoding="unicode")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
 
 
 def _suite(
-    root: Element, index: int, artefact: str, cells: Sequence[Cell], report: ParityReport
+    root: Element,
+    index: int,
+    artefact: str,
+    cells: Sequence[Cell],
+    scores: Sequence[AccuracyCell],
+    report: ParityReport,
 ) -> None:
-    failed = sum(cell.verdict == "failed" for cell in cells)
-    skipped = sum(cell.verdict == "not-run" for cell in cells)
-    suite = _open_suite(root, index, artefact, len(cells), failed, 0, skipped)
+    verdicts = [cell.verdict for cell in cells] + [cell.verdict for cell in scores]
+    failed, skipped = verdicts.count("failed"), verdicts.count("not-run")
+    suite = _open_suite(root, index, artefact, len(verdicts), failed, 0, skipped)
     properties = SubElement(suite, "properties")
     said = {"verdict": report.verdict, "tolerance": report.tolerance, **report.sources}
     for name, value in {**said, **report.versions}.items():
@@ -55,16 +61,20 @@ def _suite(
         seen[name] = seen.get(name, 0) + 1
         # GitLab takes cases of one name for one case.
         unique = name if seen[name] == 1 else f"{name} ({seen[name]})"
-        _case(SubElement(suite, "testcase", _names(unique, artefact)), cell)
-    _close_suite(suite, f"{failed} of {len(cells)} failed, {skipped} not run")
+        _case(SubElement(suite, "testcase", _names(unique, artefact)), cell, _details(cell))
+    for score in scores:
+        name = _token(f"{score.task}: {score.score} of {score.rows} rows")
+        _case(SubElement(suite, "testcase", _names(name, artefact)), score, _scored(score))
+    _close_suite(suite, f"{failed} of {len(verdicts)} failed, {skipped} not run")
 
 
-def _case(case: Element, cell: Cell) -> None:
+def _case(case: Element, cell: Cell | AccuracyCell, details: str) -> None:
     if cell.verdict == "not-run":
         SubElement(case, "skipped", message=facts.clean(cell.reason))
     elif cell.verdict == "failed":
-        failure = SubElement(case, "failure", type="ParityFailed", message=facts.clean(cell.reason))
-        failure.text = facts.clean(_details(cell))
+        kind = "ParityFailed" if isinstance(cell, Cell) else "AccuracyFailed"
+        failure = SubElement(case, "failure", type=kind, message=facts.clean(cell.reason))
+        failure.text = facts.clean(details)
 
 
 def _details(cell: Cell) -> str:
@@ -81,6 +91,11 @@ def _details(cell: Cell) -> str:
         total, equal, ties = cell.decisions
         lines.append(f"decisions: {equal} of {total} equal, {ties} tied")
     return "\n".join(lines)
+
+
+def _scored(cell: AccuracyCell) -> str:
+    told = zip(facts.ACCURACY_COLUMNS, facts.accuracy_row(cell), strict=True)
+    return "\n".join([cell.reason, *(f"{name}: {text}" for name, text in told if text)])
 
 
 def _error_suite(root: Element, report: ParityReport) -> None:

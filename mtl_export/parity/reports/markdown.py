@@ -25,7 +25,13 @@ def markdown_text(report: ParityReport) -> str:
     parts = [f"### {mark} {_text(facts.verdict_line(report))}"]
     if report.tolerance:
         parts.append(f"Rule: {_code(report.tolerance)} and no decision changes.")
-    parts += [*_failures(report), *_not_run(report), *_matrix(report), *_sources(report)]
+    parts += [
+        *_failures(report),
+        *_accuracy(report),
+        *_not_run(report),
+        *_matrix(report),
+        *_sources(report),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -42,6 +48,27 @@ def _failures(report: ParityReport) -> list[str]:
     if len(failed) > len(rows):
         parts.append(f"{len(rows)} of {len(failed)} failures shown, the largest first.")
     return parts
+
+
+def _accuracy(report: ParityReport) -> list[str]:
+    """Return the scores that did not pass, and all of them folded away."""
+    if not report.accuracy:
+        return []
+    marked = [
+        [*map(_text, facts.accuracy_row(cell)[:-1]), f"{_MARK[cell.verdict]} {cell.verdict}"]
+        for cell in report.accuracy[:MOST_TASKS]
+    ]
+    table = _table([_text(name) for name in facts.ACCURACY_COLUMNS], marked)
+    if len(marked) < len(report.accuracy):
+        table += f"\n\n{len(marked)} of {len(report.accuracy)} scores shown."
+    lines = [
+        f"- {_text(cell.artefact)}, {_text(cell.task)}: {_text(_short(cell.reason))}"
+        for cell in report.accuracy
+        if cell.verdict != "passed"
+    ][:MOST_FAILURES]
+    title = "Scores on labelled rows, changes in points"
+    folded = f"<details><summary>{title}</summary>\n\n{table}\n\n</details>"
+    return [*(["Scores that did not pass:", "\n".join(lines)] if lines else []), folded]
 
 
 def _not_run(report: ParityReport) -> list[str]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from mtl_export.parity.report import ArtefactFiles, Cell, ParityReport
+from mtl_export.parity.report import AccuracyCell, ArtefactFiles, Cell, ParityReport
 from mtl_export.parity.reports import facts
 from mtl_export.version import VERSION
 
@@ -48,6 +49,12 @@ RULES = {
         "DecisionChanged",
         "The errors are small, but a decision differs from the unmerged model's.",
         "Look at the rows in question; another dtype may be needed.",
+    ),
+    "parity-accuracy": (
+        "AccuracyDropped",
+        "On labelled rows a task scores lower than the unmerged model, by more than is allowed"
+        " and more than chance explains.",
+        "Do not ship the artefact; quantise less of it, or in another way.",
     ),
 }
 
@@ -87,7 +94,8 @@ def _run(report: ParityReport) -> dict[str, Any]:
         "automationDetails": {"id": "mtl-export/parity/"},
         "invocations": [_invocation(report)],
         "artifacts": [_artifact(file) for file in _files(report)],
-        "results": [_result(report, cell) for cell in facts.failures(report)],
+        "results": [_result(report, cell) for cell in facts.failures(report)]
+        + [_dropped(report, cell) for cell in report.accuracy if cell.verdict == "failed"],
         "properties": {
             "verdict": report.verdict,
             "counts": {verdict: report.count(verdict) for verdict in facts.VERDICTS},
@@ -104,6 +112,11 @@ def _invocation(report: ParityReport) -> dict[str, Any]:
         {"level": "note", "message": {"text": f"not run: {artefact}, {tasks}: {reason}"}}
         for artefact, tasks, reason in facts.not_run(report)
     ]
+    notes += [
+        {"level": "note", "message": {"text": f"accuracy not run: {_told(cell)}"}}
+        for cell in report.accuracy
+        if cell.verdict == "not-run"
+    ]
     if report.error:
         notes.insert(0, {"level": "error", "message": {"text": facts.error_text(report)}})
     return {"executionSuccessful": not report.error, "toolExecutionNotifications": notes}
@@ -119,12 +132,38 @@ def _result(report: ParityReport, cell: Cell) -> dict[str, Any]:
         "limit": cell.limit,
         "decisions": list(cell.decisions) if cell.decisions else None,
     }
+    text = f"{cell.artefact}, {task}, {cell.case}: {cell.reason}"
+    return _alert(report, cell, rule, text, key, numbers)
+
+
+def _dropped(report: ParityReport, cell: AccuracyCell) -> dict[str, Any]:
+    rule = "parity-accuracy"
+    key = "\n".join((rule, cell.artefact, cell.task, cell.score))
+    numbers = {
+        "reference": cell.reference, "candidate": cell.candidate, "drop": cell.drop,
+        "low": cell.low, "high": cell.high, "allowed": cell.allowed,
+    }  # fmt: skip
+    return _alert(report, cell, rule, _told(cell), key, numbers)
+
+
+def _told(cell: AccuracyCell) -> str:
+    return f"{cell.artefact}, task {cell.task}, {cell.score} of {cell.rows} rows: {cell.reason}"
+
+
+def _alert(
+    report: ParityReport,
+    cell: Cell | AccuracyCell,
+    rule: str,
+    text: str,
+    key: str,
+    numbers: Mapping[str, object],
+) -> dict[str, Any]:
     where = [_uri(files) for files in report.artefacts if _is_of(files, cell)][:1]
     return {
         "ruleId": rule,
         "ruleIndex": list(RULES).index(rule),
         "level": "error",
-        "message": {"text": f"{cell.artefact}, {task}, {cell.case}: {cell.reason}"},
+        "message": {"text": text},
         # A binary file has no lines, but code scanning shows no result without one.
         "locations": [
             {"physicalLocation": {"artifactLocation": _at(uri), "region": {"startLine": 1}}}
@@ -136,7 +175,7 @@ def _result(report: ParityReport, cell: Cell) -> dict[str, Any]:
     }
 
 
-def _is_of(files: ArtefactFiles, cell: Cell) -> bool:
+def _is_of(files: ArtefactFiles, cell: Cell | AccuracyCell) -> bool:
     return files.artefact == cell.artefact and files.task in {cell.task, facts.ALL}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mtl_export.parity.report import ArtefactFiles, Cell, ParityReport
+from mtl_export.parity.report import AccuracyCell, ArtefactFiles, Cell, ParityReport
 
 TASKS = ("ads_rel", "topic <b>|*@who", "spam")
 FLOOR, LIMIT = 1.25e-6, 1e-5
@@ -45,6 +45,23 @@ def cells() -> tuple[Cell, ...]:
     return tuple(made)
 
 
+def scores() -> tuple[AccuracyCell, ...]:
+    """Return scores of each verdict: passed, dropped, undecided, never asked, not scored."""
+    rows = "single graph", TASKS[1]
+    return (
+        AccuracyCell("single graph", TASKS[0], "accuracy", 400, 0.9125, 0.91, -0.0025, 0.0075,
+                     0.01, "passed"),
+        AccuracyCell(*rows, "auc", 400, 0.987654321, 0.9, 0.06, 0.11, 0.01, "failed",
+                     "drops by 0.0877 | <b>at least</b> 0.0600; allowed is 0.01"),
+        AccuracyCell("single graph", TASKS[2], "f1", 20, 0.8, 0.75, -0.05, 0.15, 0.01, "not-run",
+                     "these 20 rows cannot tell"),
+        AccuracyCell("engine", TASKS[2], "f1", 20, None, None, None, None, 0.01, "not-run",
+                     "no GPU & no <driver>"),
+        AccuracyCell("merged", TASKS[0], "accuracy", 400, 0.9125, None, None, None, 0.01,
+                     "failed", "answers that are NaN or Inf, or all the same"),
+    )  # fmt: skip
+
+
 def failing() -> ParityReport:
     """Return a report with everything in it."""
     return ParityReport(
@@ -75,6 +92,21 @@ def nothing_ran() -> ParityReport:
     return replace(failing(), cells=kept, artefacts=())
 
 
+def scored() -> ParityReport:
+    """Return a report whose numbers pass and whose scores do not all."""
+    return replace(passing(), accuracy=scores())
+
+
+def score_passed() -> ParityReport:
+    """Return a report in which labelled rows passed too."""
+    return replace(passing(), accuracy=scores()[:1])
+
+
+def score_undecided() -> ParityReport:
+    """Return a report whose labelled rows cannot tell."""
+    return replace(passing(), accuracy=(scores()[0], scores()[2]))
+
+
 def broken_off() -> ParityReport:
     """Return the report of a comparison that could not be made."""
     error = {
@@ -86,4 +118,5 @@ def broken_off() -> ParityReport:
 
 REPORTS = {
     "failing": failing, "passing": passing, "nothing ran": nothing_ran, "broken off": broken_off,
+    "scored": scored, "score passed": score_passed, "score undecided": score_undecided,
 }  # fmt: skip

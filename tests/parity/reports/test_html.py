@@ -12,7 +12,7 @@ from mtl_export.parity.report import ParityReport
 from mtl_export.parity.reports.html import html_text
 from mtl_export.parity.reports.html_style import STYLE
 from mtl_export.parity.reports.json_report import json_text
-from tests.parity.reports.samples import LIMIT, REPORTS, TASKS, broken_off, failing, passing
+from tests.parity.reports.samples import LIMIT, REPORTS, TASKS, broken_off, failing, passing, scored
 
 VOID = {"meta", "br"}
 
@@ -129,6 +129,19 @@ def test_what_failed_and_did_not_run_is_told() -> None:
     broken = Page(html_text(broken_off())).text
     assert "Parity not judged" in broken
     assert "adapter & co: it is <broken>." in broken
+
+
+def test_scores_are_told() -> None:
+    """A row for each, with the exact numbers and why it did not pass; none without rows."""
+    text = html_text(scored())
+    table = text.partition('id="accuracy"')[2].partition("</table>")[0]
+    rows = table.split("<tr>")[2:]
+    assert len(rows) == len(scored().accuracy)
+    assert 'data-value="0.987654321"' in rows[1]
+    page = Page(text).text
+    assert "Parity failed" in page
+    assert "drops by 0.0877 | <b>at least</b> 0.0600; allowed is 0.01" in page
+    assert 'id="accuracy"' not in html_text(passing())
 
 
 def test_colour_never_speaks_alone() -> None:

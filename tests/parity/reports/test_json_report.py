@@ -8,9 +8,10 @@ import pytest
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-from mtl_export.parity.report import SCHEMA, ArtefactFiles, Cell
+from mtl_export.parity.report import SCHEMA, AccuracyCell, ArtefactFiles, Cell
 from mtl_export.parity.reports.json_report import json_text, read_schema
-from tests.parity.reports.samples import REPORTS, failing
+from mtl_export.parity.scores import SCORES
+from tests.parity.reports.samples import REPORTS, failing, scored, scores
 
 VALIDATOR = Draft202012Validator(read_schema())
 
@@ -33,11 +34,14 @@ def test_the_schema_describes_every_key() -> None:
     assert set(schema["properties"]) == set(failing().as_dict())
     for name, record in (("cell", Cell), ("artefact", ArtefactFiles)):
         assert set(schema["$defs"][name]["properties"]) == {one.name for one in fields(record)}
+    scored = {one.name for one in fields(AccuracyCell)} | {"drop"}
+    assert set(schema["$defs"]["score"]["properties"]) == scored
+    assert set(schema["$defs"]["score"]["properties"]["score"]["enum"]) == set(SCORES)
 
 
 def set_in(path: str, value: object) -> dict[str, Any]:
     """Return a report with the value at ``path`` replaced."""
-    document: dict[str, Any] = json.loads(json_text(failing()))
+    document: dict[str, Any] = json.loads(json_text(replace(failing(), accuracy=scores())))
     at: Any = document
     *steps, last = path.split("/")
     for step in steps:
@@ -59,12 +63,24 @@ def set_in(path: str, value: object) -> dict[str, Any]:
         ("cells/0/max_abs_error", -1e-9),
         ("cells/0/decisions", [4, 4]),
         ("artefacts/0/sha256", {"model.onnx": "short"}),
+        ("accuracy/verdict", "unsure"),
+        ("accuracy/cells/0/score", "bleu"),
+        ("accuracy/cells/1/reason", ""),
+        ("accuracy/cells/0/drop", "none"),
     ],
 )
 def test_the_schema_refuses_what_is_no_report(path: str, value: object) -> None:
     """A wrong word, a negative count, a failure without a reason."""
     with pytest.raises(ValidationError):
         VALIDATOR.validate(set_in(path, value))
+
+
+def test_a_dropped_score_fails_the_whole_report() -> None:
+    """The verdict at the top is on both gates; the scores' own stands beside them."""
+    document = json.loads(json_text(scored()))
+    assert (document["verdict"], document["accuracy"]["verdict"]) == ("failed", "failed")
+    assert document["counts"]["failed"] == 0
+    assert document["accuracy"]["cells"][1]["drop"] == pytest.approx(0.087654321)
 
 
 def test_numbers_that_json_cannot_hold_become_null() -> None:

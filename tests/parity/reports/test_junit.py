@@ -8,7 +8,7 @@ import pytest
 import xmlschema
 
 from mtl_export.parity.reports.junit import junit_text
-from tests.parity.reports.samples import REPORTS, broken_off, failing, passing
+from tests.parity.reports.samples import REPORTS, broken_off, failing, passing, scored
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,19 @@ def test_one_case_per_cell() -> None:
             assert (child.tag if child is not None else None) == kinds[cell.verdict]
             if child is not None and "\n" not in cell.reason:
                 assert child.get("message") == cell.reason
+
+
+def test_one_case_per_score() -> None:
+    """Scores stand beside the cells of their artefact; a drop tells its numbers."""
+    found = suites(junit_text(scored()))
+    graph = found["single graph"]
+    names = [case.get("name") for case in graph.findall("testcase")][-3:]
+    assert names[0] == "ads_rel: accuracy of 400 rows"
+    assert (graph.get("failures"), graph.get("skipped")) == ("1", "1")
+    failure = graph.find("testcase/failure[@type='AccuracyFailed']")
+    assert failure is not None
+    assert "change: -8.77\n95 % interval: -11.00 to -6.00\nallowed: -1.00" in (failure.text or "")
+    assert found["merged"].get("failures") == "1"
 
 
 def test_no_two_cases_share_a_name() -> None:

@@ -17,6 +17,9 @@ from tests.parity.reports.samples import (
     failing,
     nothing_ran,
     passing,
+    score_passed,
+    score_undecided,
+    scored,
 )
 
 
@@ -34,6 +37,23 @@ def test_the_first_line_is_the_verdict() -> None:
     assert markdown_text(passing()).startswith("### ✅ parity passed: 11 passed, 0 failed, 2")
     assert markdown_text(nothing_ran()).startswith("### ⚪ parity not-run: 0 passed")
     assert markdown_text(broken_off()).startswith("### ❌ parity could not be judged: adapter")
+
+
+def test_scores_are_told() -> None:
+    """The worst task is in the title, what did not pass is listed, all are folded away."""
+    assert (
+        markdown_text(scored())
+        .splitlines()[0]
+        .startswith("### ❌ parity passed: 11 passed, 0 failed, 2 not-run; accuracy failed")
+    )
+    title = markdown_text(score_undecided()).splitlines()[0]
+    assert title.startswith("### ⚪")
+    assert title.endswith("accuracy not-run: spam -5.00 points at worst")
+    text = shown(markdown_text(scored()))
+    for one in scored().accuracy:
+        assert one.reason in text
+    assert "0.9877 0.9000 -8.77 -11.00 to -6.00 -1.00 ❌ failed" in text
+    assert "Scores that did not pass" not in markdown_text(score_passed())
 
 
 def test_failures_and_what_did_not_run_are_listed() -> None:

@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
 from mtl_export.parity.reports.sarif import RULES, rule_of, sarif_text
-from tests.parity.reports.samples import REPORTS, broken_off, failing, passing
+from tests.parity.reports.samples import REPORTS, broken_off, failing, passing, scored
 
 TEXT = {"type": "object", "required": ["text"], "properties": {"text": {"type": "string"}}}
 
@@ -111,9 +111,22 @@ def test_every_failed_cell_is_a_result_and_nothing_else_is() -> None:
 def test_each_kind_of_failure_has_its_rule() -> None:
     """The samples break every rule there is."""
     broken = {rule_of(cell) for cell in failing().cells if cell.verdict == "failed"}
-    assert broken == set(RULES)
+    assert broken == set(RULES) - {"parity-accuracy"}
     for result in run_of(sarif_text(failing()))["results"]:
         assert list(RULES)[result["ruleIndex"]] == result["ruleId"]
+
+
+def test_a_score_that_drops_is_a_result_and_one_that_cannot_tell_a_note() -> None:
+    """Each at its artefact's file, with its numbers."""
+    run = run_of(sarif_text(scored()))
+    first, second = run["results"]
+    assert first["ruleId"] == second["ruleId"] == "parity-accuracy"
+    assert first["properties"]["candidate"] == 0.9
+    place = first["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+    assert place == "out/onnx/model.onnx"
+    notes = [one["message"]["text"] for one in run["invocations"][0]["toolExecutionNotifications"]]
+    assert any("cannot tell" in note for note in notes)
+    assert len(notes) == 3
 
 
 def test_a_result_lies_in_the_artefacts_file() -> None:
