@@ -1,8 +1,9 @@
 """JSONL rows -> token arrays that carry ``task_ids``, every task with the same weight.
 
 One JSON object per line: ``{"task": name, "text": str, "text_pair": str, "label": ...}``,
-``text_pair`` only for tasks that judge pairs, ``label`` (the label's name or index) where
-it is known; other keys are left alone.
+``text_pair`` only for tasks that judge pairs, ``label`` where it is known: the label's name or
+index, a list of such for tasks of several labels, a number for regression. Rows of one ``query``
+are ranked against each other. Other keys are left alone.
 
 N rows, S tokens of the longest row.
 """
@@ -32,13 +33,16 @@ class Row:
         task: Name of its task.
         text: The text, or the first of a pair.
         text_pair: The second of a pair.
-        label: Name or index of the right label; None where it is not known.
+        label: Name or index of the right label, several of them, or a number; None where it is
+            not known.
+        query: What the row answers, for tasks that rank; None for others.
     """
 
     task: str
     text: str
     text_pair: str | None = None
-    label: int | str | None = None
+    label: float | str | tuple[object, ...] | None = None
+    query: int | str | None = None
 
 
 def load_rows(path: Path, task: str | None = None) -> list[Row]:
@@ -194,8 +198,11 @@ def row_of(value: object, default_task: str | None = None) -> Row | str:
         return "has no text in 'task' and 'text'"
     if pair is not None and not isinstance(pair, str):
         return "has a 'text_pair' that is no text"
-    label = value.get("label")
-    return Row(task, text, pair, label if isinstance(label, int | str) else None)
+    label, query = value.get("label"), value.get("query")
+    if isinstance(label, list):
+        label = tuple(label)
+    known = label if isinstance(label, int | float | str | tuple) else None
+    return Row(task, text, pair, known, query if isinstance(query, int | str) else None)
 
 
 def refuse_unknown(owners: Sequence[str], tasks: Sequence[Task]) -> None:

@@ -167,7 +167,7 @@ def open_samples(
         CalibrationError: The data cannot be used, or a task has none.
     """
     data = load_data(reference)
-    owners = _owners(data, tasks, reference)
+    owners = owners_of(data, tasks, reference)
     # One row each says whether a task has none, also where all rows are taken.
     chosen = balanced_indices(owners, tasks, per_task or 1, seed)
     if per_task is None:
@@ -190,10 +190,12 @@ def open_samples(
 
 def _labels(rows: Sequence[Row], tasks: Sequence[Task], reference: str) -> Array:
     known = {task.name: task.labels for task in tasks}
+    counted = {task.name for task in tasks if task.kind == "single_label_classification"}
     labels, wrong = np.full(len(rows), NO_LABEL, np.int64), set()
     for place, row in enumerate(rows):
         names = known[row.task]
-        if row.label is None:
+        # Tasks of several labels, or of none, are judged by their decisions here.
+        if row.label is None or row.task not in counted or isinstance(row.label, tuple):
             continue
         if row.label in names:
             labels[place] = names.index(str(row.label))
@@ -212,7 +214,14 @@ def _labels(rows: Sequence[Row], tasks: Sequence[Task], reference: str) -> Array
     return labels
 
 
-def _owners(data: list[Row] | dict[str, Array], tasks: Sequence[Task], reference: str) -> list[str]:
+def owners_of(
+    data: list[Row] | dict[str, Array], tasks: Sequence[Task], reference: str
+) -> list[str]:
+    """Return the name of each row's task.
+
+    Raises:
+        CalibrationError: A row's task is unknown, or arrays are of unequal lengths.
+    """
     if not isinstance(data, dict):
         owners = [row.task for row in data]
         refuse_unknown(owners, tasks)

@@ -58,7 +58,7 @@ def test_the_report_is_json() -> None:
     assert [entry["verdict"] for entry in found["cells"]] == ["passed", "failed"]
     assert set(found["cells"][0]) == {
         "artefact", "runtime", "task", "case", "verdict", "reason", "max_abs_error",
-        "noise_floor", "limit", "decisions",
+        "noise_floor", "limit", "decisions", "output", "least_atol",
     }  # fmt: skip
 
 
