@@ -17,7 +17,8 @@
     rtol = 0.0
 
     [trt]
-    max_shapes = "input_ids:32x256,attention_mask:32x256"
+    layout = "both"
+    max_shapes = "input_ids:32x256"              # or a list, one a profile
 
     [calibrate]
     data = "rows.py:train_rows"                  # or rows.jsonl, a folder, arrays.npz
@@ -244,6 +245,11 @@ def _shapes(value: object, folder: Path) -> str:
     raise ValueError('shapes such as "input_ids:1x16" or { input_ids = [1, 16] }')
 
 
+def _profiles(value: object, folder: Path) -> list[str]:
+    """Return shapes by profile: one as ``_shapes`` reads it, or a list of such."""
+    return [_shapes(one, folder) for one in (value if isinstance(value, list) else [value])]
+
+
 def _data(value: object, folder: Path) -> str:
     """Return a data reference: a file's is relative to the toml, a module's is left alone."""
     reference = _text(value, folder)
@@ -277,6 +283,7 @@ OPTIONS: dict[str, Reader] = {
     "dtype": _choice("fp32", "fp16", "bf16"),
 }
 _LAYOUT: Reader = _choice("single-graph", "per-task")
+_NUMBER: Reader = _choice("int8", "fp8", "int4")
 _FORM: dict[str, Reader] = {
     "task_input": _choice("rows", "scalar"),
     "pooling": _choice("mean", "cls"),
@@ -291,11 +298,22 @@ SECTIONS: dict[str, dict[str, Reader]] = {
     },
     "onnx": {"layout": _choice("single-graph", "per-task", "adapter-input"), **_FORM},
     "trt": {
-        "layout": _LAYOUT,
+        "layout": _choice("single-graph", "per-task", "both"),
         **_FORM,
-        "min_shapes": _shapes,
-        "opt_shapes": _shapes,
-        "max_shapes": _shapes,
+        "quantize": _NUMBER,
+        "jobs": _count,
+        "min_shapes": _profiles,
+        "opt_shapes": _profiles,
+        "max_shapes": _profiles,
+        "workspace": _word,
+        "optimization_level": _count,
+        "tf32": _switch,
+        "compute_capability": _names,
+        "version_compatible": _switch,
+        "hardware_compatible": _choice("ampere-plus", "same-compute-capability"),
+        "timing_cache": _path,
+        "strip_weights": _switch,
+        "refit": _switch,
     },
     "bench": {
         "shapes": _text,
@@ -310,15 +328,16 @@ SECTIONS: dict[str, dict[str, Reader]] = {
         "judge": _data,
         "samples": _count,
         "seed": _count,
-        "quantize": _choice("int8", "fp8", "int4"),
+        "quantize": _NUMBER,
         "method": _choice("max", "percentile", "entropy", "mse"),
         "combine": _choice("union", "weighted", "per-task"),
         "weight": _weights,
         "exclude": _names,
         "deltas": _choice("apart", "exclude", "merged"),
         "max_drop": _number,
+        "max_cut": _number,
         "max_excluded": _share,
-        "layout": _LAYOUT,
+        "layout": _choice("single-graph", "per-task", "both"),
         "onnx": _path,
         "threads": _count,
     },

@@ -100,7 +100,7 @@ class EngineChoices:
             strip_weights=self.strip_weights,
         )
 
-    def recipe(self) -> dict[str, object]:
+    def recipe(self) -> dict[str, Any]:
         """Return what was chosen, shapes apart, as JSON's types: part of an engine's recipe.
 
         The timing cache is left out: it shortens a build and asks for no other engine.

@@ -127,6 +127,8 @@ SELECTION: tuple[Decorator, ...] = (
     option("--all-tasks", is_flag=True, help="Every task of the checkpoint."),
 )
 LAYOUT_HELP = "single-graph (default with --all-tasks) or per-task (default with --task)."
+NUMBERS = ("int8", "fp8", "int4")
+QUANTIZE_HELP = "What numbers the graphs are quantised to; int4: weights only."
 LAYOUT: Decorator = option("--layout", type=click.Choice(LAYOUTS), help=LAYOUT_HELP)
 FORM: tuple[Decorator, ...] = (
     option(

@@ -160,11 +160,12 @@ class Steps:
         self._bar, self._bar_id, self._silent = bar, bar_id, silent
         self._begun = 0
 
-    def begin(self, name: str) -> None:
-        """Begin the next step, which ends the one before."""
+    def begin(self, name: str, *, is_beside: bool = False) -> None:
+        """Begin the next step, which ends the one before, unless it goes on beside it."""
         self._begun += 1
         if self._bar is not None and self._bar_id is not None:
-            self._bar.update(self._bar_id, description=name, completed=float(self._begun - 1))
+            completed = None if is_beside else float(self._begun - 1)
+            self._bar.update(self._bar_id, description=name, completed=completed)
         elif not self._silent:
             line = f"[{self._begun}/{self._total}] {name}"
             _console(sys.stderr).print(line, markup=False, soft_wrap=True)
@@ -178,6 +179,11 @@ class Steps:
             self.begin(name)
         elif self._bar is not None and self._bar_id is not None:
             self._bar.update(self._bar_id, completed=float(total))
+
+    def reached(self, share: float) -> None:
+        """Say what share of all steps is done, where they go on beside each other."""
+        if self._bar is not None and self._bar_id is not None:
+            self._bar.update(self._bar_id, completed=share * self._total)
 
     def within(self, done: int, total: int) -> None:
         """Say how much of the current step is done."""

@@ -44,7 +44,12 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         layout = "per-task"
         [trt]
         min_shapes = { input_ids = [1, 16], task_ids = [1] }
-        max_shapes = "input_ids:32x256"
+        max_shapes = ["input_ids:32x256", { input_ids = [1, 512] }]
+        layout = "both"
+        compute_capability = ["8.6", "8.9"]
+        timing_cache = "timings"
+        jobs = 2
+        tf32 = true
         [parity]
         inputs = "rows.jsonl"
         atol = 1e-5
@@ -66,8 +71,13 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     graphs = {name: value for name, value in common.items() if name != "dtype"}
     assert config.defaults("onnx") == graphs | {"layout": "per-task"}
     assert config.defaults("trt") == graphs | {
-        "min_shapes": "input_ids:1x16,task_ids:1",
-        "max_shapes": "input_ids:32x256",
+        "min_shapes": ["input_ids:1x16,task_ids:1"],
+        "max_shapes": ["input_ids:32x256", "input_ids:1x512"],
+        "layout": "both",
+        "compute_capability": ["8.6", "8.9"],
+        "timing_cache": str(tmp_path / "timings"),
+        "jobs": 2,
+        "tf32": True,
     }
     assert config.defaults("parity") == graphs | {
         "inputs": str(tmp_path / "rows.jsonl"), "atol": 1e-5, "rtol": 0.0, "threads": 2,

@@ -1,45 +1,38 @@
-"""``mtl-export trt``: TensorRT engines from the graphs ``mtl-export onnx`` writes."""
+"""``mtl-export trt``: TensorRT engines from the graphs of ``onnx`` or of ``calibrate``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
-from mtl_export.errors import EngineBuildError, UsageError
-from mtl_export_cli import graphs, options, render, sources
+from mtl_export.errors import BackendError, UsageError
+from mtl_export_cli import engines, graphs, options, render, sources
+from mtl_export_cli.engine_options import ENGINE, EngineChoices, with_engine_choices
+from mtl_export_cli.engines import Built, Failed, Workshop
 from mtl_export_cli.options import Settings, option, with_settings
 from mtl_export_cli.written import Written
 
 if TYPE_CHECKING:
-    from mtl_export.adapters.binding import BoundModel
-    from mtl_export.bundle.output import OutputPlan
     from mtl_export.checkpoint.sentence_embedding import Pooling
     from mtl_export.graph.passes.routing import TaskInput
     from mtl_export.runtime.tensorrt.available import BuilderInfo
-    from mtl_export.runtime.tensorrt.manifest import Check, EngineManifest
-    from mtl_export.runtime.tensorrt.shapes import Profile
-    from mtl_export.runtime.tensorrt.task_engines import Structure
+    from mtl_export.runtime.tensorrt.job import EngineOrder
 
-ENGINE_FILE = "model.engine"
 EPILOG = """\b
 Example:
   mtl-export trt --all-tasks
-  mtl-export trt --all-tasks --layout per-task
+  mtl-export trt --all-tasks --layout both --jobs 2
+  mtl-export trt --all-tasks --quantize int8
   mtl-export trt --task ads_rel --max-shapes input_ids:64x128
 """
 # What trtexec users type -> what holds instead. TensorRT 11 and TensorRT-RTX have none of them.
 GONE = {
-    "--fp16": "Leave it out: an engine computes in the precision of its graph",
-    "--int8": "Leave it out: quantise the ONNX graph with explicit Q/DQ nodes instead",
+    "--fp16": "Pass --dtype fp16: the graph is exported in it, and the engine computes in it",
+    "--int8": "Run mtl-export calibrate --quantize int8, then mtl-export trt --quantize int8",
     "--best": "Leave it out: an engine computes in the precision of its graph",
-    "--calib": "Leave it out: scales live in the graph, as explicit Q/DQ nodes",
+    "--calib": "Run mtl-export calibrate: scales live in the graph, as explicit Q/DQ nodes",
 }
 
 
@@ -55,14 +48,6 @@ def _gone(context: click.Context, parameter: click.Parameter, value: object) -> 
         )
 
 
-def _shapes(limit: str, text: str) -> Callable[..., Any]:
-    return option(
-        f"--{limit}-shapes", metavar="NAME:1x16,...",
-        help=f"{text} shapes; inputs left out follow by dimension.",
-    )  # fmt: skip
-
-
-SHAPES = (_shapes("min", "Smallest"), _shapes("opt", "Fastest"), _shapes("max", "Largest"))
 HIDDEN = tuple(
     click.option(
         name, hidden=True, expose_value=False, callback=_gone,
@@ -70,222 +55,187 @@ HIDDEN = tuple(
     )
     for name in GONE
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Built:
-    """One engine.
-
-    Attributes:
-        output: Its folder.
-        manifest: What it is.
-    """
-
-    output: Written
-    manifest: EngineManifest
-
-    @property
-    def run_here(self) -> str:
-        """Return whether it was run here, and if not, why."""
-        return f"{self.run_check.verdict} ({self.run_check.reason})".removesuffix(" ()")
-
-    @property
-    def run_check(self) -> Check:
-        """Return the check that ran the engine, or says why nothing did."""
-        return self.manifest.validated[-1]
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the record as JSON's types."""
-        return {
-            **self.output.as_dict(),
-            "builder": {"name": self.manifest.builder, "version": self.manifest.builder_version},
-            "run_here": self.run_here,
-            "engine": self.manifest.as_dict(),
-        }
+JOB = (
+    option("--layout", type=click.Choice(engines.LAYOUTS), help=options.LAYOUT_HELP),
+    option("--quantize", type=click.Choice(options.NUMBERS), help=options.QUANTIZE_HELP),
+    option(
+        "--jobs", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+        help="Engines to build at a time; each takes up to three times its weights of memory.",
+    ),
+)  # fmt: skip
 
 
 @click.command(short_help="Build TensorRT engines.", epilog=EPILOG)
 @with_settings(
     options.SOURCE,
     options.SELECTION,
-    [options.LAYOUT],
+    JOB,
     options.FORM,
-    SHAPES,
+    ENGINE,
     options.OUTPUT,
     options.TALK,
     HIDDEN,
 )
+@with_engine_choices
 def command(
     settings: Settings,
+    *,
     layout: str | None,
+    quantize: str | None,
+    jobs: int,
     task_input: TaskInput,
     pooling: Pooling | None,
     normalize: bool,
-    min_shapes: str | None,
-    opt_shapes: str | None,
-    max_shapes: str | None,
-) -> None:
+    choices: EngineChoices,
+) -> int:
     """Build TensorRT engines.
 
     With tensorrt and a GPU, for that GPU; else with tensorrt_rtx, which builds without
     one. The ONNX graphs are taken from onnx/ under the output folder, and exported there
-    first where they are missing. Engines go to engines/, or to --output, each with a
-    manifest that says what was checked and what could not be.
+    first where they are missing; with --quantize int8 they are those that mtl-export
+    calibrate wrote to onnx-int8/. Engines go to engines/ (engines-int8/), or to --output,
+    each with a manifest that says what was checked and what could not be. The largest is
+    built first. A run that was killed is taken up where it was; where one engine fails the
+    others are built all the same, and the exit code is 6.
     """
     from mtl_export.runtime.tensorrt.available import available_builder
 
     form = graphs.Form.from_options(task_input, pooling, normalize=normalize)
+    _refuse_beside_quantize(settings, quantize, form)
     bound = sources.open_bound(settings)
-    _refuse_parts(bound)
-    builder = available_builder()
-    wanted = graphs.wanted_graphs(settings, layout, bound.adapters.tasks)
+    info = available_builder()
+    wanted = engines.wanted_graphs(settings, layout, bound.adapters.tasks)
     talk = render.Talk.from_settings(settings)
-    talk.note(f"Building with {builder.name} {builder.version}.")
-    onnx_folder = settings.output_dir / "onnx"
-    exporter = graphs.Exporter(bound, onnx_folder, dtype=settings.dtype, form=form)
-    shapes = (min_shapes, opt_shapes, max_shapes)
-    engines = _EngineWriter(settings, bound, builder, shapes, form)
-    with talk.steps(len(wanted)) as steps:
-        exported = [exporter.write(graph, steps, force=settings.force) for graph in wanted]
-    for output in exported:
-        talk.note(f"ONNX {output.path}: {output.status}.")
-    with talk.steps(len(wanted)) as steps:
-        built = [engines.write(graph, graph.folder(onnx_folder), steps) for graph in wanted]
-    _print(settings, exported, built)
+    talk.note(f"Building with {info.name} {info.version}.")
+    workshop = Workshop(settings, bound, info, choices, quantize)
+    exported: list[Written] = []
+    if quantize:
+        engines.refuse_uncalibrated(bound, wanted, workshop.onnx_folder, quantize)
+        _note_on_number(talk, info, quantize)
+    else:
+        exporter = graphs.Exporter(bound, workshop.onnx_folder, dtype=settings.dtype, form=form)
+        with talk.steps(len(wanted)) as steps:
+            exported = [exporter.write(graph, steps, force=settings.force) for graph in wanted]
+        for output in exported:
+            talk.note(f"ONNX {output.path}: {output.status}.")
+    built, failed = _build(workshop, wanted, info, jobs, talk)
+    _print(settings, exported, built, failed)
+    return _exit_code(failed)
 
 
-def _refuse_parts(bound: BoundModel) -> None:
-    """Refuse a model that runs as several graphs.
+def _refuse_beside_quantize(settings: Settings, quantize: str | None, form: graphs.Form) -> None:
+    """Refuse what only an export decides, where nothing is exported.
 
     Raises:
-        EngineBuildError: It generates tokens.
+        UsageError: It was given.
     """
-    model_class = bound.adapters.model_class
-    if is_causal_lm(model_class) or is_seq2seq(model_class, bound.base.config):
-        raise EngineBuildError(
-            where=f"model class {model_class}",
-            found="it generates tokens, by several graphs that hand on keys and values",
-            expected="a model of one graph",
-            why="engines with a cache could not be run and compared here yet",
-            fix="Serve its ONNX graphs with ONNX Runtime, which runs on NVIDIA GPUs too"
-            " (mtl-export onnx)",
+    asked = [f"--dtype {settings.dtype}"] if settings.dtype else []
+    asked += ["--task-input scalar"] if form.task_input != "rows" else []
+    asked += ["--pooling"] if form.embedding is not None else []
+    if quantize and asked:
+        raise UsageError(
+            where=f"--quantize {quantize}",
+            found=f"{' and '.join(asked)} beside it",
+            expected="neither --dtype nor an option of the graph's form",
+            why="the graphs that mtl-export calibrate wrote are taken as they are",
+            fix=f"Leave out {asked[0]}, or give it to mtl-export onnx and calibrate again",
         )
 
 
-class _EngineWriter:
-    """Writes the engines of one model; graphs that differ in weights only are parsed once."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        bound: BoundModel,
-        builder: BuilderInfo,
-        shapes: Sequence[str | None],
-        form: graphs.Form,
-    ) -> None:
-        self._settings, self._bound, self._builder = settings, bound, builder
-        self._shapes, self._form = shapes, form
-        self._first: Path | None = None
-
-    def write(self, graph: graphs.Graph, onnx_folder: Path, steps: render.Steps) -> Built:
-        """Build the engine of ``graph`` unless it is there already."""
-        from mtl_export.bundle.output import output_folder
-        from mtl_export.graph.writer import MODEL_FILE
-        from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
-
-        steps.begin(f"engine: {graph.name}")
-        started = perf_counter()
-        onnx_path = onnx_folder / MODEL_FILE
-        self._first = self._first or onnx_path
-        profile = self._profile(onnx_path)
-        size_bytes = sum(file.stat().st_size for file in onnx_folder.iterdir() if file.is_file())
-        with output_folder(
-            graph.folder(self._settings.folder("engines")),
-            recipe=self._recipe(graph, profile),
-            force=self._settings.force,
-            estimated_size_bytes=size_bytes,
-        ) as plan:
-            if not plan.up_to_date:
-                self._build(plan, onnx_path, profile, steps)
-        output = Written.from_plan(
-            plan, [task.name for task in graph.tasks], perf_counter() - started
-        )
-        manifest = EngineManifest.read(manifest_path(plan.target / ENGINE_FILE))
-        return Built(output, manifest)
-
-    def _build(
-        self, plan: OutputPlan, onnx_path: Path, profile: Profile, steps: render.Steps
-    ) -> None:
-        from mtl_export.runtime.tensorrt.manifest import manifest_path
-        from mtl_export.runtime.tensorrt.options import BuildOptions
-        from mtl_export.runtime.tensorrt.task_engines import build_with_structure
-
-        engine_path = plan.folder / ENGINE_FILE
-        manifest = build_with_structure(
-            self._structure,
-            onnx_path,
-            engine_path,
-            options=BuildOptions(profiles=(profile,)),
-            progress=lambda phase, fraction: steps.within(int(fraction * 1000), 1000),
-            library_name=None,
-        )
-        manifest.write(manifest_path(engine_path))
-
-    @cached_property
-    def _structure(self) -> Structure | None:
-        from mtl_export.runtime.tensorrt.api import load_library
-        from mtl_export.runtime.tensorrt.task_engines import read_structure
-
-        parser = load_library(self._builder.name).trt.OnnxParser
-        if self._first is None or not hasattr(parser, "load_model_proto"):
-            return None
-        return read_structure(self._first)
-
-    def _profile(self, onnx_path: Path) -> Profile:
-        from mtl_export_cli.profiles import profile_from_options
-
-        return profile_from_options(onnx_path, *self._shapes)
-
-    def _recipe(self, graph: graphs.Graph, profile: Profile) -> Any:
-        limits = {
-            name: " ".join("x".join(map(str, shape)) for shape in shapes)
-            for name, shapes in profile.shapes.items()
-        }
-        return sources.recipe(
-            "trt",
-            self._bound,
-            {
-                "layout": graph.layout,
-                "served": [task.name for task in graph.tasks],
-                "builder": f"{self._builder.name} {self._builder.version}",
-                "profile": limits,
-                "dtype": self._settings.dtype or graphs.GRAPH_DTYPE,
-                **self._form.as_options(graph),
-            },
+def _note_on_number(talk: render.Talk, info: BuilderInfo, number: str) -> None:
+    if number == "int8" and info.name == "tensorrt_rtx":
+        talk.note(
+            "TensorRT-RTX documents INT8 for weights, not for activations: these engines are"
+            " built, but may be refused by the GPU. FP8 (from compute capability 8.9) and INT4"
+            " weights are documented."
         )
 
 
-def _print(settings: Settings, exported: Sequence[Written], built: Sequence[Built]) -> None:
+class _Report:
+    """Shows a job's progress as steps."""
+
+    def __init__(self, steps: render.Steps) -> None:
+        self._steps = steps
+
+    def begin(self, order: EngineOrder) -> None:
+        """Name the order that begins."""
+        self._steps.begin(f"engine: {order.name}", is_beside=True)
+
+    def reached(self, share: float) -> None:
+        """Draw the bar."""
+        self._steps.reached(share)
+
+
+def _build(
+    workshop: Workshop,
+    wanted: Sequence[graphs.Graph],
+    info: BuilderInfo,
+    jobs: int,
+    talk: render.Talk,
+) -> tuple[list[Built], list[Failed]]:
+    """Return the engines of all graphs, and what there is instead where they failed."""
+    from mtl_export.runtime.tensorrt.job import run_job
+
+    workshop.clear()
+    orders = [workshop.order(graph) for graph in wanted]
+    with talk.steps(len(orders)) as steps:
+        outcomes = run_job(
+            orders,
+            workshop.open_place,
+            library_name=info.name,
+            jobs=jobs,
+            report=_Report(steps),
+        )
+    built, failed = [], []
+    for graph, outcome in zip(wanted, outcomes, strict=True):
+        order, tasks = outcome.order, tuple(task.name for task in graph.tasks)
+        if outcome.error is None:
+            built.append(workshop.built(order, tasks, outcome.seconds))
+        else:
+            failed.append(Failed(order.name, order.target, tasks, outcome.error))
+    return built, failed
+
+
+def _exit_code(failed: Sequence[Failed]) -> int:
+    """Return 0, the code that all failures share, or that of a builder's refusal."""
+    from mtl_export_cli.main import EXIT_CODES, exit_code
+
+    codes = {exit_code(one.error) for one in failed}
+    if not codes:
+        return 0
+    return codes.pop() if len(codes) == 1 else EXIT_CODES[BackendError]
+
+
+def _print(
+    settings: Settings,
+    exported: Sequence[Written],
+    built: Sequence[Built],
+    failed: Sequence[Failed],
+) -> None:
     if settings.json:
-        document = {"outputs": [one.as_dict() for one in built]}
-        onnx = [output.as_dict() for output in exported]
-        render.print_json({"ok": True, "command": "trt", **document, "onnx": onnx})
+        document: dict[str, object] = {"ok": not failed, "command": "trt"}
+        if failed:
+            document |= {"error": failed[0].error.as_dict(), "exit_code": _exit_code(failed)}
+        document["outputs"] = [one.as_dict() for one in built]
+        document["failures"] = [one.as_dict() for one in failed]
+        render.print_json({**document, "onnx": [output.as_dict() for output in exported]})
         return
-    render.print_table(
-        ("artefact", "builder", "size", "seconds", "tasks", "status", "run here"),
-        [
-            (
-                str(one.output.path / one.manifest.engine),
-                f"{one.manifest.builder} {one.manifest.builder_version}",
-                render.size_text(one.manifest.engine_size_bytes),
-                f"{one.output.seconds:.1f}",
-                ", ".join(one.output.tasks),
-                one.output.status,
-                one.run_check.verdict,
-            )
-            for one in built
-        ],
-        right=("size", "seconds"),
-    )
+    rows = [
+        (
+            one.artefact,
+            f"{one.manifests[0].builder} {one.manifests[0].builder_version}",
+            render.size_text(one.size_bytes),
+            f"{one.output.seconds:.1f}",
+            ", ".join(one.output.tasks),
+            one.output.status,
+            one.run_check.verdict,
+        )
+        for one in built
+    ]
+    rows += [(str(one.path), "-", "-", "-", ", ".join(one.tasks), "failed", "-") for one in failed]
+    columns = ("artefact", "builder", "size", "seconds", "tasks", "status", "run here")
+    render.print_table(columns, rows, right=("size", "seconds"))
     for reason in dict.fromkeys(one.run_check.reason for one in built if one.run_check.reason):
         render.print_line(f"not run here: {reason}")
+    for one in failed:
+        render.print_error(f"{one.name}: {one.error}")

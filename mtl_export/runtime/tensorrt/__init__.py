@@ -9,22 +9,25 @@ Importing this loads neither onnx, torch nor TensorRT.
 
 from mtl_export.runtime.tensorrt.available import BuilderInfo, available_builder
 from mtl_export.runtime.tensorrt.build import build_engine
+from mtl_export.runtime.tensorrt.job import EngineOrder, EngineOutcome, EnginePart, run_job
 from mtl_export.runtime.tensorrt.manifest import Check, EngineManifest, manifest_path
 from mtl_export.runtime.tensorrt.runner import TensorRTBackend
 from mtl_export.runtime.tensorrt.shapes import Profile, default_profile, parse_shapes
-from mtl_export.runtime.tensorrt.task_engines import TaskEngine, build_task_engines
+from mtl_export.runtime.tensorrt.task_engines import SharedBuilds
 
 __all__ = [
     "BuilderInfo",
     "Check",
     "EngineManifest",
+    "EngineOrder",
+    "EngineOutcome",
+    "EnginePart",
     "Profile",
-    "TaskEngine",
     "TensorRTBackend",
     "available_builder",
     "build_engine",
-    "build_task_engines",
     "default_profile",
     "manifest_path",
     "parse_shapes",
+    "run_job",
 ]

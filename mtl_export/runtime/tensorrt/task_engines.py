@@ -4,27 +4,26 @@ Merged models of one checkpoint differ in weights only. Their common structure i
 as one small message with the first model's weights as placeholders; each task's build
 loads it and points the parser at that task's mapped weights (``load_model_proto``,
 ``load_initializer``, ``parse_model_proto``). The engines equal those of plain builds
-byte for byte. Where the files differ in more than weights, keep weights in a form that
-cannot be pointed at, or the library has no such calls, every task is built plainly.
+byte for byte. A file that keeps weights in a form that cannot be pointed at is built
+plainly, and so is every file where the library has no such calls.
 """
 
 from __future__ import annotations
 
+import hashlib
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mtl_export.errors import EngineBuildError
 from mtl_export.runtime.tensorrt.api import TrtObject, load_library
 from mtl_export.runtime.tensorrt.available import available_builder
-from mtl_export.runtime.tensorrt.build import build_engine, build_from
+from mtl_export.runtime.tensorrt.build import Parse, build_from
 from mtl_export.runtime.tensorrt.callbacks import Progress
 from mtl_export.runtime.tensorrt.manifest import EngineManifest
 from mtl_export.runtime.tensorrt.options import BuildOptions
-from mtl_export.runtime.tensorrt.shapes import Profile
 from mtl_export.runtime.tensorrt.source import load_structure, read_source, tensors_of
 
 if TYPE_CHECKING:
@@ -35,146 +34,77 @@ Weights: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class TaskEngine:
-    """What became of one task.
-
-    Attributes:
-        task: Its name.
-        engine_path: The engine's file.
-        manifest: The engine's manifest, or None if the build was refused.
-        error: Why it was refused, or None.
-    """
-
-    task: str
-    engine_path: Path
-    manifest: EngineManifest | None
-    error: EngineBuildError | None
-
-
-def build_task_engines(
-    onnx_paths: Mapping[str, Path],
-    engine_paths: Mapping[str, Path],
-    *,
-    profiles: Sequence[Profile],
-    workspace_bytes: int | None = None,
-    optimization_level: int | None = None,
-    tf32: bool = False,
-    compute_capabilities: Sequence[str] = (),
-    progress: Progress | None = None,
-    library_name: str | None = None,
-) -> Iterator[TaskEngine]:
-    """Yield each task's engine as soon as it lies on disk, in the order of ``onnx_paths``.
-
-    A task that is refused is yielded with its error and does not stop the others.
-
-    Args:
-        onnx_paths: Task -> merged graph.
-        engine_paths: Task -> engine to write.
-        profiles: As for ``build_engine``, the same for all tasks.
-        workspace_bytes: As for ``build_engine``.
-        optimization_level: As for ``build_engine``.
-        tf32: As for ``build_engine``.
-        compute_capabilities: As for ``build_engine``.
-        progress: As for ``build_engine``; the fraction is that of the current task.
-        library_name: As for ``build_engine``.
-
-    Raises:
-        BackendMissingError: No TensorRT can build here.
-        UsageError: A profile or an option does not fit.
-        OutputError: An engine cannot be written.
-    """
-    options = BuildOptions(
-        profiles=tuple(profiles),
-        workspace_bytes=workspace_bytes,
-        optimization_level=optimization_level,
-        tf32=tf32,
-        compute_capabilities=tuple(compute_capabilities),
-    )
-    structure: Structure | None = None
-    has_parts = hasattr(
-        load_library(available_builder(library_name).name).trt.OnnxParser, "load_model_proto"
-    )
-    for task, onnx_path in onnx_paths.items():
-        manifest, error = None, None
-        try:
-            if structure is None and has_parts:
-                structure = read_structure(onnx_path)
-            manifest = build_with_structure(
-                structure,
-                onnx_path,
-                engine_paths[task],
-                options=options,
-                progress=progress,
-                library_name=library_name,
-            )
-        except EngineBuildError as refusal:
-            error = refusal
-        yield TaskEngine(task, engine_paths[task], manifest, error)
-
-
-@dataclass(frozen=True)
 class Structure:
     """What models of one structure share.
 
     Attributes:
         path: The first model, beside which its external data lies.
-        key: The first model without weights, name and metadata, serialised; None if some
-            weights are not initializers of the main graph.
         message: The first model, serialised.
     """
 
     path: Path
-    key: bytes | None
     message: bytes
 
 
-def read_structure(path: Path) -> Structure:
-    """Return the structure of the model at ``path``.
+class SharedBuilds:
+    """Builds engines one after the other; models of one structure have it read once.
+
+    Args:
+        library_name: ``tensorrt`` or ``tensorrt_rtx`` instead of the better one here.
 
     Raises:
-        EngineBuildError: It cannot be read.
+        BackendMissingError: No TensorRT can build here.
     """
-    model = load_structure(path)
-    message = model.SerializeToString(deterministic=True)
-    return Structure(path=path, key=_key(path, model), message=message)
 
+    def __init__(self, library_name: str | None = None) -> None:
+        self._info = available_builder(library_name)
+        self._can_feed = hasattr(load_library(self._info.name).trt.OnnxParser, "load_model_proto")
+        # a model without what may differ, hashed -> the first that was like it
+        self._known: dict[str, Structure] = {}
 
-def build_with_structure(
-    structure: Structure | None,
-    onnx_path: Path,
-    engine_path: Path,
-    *,
-    options: BuildOptions,
-    progress: Progress | None,
-    library_name: str | None,
-) -> EngineManifest:
-    """Return the manifest of the engine of ``onnx_path``, by ``structure`` where it fits."""
-    with ExitStack() as open_files:
-        weights = None
-        source = read_source(onnx_path)
-        if structure is not None:
-            weights = _weights(structure, onnx_path, open_files)
-        if structure is None or weights is None:
-            return build_engine(
-                onnx_path,
+    def build(
+        self,
+        onnx_path: Path,
+        engine_path: Path,
+        *,
+        options: BuildOptions,
+        progress: Progress | None = None,
+    ) -> EngineManifest:
+        """Return the manifest of the engine of ``onnx_path``, written to ``engine_path``.
+
+        Raises:
+            UsageError: A profile or an option does not fit.
+            EngineBuildError: The graph or the build was refused.
+            OutputError: The engine cannot be written.
+        """
+        with ExitStack() as open_files:
+            source = read_source(onnx_path)
+            return build_from(
+                source,
                 engine_path,
-                profiles=options.profiles,
-                workspace_bytes=options.workspace_bytes,
-                optimization_level=options.optimization_level,
-                tf32=options.tf32,
-                compute_capabilities=options.compute_capabilities,
+                info=self._info,
+                options=options,
+                parse=self._fed(onnx_path, open_files) or plainly(onnx_path),
                 progress=progress,
-                library_name=library_name,
             )
-        shared, fed = structure, weights
-        return build_from(
-            source,
-            engine_path,
-            info=available_builder(library_name),
-            options=options,
-            parse=lambda parser: feed(parser, shared, fed),
-            progress=progress,
-        )
+
+    def _fed(self, path: Path, open_files: ExitStack) -> Parse | None:
+        """Return what feeds the structure with the weights of ``path``, if that can be done."""
+        model = load_structure(path) if self._can_feed else None
+        weights = None if model is None else _weights(path, model, open_files)
+        key = None if model is None or weights is None else _key(path, model)
+        if model is None or weights is None or key is None:
+            return None
+        if key not in self._known:
+            message = model.SerializeToString(deterministic=True)
+            self._known[key] = Structure(path, bytes(message))
+        structure, fed = self._known[key], weights
+        return lambda parser: feed(parser, structure, fed)
+
+
+def plainly(path: Path) -> Parse:
+    """Return what has a parser read ``path`` itself."""
+    return lambda parser: bool(parser.parse_from_file(str(path)))
 
 
 def feed(parser: TrtObject, structure: Structure, weights: Weights) -> bool:
@@ -189,8 +119,8 @@ def feed(parser: TrtObject, structure: Structure, weights: Weights) -> bool:
     )
 
 
-def _key(path: Path, model: onnx.ModelProto) -> bytes | None:
-    """Return what must be equal for two models to share a structure; None if it is hidden."""
+def _key(path: Path, model: onnx.ModelProto) -> str | None:
+    """Return the hash of what models that share a structure have; None if it is hidden."""
     import onnx
     from onnx.external_data_helper import load_external_data_for_tensor
 
@@ -210,7 +140,7 @@ def _key(path: Path, model: onnx.ModelProto) -> bytes | None:
             tensor.ClearField("data_location")
     if any(tensor.data_location == tensor.EXTERNAL for tensor in tensors_of(bare)):
         return None
-    return bytes(bare.SerializeToString(deterministic=True))
+    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
 
 
 def _is_weight(tensor: onnx.TensorProto) -> bool:
@@ -218,13 +148,11 @@ def _is_weight(tensor: onnx.TensorProto) -> bool:
     return tensor.data_type not in (tensor.INT32, tensor.INT64, tensor.BOOL, tensor.STRING)
 
 
-def _weights(structure: Structure, path: Path, open_files: ExitStack) -> Weights | None:
+def _weights(path: Path, model: onnx.ModelProto, open_files: ExitStack) -> Weights | None:
+    """Return the weights of ``model`` where they lie; None if some cannot be pointed at."""
     import numpy
     from onnx.external_data_helper import ExternalDataInfo
 
-    model = load_structure(path)
-    if structure.key is None or _key(path, model) != structure.key:
-        return None
     maps: dict[str, mmap.mmap] = {}
     weights = {}
     for tensor in model.graph.initializer:

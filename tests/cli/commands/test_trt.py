@@ -40,7 +40,7 @@ def test_one_engine_per_task(exported: Path, run: Run) -> None:
     assert [output["path"] for output in outcome.json["outputs"]] == [
         "out/engines/ads_rel", "out/engines/topic", "out/engines/spam",
     ]  # fmt: skip
-    assert [len(output["engine"]["tasks"]) for output in outcome.json["outputs"]] == [1, 1, 1]
+    assert [len(output["engines"][0]["tasks"]) for output in outcome.json["outputs"]] == [1, 1, 1]
     engines = {
         (exported / output["path"] / "model.engine").read_bytes()
         for output in outcome.json["outputs"]

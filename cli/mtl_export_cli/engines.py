@@ -1,0 +1,320 @@
+"""The engines of one model: from which graphs, with which options, into which folders.
+
+    onnx/[<task>/]STEM.onnx          -> engines/[<task>/]STEM.engine          as exported
+    onnx-int8/[<task>/]STEM.onnx     -> engines-int8/[<task>/]STEM.engine     --quantize int8
+
+STEM is ``model``; for models that generate it is ``prefill`` and ``decode``, or ``encoder``,
+``decoder`` and ``decoder_with_past``. What decides a folder's bytes, its recipe, holds the
+graphs' hashes, so that an engine is found finished only if its graph is still the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtl_export.checkpoint.sentence_embedding import METADATA_KEY
+from mtl_export.errors import MtlExportError, UsageError, shortened
+from mtl_export.runtime.model_files import ENGINE_SUFFIX, WHOLE
+from mtl_export_cli import artefacts, graphs, sources
+from mtl_export_cli.options import Settings
+from mtl_export_cli.written import Written
+
+if TYPE_CHECKING:
+    from mtl_export.adapters.binding import BoundModel
+    from mtl_export.bundle.manifest import Manifest, OptionValue, Recipe
+    from mtl_export.bundle.output import OutputPlan
+    from mtl_export.checkpoint.checkpoint import Task
+    from mtl_export.runtime.tensorrt.available import BuilderInfo
+    from mtl_export.runtime.tensorrt.job import EngineOrder, EnginePart
+    from mtl_export.runtime.tensorrt.manifest import Check, EngineManifest
+    from mtl_export_cli.engine_options import EngineChoices
+
+BOTH = "both"
+LAYOUTS = (graphs.SINGLE_GRAPH, graphs.PER_TASK, BOTH)
+
+
+def wanted_graphs(
+    settings: Settings, layout: str | None, tasks: Sequence[Task]
+) -> list[graphs.Graph]:
+    """Return the graphs that the options ask for, the single one before those of tasks.
+
+    Raises:
+        UsageError: A single graph of some tasks only, or no task was asked for.
+        TaskNotFoundError: A name is unknown.
+    """
+    layouts = (graphs.SINGLE_GRAPH, graphs.PER_TASK) if layout == BOTH else (layout,)
+    return [graph for one in layouts for graph in graphs.wanted_graphs(settings, one, tasks)]
+
+
+@dataclass(frozen=True)
+class Built:
+    """One folder of engines.
+
+    Attributes:
+        output: The folder.
+        manifests: Its engines.
+    """
+
+    output: Written
+    manifests: tuple[EngineManifest, ...]
+
+    @property
+    def artefact(self) -> str:
+        """Return the path of its engine, or of its engines in one."""
+        names = [manifest.engine for manifest in self.manifests]
+        if len(names) > 1:
+            stems = ",".join(name.removesuffix(ENGINE_SUFFIX) for name in names)
+            names = [f"{{{stems}}}{ENGINE_SUFFIX}"]
+        return str(self.output.path / names[0])
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the size of its engines."""
+        return sum(manifest.engine_size_bytes for manifest in self.manifests)
+
+    @property
+    def run_check(self) -> Check:
+        """Return the check that ran its engines, or says why nothing did."""
+        return self.manifests[0].validated[-1]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the record as JSON's types."""
+        first, check = self.manifests[0], self.run_check
+        return {
+            **self.output.as_dict(),
+            "builder": {"name": first.builder, "version": first.builder_version},
+            "run_here": f"{check.verdict} ({check.reason})".removesuffix(" ()"),
+            "engines": [manifest.as_dict() for manifest in self.manifests],
+        }
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A folder of engines that there is not.
+
+    Attributes:
+        name: What it was to be, for people.
+        path: The folder.
+        tasks: The tasks it was to serve.
+        error: Why.
+    """
+
+    name: str
+    path: Path
+    tasks: tuple[str, ...]
+    error: MtlExportError
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the record as JSON's types."""
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "tasks": list(self.tasks),
+            "error": self.error.as_dict(),
+        }
+
+
+class Workshop:
+    """Orders engines of one model, and opens the folders they go to.
+
+    Args:
+        settings: Where to, and whether to replace what is there.
+        bound: The model.
+        info: The library that builds.
+        choices: What was asked of it.
+        number: What the graphs are quantised to; None for the graphs as exported.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        bound: BoundModel,
+        info: BuilderInfo,
+        choices: EngineChoices,
+        number: str | None,
+    ) -> None:
+        self._settings, self._bound, self._info = settings, bound, info
+        self._choices, self._number = choices, number
+        ending = f"-{number}" if number else ""
+        self.onnx_folder = settings.output_dir / f"onnx{ending}"
+        self.folder = settings.folder(f"engines{ending}")
+        self._plans: dict[Path, OutputPlan] = {}
+        self._recipes: dict[Path, Recipe] = {}
+
+    def order(self, graph: graphs.Graph) -> EngineOrder:
+        """Return the order of the engines of ``graph``, which is exported.
+
+        Raises:
+            UsageError: A shape is malformed or does not fit.
+            EngineBuildError: The graph cannot be read.
+        """
+        from mtl_export.bundle.manifest import read_manifest
+        from mtl_export.runtime.tensorrt.job import EngineOrder, EnginePart
+
+        folder = graph.folder(self.onnx_folder)
+        manifest = read_manifest(folder)
+        files = manifest.files if manifest else {}
+        paths = [folder / name for name in sorted(files) if name.endswith(".onnx")]
+        parts = tuple(
+            EnginePart(
+                onnx_path=path,
+                file=f"{path.stem}{ENGINE_SUFFIX}",
+                options=self._choices.build_options(
+                    path, beside=[other for other in paths if other != path]
+                ),
+            )
+            for path in paths
+        )
+        target = graph.folder(self.folder)
+        if manifest is not None:
+            self._recipes[target] = self._recipe(graph, parts, manifest)
+        size_bytes = sum(entry.size_bytes for entry in files.values())
+        return EngineOrder(graph.name, target, parts, size_bytes)
+
+    @contextmanager
+    def open_place(self, order: EngineOrder) -> Iterator[OutputPlan]:
+        """Give the folder of ``order`` to write to, and put it in place at the end.
+
+        Raises:
+            OutputError: It holds something else, or cannot be written.
+        """
+        from mtl_export.bundle.manifest import FileEntry
+        from mtl_export.bundle.output import output_folder
+        from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
+
+        with output_folder(
+            order.target,
+            recipe=self._recipes[order.target],
+            force=self._settings.force,
+            estimated_size_bytes=order.size_bytes,
+        ) as plan:
+            yield plan
+            if not plan.up_to_date:
+                for part in order.parts:
+                    made = EngineManifest.read(manifest_path(plan.folder / part.file))
+                    plan.known[made.engine] = FileEntry(made.engine_sha256, made.engine_size_bytes)
+        self._plans[order.target] = plan
+
+    def built(self, order: EngineOrder, tasks: Sequence[str], seconds: float) -> Built:
+        """Return the record of an order whose folder was put in place."""
+        from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
+
+        manifests = [
+            EngineManifest.read(manifest_path(order.target / part.file)) for part in order.parts
+        ]
+        written = Written.from_plan(self._plans[order.target], tasks, seconds)
+        return Built(written, tuple(manifests))
+
+    def clear(self) -> None:
+        """Remove what killed runs left where engines go."""
+        from mtl_export.bundle.staging import remove_stale
+
+        for parent in (self.folder.absolute().parent, self.folder):
+            if parent.is_dir():
+                remove_stale(parent)
+
+    def _recipe(
+        self, graph: graphs.Graph, parts: Sequence[EnginePart], manifest: Manifest
+    ) -> Recipe:
+        from mtl_export.runtime.tensorrt.source import read_source
+
+        metadata: dict[str, str] = {}
+        hashes: dict[str, str] = {}
+        for part in parts:
+            source = read_source(part.onnx_path)
+            metadata |= source.metadata
+            for name in (part.onnx_path.name, *source.external_files):
+                hashes[f"onnx_sha256 {name}"] = manifest.files[name].sha256
+        options: dict[str, OptionValue] = {
+            "layout": graph.layout,
+            "served": [task.name for task in graph.tasks],
+            "builder": f"{self._info.name} {self._info.version}",
+            "profile": _profile_texts(parts),
+            "dtype": metadata.get("mtl_export.dtype", graphs.GRAPH_DTYPE),
+            **self._choices.recipe(),
+        }
+        if metadata.get("mtl_export.task_input", "rows") != "rows":
+            options["task_input"] = metadata["mtl_export.task_input"]
+        if METADATA_KEY in metadata:
+            options["embedding"] = metadata[METADATA_KEY]
+        if self._number:
+            options["quantize"] = self._number
+        recipe = sources.recipe("trt", self._bound, options)
+        return replace(recipe, sources={**recipe.sources, **hashes})
+
+
+def _profile_texts(parts: Sequence[EnginePart]) -> dict[str, str]:
+    """Return every input's shapes, ``1x1 8x64 32x512`` a profile, by input or by graph and it."""
+    texts: dict[str, str] = {}
+    for part in parts:
+        prefix = f"{part.onnx_path.stem}." if len(parts) > 1 else ""
+        for profile in part.options.profiles:
+            for name, shapes in profile.shapes.items():
+                text = " ".join("x".join(map(str, shape)) for shape in shapes)
+                key = f"{prefix}{name}"
+                texts[key] = f"{texts[key]}, {text}" if key in texts else text
+    return texts
+
+
+def refuse_uncalibrated(
+    bound: BoundModel, wanted: Sequence[graphs.Graph], onnx_folder: Path, number: str
+) -> None:
+    """Refuse quantised engines whose graphs ``mtl-export calibrate`` has not written.
+
+    Raises:
+        UsageError: Graphs are missing, of another checkpoint, or damaged; or the model runs
+            as several graphs, which cannot be calibrated.
+    """
+    where = f"--quantize {number}"
+    if artefacts.first_graph(bound) != WHOLE:
+        raise UsageError(
+            where=where,
+            found=f"{bound.adapters.model_class} generates tokens, by several graphs",
+            expected="a model of one graph",
+            why="only those are calibrated",
+            fix=f"Leave {where} out, or pass --dtype fp16",
+        )
+    problems, needs_force = [], False
+    for graph in wanted:
+        folder = graph.folder(onnx_folder)
+        problem = _calibration_problem(bound, folder)
+        if problem:
+            problems.append(f"{folder / WHOLE} {problem}")
+            needs_force = needs_force or problem != MISSING
+    if not problems:
+        return
+    layouts = {graph.layout for graph in wanted}
+    words = ["mtl-export calibrate", where]
+    words += [f"--layout {layouts.pop()}"] if len(layouts) == 1 else []
+    words += ["--force"] if needs_force else []
+    raise UsageError(
+        where=where,
+        found=shortened(problems),
+        expected="the quantised graphs of this checkpoint",
+        why="engines compute what their graph says, and scales come from calibration data",
+        fix=f"Run {' '.join(words)} first",
+    )
+
+
+MISSING = "is missing"
+
+
+def _calibration_problem(bound: BoundModel, folder: Path) -> str:
+    """Return what is wrong with a calibrated folder; "" if nothing."""
+    from mtl_export.bundle.manifest import damage, read_manifest
+
+    manifest = read_manifest(folder)
+    if manifest is None or WHOLE not in manifest.files:
+        return MISSING
+    found = manifest.recipe.sources
+    if (found.get("base_sha256"), found.get("checkpoint_sha256")) != (
+        bound.base.sha256,
+        bound.adapters.checkpoint_sha256,
+    ):
+        return "is of another checkpoint or base"
+    broken = damage(folder, manifest)
+    return f"is damaged ({shortened(broken)})" if broken else ""
