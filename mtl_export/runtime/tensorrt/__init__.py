@@ -13,7 +13,6 @@ from mtl_export.runtime.tensorrt.job import EngineOrder, EngineOutcome, EnginePa
 from mtl_export.runtime.tensorrt.manifest import Check, EngineManifest, manifest_path
 from mtl_export.runtime.tensorrt.runner import TensorRTBackend
 from mtl_export.runtime.tensorrt.shapes import Profile, default_profile, parse_shapes
-from mtl_export.runtime.tensorrt.task_engines import SharedBuilds
 
 __all__ = [
     "BuilderInfo",
