@@ -1,6 +1,6 @@
 """Results that cost time, kept as JSON and used again only for exactly the same question.
 
-    {"schema": "mtl-export.calibration/1", "key": {...}, "value": {...}}
+    {"schema": "mtl-export.calibration/2", "key": {...}, "value": {...}}
 
 The key holds every input of the result: hashes of data and graph, method, options and
 versions. A file whose key differs in anything, or that cannot be read, counts as absent.
@@ -16,7 +16,7 @@ from typing import Any
 
 from mtl_export.version import VERSION
 
-SCHEMA = "mtl-export.calibration/1"
+SCHEMA = "mtl-export.calibration/2"
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,8 @@
     measure ranges -> try all layers -> where a task loses too much, search the smallest
     set of layers to leave out -> write, or refuse
 
+No set of layers is searched for where a task's values are cut: its ranges are wrong.
+
 A trial writes the graph and counts its decisions on the rows that are judged. Trials are
 kept, so that a killed search goes on where it was.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,11 @@ from typing import Any
 import onnx_ir as ir
 
 from mtl_export.bundle.manifest import own_files
-from mtl_export.errors import CalibrationError
+from mtl_export.checkpoint.hashing import sha256_of_file
+from mtl_export.errors import CalibrationError, GraphError
 from mtl_export.graph.passes.split_gemm import SplitGemmPass
 from mtl_export.parity.scores import Answers
-from mtl_export_calibration.cache import read_cache, write_cache
+from mtl_export_calibration.cache import read_cache, versions, write_cache
 from mtl_export_calibration.deltas import APART, MERGED, DeltaSource, swallowed_layers
 from mtl_export_calibration.evaluate import (
     LATENCY_LENGTH,
@@ -31,12 +35,15 @@ from mtl_export_calibration.evaluate import (
     latencies_ms,
     score,
 )
+from mtl_export_calibration.half import HALF, half_precision
 from mtl_export_calibration.measure import Target, Work, layers_of
 from mtl_export_calibration.mixed import Search, smallest_exclusion, worst_first
 from mtl_export_calibration.qdq import METADATA, Recipe, quantise
+from mtl_export_calibration.ranges import Cut
 from mtl_export_calibration.report import FILE, GraphReport, Measured
 
 MODEL_FILE = "model.onnx"
+GRAPH_FILES = (MODEL_FILE, f"{MODEL_FILE}.data")
 
 
 class GraphJob:
@@ -90,16 +97,18 @@ class GraphJob:
             )
         # Leaving everything out would pass and be no quantised graph.
         limit = min(int(options.max_excluded * len(self._layers)), len(order) - 1)
+        cuts = [self._measured.cut.get(task.name, Cut()) for task in self._tasks]
         search = smallest_exclusion(
             order,
             lambda excluded: self._drop(excluded | always),
             max_drop=options.max_drop,
-            max_excluded=max(0, limit),
+            max_excluded=max(0, limit) if all(c.passes(options.max_cut) for c in cuts) else 0,
         )
         excluded = search.excluded | always
         scores = [TaskScore(**one) for one in self._scores(excluded)]
         report = self._report(search, excluded, scores)
         if report.passed:
+            report = replace(report, half=tuple(TaskScore(**one) for one in self._half()))
             self._write(excluded)
             self._finish(report)
         return report
@@ -116,14 +125,40 @@ class GraphJob:
         search = Search(
             frozenset(kept["excluded"]), kept["gate"]["worst_drop"], True, kept["gate"]["trials"]
         )
-        return self._report(search, search.excluded, scores)
+        half = tuple(TaskScore(**one) for one in kept.get("half", {}).values())
+        return replace(self._report(search, search.excluded, scores), half=half)
 
     def timed(self, report: GraphReport) -> GraphReport:
-        """Return the report with the latency of the float graph and of the one in the folder."""
-        paths = (self._target.path, self._folder / MODEL_FILE)
-        length = min(LATENCY_LENGTH, self._work.longest)
-        times = latencies_ms(paths, self._judged, length=length, threads=self._work.options.threads)
-        return replace(report, latency_ms=tuple(times), latency_length=length)
+        """Return the report with the latencies of the float graph and of those in its place.
+
+        They are kept for ``read_latencies``; the same files are not timed again.
+        """
+        work, number = self._work, self._work.options.number.name
+        length = min(LATENCY_LENGTH, work.longest)
+        files = {name: sha256_of_file(self._folder / name) for name in GRAPH_FILES}
+        key: dict[str, Any] = {
+            "files": files,
+            "length": length,
+            "threads": work.options.threads,
+            **versions(),
+        }
+        file = work.cache_file(self._target, "latency")
+        kept = read_cache(file, key)
+        if kept is None:
+            with ExitStack() as stack:
+                paths = {"fp32": self._target.path, number: self._folder / MODEL_FILE}
+                if report.half:
+                    half = stack.enter_context(half_precision(self._target.path, work.cache))
+                    paths = {"fp32": paths["fp32"], HALF: half, number: paths[number]}
+                threads = work.options.threads
+                times = latencies_ms(
+                    [*paths.values()], self._judged, length=length, threads=threads
+                )
+            kept = {"latency_ms": dict(zip(paths, times, strict=True))}
+            write_cache(file, key, kept)
+        times_ms = {name: float(kept["latency_ms"][name]) for name in ("fp32", HALF, number)
+                    if name in kept["latency_ms"]}  # fmt: skip
+        return replace(report, latency_ms=times_ms, latency_length=length)
 
     def _swallowed(self) -> frozenset[str]:
         if self._target.task is None:
@@ -150,25 +185,37 @@ class GraphJob:
         return self._trials[name]
 
     def _judge(self) -> list[TaskScore]:
-        step, threads = f"judge: {self._target.name}", self._work.options.threads
+        candidate = self._answers(self._folder / MODEL_FILE, self._work.options.number.name)
+        return self._against_float(candidate)
+
+    def _half(self) -> list[dict[str, Any]]:
+        """Return what half precision costs each task; nothing for a graph that has none."""
+        if HALF not in self._trials:
+            scores = []
+            try:
+                with half_precision(self._target.path, self._work.cache) as path:
+                    scores = self._against_float(self._answers(path, HALF))
+            except GraphError as error:
+                self._notes.append(f"not compared with {HALF}: {error}")
+            self._trials[HALF] = [one.as_dict() for one in scores]
+            write_cache(self._log, self._key, {"trials": self._trials})
+        return self._trials[HALF]
+
+    def _against_float(self, candidate: dict[int, Answers]) -> list[TaskScore]:
         if self._reference is None:
-            self._reference = answers(
-                self._target.path,
-                self._judged,
-                threads=threads,
-                progress=lambda done, total: self._work.progress(f"{step}, float", done, total),
-            )
-        candidate = answers(
-            self._folder / MODEL_FILE,
-            self._judged,
-            threads=threads,
-            progress=lambda done, total: self._work.progress(
-                f"{step}, {self._work.options.number.name}", done, total
-            ),
-        )
+            self._reference = self._answers(self._target.path, "float")
         return [
             score(self._reference[task.index], candidate[task.index], task) for task in self._tasks
         ]
+
+    def _answers(self, path: Path, form: str) -> dict[int, Answers]:
+        step = f"judge: {self._target.name}, {form}"
+        return answers(
+            path,
+            self._judged,
+            threads=self._work.options.threads,
+            progress=lambda done, total: self._work.progress(step, done, total),
+        )
 
     def _write(self, excluded: frozenset[str]) -> None:
         if self._written == excluded:
@@ -189,9 +236,8 @@ class GraphJob:
             "data_sha256": self._key["data_sha256"],
         }
         model.metadata_props[METADATA] = json.dumps(about)
-        data = f"{MODEL_FILE}.data"
-        (self._folder / data).unlink(missing_ok=True)
-        ir.save(model, self._folder / MODEL_FILE, external_data=data)
+        (self._folder / GRAPH_FILES[1]).unlink(missing_ok=True)
+        ir.save(model, self._folder / MODEL_FILE, external_data=GRAPH_FILES[1])
         self._written = excluded
 
     def _finish(self, report: GraphReport) -> None:
@@ -217,6 +263,7 @@ class GraphJob:
             apart=tuple(sorted(self._apart() - excluded)),
             notes=tuple(self._notes),
             max_drop=options.max_drop,
+            max_cut=options.max_cut,
             trials=search.trials,
             data={
                 "calibration_sha256": self._key["data_sha256"],

@@ -26,7 +26,7 @@ from mtl_export_calibration.deltas import APART, DeltaSource
 from mtl_export_calibration.engines import ONNXRUNTIME, engine_named
 from mtl_export_calibration.formats import NumberFormat
 from mtl_export_calibration.layers import QuantLayer, find_layers
-from mtl_export_calibration.ranges import PER_TASK, Ranges, combine, cut_share
+from mtl_export_calibration.ranges import CUT_FACTOR, PER_TASK, Cut, Ranges, combine, worst_cut
 from mtl_export_calibration.report import Measured
 from mtl_export_calibration.samples import Samples
 from mtl_export_calibration.sqnr import layer_sqnr_db
@@ -50,6 +50,7 @@ class Options:
         exclude: Regular expressions of layers to leave unquantised.
         deltas: What to do where a step swallows a task's change, one of ``DELTA_MODES``.
         max_drop: Points the worst task may lose.
+        max_cut: Times as often as is usual that a task's values may lie beyond a range.
         max_excluded: Largest share of layers that may be left unquantised to reach that.
         threads: Threads of ONNX Runtime; 0 lets it decide.
         engine: Who measures activations.
@@ -62,6 +63,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     deltas: str = APART
     max_drop: float = 1.0
+    max_cut: float = CUT_FACTOR
     max_excluded: float = 0.5
     threads: int = 0
     engine: str = ONNXRUNTIME
@@ -295,13 +297,13 @@ def _weight(model: ir.Model, layer: QuantLayer) -> Array:
     return values
 
 
-def _cut(work: Work, target: Target, task: Task, ranges: Ranges) -> tuple[float, str]:
-    """Return the largest share of the judged rows' values beyond a range, and whose range."""
-    if not work.options.number.quantises_activations:
-        return 0.0, ""
+def _cut(work: Work, target: Target, task: Task, ranges: Ranges) -> Cut:
+    """Return where the ranges cut the task's judged rows most."""
+    options = work.options
+    if not options.number.quantises_activations:
+        return Cut()
     own = work.judged.of_task(task.index)
     places = np.unique(np.linspace(0, len(own) - 1, min(CUT_ROWS, len(own))).astype(np.int64))
     seen = _collected(work, target, task, own.take(places), "check")
-    shares = {name: cut_share(one.histogram, ranges.amax[name]) for name, one in seen.items()}
-    name = max(shares, key=lambda one: shares[one])
-    return shares[name], name
+    histograms = {name: one.histogram for name, one in seen.items()}
+    return worst_cut(histograms, ranges.amax, options.method, options.number)

@@ -5,7 +5,8 @@
     per-task   a merged graph's own task alone
 
 A task pays where the range is wider than its own (``inflation`` > 1: coarser steps) or
-narrower (< 1: values are cut off).
+narrower (< 1: values are cut off). Rows of other tasks that were fed under its name leave no
+trace in its own range; the share of its values beyond it, on other rows, shows them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from mtl_export_calibration.collect import TensorStatistics
 from mtl_export_calibration.formats import NumberFormat
 from mtl_export_calibration.histogram import Histogram
 
+CUT_FACTOR = 3.0
+# What the percentile calibrator cuts by definition; no calibrator is held to less.
+USUAL_CUT = 1e-4
 UNION, WEIGHTED, PER_TASK = COMBINATIONS = ("union", "weighted", "per-task")
 # task -> activation -> statistics
 Statistics = Mapping[str, Mapping[str, TensorStatistics]]
@@ -40,6 +44,61 @@ class Ranges:
     def inflation(self, task: str) -> dict[str, float]:
         """Return how much wider each activation's range is than the task's own."""
         return {name: self.amax[name] / own for name, own in self.own[task].items() if own > 0.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The activation in which most of a task's values lie beyond the range.
+
+    Attributes:
+        activation: Its name; empty where ranges are not used.
+        share: Of its values, on rows that no range was taken from.
+        usual: What the calibrator would cut if it saw these rows.
+        values: How many values there are.
+    """
+
+    activation: str = ""
+    share: float = 0.0
+    usual: float = 0.0
+    values: float = 0.0
+
+    def allowed(self, factor: float) -> float:
+        """Return the largest share that is no sign of rows unlike those of calibration.
+
+        Args:
+            factor: Times as much as is usual.
+        """
+        if not self.values:
+            return 1.0
+        often = factor * max(self.usual, USUAL_CUT)
+        # Of few values some lie beyond by chance: three standard deviations, and three values.
+        return often + 3.0 * (math.sqrt(often / self.values) + 1.0 / self.values)
+
+    def passes(self, factor: float) -> bool:
+        """Return whether the task's values are cut no more often than allowed."""
+        return self.share <= self.allowed(factor)
+
+
+def worst_cut(
+    histograms: Mapping[str, Histogram],
+    amax: Mapping[str, float],
+    method: str,
+    number: NumberFormat,
+) -> Cut:
+    """Return where ``amax`` cuts a task most, as a share of what is allowed.
+
+    Args:
+        histograms: Of the task's values, by activation, on rows that no range was taken from.
+        amax: The graph's ranges.
+        method: A key of ``CALIBRATORS``.
+        number: The activations' format.
+    """
+    calibrator, cuts = CALIBRATORS[method], [Cut()]
+    for name, histogram in histograms.items():
+        share = cut_share(histogram, amax[name])
+        usual = cut_share(histogram, calibrator(histogram, number)) if share else 0.0
+        cuts.append(Cut(name, share, usual, histogram.total))
+    return max(cuts, key=lambda cut: cut.share / cut.allowed(CUT_FACTOR))
 
 
 def combine(

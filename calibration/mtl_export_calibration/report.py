@@ -1,7 +1,7 @@
 """What calibrating one graph found, as JSON that lies beside the quantised graph.
 
     {"schema": "mtl-export.quantisation/1", "graph", "format", "method", "combine", "data",
-     "gate", "excluded", "deltas_apart", "notes", "layers", "activations", "tasks"}
+     "gate", "half", "excluded", "deltas_apart", "notes", "layers", "activations", "tasks"}
 
 A task pays where ``inflation`` is above 1 (its steps are that much coarser than they need
 be) or below (its values are cut), and where ``cut`` is large: the share of its values, on
@@ -11,10 +11,11 @@ the rows that accuracy is counted on, beyond the range.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mtl_export_calibration.evaluate import TaskScore
+from mtl_export_calibration.ranges import CUT_FACTOR, Cut
 
 SCHEMA = "mtl-export.quantisation/1"
 FILE = "calibration.json"
@@ -28,15 +29,15 @@ class Measured:
         amax: Range of every activation, by its name.
         own: What each task alone would get, by task, then by activation.
         sqnr_db: What quantising each layer alone costs, by layer, then by task.
-        cut: Largest share of a task's values beyond a range, on the rows that accuracy is
-            counted on: by task, the share and the activation.
+        cut: Where most of a task's values lie beyond a range, on the rows that accuracy is
+            counted on, by task.
         swallowed: Share of rows whose step exceeds a task's change, by layer, then by task.
     """
 
     amax: Mapping[str, float]
     own: Mapping[str, Mapping[str, float]]
     sqnr_db: Mapping[str, Mapping[str, float]]
-    cut: Mapping[str, tuple[float, str]]
+    cut: Mapping[str, Cut]
     swallowed: Mapping[str, Mapping[str, float]]
 
     def as_dict(self) -> dict[str, Any]:
@@ -45,14 +46,14 @@ class Measured:
             "amax": dict(self.amax),
             "own": {task: dict(by_name) for task, by_name in self.own.items()},
             "sqnr_db": {layer: dict(by_task) for layer, by_task in self.sqnr_db.items()},
-            "cut": {task: list(pair) for task, pair in self.cut.items()},
+            "cut": {task: asdict(cut) for task, cut in self.cut.items()},
             "swallowed": {layer: dict(by_task) for layer, by_task in self.swallowed.items()},
         }
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Measured:
         """Return the record that ``as_dict`` made."""
-        cut = {task: (float(share), str(name)) for task, (share, name) in value["cut"].items()}
+        cut = {task: Cut(**one) for task, one in value["cut"].items()}
         return cls(value["amax"], value["own"], value["sqnr_db"], cut, value["swallowed"])
 
     def inflation(self, task: str) -> tuple[float, str]:
@@ -94,7 +95,10 @@ class GraphReport:
         max_drop: Points the worst task may lose.
         trials: How many sets of excluded layers were tried.
         data: Hashes and counts of the rows used.
-        latency_ms: Of the float and the quantised graph; empty where it failed.
+        max_cut: Times as often as is usual that a task's values may lie beyond a range.
+        half: What half precision costs each task, in its place; empty where the graph has none.
+        latency_ms: Of the float, the half-precision and the quantised graph, by format; empty
+            where it failed.
         latency_length: Tokens of the rows that were timed.
     """
 
@@ -110,7 +114,9 @@ class GraphReport:
     max_drop: float
     trials: int
     data: Mapping[str, Any]
-    latency_ms: tuple[float, ...] = ()
+    max_cut: float = CUT_FACTOR
+    half: tuple[TaskScore, ...] = ()
+    latency_ms: Mapping[str, float] = field(default_factory=dict)
     latency_length: int = 0
 
     @property
@@ -120,8 +126,25 @@ class GraphReport:
 
     @property
     def passed(self) -> bool:
-        """Return whether every task loses no more than it may."""
-        return self.worst_drop <= self.max_drop
+        """Return whether no task loses more than it may, and none is cut."""
+        return not any(self.failure(score) for score in self.scores)
+
+    def failure(self, score: TaskScore) -> str:
+        """Return why a task does not pass; empty if it does."""
+        cut = self.cut(score.task)
+        if score.drop > self.max_drop:
+            return f"it loses {score.drop:.2f} points; allowed is {self.max_drop:g}"
+        if cut.passes(self.max_cut):
+            return ""
+        return (
+            f"{_percent(cut.share)} of its values in {cut.activation} lie beyond the range;"
+            f" allowed is {_percent(cut.allowed(self.max_cut))}: the rows that ranges were taken"
+            f" from are not like this task's"
+        )
+
+    def cut(self, task: str) -> Cut:
+        """Return where a task's values are cut most."""
+        return self.measured.cut.get(task, Cut())
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report without latencies, which no two runs share."""
@@ -135,10 +158,12 @@ class GraphReport:
             "data": dict(self.data),
             "gate": {
                 "max_drop": self.max_drop,
+                "max_cut": self.max_cut,
                 "worst_drop": self.worst_drop,
                 "passed": self.passed,
                 "trials": self.trials,
             },
+            "half": {score.task: score.as_dict() for score in self.half},
             "excluded": list(self.excluded),
             "deltas_apart": list(self.apart),
             "notes": list(self.notes),
@@ -162,11 +187,19 @@ class GraphReport:
     def _task(self, score: TaskScore) -> dict[str, Any]:
         inflation, activation = self.measured.inflation(score.task)
         worst_db, layer = self.measured.worst_layer(score.task)
-        cut, cut_in = self.measured.cut.get(score.task, (0.0, ""))
+        cut = self.cut(score.task)
         return {
             **score.as_dict(),
-            "passed": score.drop <= self.max_drop,
+            "passed": not self.failure(score),
             "inflation": {"factor": inflation, "activation": activation},
-            "cut": {"share": cut, "activation": cut_in},
+            "cut": {
+                "share": cut.share,
+                "allowed": cut.allowed(self.max_cut),
+                "activation": cut.activation,
+            },
             "worst_layer": {"sqnr_db": worst_db, "layer": layer},
         }
+
+
+def _percent(share: float) -> str:
+    return f"{100.0 * share:.3g} %"

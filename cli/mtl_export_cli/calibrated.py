@@ -38,7 +38,7 @@ def print_outcomes(outcomes: Sequence[Outcome], options: Options, *, as_json: bo
                 "graphs": [
                     {
                         **outcome.report.as_dict(),
-                        "latency_ms": list(outcome.report.latency_ms),
+                        "latency_ms": dict(outcome.report.latency_ms),
                         "latency_length": outcome.report.latency_length,
                         "output": outcome.written.as_dict() if outcome.written else None,
                     }
@@ -49,17 +49,8 @@ def print_outcomes(outcomes: Sequence[Outcome], options: Options, *, as_json: bo
         return
     number = options.number.name
     columns = (
-        "graph",
-        "task",
-        "rows",
-        "fp32",
-        number,
-        "drop",
-        "same",
-        "SQNR",
-        "range",
-        "cut",
-        "verdict",
+        *("graph", "task", "rows", "fp32", "fp16", number, "drop", "same", "SQNR", "range"),
+        *("cut", "verdict"),
     )
     rows = [row for outcome in outcomes for row in _rows(outcome.report)]
     title = f"{number}, {options.method}; the worst task may lose {options.max_drop:g} points"
@@ -71,10 +62,11 @@ def print_outcomes(outcomes: Sequence[Outcome], options: Options, *, as_json: bo
 
 def _rows(report: GraphReport) -> list[tuple[str, ...]]:
     rows = []
+    half = {score.task: score.accuracy for score in report.half}
     for score in report.scores:
         inflation, widest = report.measured.inflation(score.task)
-        cut, most_cut = report.measured.cut.get(score.task, (0.0, ""))
-        accuracies = (score.float_accuracy, score.accuracy)
+        cut = report.cut(score.task)
+        accuracies = (score.float_accuracy, half.get(score.task), score.accuracy)
         rows.append(
             (
                 report.graph,
@@ -85,8 +77,8 @@ def _rows(report: GraphReport) -> list[tuple[str, ...]]:
                 f"{100 * score.agreement:.2f} %",
                 f"{score.sqnr_db:.1f} dB",
                 f"{inflation:.2f}x" if widest else "",
-                f"{100 * cut:.2f} %" if most_cut else "",
-                "passed" if score.drop <= report.max_drop else "FAILED",
+                f"{100 * cut.share:.2f} %" if cut.activation else "",
+                "FAILED" if report.failure(score) else "passed",
             )
         )
     return rows
@@ -94,12 +86,16 @@ def _rows(report: GraphReport) -> list[tuple[str, ...]]:
 
 def _lines(outcome: Outcome) -> list[str]:
     report, lines = outcome.report, []
+    for score in report.scores:
+        if why := report.failure(score):
+            lines.append(f"{score.task}: {why}")
     if report.latency_ms:
-        before, after = report.latency_ms
-        lines.append(
-            f"ONNX Runtime, 8 x {report.latency_length}: fp32 {before:.1f} ms,"
-            f" {report.number} {after:.1f} ms ({after / before:.2f}x)"
-        )
+        before = report.latency_ms["fp32"]
+        times = [
+            f"{name} {time:.1f} ms ({time / before:.2f}x)"
+            for name, time in report.latency_ms.items()
+        ]
+        lines.append(f"ONNX Runtime, 8 x {report.latency_length}: {', '.join(times)}")
     total = len(report.measured.sqnr_db)
     if report.excluded:
         lines.append(f"{len(report.excluded)} of {total} layers left unquantised"
@@ -114,5 +110,5 @@ def _lines(outcome: Outcome) -> list[str]:
         size = render.size_text(outcome.written.size_bytes)
         lines.append(f"{outcome.written.path}: {size}, {outcome.written.status}")
     else:
-        lines.append("not written, because a task loses too much")
+        lines.append("not written, because a task does not pass")
     return lines

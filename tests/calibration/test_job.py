@@ -78,7 +78,8 @@ def test_a_good_calibration_passes_and_is_written(
     written = json.loads((tmp_path / "out" / "calibration.json").read_text())
     assert written["tasks"]["quiet"]["inflation"]["factor"] > 4
     assert written["gate"] == {
-        "max_drop": 5.0, "passed": True, "trials": 1, "worst_drop": report.worst_drop,
+        "max_cut": 3.0, "max_drop": 5.0, "passed": True, "trials": 1,
+        "worst_drop": report.worst_drop,
     }  # fmt: skip
     about = json.loads(onnx_metadata(tmp_path / "out" / "model.onnx")["mtl_export.quantisation"])
     assert (about["format"], about["layers"], about["excluded"]) == ("int8", 2, [])
@@ -94,7 +95,7 @@ def test_one_tasks_ranges_fail_the_other(source: Path, judged: Samples, tmp_path
     assert quiet.drop <= 5.0 < loud.drop
     assert not report.passed
     assert report.measured.inflation("loud")[0] < 0.5
-    assert report.measured.cut["loud"][0] > 0.1 > report.measured.cut["quiet"][0]
+    assert report.measured.cut["loud"].share > 0.1 > report.measured.cut["quiet"].share
     assert not (tmp_path / "out" / "calibration.json").exists()
 
 
@@ -109,8 +110,16 @@ def test_one_tasks_rows_under_both_names_fail_the_other(
     fooled = replace(work(source, judged, tmp_path / "cache"), calibration=wrong)
     report = run(fooled, tmp_path / "out")
     assert report.measured.inflation("loud")[0] == pytest.approx(1.0, abs=0.2)
-    assert report.measured.cut["loud"][0] > 0.1
+    assert report.measured.cut["loud"].share > 0.1
     assert [score.drop > 5.0 for score in report.scores] == [False, True]
+    # Seen in the values too, whatever the accuracy is.
+    patient = replace(fooled, options=replace(OPTIONS, max_drop=100.0))
+    report = run(patient, tmp_path / "patient")
+    assert not report.passed
+    quiet_failure, loud_failure = map(report.failure, report.scores)
+    assert not quiet_failure
+    assert "lie beyond the range" in loud_failure
+    assert report.trials == 1
 
 
 def with_outlier(tmp_path: Path) -> Path:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import onnx
@@ -73,7 +74,7 @@ def test_a_task_that_loses_too_much_fails_the_gate(rows: Path, run: Run) -> None
     outcome = run("calibrate", *LOOSE[2:], *words, *wrong, "--max-drop", "0", "--quantize", "fp8")
     assert outcome.code == 4
     assert "FAILED" in outcome.stdout
-    assert "not written, because a task loses too much" in outcome.stdout
+    assert "not written, because a task does not pass" in outcome.stdout
     assert not (rows / "out" / "onnx-fp8").exists()
 
 
@@ -119,6 +120,44 @@ def test_a_graph_of_one_task_at_a_time_is_refused(rows: Path, run: Run) -> None:
     outcome = run("calibrate", *LOOSE)
     assert outcome.code == 2
     assert "--task-input rows" in outcome.stderr
+
+
+def test_what_was_not_exported_is_exported_first(rows: Path, run: Run) -> None:
+    """Both layouts by default; graphs that are there are taken as they are."""
+    graphs = rows / "out" / "onnx"
+    (graphs / "topic").rename(rows / "topic")
+    shutil.rmtree(graphs)
+    graphs.mkdir()
+    (rows / "topic").rename(graphs / "topic")
+    kept = (graphs / "topic" / "model.onnx").read_bytes()
+    outcome = run("calibrate", *LOOSE, "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert [graph["graph"] for graph in outcome.json["graphs"]] == [
+        "single graph", *(task.name for task in TASKS),
+    ]  # fmt: skip
+    assert "onnx: single graph" in outcome.stderr
+    assert "onnx: spam" in outcome.stderr
+    assert "onnx: topic" not in outcome.stderr
+    assert (graphs / "topic" / "model.onnx").read_bytes() == kept
+
+
+def test_rows_of_one_task_under_all_names_fail_the_others(rows: Path, run: Run) -> None:
+    """Whatever points may be lost: values beyond the ranges show that the rows are not theirs."""
+    words = [json.loads(line) for line in (rows / "rows.jsonl").read_text().splitlines()]
+    own = [row for row in words if row["task"] == "spam"]
+    wrong = [{**row, "task": task.name, "text": "the"} for row in own for task in TASKS]
+    text = "".join(json.dumps(row) + "\n" for row in wrong)
+    (rows / "wrong.jsonl").write_text(text, encoding="utf-8")
+    layout = ("--layout", "single-graph", "--method", "max")
+    judged = ("--data", "wrong.jsonl", "--judge", "rows.jsonl")
+    outcome = run("calibrate", *LOOSE[:4], *judged, *layout, "--json")
+    assert outcome.code == 4
+    (graph,) = outcome.json["graphs"]
+    cuts = {name: task["cut"] for name, task in graph["tasks"].items()}
+    assert all(cut["share"] > cut["allowed"] for cut in cuts.values())
+    assert not (rows / "out" / "onnx-int8").exists()
+    allowed = run("calibrate", *LOOSE[:4], *judged, *layout, "--max-cut", "10000")
+    assert allowed.code == 0, allowed.stdout
 
 
 def test_the_file_may_say_it_all(rows: Path, run: Run) -> None:

@@ -1,0 +1,273 @@
+"""What ``mtl-export calibrate`` does: find graphs, read rows, quantise each or say why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
+from mtl_export.errors import UsageError
+from mtl_export_cli import graphs, render, sources
+from mtl_export_cli.calibrated import Outcome
+from mtl_export_cli.options import LAYOUTS, Settings
+from mtl_export_cli.written import Written
+
+if TYPE_CHECKING:
+    from mtl_export.adapters.binding import BoundModel
+    from mtl_export.bundle.manifest import Recipe
+    from mtl_export_calibration.measure import Options, Target, Work
+    from mtl_export_calibration.report import GraphReport, Measured
+
+BOTH = "both"
+
+
+def refuse_parts(bound: BoundModel) -> None:
+    """Refuse a model that runs as several graphs.
+
+    Raises:
+        UsageError: It generates tokens.
+    """
+    model_class = bound.adapters.model_class
+    if is_causal_lm(model_class) or is_seq2seq(model_class, bound.base.config):
+        raise UsageError(
+            where=f"model class {model_class}",
+            found="it generates tokens, by several graphs that hand on keys and values",
+            expected="a model of one graph",
+            why="what quantising costs is counted on the decisions of one run",
+            fix="Quantise it with a tool for language models",
+        )
+
+
+class _GateError(Exception):
+    """Ends the block of an output folder, so that a graph that fails is not written."""
+
+    def __init__(self, report: GraphReport) -> None:
+        super().__init__()
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for.
+
+    Attributes:
+        settings: Shared options.
+        options: How to quantise.
+        data: Rows to take ranges from.
+        judge: Rows to count accuracy on.
+        samples: Rows of each task to take ranges from.
+        seed: Decides which.
+    """
+
+    settings: Settings
+    options: Options
+    data: str
+    judge: str
+    samples: int
+    seed: int
+
+    def refuse_unknown(self) -> None:
+        """Refuse a call without data."""
+        if not self.data:
+            raise UsageError(
+                where="--data",
+                found="no calibration data was given",
+                expected="rows of every task: JSONL, a folder, npz, or module:function",
+                why="ranges are taken from them",
+                fix="Pass --data, or set data in the [calibrate] section of mtl-export.toml",
+            )
+
+    def graphs(self, bound: BoundModel, layout: str, folder: Path | None) -> list[list[Target]]:
+        """Return the graphs to quantise, those of one layout together.
+
+        Args:
+            bound: The model.
+            layout: One of ``LAYOUTS``, or ``BOTH``.
+            folder: Holds them; None for the output folder's, where what is missing is exported.
+
+        Raises:
+            UsageError: There is none, or one that takes one task for the whole batch.
+        """
+        parent = folder or self.settings.output_dir / "onnx"
+        layouts = LAYOUTS if layout == BOTH else (layout,)
+        groups = [_targets(bound, parent, one) for one in layouts]
+        if folder is None:
+            self._export(bound, parent, [target for group in groups for target in group])
+        found = [[target for target in group if target.path.is_file()] for group in groups]
+        for target in (target for group in found for target in group if not target.task):
+            _refuse_scalar(target.path)
+        if not any(found):
+            raise _nothing_exported(parent, layout)
+        return [group for group in found if group]
+
+    def _export(self, bound: BoundModel, parent: Path, targets: Sequence[Target]) -> None:
+        """Export the graphs that are not there."""
+        missing = [target for target in targets if not target.path.is_file()]
+        if not missing:
+            return
+        exporter = graphs.Exporter(bound, parent)
+        talk = render.Talk.from_settings(self.settings)
+        with talk.steps(len(missing)) as steps:
+            for target in missing:
+                layout = graphs.PER_TASK if target.task else graphs.SINGLE_GRAPH
+                graph = graphs.Graph(target.tasks(bound.adapters.tasks), layout)
+                written = exporter.write(graph, steps, force=self.settings.force)
+                talk.note(f"ONNX {written.path}: {written.status}.")
+
+    def run(self, bound: BoundModel, groups: Sequence[Sequence[Target]]) -> list[Outcome]:
+        """Quantise graphs, those of one layout together."""
+        from mtl_export_calibration.measure import Work, measure
+        from mtl_export_calibration.samples import open_samples
+
+        tasks, folder = bound.adapters.tasks, bound.base.folder
+        longest = int(bound.base.config.get("max_position_embeddings") or 512)
+        talk = render.Talk.from_settings(self.settings)
+        calibration, counts = open_samples(
+            self.data, tasks, folder, max_length=longest, per_task=self.samples, seed=self.seed
+        )
+        judged, judged_counts = open_samples(
+            self.judge, tasks, folder, max_length=longest, per_task=None, seed=self.seed
+        )
+        for name, count in counts.items():
+            repeated = f", fed {count.fed} times" if count.fed > count.used else ""
+            talk.detail(f"{name}: {count.used} of {count.available} rows{repeated}")
+        rows = {
+            task.name: {
+                "available": counts[task.name].available,
+                "used": counts[task.name].used,
+                "judged": judged_counts[task.name].used,
+            }
+            for task in tasks
+        }
+        outcomes = []
+        for group in groups:
+            with talk.steps(1) as steps:
+                meter = _Meter(steps)
+                work = Work(
+                    bound=bound,
+                    targets=tuple(group),
+                    calibration=calibration,
+                    judged=judged,
+                    options=self.options,
+                    cache=self.settings.output_dir / "calibration",
+                    progress=meter,
+                    longest=longest,
+                )
+                measured = measure(work)
+                outcomes += [self._graph(work, one, measured[one.name], rows) for one in group]
+        return outcomes
+
+    def _graph(
+        self, work: Work, target: Target, measured: Measured, rows: dict[str, Any]
+    ) -> Outcome:
+        from mtl_export.bundle.output import output_folder
+        from mtl_export_calibration.job import GraphJob
+
+        started = perf_counter()
+        parent = self.settings.folder(f"onnx-{self.options.number.name}")
+        place = parent / target.task.name if target.task else parent
+        names = [task.name for task in target.tasks(work.bound.adapters.tasks)]
+        size = sum(file.stat().st_size for file in target.folder.iterdir() if file.is_file())
+        try:
+            with ExitStack() as stack:
+                plan = stack.enter_context(
+                    output_folder(
+                        place,
+                        recipe=self._recipe(work, target),
+                        force=self.settings.force,
+                        estimated_size_bytes=size,
+                    )
+                )
+                job = GraphJob(work, target, measured, rows, plan.folder)
+                report = job.report_again() if plan.up_to_date else job.run()
+                if not report.passed:
+                    raise _GateError(report)
+                report = job.timed(report)
+        except _GateError as failure:
+            return Outcome(failure.report, None)
+        return Outcome(report, Written.from_plan(plan, names, perf_counter() - started))
+
+    def _recipe(self, work: Work, target: Target) -> Recipe:
+        key, chosen = work.key(target), self.options
+        recipe = sources.recipe(
+            "calibrate",
+            work.bound,
+            {
+                "served": [task.name for task in target.tasks(work.bound.adapters.tasks)],
+                "quantize": chosen.number.name,
+                "method": chosen.method,
+                "combine": work.combine,
+                "weights": {name: str(value) for name, value in chosen.weights.items()},
+                "exclude": list(chosen.exclude),
+                "deltas": chosen.deltas,
+                "max_drop": chosen.max_drop,
+                "max_cut": chosen.max_cut,
+                "max_excluded": chosen.max_excluded,
+                "versions": key["versions"],
+            },
+        )
+        data = {"data_sha256": key["data_sha256"], "judged_sha256": key["judged_sha256"]}
+        graphs = {
+            f"onnx_sha256 {graph}/{file}": digest
+            for graph, files in key["onnx_sha256"].items()
+            for file, digest in files.items()
+        }
+        return replace(recipe, sources={**recipe.sources, **data, **graphs})
+
+
+class _Meter:
+    """Shows parts of the work as steps."""
+
+    def __init__(self, steps: render.Steps) -> None:
+        self._steps, self._name = steps, ""
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Say how much of the part ``name`` is done."""
+        if name != self._name:
+            self._name = name
+            self._steps.at(name, 0, 1)
+        self._steps.within(done, total)
+
+
+def _targets(bound: BoundModel, parent: Path, layout: str) -> list[Target]:
+    """Return the graphs of one layout, there or not."""
+    from mtl_export_calibration.measure import Target
+
+    if layout == graphs.SINGLE_GRAPH:
+        return [Target(parent, None)]
+    return [Target(parent / task.name, task) for task in bound.adapters.tasks]
+
+
+def _refuse_scalar(path: Path) -> None:
+    """Refuse a single graph in which rows do not pick their own tasks.
+
+    Raises:
+        UsageError: The graph takes one task for the whole batch.
+    """
+    from mtl_export.runtime.ort import onnx_metadata
+
+    if onnx_metadata(path).get("mtl_export.task_input") == "scalar":
+        raise UsageError(
+            where=str(path),
+            found="it takes one task for the whole batch",
+            expected="a graph in which each row picks its task",
+            why="tasks are mixed in the batches that it is judged on",
+            fix="Export it with --task-input rows, or pass --layout per-task",
+        )
+
+
+def _nothing_exported(parent: Path, layout: str) -> UsageError:
+    command = "mtl-export onnx --all-tasks"
+    if layout == graphs.PER_TASK:
+        command += " --layout per-task"
+    return UsageError(
+        where=str(parent),
+        found="no exported graph",
+        expected="model.onnx, or TASK/model.onnx",
+        why="it is the exported graph that is quantised",
+        fix=f"Run {command} first",
+    )
