@@ -29,6 +29,7 @@ from mtl_export.runtime.generation import Decoding, GreedyDecoder
 from mtl_export.runtime.language import NEW_TOKENS, OrtLanguageRunner
 from mtl_export.runtime.ort import OrtPart, open_session
 from mtl_export.runtime.pytorch import oracle_model
+from mtl_export.runtime.tensorrt import build_engine, default_profile
 from mtl_export.runtime.torch_language import MergedLanguageRunner, OracleLanguageRunner
 from tests.graph import language
 from tests.graph.language import TASKS, VOCABULARY
@@ -142,6 +143,22 @@ def test_graphs_are_whole(exported: Exported) -> None:
     """Both pass the full check of onnx, with shapes inferred."""
     for stem in ("prefill", "decode"):
         onnx.checker.check_model(str(exported.folder / f"{stem}.onnx"), full_check=True)
+
+
+def test_both_graphs_become_engines(exported: Exported, tmp_path: Path) -> None:
+    """TensorRT takes cache, mask and task ids in the ranges that follow from the model."""
+    pytest.importorskip("tensorrt_rtx", reason="engines are built by tensorrt_rtx")
+    paths = {stem: exported.folder / f"{stem}.onnx" for stem in ("prefill", "decode")}
+    profiles = {stem: default_profile(path) for stem, path in paths.items()}
+    for stem, path in paths.items():
+        manifest = build_engine(
+            path, tmp_path / stem, profiles=[profiles[stem]], library_name="tensorrt_rtx"
+        )
+        assert manifest.outputs[0].name == "logits"
+    longest, shapes = language.POSITIONS, profiles["decode"].shapes
+    low, _, high = shapes["past_key_values.0.key"]
+    assert (low[2], high[2]) == (1, longest - 1)
+    assert shapes["attention_mask"][2] == (high[0], longest)
 
 
 @pytest.mark.parametrize("is_right", [False, True], ids=["left", "right"])

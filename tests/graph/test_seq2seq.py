@@ -28,6 +28,7 @@ from mtl_export.runtime.pytorch import oracle_model
 from mtl_export.runtime.seq2seq import FILES, OrtSeq2SeqRunner
 from mtl_export.runtime.seq2seq_generation import Seq2SeqGreedyDecoder, Seq2SeqParts
 from mtl_export.runtime.session import TaskSession
+from mtl_export.runtime.tensorrt import build_engine, default_profile
 from mtl_export.runtime.token_rules import TokenRules
 from mtl_export.runtime.torch_seq2seq import OracleSeq2SeqRunner
 from tests.graph import seq2seq_toys as toys
@@ -84,6 +85,22 @@ def test_the_shapes_were_not_traced() -> None:
         assert rows != SAMPLE_BATCH
         assert sequence != SAMPLE_SEQUENCE
         assert max(1, tokens // 2) != SAMPLE_TOKENS
+
+
+def test_three_graphs_become_engines(exported: Exported, tmp_path: Path) -> None:
+    """TensorRT takes both caches, each in the range of what it keeps."""
+    pytest.importorskip("tensorrt_rtx", reason="engines are built by tensorrt_rtx")
+    paths = {stem: exported.single / f"{stem}.onnx" for stem in STEMS}
+    profiles = {stem: default_profile(path, max_past=40) for stem, path in paths.items()}
+    for stem, path in paths.items():
+        manifest = build_engine(
+            path, tmp_path / stem, profiles=[profiles[stem]], library_name="tensorrt_rtx"
+        )
+        assert manifest.layout == "single-graph"
+    shapes = profiles["decoder_with_past"].shapes
+    own, encoded = (shapes[f"past_key_values.0.{one}.key"] for one in ("decoder", "encoder"))
+    assert (own[0][2], own[2][2]) == (1, 40)
+    assert encoded[2][2] == shapes["encoder_attention_mask"][2][1]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
