@@ -19,7 +19,7 @@ COMBINATIONS = ("union", "weighted", "per-task")
 DELTAS = ("apart", "exclude", "merged")
 LAYOUT = option(
     "--layout", type=click.Choice((*options.LAYOUTS, BOTH)), default=BOTH, show_default=True,
-    help="Which graphs: the single graph, those of each task, or both.",
+    help=options.LAYOUT_HELP,
 )  # fmt: skip
 EPILOG = """\b
 Example:
@@ -100,8 +100,8 @@ def command(
     --max-drop, the layers that cost most are left unquantised. Graphs that pass go to
     onnx-int8/ (onnx-fp8/, onnx-int4/) under the output folder, or to --output; if a task
     still loses too much, or the ranges cut its values (--max-cut), nothing is written and
-    the exit code is 4. Graphs are taken from onnx/ under the output folder, and exported
-    there first where they are missing.
+    the exit code is 4. The single graph and those of every task are taken from onnx/ under
+    the output folder, and exported there first where they are missing.
     """
     from mtl_export.checkpoint.checkpoint import task_named
     from mtl_export_calibration.formats import format_named
