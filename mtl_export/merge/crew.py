@@ -9,8 +9,9 @@ Where the system cannot fork, or the work is small, the threads compute.
 from __future__ import annotations
 
 import os
-import queue
+import select
 import signal
+import struct
 import sys
 import traceback
 import warnings
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # Forking two workers takes 20 ms; threads fold this much in that time.
 FORK_BYTES = 32 << 20
+# Numbers of chunk, batch and slot.
+_JOB = struct.Struct("<3I")
 
 
 class Crew(Protocol):
@@ -86,13 +89,16 @@ class ThreadCrew:
 
 
 class ProcessCrew:
-    """Forked processes; ``make`` waits for a free one.
+    """Forked processes that take their work from one queue, as soon as they are free.
+
+    The queue is a pipe that all of them read: a worker that has finished finds the next job
+    there, and waits for no thread of the parent to hear of it first.
 
     Args:
         count: How many.
         new_maker: Makes what one of them computes with.
         chunks: The work, which they know from their birth.
-        slots: The memory, which they share.
+        slots: The memory, which they share; one a thread of the parent.
     """
 
     def __init__(
@@ -104,21 +110,36 @@ class ProcessCrew:
     ) -> None:
         from multiprocessing.connection import Pipe
 
-        self._free: queue.LifoQueue[Connection[Any, Any]] = queue.LifoQueue()
-        self._ends: list[Connection[Any, Any]] = []
+        jobs, self._queue = os.pipe()
+        answers = [Pipe(duplex=False) for _ in slots]
+        self._answers = [ours for ours, _ in answers]
+        self._lives: list[int] = []
         self._children: list[int] = []
         for _ in range(count):
-            ours, theirs = Pipe()
-            self._ends.append(ours)
+            life, own_end = os.pipe()
             with warnings.catch_warnings():
                 # Python 3.12 warns of locks that other threads hold; a worker takes none.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 child = os.fork()
             if child == 0:
-                _live(self._ends, theirs, new_maker, chunks, slots)
-            theirs.close()
+                # A worker that kept the queue's other end would not hear that it was closed.
+                os.close(self._queue)
+                _live(jobs, [theirs for _, theirs in answers], new_maker, chunks, slots)
+            # Only the worker holds it now: its death can be read from ``life``.
+            os.close(own_end)
+            self._lives.append(life)
             self._children.append(child)
-            self._free.put(ours)
+        os.close(jobs)
+        for _, theirs in answers:
+            theirs.close()
+        self._events = [self._events_of(answer) for answer in self._answers]
+
+    def _events_of(self, answer: Connection[Any, Any]) -> select.poll:
+        """Return what waits for an answer, or for the death of any worker."""
+        events = select.poll()
+        for file in (answer.fileno(), *self._lives):
+            events.register(file, select.POLLIN)
+        return events
 
     def make(self, chunk: int, batch: int, slot: int) -> list[Measured]:
         """Have a free worker compute.
@@ -126,16 +147,16 @@ class ProcessCrew:
         Raises:
             MtlExportError: As the worker raised it.
             OSError: Likewise.
-            RuntimeError: The worker has died, or found a bug.
+            RuntimeError: A worker has died, or found a bug.
         """
-        worker = self._free.get()
         try:
-            worker.send((chunk, batch, slot))
-            kind, found = worker.recv()
+            os.write(self._queue, _JOB.pack(chunk, batch, slot))
+            ready = {file for file, _ in self._events[slot].poll()}
+            if self._answers[slot].fileno() not in ready:
+                raise EOFError
+            kind, found = self._answers[slot].recv()
         except (EOFError, OSError) as error:
             raise RuntimeError("a worker process has died; was it killed for memory?") from error
-        finally:
-            self._free.put(worker)
         if kind == "made":
             measured: list[Measured] = found
             return measured
@@ -148,15 +169,18 @@ class ProcessCrew:
 
     def close(self) -> None:
         """Let the workers end, and wait for it."""
-        for end in self._ends:
-            end.close()
+        os.close(self._queue)
+        for answer in self._answers:
+            answer.close()
         for child in self._children:
             os.waitpid(child, 0)
+        for life in self._lives:
+            os.close(life)
 
 
 def _live(
-    parents: Sequence[Connection[Any, Any]],
-    work: Connection[Any, Any],
+    jobs: int,
+    answers: Sequence[Connection[Any, Any]],
     new_maker: Callable[[], Maker],
     chunks: Sequence[Chunk],
     slots: Sequence[Slot],
@@ -165,13 +189,13 @@ def _live(
     try:
         # An interrupt from the keyboard is the parent's to handle.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for end in parents:  # or siblings would keep the pipe open after the parent's death
-            end.close()
         maker = new_maker()
-        while True:
-            chunk, batch, slot = work.recv()
-            work.send(_answer(maker, chunks[chunk], batch, slots[slot]))
-    except (EOFError, OSError):
+        # A pipe hands out whole what was written whole, if it is as short as this.
+        while job := os.read(jobs, _JOB.size):
+            chunk, batch, slot = _JOB.unpack(job)
+            answers[slot].send(_answer(maker, chunks[chunk], batch, slots[slot]))
+        os._exit(0)
+    except OSError:
         os._exit(0)
     finally:
         os._exit(1)

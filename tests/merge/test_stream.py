@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -251,13 +253,25 @@ def test_a_weight_that_is_not_finite_names_layer_and_task(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
-def test_a_worker_that_is_killed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for ever for a worker that the system has killed."""
+@pytest.mark.parametrize("survivors", [0, 1])
+def test_a_worker_that_is_killed_is_told(
+    survivors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for ever for a worker that the system has killed, nor if others live on."""
     monkeypatch.setattr(crew, "FORK_BYTES", 0)
     monkeypatch.setattr(stream, "core_count", lambda: 2)
     base = bases.write_base(tmp_path / "base")
     bound = bases.bound_model(base, bases.write_checkpoint(tmp_path / "adapter"))
-    monkeypatch.setattr(Maker, "make", lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+    make, lock = Maker.make, tmp_path / "killed"
+
+    def killed(*arguments: Any) -> Any:
+        with suppress(FileExistsError):
+            if survivors:
+                lock.touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return make(*arguments)
+
+    monkeypatch.setattr(Maker, "make", killed)
     with pytest.raises(RuntimeError, match="a worker process has died"):
         write_all(bound, tmp_path / "out")
 
