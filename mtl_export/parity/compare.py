@@ -92,6 +92,7 @@ def _compare(
     own_reference, own = reference[:, :labels], candidate[:, :labels]
     if not np.isfinite(own).all():
         return failed(f"{int((~np.isfinite(own)).sum())} values are NaN or Inf")
+    tolerance = tolerance.of(output)
     allowed = tolerance.allowed(own_reference, floor)
     worst = difference(own_reference, own, allowed)
     limit = float(allowed[worst.index])
@@ -110,5 +111,6 @@ def _compare(
     return Cell(
         artefact.name, artefact.runner.name, task.name, wanted.title,
         "failed" if reason else "passed", reason, worst.max_abs, floor, limit,
-        (agreed.total, agreed.equal, agreed.ties),
+        (agreed.total, agreed.equal, agreed.ties), output,
+        tolerance.least_atol(own_reference, np.abs(own - own_reference)),
     )  # fmt: skip

@@ -136,9 +136,10 @@ def _vector(
         rows = _without_padding(rows)
         outputs = runner.infer(rows)
     outputs = {LOGITS: outputs[LOGITS]} if LOGITS in outputs else outputs
-    if tolerance.atol is not None and tolerance.rtol is not None:
-        return Vector(name, model, rows, outputs, tolerance.atol, tolerance.rtol)
-    return Vector(name, model, rows, outputs, tolerance.factor * floor, 0.0)
+    # A vector has one rule for all of its outputs: the widest of theirs.
+    rules = [tolerance.of(output) for output in outputs]
+    atol = max(tolerance.factor * floor if one.atol is None else one.atol for one in rules)
+    return Vector(name, model, rows, outputs, atol, max(one.rtol or 0.0 for one in rules))
 
 
 def _without_padding(rows: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -149,6 +149,21 @@ class ParityReport:
     def accuracy_verdict(self) -> Verdict:
         """Return ``failed`` if a task failed, ``not-run`` if rows cannot tell or none passed."""
         verdicts = {cell.verdict for cell in self.accuracy}
+    @property
+    def least_tolerances(self) -> dict[str, tuple[float, float]]:
+        """Return, by output, the least atol and the least k that every error passes under.
+
+        The least atol is the one beside the rtol in force; k is in noise floors. Neither mends
+        a decision that changed.
+        """
+        found: dict[str, tuple[float, float]] = {}
+        for cell in self.cells:
+            if cell.least_atol is not None and cell.max_abs_error is not None:
+                atol, factor = found.get(cell.output, (0.0, 0.0))
+                own = cell.max_abs_error / cell.noise_floor if cell.noise_floor else 0.0
+                found[cell.output] = max(atol, cell.least_atol), max(factor, own)
+        return found
+
         if "failed" in verdicts:
             return "failed"
         undecided = any(cell.is_undecided for cell in self.accuracy)
@@ -176,6 +191,10 @@ class ParityReport:
             "accuracy": {
                 "verdict": self.accuracy_verdict,
                 "cells": [{**asdict(cell), "drop": cell.drop} for cell in self.accuracy],
+            "least_tolerances": {
+                output: {"atol": atol, "noise_floors": factor}
+                for output, (atol, factor) in self.least_tolerances.items()
+            },
             },
         }
 

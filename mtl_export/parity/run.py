@@ -110,6 +110,7 @@ def run_parity(
     with oracle("fp64") as reference:
         exact = [one for case in cases for one in references_of(reference, case, embeddings)]
         speech = oracle_speech(reference, cases)
+    tolerance.refuse_unknown({one.subject.output for one in exact})
     floors: dict[str, Floors] = {}
     for dtype in _dtypes(artefacts):
         progress(f"oracle {dtype}, for the noise floor")
@@ -157,7 +158,7 @@ def _judge(
                 cells += compare_case(bound, artefact, runner, [*group], floors, tolerance)
             cells += _contract(bound, artefact, runner, exact, floors, tolerance, threads)
             if speech is not None:
-                limit = tolerance.factor * floors[Subject(LOGITS)]
+                limit = tolerance.of(LOGITS).factor * floors[Subject(LOGITS)]
                 cells += token_cells(artefact, runner, speech, bound.adapters.tasks, limit)
                 if artefact.kind == "single-graph":
                     cells.append(bad_step_ids(artefact, runner, speech, _bad(bound)))
@@ -195,7 +196,8 @@ def _contract(
             ]
             path, tasks = artefact.path, bound.adapters.tasks
             cells += weight_cells(cell, path, case, output, tasks, modules, threads)
-    limit = float(tolerance.allowed(one.logits[np.isfinite(one.logits)], floors[one.subject]).max())
+    finite = one.logits[np.isfinite(one.logits)]
+    limit = float(tolerance.of(output).allowed(finite, floors[one.subject]).max())
     return cells + row_cells(cell, runner, case, output, shape, artefact.task, limit)
 
 

@@ -9,12 +9,13 @@ error is of the floor's size; a wrong formula's is larger by orders of magnitude
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import UsageError
+from mtl_export.errors import UsageError, shortened
 
 # Measured on the example model (pytest tests/benchmarks/bench_noise.py -m benchmark -s): correct
 # graphs err by 0.8 floors in the median and 2.7 at worst; the least planted fault, a temperature
@@ -30,11 +31,13 @@ class Tolerance:
         factor: Times the noise floor, used when ``atol`` is None.
         atol: Absolute error, overrides the floor.
         rtol: Relative error, given exactly when ``atol`` is.
+        by_output: What holds for single outputs in place of all that.
     """
 
     factor: float = FLOOR_FACTOR
     atol: float | None = None
     rtol: float | None = None
+    by_output: Mapping[str, Tolerance] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check that atol and rtol come together and make sense."""
@@ -52,6 +55,42 @@ class Tolerance:
                     where=name, found=f"{value}", expected="a finite number, not negative"
                 )
 
+    @classmethod
+    def from_texts(cls, atol: Sequence[str], rtol: Sequence[str]) -> Tolerance:
+        """Return what options such as ``1e-5`` and ``logits:1e-4`` mean.
+
+        A number without a name holds for every output that is not named.
+
+        Raises:
+            UsageError: One is no number, is given twice, or has no counterpart.
+        """
+        absolute, relative = _by_name("--atol", atol), _by_name("--rtol", rtol)
+        plain = cls(atol=absolute.pop("", None), rtol=relative.pop("", None))
+        named = {
+            name: cls(atol=absolute.get(name, plain.atol), rtol=relative.get(name, plain.rtol))
+            for name in (*absolute, *relative)
+        }
+        return replace(plain, by_output=named)
+
+    def of(self, output: str) -> Tolerance:
+        """Return what holds for an output."""
+        return self.by_output.get(output, self)
+
+    def refuse_unknown(self, outputs: Collection[str]) -> None:
+        """Refuse a tolerance for an output that is not compared.
+
+        Raises:
+            UsageError: It names it.
+        """
+        unknown = [name for name in self.by_output if name not in outputs]
+        if unknown:
+            raise UsageError(
+                where="--atol and --rtol",
+                found=f"outputs that are not compared: {shortened(unknown)}",
+                expected=f"one of {shortened(outputs)}",
+                fix="Correct the name before the colon",
+            )
+
     def allowed(self, reference: Array, floor: float) -> Array:
         """Return the largest error allowed at each element of ``reference``."""
         if self.atol is not None and self.rtol is not None:
@@ -59,11 +98,43 @@ class Tolerance:
             return by_size
         return np.full(reference.shape, self.factor * floor)
 
+    def least_atol(self, reference: Array, errors: Array) -> float:
+        """Return the least ``atol`` that ``errors`` pass under, beside the ``rtol`` in force."""
+        relative = (self.rtol or 0.0) * np.abs(reference)
+        return float(np.maximum(errors - relative, 0.0).max(initial=0.0))
+
     def describe(self) -> str:
         """Return the rule in words."""
+        rule = f"|error| <= {self.factor:g} x noise floor"
         if self.atol is not None:
-            return f"|error| <= {self.atol:g} + {self.rtol:g} * |reference|"
-        return f"|error| <= {self.factor:g} x noise floor"
+            rule = f"|error| <= {self.atol:g} + {self.rtol:g} * |reference|"
+        named = (f"; {name}: {own.describe()}" for name, own in sorted(self.by_output.items()))
+        return rule + "".join(named)
+
+
+def _by_name(option: str, texts: Sequence[str]) -> dict[str, float]:
+    """Return numbers by output, the one for all others under the empty name."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.rpartition(":")
+        try:
+            value = float(number)
+        except ValueError:
+            raise UsageError(
+                where=f"{option} {text}",
+                found=f"{number!r} is no number",
+                expected="a number, or an output and a number",
+                fix=f"Write it like {option} 1e-5 or {option} logits:1e-5",
+            ) from None
+        if name in found:
+            raise UsageError(
+                where=option,
+                found=f"two numbers for {name or 'all outputs'}",
+                expected="one",
+                fix="Leave one out",
+            )
+        found[name] = value
+    return found
 
 
 # Half a unit in the last place at 1, by dtype.

@@ -8,7 +8,7 @@ import pytest
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import BackendMissingError, EngineRunError
+from mtl_export.errors import BackendMissingError, EngineRunError, UsageError
 from mtl_export.parity.cases import Case
 from mtl_export.parity.report import Cell
 from mtl_export.parity.run import run_parity, step_count
@@ -329,3 +329,26 @@ def test_merged_artefacts_see_their_own_rows_without_ids(
     asked_first = artefact.runner.asked[: len(own)]  # then comes what a row must keep to itself
     assert [len(asked["input_ids"]) for asked in asked_first] == own
     assert all("task_ids" not in asked for asked in artefact.runner.asked)
+
+
+def test_the_report_says_the_least_tolerance_that_passes(
+    bound: BoundModel, cases: list[Case]
+) -> None:
+    """By output; with it the run passes, with a little less it fails."""
+    report = judge(bound, cases, single(bound, right))
+    assert list(report.least_tolerances) == ["logits"]
+    atol, factor = report.least_tolerances["logits"]
+    assert atol == pytest.approx(1.5e-6, rel=1e-6)
+    assert factor == pytest.approx(1.5, rel=1e-3)
+    for share, verdict in ((1.0, "passed"), (0.99, "failed")):
+        own = Tolerance.from_texts([f"logits:{atol * share!r}"], ["logits:0"])
+        assert judge(bound, cases, single(bound, right), tolerance=own).verdict == verdict
+
+
+def test_a_tolerance_for_an_output_that_is_not_compared_is_refused(
+    bound: BoundModel, cases: list[Case]
+) -> None:
+    """A misspelt name would leave the output to the default."""
+    wrong = Tolerance.from_texts(["logit:1"], ["logit:0"])
+    with pytest.raises(UsageError, match="logit"):
+        judge(bound, cases, single(bound, right), tolerance=wrong)

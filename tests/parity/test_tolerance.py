@@ -63,4 +63,58 @@ def test_a_senseless_tolerance_is_refused(name: str, bad: float) -> None:
     """A negative, NaN or infinite allowance would pass everything or nothing."""
     values = {"atol": 1.0, "rtol": 1.0, "factor": 1.0} | {name: bad}
     with pytest.raises(UsageError, match="a finite number, not negative"):
-        Tolerance(**values)
+        Tolerance(**values)  # type: ignore[arg-type]
+
+
+def test_outputs_may_have_a_tolerance_of_their_own() -> None:
+    """name:value, beside the plain number that holds for all others."""
+    tolerance = Tolerance.from_texts(["1e-5", "pooler_output:1e-3", "a:b:2"], ["0"])
+    assert (tolerance.atol, tolerance.rtol) == (1e-5, 0.0)
+    assert tolerance.of("logits").atol == 1e-5
+    assert (tolerance.of("pooler_output").atol, tolerance.of("pooler_output").rtol) == (1e-3, 0.0)
+    assert tolerance.of("a:b").atol == 2.0
+    assert tolerance.describe() == (
+        "|error| <= 1e-05 + 0 * |reference|; a:b: |error| <= 2 + 0 * |reference|;"
+        " pooler_output: |error| <= 0.001 + 0 * |reference|"
+    )
+    named = Tolerance.from_texts(["logits:1e-4"], ["logits:1e-2"])
+    assert named.of("logits").rtol == 1e-2
+    assert named.of("other").atol is None
+    named.refuse_unknown(["logits", "other"])
+    with pytest.raises(UsageError, match="logits") as caught:
+        named.refuse_unknown(["last_hidden_state"])
+    assert "last_hidden_state" in caught.value.expected
+
+
+@pytest.mark.parametrize(
+    ("atol", "rtol", "reason"),
+    [
+        (["x"], ["0"], "'x' is no number"),
+        (["logits:"], ["0"], "'' is no number"),
+        (["1e-5", "2e-5"], ["0"], "two numbers for all outputs"),
+        (["a:1", "a:2"], ["0"], "two numbers for a"),
+        (["a:1"], [], "only one of them"),
+        (["a:1"], ["b:1"], "only one of them"),
+        (["a:nan"], ["a:0"], "nan"),
+    ],
+)
+def test_a_tolerance_that_means_nothing_is_refused(
+    atol: list[str], rtol: list[str], reason: str
+) -> None:
+    """No number, two of them, or one without its counterpart."""
+    with pytest.raises(UsageError) as caught:
+        Tolerance.from_texts(atol, rtol)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("rtol", [0.0, 0.5])
+def test_the_least_atol_passes_and_less_does_not(rtol: float) -> None:
+    """Beside the rtol in force; without atol and rtol it is the largest error."""
+    reference = np.array([[1.0, -8.0], [0.5, 0.0]])
+    errors = np.array([[0.25, 1.0], [0.5, 0.125]])
+    least = Tolerance(atol=0.0, rtol=rtol).least_atol(reference, errors)
+    assert least == (1.0 if rtol == 0 else 0.25)
+    for atol, passes in ((least, True), (least * 0.99, False)):
+        allowed = Tolerance(atol=atol, rtol=rtol).allowed(reference, 0.0)
+        assert bool((errors <= allowed).all()) is passes
+    assert Tolerance().least_atol(reference, errors) == 1.0

@@ -73,6 +73,15 @@ def accuracy_row(cell: AccuracyCell) -> list[str]:
     ]  # fmt: skip
 
 
+def least_tolerance_line(report: ParityReport) -> str:
+    """Return what every error would have passed under, on one line; empty if none was compared."""
+    told = [
+        f"{output} {atol:.3g} ({factor:.2g} x noise floor)"
+        for output, (atol, factor) in report.least_tolerances.items()
+    ]
+    return f"least atol that passes: {', '.join(told)}" if told else ""
+
+
 def error_text(report: ParityReport) -> str:
     """Return what kept the comparison from being made, as one paragraph; "" if nothing did."""
     parts = report.error

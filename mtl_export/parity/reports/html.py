@@ -61,7 +61,7 @@ def _head(report: ParityReport) -> str:
     if report.tolerance:
         lines.append(
             f'<p class="muted">Rule: <code>{escaped(report.tolerance)}</code> against the unmerged'
-            " model in float64, and no decision changes.</p>"
+            f" model in float64, and no decision changes. {escaped(_least(report))}</p>"
         )
     tiles = [
         (f'<b class="{word}" data-count="{word}">{report.count(word)}</b>', label)
@@ -80,6 +80,11 @@ def _head(report: ParityReport) -> str:
         f'<div class="tile">{value}<span>{escaped(name)}</span></div>' for value, name in tiles
     )
     return "\n".join([*lines, f'<div class="tiles">{boxes}</div>'])
+
+
+def _least(report: ParityReport) -> str:
+    line = facts.least_tolerance_line(report)
+    return f"{line[0].upper()}{line[1:]}." if line else ""
 
 
 def _heat_maps(report: ParityReport) -> str:

@@ -53,6 +53,8 @@ def _suite(
     suite = _open_suite(root, index, artefact, len(verdicts), failed, 0, skipped)
     properties = SubElement(suite, "properties")
     said = {"verdict": report.verdict, "tolerance": report.tolerance, **report.sources}
+    if least := facts.least_tolerance_line(report):
+        said["least tolerance"] = least
     for name, value in {**said, **report.versions}.items():
         SubElement(properties, "property", name=_token(name), value=facts.clean(value))
     seen: dict[str, int] = {}

@@ -24,7 +24,9 @@ def markdown_text(report: ParityReport) -> str:
     mark = "❌" if report.error else _MARK[report.verdict]
     parts = [f"### {mark} {_text(facts.verdict_line(report))}"]
     if report.tolerance:
-        parts.append(f"Rule: {_code(report.tolerance)} and no decision changes.")
+        least = facts.least_tolerance_line(report)
+        told = f" {_text(least[0].upper() + least[1:])}." if least else ""
+        parts.append(f"Rule: {_code(report.tolerance)} and no decision changes.{told}")
     parts += [
         *_failures(report),
         *_accuracy(report),

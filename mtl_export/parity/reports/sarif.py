@@ -100,6 +100,7 @@ def _run(report: ParityReport) -> dict[str, Any]:
             "verdict": report.verdict,
             "counts": {verdict: report.count(verdict) for verdict in facts.VERDICTS},
             "tolerance": report.tolerance,
+            "least_tolerances": report.as_dict()["least_tolerances"],
             "sources": dict(report.sources),
             "versions": dict(report.versions),
         },
