@@ -79,7 +79,7 @@ def _task_names(value: object) -> tuple[str, ...]:
 
 def option(*names: str, **attributes: Any) -> Decorator:
     """Return a click option with its environment variable, both shown in the help."""
-    long = next(name for name in names if name.startswith("--"))
+    long = next(name for name in names if name.startswith("--")).partition("/")[0]
     variable = f"MTL_EXPORT_{long.removeprefix('--').replace('-', '_').upper()}"
     decorator: Decorator = click.option(*names, envvar=variable, show_envvar=True, **attributes)
     return decorator

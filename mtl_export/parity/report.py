@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from mtl_export.parity.layer_errors import Finding, Localisation
+
 Verdict = Literal["passed", "failed", "not-run"]
 SCHEMA = "mtl-export.parity/1"
 
@@ -118,6 +120,7 @@ class ParityReport:
         error: What kept the comparison from being made, as ``MtlExportError.as_dict``;
             empty when it was made.
         accuracy: Of labelled rows, by artefact and task; empty where none were given.
+        localised: Where the error of each artefact that failed begins; empty where nobody asked.
     """
 
     cells: tuple[Cell, ...]
@@ -128,6 +131,7 @@ class ParityReport:
     artefacts: tuple[ArtefactFiles, ...] = ()
     error: Mapping[str, str] = field(default_factory=dict)
     accuracy: tuple[AccuracyCell, ...] = ()
+    localised: tuple[Localisation, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -146,10 +150,6 @@ class ParityReport:
         return "passed" if "passed" in verdicts else "not-run"
 
     @property
-    def accuracy_verdict(self) -> Verdict:
-        """Return ``failed`` if a task failed, ``not-run`` if rows cannot tell or none passed."""
-        verdicts = {cell.verdict for cell in self.accuracy}
-    @property
     def least_tolerances(self) -> dict[str, tuple[float, float]]:
         """Return, by output, the least atol and the least k that every error passes under.
 
@@ -164,6 +164,10 @@ class ParityReport:
                 found[cell.output] = max(atol, cell.least_atol), max(factor, own)
         return found
 
+    @property
+    def accuracy_verdict(self) -> Verdict:
+        """Return ``failed`` if a task failed, ``not-run`` if rows cannot tell or none passed."""
+        verdicts = {cell.verdict for cell in self.accuracy}
         if "failed" in verdicts:
             return "failed"
         undecided = any(cell.is_undecided for cell in self.accuracy)
@@ -173,6 +177,13 @@ class ParityReport:
         """Return how many cells have ``verdict``."""
         return sum(cell.verdict == verdict for cell in self.cells)
 
+    def finding(self, cell: Cell) -> Finding | None:
+        """Return where the error of a failed cell begins; None where that is not known."""
+        for one in self.localised:
+            if one.artefact == cell.artefact and one.task in {cell.task, "*"}:
+                return one.finding(cell.task)
+        return None
+
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON's types."""
         return {
@@ -180,6 +191,10 @@ class ParityReport:
             "verdict": self.verdict,
             "counts": {v: self.count(v) for v in ("passed", "failed", "not-run")},
             "tolerance": self.tolerance,
+            "least_tolerances": {
+                output: {"atol": atol, "noise_floors": factor}
+                for output, (atol, factor) in self.least_tolerances.items()
+            },
             "noise_floors": {dtype: dict(by_task) for dtype, by_task in self.noise_floors.items()},
             "sources": dict(self.sources),
             "versions": dict(self.versions),
@@ -191,11 +206,8 @@ class ParityReport:
             "accuracy": {
                 "verdict": self.accuracy_verdict,
                 "cells": [{**asdict(cell), "drop": cell.drop} for cell in self.accuracy],
-            "least_tolerances": {
-                output: {"atol": atol, "noise_floors": factor}
-                for output, (atol, factor) in self.least_tolerances.items()
             },
-            },
+            "localised": [one.as_dict() for one in self.localised],
         }
 
 

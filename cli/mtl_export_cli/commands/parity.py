@@ -10,6 +10,7 @@ import click
 
 from mtl_export.errors import BackendMissingError, UsageError
 from mtl_export_cli import options, render, reports, sources
+from mtl_export_cli.localised import print_layers, with_layers
 from mtl_export_cli.options import Settings, option, with_settings
 from mtl_export_cli.parity_table import print_report
 
@@ -42,6 +43,9 @@ Example:
         " .md or .html; may be repeated.")  # fmt: skip
 @option("--golden", is_flag=True,
         help="Save inputs and outputs beside what passed, for mtl-export verify.")  # fmt: skip
+@option("--localise/--no-localise", default=True,
+        help="When something failed, say in which layer its error begins, and why if that is"
+        " known.")  # fmt: skip
 @option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")
 def command(
     settings: Settings,
@@ -53,6 +57,7 @@ def command(
     engines: Path | None,
     report: tuple[Path, ...],
     golden: bool,
+    localise: bool,
     threads: int,
 ) -> int:
     """Prove that exports still match PyTorch.
@@ -76,10 +81,12 @@ def command(
             _existing("--onnx", onnx) or settings.output_dir / "onnx",
             _existing("--engines", engines) or settings.output_dir / "engines",
         )
-        request = _Request(places, inputs, tolerance, threads, golden)
+        request = _Request(places, inputs, tolerance, threads, golden, localise)
         result = _compare(bound, request, settings)
         reports.write_reports(report, result)
     print_report(result, settings)
+    if not settings.json:
+        print_layers(result)
     if result.verdict == "not-run":
         raise BackendMissingError(
             where="parity",
@@ -100,6 +107,7 @@ class _Request:
         tolerance: What is allowed.
         threads: Of the runtimes.
         golden: Save golden vectors.
+        localise: Say in which layer an error begins.
     """
 
     places: Places
@@ -107,6 +115,7 @@ class _Request:
     tolerance: Tolerance
     threads: int
     golden: bool
+    localise: bool
 
 
 def _existing(name: str, folder: Path | None) -> Path | None:
@@ -157,6 +166,11 @@ def _compare(bound: BoundModel, request: _Request, settings: Settings) -> Parity
             threads=request.threads,
             progress=steps.begin,
         )
+    if request.localise:
+        result = with_layers(
+            result, bound, artefacts, cases,
+            oracle=oracle_of(bound), threads=request.threads, talk=talk,
+        )  # fmt: skip
     if request.golden:
         from mtl_export_cli.golden import save_golden
 

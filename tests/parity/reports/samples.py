@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mtl_export.parity.layer_errors import Bisection, Finding, LayerError, Localisation
 from mtl_export.parity.report import AccuracyCell, ArtefactFiles, Cell, ParityReport
 
 TASKS = ("ads_rel", "topic <b>|*@who", "spam")
@@ -107,6 +108,36 @@ def score_undecided() -> ParityReport:
     return replace(passing(), accuracy=(scores()[0], scores()[2]))
 
 
+def localised() -> tuple[Localisation, ...]:
+    """Return where errors begin: in a layer with a known cause, before one, and not known."""
+    first, last = "bert.encoder.layer.0.query", "classifier"
+    case = "mixed tasks, batch 3"
+    layers = (
+        LayerError(
+            first, TASKS[0], case, 3e-2, 2e-6, 3e-2, 1e-6, "faulty", "Lambda is <transposed>"
+        ),
+        LayerError(first, TASKS[1], case, None, 2e-6, None, 1e-6, "faulty", "", "only outputs [3]"),
+        LayerError(last, TASKS[0], case, 7e-4, 2e-6, 1e-6, 1e-6, "propagated"),
+        LayerError(last, TASKS[1], case, 1e-6, 2e-6, 1e-6, 1e-6, "within"),
+    )
+    findings = (
+        Finding(TASKS[0], case, first, "", "Lambda is <transposed>",
+                f"{first} is wrong: Lambda is <transposed>"),
+        Finding(TASKS[1], case, last, first, "", f"the error begins after {first}, before {last}"),
+        Finding(TASKS[2], case, "", last, "", "no layer is beyond 8 noise floors"),
+    )  # fmt: skip
+    wide = Bisection(case, 3.5, 0.2, (first,), 4, f"{first} must compute in float32")
+    return (
+        Localisation("single graph", "*", findings, layers, unseen=("pooler",), bisection=wide),
+        Localisation("merged", TASKS[1], reason="it was not run & <not seen>"),
+    )
+
+
+def located() -> ParityReport:
+    """Return the failing report with where its errors begin."""
+    return replace(failing(), localised=localised())
+
+
 def broken_off() -> ParityReport:
     """Return the report of a comparison that could not be made."""
     error = {
@@ -117,6 +148,7 @@ def broken_off() -> ParityReport:
 
 
 REPORTS = {
-    "failing": failing, "passing": passing, "nothing ran": nothing_ran, "broken off": broken_off,
+    "failing": failing, "located": located, "passing": passing, "nothing ran": nothing_ran,
+    "broken off": broken_off,
     "scored": scored, "score passed": score_passed, "score undecided": score_undecided,
 }  # fmt: skip

@@ -8,10 +8,11 @@ import pytest
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
+from mtl_export.parity.layer_errors import Bisection, Finding, LayerError, Localisation
 from mtl_export.parity.report import SCHEMA, AccuracyCell, ArtefactFiles, Cell
 from mtl_export.parity.reports.json_report import json_text, read_schema
 from mtl_export.parity.scores import SCORES
-from tests.parity.reports.samples import REPORTS, failing, scored, scores
+from tests.parity.reports.samples import REPORTS, failing, localised, scored, scores
 
 VALIDATOR = Draft202012Validator(read_schema())
 
@@ -37,6 +38,18 @@ def test_the_schema_describes_every_key() -> None:
     scored = {one.name for one in fields(AccuracyCell)} | {"drop"}
     assert set(schema["$defs"]["score"]["properties"]) == scored
     assert set(schema["$defs"]["score"]["properties"]["score"]["enum"]) == set(SCORES)
+    for name, part in (
+        ("localisation", Localisation), ("finding", Finding), ("layer", LayerError),
+        ("bisection", Bisection),
+    ):  # fmt: skip
+        assert set(schema["$defs"][name]["properties"]) == {one.name for one in fields(part)}
+
+
+def test_where_errors_begin_is_published() -> None:
+    """Layers, findings and a bisection satisfy the schema, an error that is not finite too."""
+    document = json.loads(json_text(replace(failing(), localised=localised())))
+    VALIDATOR.validate(document)
+    assert document["localised"][0]["layers"][1]["error"] is None
 
 
 def set_in(path: str, value: object) -> dict[str, Any]:
