@@ -70,8 +70,7 @@ def _weights(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
         help="Times as often as is usual that a task's values may lie beyond a range.")  # fmt: skip
 @option("--max-excluded", type=click.FloatRange(0.0, 1.0), default=0.5, show_default=True,
         help="Largest share of layers that may be left unquantised to get there.")  # fmt: skip
-@option("--onnx", type=click.Path(path_type=Path), metavar="DIR",
-        help="Take the ONNX graphs that are there, and export none.")  # fmt: skip
+@option("--onnx", type=click.Path(path_type=Path), metavar="DIR", help="ONNX graphs.")
 @option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")
 def command(
     settings: Settings,
@@ -101,7 +100,7 @@ def command(
     onnx-int8/ (onnx-fp8/, onnx-int4/) under the output folder, or to --output; if a task
     still loses too much, or the ranges cut its values (--max-cut), nothing is written and
     the exit code is 4. The single graph and those of every task are taken from onnx/ under
-    the output folder, and exported there first where they are missing.
+    the output folder, and exported there first where they are missing; or from --onnx, as they are there.
     """
     from mtl_export.checkpoint.checkpoint import task_named
     from mtl_export_calibration.formats import format_named
