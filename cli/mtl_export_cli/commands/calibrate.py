@@ -100,7 +100,7 @@ def command(
     onnx-int8/ (onnx-fp8/, onnx-int4/) under the output folder, or to --output; if a task
     still loses too much, or the ranges cut its values (--max-cut), nothing is written and
     the exit code is 4. The single graph and those of every task are taken from onnx/ under
-    the output folder, and exported there first where they are missing; or from --onnx, as they are there.
+    the output folder, and exported there first where they are missing; from --onnx as they are.
     """
     from mtl_export.checkpoint.checkpoint import task_named
     from mtl_export_calibration.formats import format_named
