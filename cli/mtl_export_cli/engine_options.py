@@ -98,6 +98,7 @@ class EngineChoices:
             hardware_compatibility=self.hardware_compatibility,
             timing_cache=self.timing_cache,
             strip_weights=self.strip_weights,
+            refit=self.refit,
         )
 
     def recipe(self) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def test_table_is_closed() -> None:
     ("text", "problem"),
     [
         ("builder.build_engine(network)", "line 1: Builder.build_engine is not in API"),
-        ("self._library.trt.Refitter", "line 1: .Refitter is not in API"),
+        ("self._library.trt.IInt8Calibrator", "line 1: .IInt8Calibrator is not in API"),
         ("trt.Builder(x).reset()", "line 1: Builder.reset is not in API"),
         ("x = builder.create_network(0)", "line 1: x holds a INetworkDefinition"),
         ("self.net = builder.create_network(0)", "line 1: self.net holds a INetworkDefinition"),

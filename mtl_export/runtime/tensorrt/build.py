@@ -5,8 +5,8 @@ TF32 off unless asked; parsed by path, so that external data is mapped and not c
 streamed to the file, so that memory holds the weights once. The file appears under
 its name only when it is whole.
 
-Not done here: INT8 calibrators, FP16 switches and refit. Quantised and half graphs
-are built as they are.
+Not done here: INT8 calibrators and FP16 switches. Quantised and half graphs are built as
+they are. Weights that may change afterwards are marked here, and changed in refit.py.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from mtl_export.runtime.tensorrt.network import precision_of, tensor_info
 from mtl_export.runtime.tensorrt.options import BuildOptions, check_options, member_name
 from mtl_export.runtime.tensorrt.shapes import Profile, check_profiles
 from mtl_export.runtime.tensorrt.source import OnnxSource, TensorInfo, read_source
+from mtl_export.runtime.tensorrt.timing_cache import load_timing_cache, save_timing_cache
 
 # The same for every engine, so that engines of one structure share their graph part.
 NETWORK_NAME = "mtl-export"
@@ -225,6 +226,9 @@ class _Steps:
         """Build the engine into ``sink``."""
         trt = self._library.trt
         config = self._configured(builder, options)
+        self._mark_refittable(config, network, options)
+        if options.timing_cache is not None:
+            load_timing_cache(config, options.timing_cache, self._errors)
         config.progress_monitor = progress_monitor(trt, tracker)
         if hasattr(builder, "build_serialized_network_to_stream"):
             writer = stream_writer(trt, sink)
@@ -238,6 +242,8 @@ class _Steps:
         # Errors logged by a build that succeeds are about kernels it then did not take.
         if not built or not sink.size_bytes:
             raise self._refusal("the build failed")
+        if options.timing_cache is not None:
+            save_timing_cache(config, options.timing_cache)
 
     def _configured(self, builder: TrtObject, options: BuildOptions) -> TrtObject:
         trt = self._library.trt
@@ -290,6 +296,22 @@ class _Steps:
             config.hardware_compatibility_level = level
             taken = config.hardware_compatibility_level == level
             self._check(f"asking for {options.hardware_compatibility} engines", taken)
+
+    def _mark_refittable(
+        self, config: TrtObject, network: TrtObject, options: BuildOptions
+    ) -> None:
+        """Ask for an engine without its weights, or with weights that may change."""
+        trt = self._library.trt
+        if options.strip_weights:
+            config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+            self._check("leaving the weights out", config.get_flag(trt.BuilderFlag.STRIP_PLAN))
+        if options.refit:
+            config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+            taken = config.get_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+            self._check("asking for weights that may change", taken)
+        for name in options.refittable:
+            taken = network.mark_weights_refittable(name)
+            self._check(f"letting weight {name} change", bool(taken))
 
     def _check(self, doing: str, succeeded: bool = True) -> None:
         if self._errors or not succeeded:

@@ -14,6 +14,9 @@ from mtl_export.runtime.tensorrt.shapes import Profile
 MAX_OPTIMIZATION_LEVEL = 5
 # TensorRT's HardwareCompatibilityLevel, as users write it.
 HARDWARE_LEVELS = ("ampere-plus", "same-compute-capability")
+# Releases whose refittable engines can drop a GEMM's bias.
+# Source: docs.nvidia.com/deeplearning/tensorrt/11.3.0/inference-library/refitting-engines.html
+LOSES_BIASES = ("11.3.",)
 # What TensorRT-RTX has no part of -> why, and what to do instead.
 RTX_REFUSALS = {
     "version compatibility": (
@@ -53,8 +56,8 @@ class BuildOptions:
         hardware_compatibility: One of ``HARDWARE_LEVELS``, or None (TensorRT only).
         timing_cache: File that keeps kernel timings from build to build (TensorRT only).
         strip_weights: Whether weights stay out of the engine (TensorRT only).
-        refittable: Names of the initializers whose values may change afterwards, and no
-            others (TensorRT only).
+        refit: Whether one engine becomes those of all tasks (``refit.py``; TensorRT only).
+        refittable: Names of the initializers whose values may then change, and no others.
     """
 
     profiles: Sequence[Profile]
@@ -66,6 +69,7 @@ class BuildOptions:
     hardware_compatibility: str | None = None
     timing_cache: Path | None = None
     strip_weights: bool = False
+    refit: bool = False
     refittable: Sequence[str] = ()
 
     def given(self) -> dict[str, object]:
@@ -78,6 +82,7 @@ class BuildOptions:
             "hardware_compatibility": self.hardware_compatibility,
             "timing_cache": self.timing_cache.name if self.timing_cache else None,
             "strip_weights": self.strip_weights or None,
+            "refit": self.refit or None,
             "refittable": list(self.refittable) or None,
         }
         return {name: value for name, value in values.items() if value is not None}
@@ -111,6 +116,8 @@ def check_options(library: Library, options: BuildOptions) -> None:
             fix="Give more, or leave it out",
         )
     _check_portability(library, options)
+    if options.refit:
+        _check_refit(library, options)
     if options.compute_capabilities:
         _check_targets(library, options.compute_capabilities)
 
@@ -130,7 +137,7 @@ def _check_portability(library: Library, options: BuildOptions) -> None:
         "hardware compatibility": level is not None,
         "timing cache": options.timing_cache is not None,
         "stripped weights": options.strip_weights,
-        "refit": bool(options.refittable),
+        "refit": options.refit,
     }
     refused = [name for name, wanted in asked.items() if wanted] if library.is_rtx else []
     if refused:
@@ -141,6 +148,34 @@ def _check_portability(library: Library, options: BuildOptions) -> None:
             expected="tensorrt, and the GPU it builds for",
             why=why,
             fix=fix,
+        )
+
+
+def _check_refit(library: Library, options: BuildOptions) -> None:
+    """Refuse a refit that has nothing to change, or would give wrong answers."""
+    if options.strip_weights:
+        raise UsageError(
+            where="stripped weights",
+            found="refit was asked for as well",
+            expected="one of them",
+            why="refit gives each engine its task's weights, and stripping takes them out",
+            fix="Leave --strip-weights or --refit out",
+        )
+    if not options.refittable:
+        raise UsageError(
+            where="refit",
+            found="there are no weights to change",
+            expected="the graphs of several tasks that differ in weights",
+            why="refit makes the engines of the other tasks from that of the first",
+            fix="Leave --refit out, or add --layout per-task",
+        )
+    if library.version.startswith(LOSES_BIASES):
+        raise UsageError(
+            where="refit",
+            found=f"{library.name} {library.version} can lose biases of engines that refit",
+            expected="another release",
+            why="NVIDIA says so of it: a dropped bias counts as 0, even before any refit",
+            fix="Leave --refit out, or install another release",
         )
 
 

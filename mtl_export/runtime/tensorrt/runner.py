@@ -56,7 +56,7 @@ class TensorRTBackend:
     def __init__(self, engine_path: Path) -> None:
         self.name = "tensorrt"
         self.engine_path = engine_path
-        self._session: _Session | None = None
+        self._session: EngineSession | None = None
 
     @cached_property
     def manifest(self) -> EngineManifest:
@@ -100,7 +100,7 @@ class TensorRTBackend:
                 else f"On such a GPU: {INSTALL_RTX if rtx else INSTALL_FULL}",
             )
         self._verify_hash()
-        self._session = _Session(
+        self._session = EngineSession(
             load_library(self.manifest.builder), self.engine_path, self.manifest
         )
         return self
@@ -196,8 +196,19 @@ class TensorRTBackend:
             )
 
 
-class _Session:
-    """An engine on the GPU, with one execution context and one stream."""
+class EngineSession:
+    """An engine on the GPU, with one execution context and one stream.
+
+    Args:
+        library: Its library.
+        path: Its file.
+        manifest: What it should be.
+
+    Raises:
+        BackendMissingError: torch sees no CUDA device.
+        EngineRunError: The library refuses to open it.
+        IntegrityError: It is not what its manifest says.
+    """
 
     def __init__(self, library: Library, path: Path, manifest: EngineManifest) -> None:
         import torch

@@ -91,8 +91,8 @@ class SharedBuilds:
     def _fed(self, path: Path, open_files: ExitStack) -> Parse | None:
         """Return what feeds the structure with the weights of ``path``, if that can be done."""
         model = load_structure(path) if self._can_feed else None
-        weights = None if model is None else _weights(path, model, open_files)
-        key = None if model is None or weights is None else _key(path, model)
+        weights = None if model is None else weights_of(path, model, open_files)
+        key = None if model is None or weights is None else structure_key(path, model)
         if model is None or weights is None or key is None:
             return None
         if key not in self._known:
@@ -119,7 +119,7 @@ def feed(parser: TrtObject, structure: Structure, weights: Weights) -> bool:
     )
 
 
-def _key(path: Path, model: onnx.ModelProto) -> str | None:
+def structure_key(path: Path, model: onnx.ModelProto) -> str | None:
     """Return the hash of what models that share a structure have; None if it is hidden."""
     import onnx
     from onnx.external_data_helper import load_external_data_for_tensor
@@ -148,7 +148,7 @@ def _is_weight(tensor: onnx.TensorProto) -> bool:
     return tensor.data_type not in (tensor.INT32, tensor.INT64, tensor.BOOL, tensor.STRING)
 
 
-def _weights(path: Path, model: onnx.ModelProto, open_files: ExitStack) -> Weights | None:
+def weights_of(path: Path, model: onnx.ModelProto, open_files: ExitStack) -> Weights | None:
     """Return the weights of ``model`` where they lie; None if some cannot be pointed at."""
     import numpy
     from onnx.external_data_helper import ExternalDataInfo
