@@ -13,8 +13,10 @@
 
     [parity]
     inputs = "inputs.jsonl"
-    atol = 1e-5
+    atol = 1e-5                                  # or one by output: { logits = 1e-4 }
     rtol = 0.0
+    dataset = "labelled.jsonl"
+    max_drop = 0.5
 
     [trt]
     layout = "both"
@@ -273,6 +275,20 @@ def _weights(value: object, folder: Path) -> list[str]:
     return [f"{name}={_number(weight, folder)}" for name, weight in value.items()]
 
 
+def _tolerances(value: object, folder: Path) -> list[str]:
+    """Return a number as ``--atol`` takes it, or one for each output from a table of numbers."""
+    if not isinstance(value, dict):
+        return [repr(_number(value, folder))]
+    return [f"{name}:{_number(number, folder)!r}" for name, number in value.items()]
+
+
+def _chosen_scores(value: object, folder: Path) -> list[str]:
+    """Return a score as ``--score`` takes it, or one for each task from a table."""
+    if not isinstance(value, dict):
+        return [_text(value, folder)]
+    return [f"{name}:{_text(score, folder)}" for name, score in value.items()]
+
+
 OPTIONS: dict[str, Reader] = {
     "base": _base,
     "checkpoint": _path,
@@ -343,8 +359,11 @@ SECTIONS: dict[str, dict[str, Reader]] = {
     },
     "parity": {
         "inputs": _path,
-        "atol": _number,
-        "rtol": _number,
+        "atol": _tolerances,
+        "rtol": _tolerances,
+        "dataset": _data,
+        "max_drop": _number,
+        "score": _chosen_scores,
         "merged": _path,
         "onnx": _path,
         "engines": _path,

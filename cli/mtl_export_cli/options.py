@@ -126,6 +126,10 @@ SELECTION: tuple[Decorator, ...] = (
     option("--task", multiple=True, metavar="NAME", help="A task; may be repeated."),
     option("--all-tasks", is_flag=True, help="Every task of the checkpoint."),
 )
+MAX_DROP: Decorator = option(
+    "--max-drop", type=click.FloatRange(min=0.0), metavar="POINTS",
+    help="Points the worst task may lose; by default 1, of calibrate --quantize fp8 0.5.",
+)  # fmt: skip
 LAYOUT_HELP = "single-graph (default with --all-tasks) or per-task (default with --task)."
 NUMBERS = ("int8", "fp8", "int4")
 QUANTIZE_HELP = "What numbers the graphs are quantised to; int4: weights only."

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mtl_export.errors import MtlExportError
 from mtl_export_cli import render
-from mtl_export_cli.options import Settings
 
 if TYPE_CHECKING:
     from mtl_export.parity.report import Cell, ParityReport
 
 
-def print_report(result: ParityReport, settings: Settings) -> None:
-    """Print ``result`` as a table, or with ``--json`` as the whole record."""
-    if settings.json:
-        render.print_json({"ok": result.verdict == "passed", **result.as_dict()})
-        return
+def print_document(result: ParityReport, code: int, error: MtlExportError | None) -> None:
+    """Print ``result`` as one JSON document, and what its exit code stands for."""
+    from mtl_export.parity.reports.json_report import document
+
+    told = document(result)
+    if error is not None:
+        told["error"] = error.as_dict()
+    render.print_json({"ok": code == 0, "exit_code": code, **told})
+
+
+def print_report(result: ParityReport) -> None:
+    """Print ``result``: what failed, what did not run, and a table."""
+    from mtl_export.parity.reports import facts
+
     for cell in result.cells:
         if cell.verdict == "failed":
             render.print_line(
@@ -29,8 +38,10 @@ def print_report(result: ParityReport, settings: Settings) -> None:
         of_tasks = "" if tasks == ["*"] else f" of {', '.join(tasks)}"
         render.print_line(f"not run: {artefact}{of_tasks}: {reason}")
     counts = ", ".join(f"{result.count(v)} {v}" for v in ("passed", "failed", "not-run"))
-    title = f"parity {result.verdict}: {counts}; rule: {result.tolerance}"
+    title = f"parity {result.parity_verdict}: {counts}; rule: {result.tolerance}"
     render.print_table(*_table(result), title=title)
+    if least := facts.least_tolerance_line(result):
+        render.print_line(least)
 
 
 def _table(result: ParityReport) -> tuple[list[str], list[list[str]]]:

@@ -53,7 +53,10 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         [parity]
         inputs = "rows.jsonl"
         atol = 1e-5
-        rtol = 0
+        rtol = { logits = 0, pooler_output = 1e-3 }
+        dataset = "labelled.jsonl"
+        max_drop = 0.5
+        score = { spam = "auc" }
         threads = 2
         """,
     )
@@ -80,7 +83,9 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         "tf32": True,
     }
     assert config.defaults("parity") == graphs | {
-        "inputs": str(tmp_path / "rows.jsonl"), "atol": 1e-5, "rtol": 0.0, "threads": 2,
+        "inputs": str(tmp_path / "rows.jsonl"), "atol": ["1e-05"],
+        "rtol": ["logits:0.0", "pooler_output:0.001"], "threads": 2,
+        "dataset": str(tmp_path / "labelled.jsonl"), "max_drop": 0.5, "score": ["spam:auc"],
     }  # fmt: skip
 
 

@@ -64,8 +64,7 @@ def _weights(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
 @option("--exclude", multiple=True, metavar="REGEX", help="Layers to leave unquantised.")
 @option("--deltas", type=click.Choice(DELTAS), default="apart", show_default=True,
         help="Layers of merged graphs whose steps would swallow the task's change.")  # fmt: skip
-@option("--max-drop", type=click.FloatRange(min=0.0),
-        help="Points the worst task may lose; by default 1, fp8 0.5.")  # fmt: skip
+@options.MAX_DROP
 @option("--max-cut", type=click.FloatRange(min=0.0), default=3.0, show_default=True,
         help="Times as often as is usual that a task's values may lie beyond a range.")  # fmt: skip
 @option("--max-excluded", type=click.FloatRange(0.0, 1.0), default=0.5, show_default=True,

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mtl_export.errors import BackendMissingError, UsageError
-from mtl_export_cli import options, render, reports, sources
+from mtl_export.errors import UsageError
+from mtl_export_cli import accuracy, options, render, reports, sources
 from mtl_export_cli.localised import print_layers, with_layers
 from mtl_export_cli.options import Settings, option, with_settings
-from mtl_export_cli.parity_table import print_report
+from mtl_export_cli.parity_table import print_document, print_report
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -20,21 +20,24 @@ if TYPE_CHECKING:
     from mtl_export.parity.tolerance import Tolerance
     from mtl_export_cli.artefacts import Places
 
-EXIT_FAILED = 3
 EPILOG = """\b
 Example:
   mtl-export parity
   mtl-export parity --inputs rows.jsonl --report parity.json --report parity.html
-  mtl-export parity --atol 1e-5 --rtol 0
+  mtl-export parity --atol 1e-5 --rtol 0 --atol pooler_output:1e-4
+  mtl-export parity --dataset labelled.jsonl --max-drop 0.5
 """
 
 
 @click.command(short_help="Prove that exports still match PyTorch.", epilog=EPILOG)
-@with_settings(options.SOURCE, options.TALK)
+@with_settings(options.SOURCE, accuracy.OPTIONS, options.TALK)
 @option("--inputs", type=click.Path(path_type=Path), metavar="FILE",
-        help="Rows to compare on: JSONL with task, text and, for pairs, text_pair.")  # fmt: skip
-@option("--atol", type=float, help="Absolute error allowed; needs --rtol.")
-@option("--rtol", type=float, help="Relative error allowed; needs --atol.")
+        help="Rows to compare on: JSONL with task, text and, for pairs, text_pair; or arrays.npz"
+        " with the model's inputs (pixel_values, too) and task_ids.")  # fmt: skip
+@option("--atol", multiple=True, metavar="[OUTPUT:]NUMBER",
+        help="Absolute error allowed, of all outputs or of one; needs --rtol.")  # fmt: skip
+@option("--rtol", multiple=True, metavar="[OUTPUT:]NUMBER",
+        help="Relative error allowed, likewise; needs --atol.")  # fmt: skip
 @option("--merged", type=click.Path(path_type=Path), metavar="DIR", help="Merged folders.")
 @option("--onnx", type=click.Path(path_type=Path), metavar="DIR", help="ONNX graphs.")
 @option("--engines", type=click.Path(path_type=Path), metavar="DIR", help="Engines.")
@@ -49,9 +52,13 @@ Example:
 @option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")
 def command(
     settings: Settings,
+    *,
     inputs: Path | None,
-    atol: float | None,
-    rtol: float | None,
+    atol: tuple[str, ...],
+    rtol: tuple[str, ...],
+    dataset: str | None,
+    max_drop: float | None,
+    score: dict[str, str],
     merged: Path | None,
     onnx: Path | None,
     engines: Path | None,
@@ -66,35 +73,39 @@ def command(
     PyTorch model in float64: every task, mixed batches, and shapes that were not traced; of
     language models also every step from the cache and the tokens they generate.
     An error passes when it is at most 8 times what the arithmetic of the artefact's dtype
-    itself costs the model (or within --atol and --rtol) and no decision changes. Exit code 3 when
-    anything fails, 6 when nothing could be run.
+    itself costs the model (or within --atol and --rtol) and no decision changes.
+
+    With --dataset the scores of the reference and of every artefact on labelled rows are
+    compared too: a drop counts by its interval (paired bootstrap), so that noise neither passes
+    nor fails a build. Exit code 3 when anything fails, 4 when a task's score drops by more than
+    --max-drop, 2 when the rows cannot tell, 6 when nothing could be run.
     """
     from mtl_export.parity.tolerance import Tolerance
     from mtl_export_cli.artefacts import Places
 
     reports.check_suffixes(report)
     with reports.errors_reported(report):
-        tolerance = Tolerance(atol=atol, rtol=rtol)
+        tolerance = Tolerance.from_texts(atol, rtol)
         bound = sources.open_bound(settings)
         places = Places(
             _existing("--merged", merged) or settings.output_dir / "merged",
             _existing("--onnx", onnx) or settings.output_dir / "onnx",
             _existing("--engines", engines) or settings.output_dir / "engines",
         )
-        request = _Request(places, inputs, tolerance, threads, golden, localise)
+        gate = accuracy.gate_of(dataset, max_drop, score)
+        request = _Request(places, inputs, tolerance, gate, threads, golden, localise)
         result = _compare(bound, request, settings)
         reports.write_reports(report, result)
-    print_report(result, settings)
-    if not settings.json:
-        print_layers(result)
-    if result.verdict == "not-run":
-        raise BackendMissingError(
-            where="parity",
-            found="artefacts are there but none could be run",
-            expected="at least one comparison",
-            fix="See mtl-export doctor for what is missing",
-        )
-    return EXIT_FAILED if result.verdict == "failed" else 0
+    code, error = accuracy.outcome(result)
+    if settings.json:
+        print_document(result, code, error)
+        return code
+    print_report(result)
+    print_layers(result)
+    accuracy.print_accuracy(result)
+    if error is not None:
+        raise error
+    return code
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +116,7 @@ class _Request:
         places: Where the artefacts lie.
         inputs: The user's rows, or None.
         tolerance: What is allowed.
+        gate: What is asked of accuracy; None without labelled rows.
         threads: Of the runtimes.
         golden: Save golden vectors.
         localise: Say in which layer an error begins.
@@ -113,6 +125,7 @@ class _Request:
     places: Places
     inputs: Path | None
     tolerance: Tolerance
+    gate: accuracy.Gate | None
     threads: int
     golden: bool
     localise: bool
@@ -154,6 +167,7 @@ def _compare(bound: BoundModel, request: _Request, settings: Settings) -> Parity
         )
     use_threads(request.threads)
     cases = cases_of(bound, request.inputs)
+    rows = accuracy.open_gate(bound, request.gate) if request.gate else None
     talk = render.Talk.from_settings(settings)
     with talk.steps(step_count(artefacts)) as steps:
         result = run_parity(
@@ -170,6 +184,11 @@ def _compare(bound: BoundModel, request: _Request, settings: Settings) -> Parity
         result = with_layers(
             result, bound, artefacts, cases,
             oracle=oracle_of(bound), threads=request.threads, talk=talk,
+        )  # fmt: skip
+    if rows is not None and request.gate is not None:
+        result = accuracy.with_accuracy(
+            result, bound, artefacts, rows,
+            max_drop=request.gate.max_drop, oracle=oracle_of(bound), talk=talk,
         )  # fmt: skip
     if request.golden:
         from mtl_export_cli.golden import save_golden

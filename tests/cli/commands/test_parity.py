@@ -172,3 +172,63 @@ def test_an_old_artefact_does_not_pass_for_a_new_checkpoint(exported: Path, run:
     reasons = {c["reason"] for c in outcome.json["cells"] if c["verdict"] == "failed"}
     assert all("export it again" in reason for reason in reasons)
     assert outcome.json["counts"]["passed"] == 0
+
+
+WORDS = ("night", "shift", "nurse", "free", "money", "who", "what", "good", "bad", "film")
+
+
+def write_labelled(project: Path, rows: int = 12) -> Path:
+    """Write rows whose labels are arbitrary: both sides answer them alike."""
+    tasks = {"ads_rel": "yes", "topic": 3, "spam": "junk"}
+    lines = [
+        json.dumps({"task": task, "text": f"{WORDS[n % 10]} {WORDS[n // 3]}",
+                    "label": label if n % 2 else 0})
+        for n in range(rows)
+        for task, label in tasks.items()
+    ]  # fmt: skip
+    path = project / "labelled.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_scores_on_labelled_rows(exported: Path, run: Run) -> None:
+    """Each artefact and task has a row: score of both, change, interval, verdict."""
+    write_labelled(exported)
+    words = ("--dataset", "labelled.jsonl", "--max-drop", "0", "--score", "topic:f1")
+    outcome = run("parity", *words, "--report", "parity.json")
+    assert outcome.code == 0, outcome.stdout + outcome.stderr
+    assert "accuracy passed: the worst task may lose 0 points" in outcome.stdout
+    assert "+0.00 to +0.00" in outcome.stdout
+    report = json.loads((exported / "parity.json").read_text())
+    cells = report["accuracy"]["cells"]
+    assert {(cell["artefact"], cell["task"]) for cell in cells} == {
+        (artefact, task)
+        for artefact in ("merged pytorch", "merged onnx", "single graph onnx")
+        for task in ("ads_rel", "topic", "spam")
+    }
+    assert {(cell["task"], cell["score"]) for cell in cells} == {
+        ("ads_rel", "accuracy"), ("topic", "f1"), ("spam", "accuracy"),
+    }  # fmt: skip
+    assert {(cell["verdict"], cell["drop"], cell["rows"]) for cell in cells} == {("passed", 0, 12)}
+    assert len(report["sources"]["dataset_sha256"]) == 64
+    assert report["least_tolerances"]["logits"]["atol"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--dataset", "gone.jsonl"), "gone.jsonl"),
+        (("--dataset", "labelled.jsonl", "--score", "bleu"), "'bleu': a score is one of"),
+        (("--dataset", "labelled.jsonl", "--score", "tpoic:f1"), "tpoic"),
+        (("--atol", "1e-5"), "only one of them"),
+        (("--atol", "logit:1e-5", "--rtol", "logit:0"), "not compared: logit"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    exported: Path, run: Run, words: tuple[str, ...], reason: str
+) -> None:
+    """Exit 2 and one document, before or instead of a comparison."""
+    write_labelled(exported)
+    outcome = run("parity", *words, "--json")
+    assert outcome.code == 2
+    assert reason in str(outcome.json["error"])
