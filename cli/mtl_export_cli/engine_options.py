@@ -26,6 +26,7 @@ from mtl_export_cli.options import Decorator, option
 
 if TYPE_CHECKING:
     from mtl_export.runtime.tensorrt.options import BuildOptions
+    from mtl_export.runtime.tensorrt.shapes import Profile
 
 HARDWARE_LEVELS = ("ampere-plus", "same-compute-capability")
 SHAPES = ("min_shapes", "opt_shapes", "max_shapes")
@@ -81,15 +82,30 @@ class EngineChoices:
         Raises:
             UsageError: A shape is malformed or does not fit.
         """
-        from mtl_export.runtime.tensorrt.options import BuildOptions
         from mtl_export_cli.profiles import profile_from_options
 
-        profiles = tuple(
+        profiles = (
             profile_from_options(onnx_path, *texts, beside=beside)
             for texts in self.shapes or ((None, None, None),)
         )
+        return self._options(tuple(profile for profile in profiles if profile.shapes))
+
+    def refuse_impossible(self, library_name: str) -> None:
+        """Refuse what the library of that name cannot do, before there is a graph.
+
+        Raises:
+            UsageError: It would ignore, round or fail at one of the choices.
+        """
+        from mtl_export.runtime.tensorrt.api import load_library
+        from mtl_export.runtime.tensorrt.options import check_choices
+
+        check_choices(load_library(library_name), self._options(()))
+
+    def _options(self, profiles: tuple[Profile, ...]) -> BuildOptions:
+        from mtl_export.runtime.tensorrt.options import BuildOptions
+
         return BuildOptions(
-            profiles=tuple(profile for profile in profiles if profile.shapes),
+            profiles=profiles,
             workspace_bytes=self.workspace_bytes,
             optimization_level=self.optimization_level,
             tf32=self.tf32,

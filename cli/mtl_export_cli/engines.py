@@ -145,6 +145,11 @@ class Workshop:
         self._plans: dict[Path, OutputPlan] = {}
         self._recipes: dict[Path, Recipe] = {}
 
+    @property
+    def is_refit(self) -> bool:
+        """Return whether one engine is to become those of all tasks."""
+        return self._choices.refit
+
     def order(self, graph: graphs.Graph) -> EngineOrder:
         """Return the order of the engines of ``graph``, which is exported.
 

@@ -177,3 +177,11 @@ def test_dimension_one_more_follows(tmp_path: Path, given: str) -> None:
     )
     assert profile.shapes["attention_mask"] == ((1, 2), (2, 10), (2, 10))
     assert profile.shapes["past_key_values.0.key"] == ((1, 2, 1, 4), (2, 2, 9, 4), (2, 2, 9, 4))
+
+
+def test_what_the_library_cannot_do_is_refused_before_there_is_a_graph() -> None:
+    """Refit needs no weights named to be refused; what it can do passes."""
+    pytest.importorskip("tensorrt_rtx", reason="engines are built by tensorrt_rtx")
+    EngineChoices(tf32=True, compute_capabilities=("8.6",)).refuse_impossible("tensorrt_rtx")
+    with pytest.raises(UsageError, match="it refits only on a GPU"):
+        EngineChoices(refit=True).refuse_impossible("tensorrt_rtx")

@@ -16,11 +16,12 @@ from onnx import numpy_helper
 from mtl_export.errors import EngineBuildError, MtlExportError, UsageError
 from mtl_export.runtime.tensorrt import EngineManifest, default_profile
 from mtl_export.runtime.tensorrt.differences import differing_weights
+from mtl_export.runtime.tensorrt.job import EngineOrder, EnginePart, with_changing_weights
 from mtl_export.runtime.tensorrt.options import BuildOptions
 from mtl_export.runtime.tensorrt.refit import LIKE_PLAIN, ROUND_TRIP, RefitBuilds
 from tests.runtime import fake_tensorrt
 from tests.runtime.fake_tensorrt import FakeEngine, FakeTensorRT
-from tests.runtime.tensorrt_models import write_merged
+from tests.runtime.tensorrt_models import write_merged, write_routed
 
 MERGED = ("dense.weight", "head.weight")
 
@@ -161,13 +162,31 @@ def test_change_outside_the_named_weights_is_refused(trt: FakeTensorRT, paths: l
         build_all(paths, options_for(paths, "dense.weight"))
 
 
-def test_other_structure_is_refused(trt: FakeTensorRT, paths: list[Path], tmp_path: Path) -> None:
-    """Weights of the same names, another graph."""
+def test_other_structure_is_not_refitted(
+    trt: FakeTensorRT, paths: list[Path], tmp_path: Path
+) -> None:
+    """Weights of the same names, another graph: it has an engine of its own to begin with."""
     other = write_merged(tmp_path / "other", external=False, pool_axis=-2)
     with pytest.raises(EngineBuildError, match="in more than weights"):
         differing_weights([*paths, other])
-    with pytest.raises(EngineBuildError, match="in more than weights"):
-        build_all([paths[0], other], options_for(paths))
+    built = build_all([paths[0], other, paths[1]], options_for(paths))
+    checks = [[check.check for check in manifest.validated] for _, manifest in built]
+    assert [LIKE_PLAIN in names for names in checks] == [True, True, False]
+    assert ROUND_TRIP in checks[2]
+
+
+def test_graphs_of_a_job_are_told_which_weights_change(paths: list[Path], tmp_path: Path) -> None:
+    """Those that their structure's graphs differ in; a graph alone of its kind is built plainly."""
+    single = write_routed(tmp_path / "single", external=False)
+    options = BuildOptions(profiles=(), refit=True)
+    orders = [
+        EngineOrder(path.parent.name, path, (EnginePart(path, "model.engine", options),), 1)
+        for path in (single, *paths)
+    ]
+    told = [one.parts[0].options for one in with_changing_weights(orders)]
+    assert [one.refit for one in told] == [False, True, True, True]
+    assert [tuple(one.refittable) for one in told] == [(), MERGED, MERGED, MERGED]
+    assert with_changing_weights(orders[:2]) == orders[:2]
 
 
 def test_quantised_graphs_are_refused(trt: FakeTensorRT, paths: list[Path]) -> None:

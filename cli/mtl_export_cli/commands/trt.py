@@ -104,6 +104,7 @@ def command(
     _refuse_beside_quantize(settings, quantize, form)
     bound = sources.open_bound(settings)
     info = available_builder()
+    choices.refuse_impossible(info.name)
     wanted = engines.wanted_graphs(settings, layout, bound.adapters.tasks)
     talk = render.Talk.from_settings(settings)
     talk.note(f"Building with {info.name} {info.version}.")
@@ -174,10 +175,12 @@ def _build(
     talk: render.Talk,
 ) -> tuple[list[Built], list[Failed]]:
     """Return the engines of all graphs, and what there is instead where they failed."""
-    from mtl_export.runtime.tensorrt.job import run_job
+    from mtl_export.runtime.tensorrt.job import run_job, with_changing_weights
 
     workshop.clear()
     orders = [workshop.order(graph) for graph in wanted]
+    if workshop.is_refit:
+        orders = with_changing_weights(orders)
     with talk.steps(len(orders)) as steps:
         outcomes = run_job(
             orders,

@@ -24,12 +24,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Protocol, TypeAlias
 
 from mtl_export.errors import MtlExportError
+from mtl_export.runtime.tensorrt.differences import differing_weights, refit_key
 from mtl_export.runtime.tensorrt.lanes import Lane, LocalLane, ProcessLane
 from mtl_export.runtime.tensorrt.options import BuildOptions
 
@@ -106,6 +107,31 @@ class JobReport(Protocol):
 
     def reached(self, share: float) -> None:
         """Hear what share of the work is done, 0 to 1; folders found finished are no work."""
+
+
+def with_changing_weights(orders: Sequence[EngineOrder]) -> list[EngineOrder]:
+    """Return the orders of a job with refit, each graph told which of its weights may change.
+
+    These are the weights in which the graphs of its structure differ. A graph alone of its
+    kind, such as the single graph beside per-task ones, is built without refit; where all
+    are, nothing is changed here, and the builder refuses.
+
+    Raises:
+        EngineBuildError: A graph is quantised, or hides its weights.
+    """
+    alike: dict[str, list[Path]] = {}
+    keys = {part.onnx_path: refit_key(part.onnx_path) for one in orders for part in one.parts}
+    for path, key in keys.items():
+        alike.setdefault(key, []).append(path)
+    names = {key: differing_weights(paths) for key, paths in alike.items() if len(paths) > 1}
+    if not names:
+        return list(orders)
+
+    def told(part: EnginePart) -> EnginePart:
+        own = names.get(keys[part.onnx_path], ())
+        return replace(part, options=replace(part.options, refit=bool(own), refittable=own))
+
+    return [replace(one, parts=tuple(told(part) for part in one.parts)) for one in orders]
 
 
 def run_job(

@@ -19,6 +19,7 @@ from mtl_export.errors import EngineBuildError, MtlExportError
 from mtl_export.runtime.tensorrt.callbacks import Progress
 from mtl_export.runtime.tensorrt.manifest import manifest_path
 from mtl_export.runtime.tensorrt.options import BuildOptions
+from mtl_export.runtime.tensorrt.refit import RefitBuilds
 from mtl_export.runtime.tensorrt.task_engines import SharedBuilds
 
 if TYPE_CHECKING:
@@ -53,13 +54,14 @@ class LocalLane:
     """
 
     def __init__(self, library_name: str) -> None:
-        self._builds = SharedBuilds(library_name)
+        self._builds, self._refits = SharedBuilds(library_name), RefitBuilds(library_name)
 
     def build(
         self, onnx_path: Path, engine_path: Path, *, options: BuildOptions, progress: Progress
     ) -> None:
         """Build here and now."""
-        manifest = self._builds.build(onnx_path, engine_path, options=options, progress=progress)
+        builds = self._refits if options.refit else self._builds
+        manifest = builds.build(onnx_path, engine_path, options=options, progress=progress)
         manifest.write(manifest_path(engine_path))
 
 

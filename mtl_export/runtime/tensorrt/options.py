@@ -94,10 +94,27 @@ def member_name(capability: str) -> str:
 
 
 def check_options(library: Library, options: BuildOptions) -> None:
-    """Refuse options that ``library`` would ignore or round.
+    """Refuse options that ``library`` would ignore or round, and a refit of nothing.
 
     Raises:
         UsageError: One of them is out of range, unknown, or of another library.
+    """
+    check_choices(library, options)
+    if options.refit and not options.refittable:
+        raise UsageError(
+            where="refit",
+            found="there are no weights to change",
+            expected="the graphs of several tasks that differ in weights",
+            why="refit makes the engines of the other tasks from that of the first",
+            fix="Leave --refit out, or add --layout per-task",
+        )
+
+
+def check_choices(library: Library, options: BuildOptions) -> None:
+    """Refuse what can be told before any graph is there: all but which weights may change.
+
+    Raises:
+        UsageError: One of the options is out of range, unknown, or of another library.
     """
     level = options.optimization_level
     if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
@@ -152,7 +169,7 @@ def _check_portability(library: Library, options: BuildOptions) -> None:
 
 
 def _check_refit(library: Library, options: BuildOptions) -> None:
-    """Refuse a refit that has nothing to change, or would give wrong answers."""
+    """Refuse a refit that contradicts another choice, or would give wrong answers."""
     if options.strip_weights:
         raise UsageError(
             where="stripped weights",
@@ -160,14 +177,6 @@ def _check_refit(library: Library, options: BuildOptions) -> None:
             expected="one of them",
             why="refit gives each engine its task's weights, and stripping takes them out",
             fix="Leave --strip-weights or --refit out",
-        )
-    if not options.refittable:
-        raise UsageError(
-            where="refit",
-            found="there are no weights to change",
-            expected="the graphs of several tasks that differ in weights",
-            why="refit makes the engines of the other tasks from that of the first",
-            fix="Leave --refit out, or add --layout per-task",
         )
     if library.version.startswith(LOSES_BIASES):
         raise UsageError(

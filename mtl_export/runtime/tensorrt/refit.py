@@ -5,8 +5,8 @@ the graphs differ; the others are made by giving these their own values. What wo
 wrong without a word is looked for, because a refitted engine that kept another task's
 matrix answers like that task:
 
-    before     the graphs differ in more than weights, or are quantised (scales and values
-               would have to change together); a release known to lose biases
+    before     the graphs are quantised (scales and values would have to change together),
+               or differ in more than weights; a release known to lose biases
     first      a matrix was folded away and cannot change; the engine answers otherwise than
                one built without refit
     each       a matrix that differs was not to change; its type or count differs; the
@@ -55,7 +55,7 @@ ROUND_TRIP = "refitted, it answers otherwise; refitted back, as the first task t
 
 
 class RefitBuilds:
-    """Builds the first graph's engine, and makes those of the others from it.
+    """Builds the first engine of each structure, and makes the others from it.
 
     The options of every call name the weights that may change (``differing_weights``).
 
@@ -69,7 +69,8 @@ class RefitBuilds:
     def __init__(self, library_name: str | None = None) -> None:
         self._info = available_builder(library_name)
         self._library = load_library(self._info.name)
-        self._first: _First | None = None
+        # A structure -> the first engine of it.
+        self._firsts: dict[str, _First] = {}
 
     def build(
         self,
@@ -87,17 +88,12 @@ class RefitBuilds:
             OutputError: The engine cannot be written.
         """
         check_options(self._library, options)
-        if self._first is None or self._first.options != options:
-            return self._build_first(onnx_path, engine_path, options, progress)
-        if refit_key(onnx_path) != self._first.key:
-            raise refused(
-                onnx_path,
-                f"it differs from {self._first.path} in more than weights",
-                "graphs of one structure",
-                "refit changes weights and nothing else",
-            )
+        key = refit_key(onnx_path)
+        master = self._firsts.get(key)
+        if master is None or master.options != options:
+            return self._build_first(key, onnx_path, engine_path, options, progress)
         with ExitStack() as open_files:
-            first = read_weights(self._first.path, open_files)
+            first = read_weights(master.path, open_files)
             own = read_weights(onnx_path, open_files)
             kept = changed_weights(first, own) - set(options.refittable)
             if kept:
@@ -107,16 +103,16 @@ class RefitBuilds:
                     f"no other change than in {shortened(options.refittable)}",
                     "the engine would keep the first task's values",
                 )
-            return self._refitted(self._first, onnx_path, engine_path, first, own)
+            return self._refitted(master, onnx_path, engine_path, first, own)
 
     def _build_first(
         self,
+        key: str,
         onnx_path: Path,
         engine_path: Path,
         options: BuildOptions,
         progress: Progress | None,
     ) -> EngineManifest:
-        key = refit_key(onnx_path)
         manifest = build_with_options(
             onnx_path,
             engine_path,
@@ -145,7 +141,7 @@ class RefitBuilds:
         except BaseException:
             engine_path.unlink(missing_ok=True)
             raise
-        self._first = _First(onnx_path, key, options, manifest, engine, answers)
+        self._firsts[key] = _First(onnx_path, key, options, manifest, engine, answers)
         return _with_check(manifest, LIKE_PLAIN)
 
     def _compare(
@@ -191,7 +187,7 @@ class RefitBuilds:
             os.replace(partial, engine_path)
         except BaseException:
             # Whose weights the engine holds now is not known.
-            self._first = None
+            del self._firsts[master.key]
             raise
         finally:
             for file in (partial, back):
