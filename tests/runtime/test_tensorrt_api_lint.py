@@ -1,70 +1,35 @@
 """The backend uses what ``API`` declares, and every supported TensorRT has it.
 
-The second half imports the real binding wheels. It needs the package index and a C
-compiler, so it is opt-in: ``pytest -m other_env tests/runtime/test_tensorrt_api_lint.py``.
-The wheels link against libraries of hundreds of MB that only matter when something is
-called, so libraries of the same names with empty functions are compiled in their place.
+What each release has is written in ``tensorrt_api.json``, so ``make check`` needs no
+network. That the file tells the truth is proved against the real binding wheels, which
+takes the package index and a C compiler: ``pytest -m other_env
+tests/runtime/test_tensorrt_api_lint.py``.
 """
 
 from __future__ import annotations
 
 import ast
-import json
-import shutil
-import subprocess
 import sys
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from mtl_export.runtime import tensorrt as backend
 from mtl_export.runtime.tensorrt.api import API, HANDLES, OPTIONAL
+from tests.runtime.tensorrt_wheels import (
+    PROBE,
+    WHEELS,
+    Surface,
+    probed,
+    release_of,
+    stored_surfaces,
+    surface_of_wheel,
+    write_empty_libraries,
+)
 
+STORED = stored_surfaces()
 SOURCES = sorted(Path(backend.__file__).parent.glob("*.py"))
-# package, version: the ends and the middle of the supported range, for both CUDA lines
-WHEELS = [
-    ("tensorrt_cu12_bindings", "10.13.3.9"),
-    ("tensorrt_cu12_bindings", "10.16.1.11"),
-    ("tensorrt_cu12_bindings", "11.4.0.106"),
-    ("tensorrt_cu13_bindings", "10.13.3.9"),
-    ("tensorrt_cu13_bindings", "10.16.1.11"),
-    ("tensorrt_cu13_bindings", "11.4.0.106"),
-    ("tensorrt_rtx_cu13_bindings", "1.7.1.116"),
-]
-# What the binding modules take from those libraries when they are loaded.
-SYMBOLS = (
-    "createInferBuilder_INTERNAL",
-    "createInferRefitter_INTERNAL",
-    "createInferRuntime_INTERNAL",
-    "createNvOnnxParserRefitter_INTERNAL",
-    "createNvOnnxParser_INTERNAL",
-    "getBuilderPluginRegistry",
-    "getNvOnnxParserVersion",
-    "getPluginRegistry",
-    "initLibNvInferPlugins",
-)
-LIBRARIES = (
-    "libnvinfer.so.10",
-    "libnvinfer.so.11",
-    "libnvinfer_plugin.so.10",
-    "libnvinfer_plugin.so.11",
-    "libnvonnxparser.so.10",
-    "libnvonnxparser.so.11",
-    "libtensorrt_onnxparser_rtx.so.1",
-    "libtensorrt_rtx.so.1",
-)
-# Prints the names of the table that the module of that name lacks.
-PROBE = """
-import importlib, json, sys
-trt = importlib.import_module(sys.argv[1])
-missing = []
-for owner, attributes in json.load(sys.stdin).items():
-    held = trt if owner == "" else getattr(trt, owner, None)
-    missing += [f"{owner}.{name}" for name in attributes if not hasattr(held, name)]
-print(json.dumps({"version": trt.__version__, "missing": missing}))
-"""
 
 
 class Uses(ast.NodeVisitor):
@@ -196,71 +161,56 @@ def test_the_check_sees_planted_drift(text: str, problem: str) -> None:
     assert uses_of(text).problems == [problem]
 
 
-def test_installed_rtx_has_every_attribute() -> None:
-    """The library that builds engines in this environment."""
-    pytest.importorskip("tensorrt_rtx", reason="engines are built by tensorrt_rtx")
-    command = [sys.executable, "-c", PROBE, "tensorrt_rtx"]
-    assert missing_from(command, API) == set()
-    planted = {"": {"Nonsense": ""}, "Builder": {"reset": "", "nonsense": ""}}
-    assert missing_from(command, planted) == {".Nonsense", "Builder.nonsense"}
+@pytest.mark.parametrize("release", sorted(STORED))
+def test_every_supported_release_has_what_is_used(release: str) -> None:
+    """All of the table but what is optional; the guard of what is missing is missing too."""
+    missing = missing_from(STORED[release], API)
+    assert missing - set(OPTIONAL) == set()
+    assert {name for name in missing if OPTIONAL[name] not in missing} == set()
+
+
+def test_the_ends_of_the_supported_range_are_stored() -> None:
+    """10.13, 10.16, 11.4 and TensorRT-RTX; what they lack and gain tells them apart."""
+    assert sorted({release_of(*wheel) for wheel in WHEELS}) == sorted(STORED)
+    gone = {"": {"IInt8EntropyCalibrator2": ""}, "BuilderFlag": {"FP16": ""}}
+    lacking = {release: missing_from(surface, gone) for release, surface in STORED.items()}
+    assert lacking["tensorrt 10.13.3.9"] == lacking["tensorrt 10.16.1.11"] == set()
+    assert lacking["tensorrt 11.4.0.106"] == {".IInt8EntropyCalibrator2", "BuilderFlag.FP16"}
+    assert missing_from(STORED["tensorrt 10.13.3.9"], API) >= {"SerializationFlag.INCLUDE_REFIT"}
+
+
+def test_installed_rtx_is_as_stored() -> None:
+    """The library that builds engines in this environment; another release still has it all."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="engines are built by tensorrt_rtx")
+    surface = probed([sys.executable, "-c", PROBE, "tensorrt_rtx"])
+    assert missing_from(surface, API) == set()
+    stored = STORED.get(f"tensorrt_rtx {trt.__version__}", {})
+    assert {name: surface[name] for name in stored if name} == {
+        name: names for name, names in stored.items() if name
+    }
 
 
 @pytest.fixture(scope="module")
 def empty_libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the shared libraries that the bindings link to, empty."""
-    compiler = shutil.which("cc")
-    assert compiler, "a C compiler is needed to stand in for TensorRT's libraries"
-    folder = tmp_path_factory.mktemp("lib")
-    code = "".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in SYMBOLS)
-    (folder / "empty.c").write_text(code)
-    for library in LIBRARIES:
-        command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", library, "empty.c"]
-        subprocess.run(command, cwd=folder, check=True)
-    return folder
-
-
-@pytest.fixture(params=WHEELS, ids=lambda wheel: "-".join(wheel), scope="module")
-def wheel(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
-    """Yield the folder of an unpacked binding wheel for this Python."""
-    package, version = request.param
-    folder = tmp_path_factory.mktemp(package)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(folder), f"{package}=={version}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{package}=={version} cannot be fetched: {done.stderr}"
-    (file,) = folder.glob("*.whl")
-    with zipfile.ZipFile(file) as archive:
-        archive.extractall(folder)
-    yield folder
-    shutil.rmtree(folder)
+    return write_empty_libraries(tmp_path_factory.mktemp("lib"))
 
 
 @pytest.mark.other_env
-def test_wheel_has_every_attribute(wheel: Path, empty_libraries: Path) -> None:
-    """All of the table but what is optional; the guard of what is missing is missing too."""
-    (module,) = (path.name for path in wheel.glob("*_bindings") if path.is_dir())
-    environment = {"PYTHONPATH": str(wheel), "LD_LIBRARY_PATH": str(empty_libraries)}
-    missing = missing_from([sys.executable, "-S", "-c", PROBE, module], API, environment)
-    assert missing - set(OPTIONAL) == set()
-    unguarded = {name for name in missing if OPTIONAL[name] not in missing}
-    assert unguarded == set()
+@pytest.mark.parametrize(("package", "version"), WHEELS)
+def test_stored_names_are_those_of_the_wheel(
+    package: str, version: str, empty_libraries: Path
+) -> None:
+    """Neither can gain or lose a name alone; ``tensorrt_wheels`` writes the file anew."""
+    found = surface_of_wheel(package, version, empty_libraries)
+    assert found == STORED[release_of(package, version)]
 
 
-def missing_from(
-    command: list[str],
-    table: Mapping[str, Mapping[str, str]],
-    environment: dict[str, str] | None = None,
-) -> set[str]:
-    """Return what of ``table`` the module that ``command`` probes does not have."""
-    done = subprocess.run(
-        command,
-        input=json.dumps(table),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stdout)["missing"])
+def missing_from(surface: Surface, table: Mapping[str, Mapping[str, str]]) -> set[str]:
+    """Return what of ``table`` is not in ``surface``."""
+    return {
+        f"{owner}.{name}"
+        for owner, attributes in table.items()
+        for name in attributes
+        if name not in surface.get(owner, ())
+    }

@@ -6,7 +6,8 @@ touches; two checks keep that list true:
 
     source == API    the backend's syntax tree is compared with the table, so
                      neither can gain or lose an attribute alone
-    API in wheels    the real binding wheels are imported and asked for each one
+    API in wheels    the names in the real binding wheels, kept beside the tests
+                     and proved against them, hold each one
 
 For the first check to see through the code, a TensorRT object is only ever held
 in a variable (or attribute) whose name is in ``HANDLES``, and those names hold
