@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from mtl_export.errors import UsageError
 from mtl_export_cli.engine_options import ENGINE, EngineChoices, size_in_bytes, with_engine_choices
-from tests.runtime.tensorrt_models import write_graph, write_routed
+from tests.runtime.tensorrt_models import write_decode, write_graph, write_routed
 
 
 def choices_of(
@@ -137,26 +137,9 @@ def test_fixed_graph_has_no_profile(tmp_path: Path) -> None:
     assert EngineChoices().build_options(path).profiles == ()
 
 
-def decode_like(folder: Path) -> Path:
-    """Write a graph with the inputs of ``decode`` and return its path."""
-    shapes: dict[str, list[int | str]] = {
-        "input_ids": ["batch", 1],
-        "attention_mask": ["batch", "past + 1"],
-        "past_key_values.0.key": ["batch", 2, "past", 4],
-    }
-    inputs = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-        for name, shape in shapes.items()
-    ]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "past + 1"])
-    return write_graph(
-        folder, [helper.make_node("Relu", ["attention_mask"], ["y"])], inputs, [output]
-    )
-
-
 def test_shapes_of_another_part_give_their_sizes(tmp_path: Path) -> None:
     """``prefill``'s input_ids bounds the batch of ``decode``, whose own has one token."""
-    prefill, decode = write_routed(tmp_path / "a"), decode_like(tmp_path / "b")
+    prefill, decode = write_routed(tmp_path / "a"), write_decode(tmp_path / "b")
     choices = EngineChoices(shapes=((None, None, "input_ids:2x9,task_ids:2"),))
     (profile,) = choices.build_options(decode, beside=[prefill]).profiles
     assert profile.shapes["input_ids"][2] == (2, 1)
@@ -173,7 +156,7 @@ def test_shapes_of_another_part_give_their_sizes(tmp_path: Path) -> None:
 def test_dimension_one_more_follows(tmp_path: Path, given: str) -> None:
     """``past + 1`` follows ``past``, and the other way round."""
     (profile,) = (
-        EngineChoices(shapes=((None, None, given),)).build_options(decode_like(tmp_path)).profiles
+        EngineChoices(shapes=((None, None, given),)).build_options(write_decode(tmp_path)).profiles
     )
     assert profile.shapes["attention_mask"] == ((1, 2), (2, 10), (2, 10))
     assert profile.shapes["past_key_values.0.key"] == ((1, 2, 1, 4), (2, 2, 9, 4), (2, 2, 9, 4))

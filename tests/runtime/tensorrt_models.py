@@ -9,6 +9,8 @@ a Where that sends every bad id to that row. ``write_merged`` is one task of it.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401 - numpy knows bfloat16 by name once this is imported
@@ -16,6 +18,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from mtl_export.runtime.tensorrt import EngineManifest, build_engine, default_profile
+
+RTX = "tensorrt_rtx"
 DOMAIN = "mtl_export"
 OPSET = 21
 VOCABULARY, HIDDEN, RANK, LABELS = 50, 24, 4, 5
@@ -118,6 +123,23 @@ def write_graph(
     return folder / "model.onnx"
 
 
+def write_decode(folder: Path) -> Path:
+    """Write a graph with the inputs of ``decode`` and return its path."""
+    shapes: dict[str, list[int | str]] = {
+        "input_ids": ["batch", 1],
+        "attention_mask": ["batch", "past + 1"],
+        "past_key_values.0.key": ["batch", 2, "past", 4],
+    }
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in shapes.items()
+    ]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "past + 1"])
+    return write_graph(
+        folder, [helper.make_node("Relu", ["attention_mask"], ["y"])], inputs, [output]
+    )
+
+
 def routed_inputs(batch: int = 3, sequence: int = 7, *, seed: int = 0) -> dict[str, np.ndarray]:
     """Return inputs for the routed graph, the tasks in turn."""
     random = np.random.default_rng(seed)
@@ -125,6 +147,39 @@ def routed_inputs(batch: int = 3, sequence: int = 7, *, seed: int = 0) -> dict[s
         "input_ids": random.integers(0, VOCABULARY, (batch, sequence), np.int64),
         "task_ids": np.arange(batch, dtype=np.int64) % len(TASKS),
     }
+
+
+def build_rtx(path: Path, engine: Path, **options: object) -> EngineManifest:
+    """Return the manifest of an engine with the default profile, by TensorRT-RTX."""
+    profile = default_profile(path, max_batch=4, max_sequence=16)
+    return build_engine(
+        path,
+        engine,
+        profiles=[profile] if profile.shapes else [],
+        library_name=RTX,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def graph_value(
+    name: str, shape: list[int | str], kind: int = TensorProto.FLOAT
+) -> onnx.ValueInfoProto:
+    """Return a graph input or output."""
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names in ``folder``."""
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@contextmanager
+def merged_and_nothing_new(folder: Path) -> Iterator[Path]:
+    """Yield a merged graph and expect no file beside it afterwards."""
+    path = write_merged(folder)
+    before = names_in(folder)
+    yield path
+    assert names_in(folder) == before
 
 
 def _base_weights(random: np.random.Generator, dtype: str) -> dict[str, np.ndarray]:

@@ -10,9 +10,9 @@ from onnx import TensorProto, helper
 
 from mtl_export.errors import EngineBuildError, IntegrityError, UsageError
 from mtl_export.runtime.tensorrt import Profile, default_profile, parse_shapes
-from mtl_export.runtime.tensorrt.shapes import check_profiles
+from mtl_export.runtime.tensorrt.shapes import base_and_offset, check_profiles
 from mtl_export.runtime.tensorrt.source import read_source
-from tests.runtime.tensorrt_models import write_graph, write_merged, write_routed
+from tests.runtime.tensorrt_models import write_decode, write_graph, write_merged, write_routed
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,39 @@ def test_sequence_limit_comes_from_the_model(
     assert default_profile(path).shapes["input_ids"][2] == (32, limit)
 
 
+@pytest.mark.parametrize(
+    ("config", "longest"), [({"max_position_embeddings": 300}, 300), ({}, 2048)]
+)
+def test_default_profile_of_a_cache_follows_the_positions(
+    tmp_path: Path, config: dict[str, int], longest: int
+) -> None:
+    """The mask is one longer than the cache, and never longer than the model's positions."""
+    path = write_decode(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert default_profile(path).shapes == {
+        "input_ids": ((1, 1), (8, 1), (32, 1)),
+        "attention_mask": ((1, 2), (8, 129), (32, longest)),
+        "past_key_values.0.key": ((1, 2, 1, 4), (8, 2, 128, 4), (32, 2, longest - 1, 4)),
+    }
+
+
+def test_mask_that_does_not_follow_the_cache_is_refused(tmp_path: Path) -> None:
+    """A full cache could not be served: the builder takes both without a word."""
+    shapes = dict(default_profile(write_decode(tmp_path)).shapes)
+    shapes["attention_mask"] = ((1, 2), (8, 129), (32, 512))
+    with pytest.raises(UsageError, match=r"max of dimension past \+ 1 is 512, of past 2047"):
+        check_profiles(read_source(tmp_path / "model.onnx"), [Profile(shapes)])
+
+
+@pytest.mark.parametrize(
+    ("dimension", "parts"),
+    [("past + 1", ("past", 1)), ("1 + past", ("past", 1)), ("past", ("past", 0))],
+)
+def test_dimension_is_counted_from_another(dimension: str, parts: tuple[str, int]) -> None:
+    """Exporters write the sum either way."""
+    assert base_and_offset(dimension) == parts
+
+
 def test_default_profile_refuses_other_dimensions_by_name(tmp_path: Path) -> None:
     """A dimension nobody knows a range for is named, with its input."""
     value = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", "height"])
@@ -82,7 +115,7 @@ def test_default_profile_refuses_other_dimensions_by_name(tmp_path: Path) -> Non
         default_profile(path)
 
 
-@pytest.mark.parametrize("limits", [{"max_batch": 0}, {"max_sequence": 0}])
+@pytest.mark.parametrize("limits", [{"max_batch": 0}, {"max_sequence": 0}, {"max_past": 0}])
 def test_default_profile_refuses_empty_ranges(tmp_path: Path, limits: dict[str, int]) -> None:
     """A maximum below 1 admits nothing."""
     with pytest.raises(UsageError, match="at least 1"):
