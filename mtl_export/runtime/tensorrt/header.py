@@ -10,15 +10,21 @@ TensorRT-RTX engines open with 64 bytes, integers little-endian:
     32      4     GPUs it may run on, one bit each (``CAPABILITIES``)
     64      24·n  parts: tag (4, reversed), 4 zeros, offset (8), size (8)
 
-The part ``ENGN`` holds the graph and its kernels, ``WGHT`` the weights: engines of
-one structure share the first byte for byte. NVIDIA documents none of this; it was
-read off engines of 1.7.1.116, so a file that differs gives None, not an error.
-Engines of ``tensorrt`` open differently and give None too.
+The part ``ENGN`` holds the graph and its kernels, ``WGHT`` the weights. Engines of one
+structure share the first, but not always byte for byte: the builder numbers some internal
+values (``__mye48221``) and lists some of them in the order of their addresses, which
+change from build to build. 44 builds of one graph gave 17 files, of one size, with one
+sequence of weights, and with the same words in ``ENGN`` once the numbers are left out. So
+it is those words, sorted, that a graph is known by.
+
+NVIDIA documents none of this; it was read off engines of 1.7.1.116, so a file that
+differs gives None, not an error. Engines of ``tensorrt`` open differently and give None.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +32,9 @@ from pathlib import Path
 MAGIC = b"vtrt"
 HEADER_BYTES = 64
 GRAPH_PART = "ENGN"
+_INTERNAL_NUMBER = re.compile(rb"(__mye)\d+")
 _PART = struct.Struct("<4s4xQQ")
 _MAX_PARTS = 64
-_BLOCK_BYTES = 1 << 20
 
 # Bit in the header -> compute capability. The last one stands for GPUs not yet known.
 CAPABILITIES = {
@@ -86,14 +92,19 @@ def read_header(path: Path) -> EngineHeader | None:
 
 
 def sha256_of_graph(path: Path, header: EngineHeader | None) -> str:
-    """Return the SHA-256 of the engine's graph part, or "" if it cannot be told apart."""
+    """Return the SHA-256 of the graph part's sorted words, or "" if it cannot be told apart.
+
+    It is the same for engines that differ only in weights, and for builds of one graph.
+    """
     if header is None or GRAPH_PART not in header.parts:
         return ""
-    offset, left = header.parts[GRAPH_PART]
-    digest = hashlib.sha256()
+    offset, size = header.parts[GRAPH_PART]
     with path.open("rb") as file:
         file.seek(offset)
-        while left and (block := file.read(min(left, _BLOCK_BYTES))):
-            digest.update(block)
-            left -= len(block)
-    return "" if left else digest.hexdigest()
+        part = file.read(size)
+    if len(part) < size:
+        return ""
+    digest = hashlib.sha256()
+    for word in sorted(_INTERNAL_NUMBER.sub(rb"\1", part).split()):
+        digest.update(word + b"\n")
+    return digest.hexdigest()
