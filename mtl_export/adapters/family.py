@@ -26,11 +26,17 @@ from mtl_export.adapters import (
 )
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.lazy import LAZY_BYTES, LazyLayers
-from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Head, Rows
+from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Head, Rows, filled_heads
 from mtl_export.adapters.preflight import read_all
 from mtl_export.adapters.stack import stacked
 from mtl_export.checkpoint.base_model import BaseModel
-from mtl_export.checkpoint.checkpoint import Checkpoint, HeadTensors, LayerTensors
+from mtl_export.checkpoint.checkpoint import (
+    Checkpoint,
+    HeadTensors,
+    LayerTensors,
+    bare_modules,
+    last_modules,
+)
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, CheckpointError, shortened
 
@@ -200,7 +206,10 @@ def read_adapters(checkpoint: Checkpoint, base: BaseModel | None = None) -> Adap
         layers=_layers(family, checkpoint, base),
         heads=MappingProxyType(
             {
-                module: tuple(_head(head) for head in heads)
+                module: filled_heads(
+                    [None if head is None else _head(head) for head in heads],
+                    is_last=module in last_modules(checkpoint.readouts),
+                )
                 for module, heads in checkpoint.heads.items()
             }
         ),
@@ -216,6 +225,7 @@ def read_adapters(checkpoint: Checkpoint, base: BaseModel | None = None) -> Adap
                 for name, rows in checkpoint.rows.items()
             }
         ),
+        bare_outputs=bare_modules(checkpoint.readouts),
     )
 
 
@@ -258,7 +268,7 @@ def _not_finite(checkpoint: Checkpoint) -> dict[str, str]:
     tensors += checkpoint.replaced.values()
     tensors += [rows.values for rows in checkpoint.rows.values()]
     for heads in checkpoint.heads.values():
-        tensors += [t for head in heads for t in (head.weight, head.bias) if t is not None]
+        tensors += [t for head in heads if head for t in (head.weight, head.bias) if t]
     bad = {}
     for tensor in tensors:
         finite = np.isfinite(tensor.widened())

@@ -10,7 +10,7 @@ Nothing here knows a paper, a file format or a runtime.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -187,6 +187,23 @@ class Head:
     bias: Array
 
 
+def filled_heads(heads: Sequence[Head | None], *, is_last: bool) -> tuple[Head, ...]:
+    """Return ``heads`` with a head for tasks whose answer is another output.
+
+    Args:
+        heads: One per task, None where it has none; not all are None.
+        is_last: It gives the logits: the filled-in ones have no label, so their rows are all
+            -inf. A head inside a chain has zeros, which the last one ignores.
+    """
+    known = next(head for head in heads if head is not None)
+    labels = 0 if is_last else known.weight.shape[0]
+    absent = Head(
+        np.zeros((labels, known.weight.shape[1]), known.weight.dtype),
+        np.zeros(labels, known.bias.dtype),
+    )
+    return tuple(absent if head is None else head for head in heads)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Rows of a base tensor that one task trained anew.
@@ -214,13 +231,16 @@ class AdapterSet:
         family: Name of the paper's family.
         tasks: In id order.
         layers: By module.
-        heads: By module, one per task in id order.
+        heads: By module, one per task in id order; one without labels where a task's answer
+            is another output.
         model_class: transformers class whose module names are used.
         checkpoint_sha256: The checkpoint it came from.
         replaced: Tensors of the model class, by name, whose trained values all tasks
             share and which take the place of the base's (biases, norms, embeddings).
         task_replaced: The same, one per task in id order; None where a task keeps the base's.
         rows: Tensors of which tasks trained only some rows, one per task in id order.
+        bare_outputs: Modules whose input is the answer of those tasks whose output has their
+            name, ``head.NAME``, and of no other.
     """
 
     family: str
@@ -236,6 +256,7 @@ class AdapterSet:
     rows: Mapping[str, tuple[Rows | None, ...]] = field(
         default_factory=lambda: MappingProxyType({})
     )
+    bare_outputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that every layer and head serves every task."""
@@ -272,6 +293,10 @@ class AdapterSet:
         """Return the rows that task t has in place of the base tensor's own."""
         by_task = self.rows.get(name)
         return None if by_task is None else by_task[task_index]
+
+    def has_output(self, task: Task, module: str) -> bool:
+        """Return whether one of ``bare_outputs`` is the task's answer."""
+        return module == f"head.{task.output}"
 
     @property
     def outlines(self) -> Mapping[str, AnyAdapter]:

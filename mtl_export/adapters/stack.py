@@ -10,9 +10,9 @@ import numpy as np
 
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.lazy import LazyLayers
-from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Head, OwnAdapter
+from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, OwnAdapter, filled_heads
 from mtl_export.checkpoint.base_model import BaseModel
-from mtl_export.checkpoint.checkpoint import Checkpoint
+from mtl_export.checkpoint.checkpoint import Checkpoint, bare_modules, last_modules
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, shortened
 
@@ -27,7 +27,7 @@ def stacked(
     Tasks may differ in rank, in the layers they adapt, and in the tensors they replace.
 
     Raises:
-        AdapterError: Only some tasks have a head of their own.
+        AdapterError: Only some tasks have a head of their own, and no output of their own.
         BaseModelError: Only some tasks train a layer's bias, and there is no base to take
             the others' from.
     """
@@ -37,7 +37,7 @@ def stacked(
         f"{task.name} has no head {module!r}"
         for module in heads
         for task, member in zip(checkpoint.tasks, members, strict=True)
-        if module not in member.heads
+        if module not in member.heads and not task.output
     ]
     if lacking:
         raise AdapterError(
@@ -52,7 +52,15 @@ def stacked(
         family=checkpoint.family,
         tasks=checkpoint.tasks,
         layers=_layers(modules, members, base),
-        heads=MappingProxyType({name: _heads(members, name) for name in heads}),
+        heads=MappingProxyType(
+            {
+                name: filled_heads(
+                    [member.heads[name][0] if name in member.heads else None for member in members],
+                    is_last=name in last_modules(checkpoint.readouts),
+                )
+                for name in heads
+            }
+        ),
         model_class=checkpoint.model_class,
         checkpoint_sha256=checkpoint.sha256,
         task_replaced=MappingProxyType(
@@ -64,6 +72,7 @@ def stacked(
                 for name in _union([member.rows for member in members])
             }
         ),
+        bare_outputs=bare_modules(checkpoint.readouts),
     )
 
 
@@ -81,10 +90,6 @@ def _layers(
 def _union(mappings: Sequence[Mapping[str, Value]]) -> list[str]:
     """Return every key once, in order of appearance."""
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
-
-
-def _heads(members: Sequence[AdapterSet], name: str) -> tuple[Head, ...]:
-    return tuple(member.heads[name][0] for member in members)
 
 
 def _own(name: str, members: Sequence[AdapterSet], base: BaseLayer) -> OwnAdapter:

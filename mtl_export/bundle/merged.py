@@ -136,7 +136,7 @@ def merge_tasks(
         drifts = {task.name: task_drift(layout, task, written) for task in todo}
         for task, folder in folders.items():
             _fill(request, layout, task, folder, shared, written, plans[task.name])
-            report = merge_report(request.bound, drifts[task.name])
+            report = merge_report(request.bound, task, drifts[task.name])
             write_json(plans[task.name].folder / REPORT_FILE, report)
         if shared is not None and not request.options.is_linked:
             _move(shared, written, plans[SHARED_FOLDER])

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from mtl_export.checkpoint.adapterhub_heads import TaskHead, common_head, read_head
+from mtl_export.checkpoint.adapterhub_heads import TaskHead, joined_heads, read_head
 from mtl_export.checkpoint.adapterhub_layers import (
     MTL_LORA,
     AdapterLayers,
@@ -36,6 +36,7 @@ from mtl_export.checkpoint.checkpoint import (
     HeadTensors,
     LayerTensors,
     LedgerEntry,
+    Readout,
     Task,
     check_task_names,
 )
@@ -89,8 +90,11 @@ def read_adapterhub(path: Path, order: Sequence[str] | None = None) -> Checkpoin
     check_task_names(str(path), [entry.task for entry in stored])
     _refuse_different_models(path, stored)
     _refuse_leftovers(path, stored[0])
-    tasks = [_TaskAdapter(entry, read_layers(entry), read_head(entry)) for entry in stored]
-    head = common_head(list(stored), [task.head for task in tasks])
+    heads = joined_heads(list(stored), [read_head(entry) for entry in stored])
+    tasks = [
+        _TaskAdapter(entry, read_layers(entry), head)
+        for entry, head in zip(stored, heads, strict=True)
+    ]
     files = {file: None for task in tasks for file in task.stored.files}
     setup = [path / SETUP_FILE] if (path / SETUP_FILE).is_file() else []
     whole = Checkpoint(
@@ -98,16 +102,16 @@ def read_adapterhub(path: Path, order: Sequence[str] | None = None) -> Checkpoin
         format=FORMAT,
         family=tasks[0].adapter.family,
         tasks=tuple(
-            Task(task.stored.task, index, task.head.labels, task.head.kind)
+            Task(task.stored.task, index, task.head.labels, task.head.kind, _output(task.head))
             for index, task in enumerate(tasks)
         ),
         layers=MappingProxyType({}),
         heads=MappingProxyType({}),
         base=BaseReference(id=stored[0].facts["model_name"]),
-        model_class=head.model_class,
+        model_class=heads[0].model_class,
         sha256=sha256_of_files([*setup, *files]),
         base_copies=_base_copies(tasks[0]),
-        readout=head.readout,
+        readouts=_readouts(tasks),
         ledger=_ledger(tasks, is_shared=_is_shared(tasks)),
     )
     if len(tasks) > 1 and not _is_shared(tasks):
@@ -121,16 +125,26 @@ def read_adapterhub(path: Path, order: Sequence[str] | None = None) -> Checkpoin
 
 def _filled(checkpoint: Checkpoint, tasks: Sequence[_TaskAdapter]) -> Checkpoint:
     """Return ``checkpoint`` with the tensors of ``tasks``, which share all but their own."""
-    heads: dict[str, tuple[HeadTensors, ...]] = {
-        module: tuple(task.head.heads[module] for task in tasks) for module in tasks[0].head.heads
+    modules = dict.fromkeys(module for task in tasks for module in task.head.heads)
+    heads: dict[str, tuple[HeadTensors | None, ...]] = {
+        module: tuple(task.head.heads.get(module) for task in tasks) for module in modules
     }
     return replace(
         checkpoint,
+        readouts=_readouts(tasks),
         family=tasks[0].adapter.family,
         layers=MappingProxyType(_layers(tasks)),
         heads=MappingProxyType(heads),
         replaced=_language_head(checkpoint, tasks),
     )
+
+
+def _readouts(tasks: Sequence[_TaskAdapter]) -> tuple[Readout, ...]:
+    return tuple(dict.fromkeys(task.head.readout for task in tasks if task.head.readout))
+
+
+def _output(head: TaskHead) -> str:
+    return head.readout.name if head.readout else ""
 
 
 def _layers(tasks: Sequence[_TaskAdapter]) -> dict[str, LayerTensors]:

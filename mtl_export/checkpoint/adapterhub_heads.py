@@ -10,7 +10,8 @@ its pooler. Where none does, the layers become a ``Readout``.
 A static head is the saving class's own (``classifier``, ``score``, ``lm_head``), one for all
 tasks, and every task's folder has a copy.
 
-Heads of several tasks must be one computation with different numbers; other kinds of
+Where the heads of several tasks are not one computation with different numbers, each becomes
+a readout of the bare model with an output of its own (``checkpoint.outputs``); other kinds of
 heads (question answering, multiple choice) are refused.
 
 Source: heads/base.py, heads/model_mixin.py and models/*/adapter_model.py of adapters 1.3.0,
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +35,7 @@ from mtl_export.checkpoint.checkpoint import (
     Readout,
     TaskKind,
 )
+from mtl_export.checkpoint.outputs import BARE, named_outputs
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import AdapterError, CheckpointError, shortened
 
@@ -79,6 +81,8 @@ class TaskHead:
     Attributes:
         model_class: transformers class whose module names are used.
         readout: Set where that class has no such head.
+        flexible: What it computes on the bare model, where it is no class's own; its layers are
+            ``heads``, in order.
         heads: By module.
         replaced: A language model's own head, by its name in the class.
         labels: In logit order.
@@ -89,6 +93,7 @@ class TaskHead:
 
     model_class: str
     readout: Readout | None = None
+    flexible: Readout | None = None
     heads: Mapping[str, HeadTensors] = field(default_factory=dict)
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
@@ -128,13 +133,16 @@ def read_head(stored: StoredAdapter) -> TaskHead:
     return TaskHead(model_class)
 
 
-def common_head(stored: list[StoredAdapter], heads: list[TaskHead]) -> TaskHead:
-    """Return the first head, once all tasks' heads are the same computation.
+def joined_heads(stored: list[StoredAdapter], heads: list[TaskHead]) -> list[TaskHead]:
+    """Return the heads in one model class.
 
     Raises:
-        CheckpointError: They are not.
+        CheckpointError: They differ, and some are a class's own.
     """
-    if len({head.computation for head in heads}) > 1:
+    if len({head.computation for head in heads}) == 1:
+        return heads
+    flexible = [head.flexible for head in heads if head.flexible is not None]
+    if len(flexible) < len(heads):
         raise CheckpointError(
             where=", ".join(str(entry.where) for entry in stored[:1]),
             found="the tasks' heads differ in what they compute: "
@@ -142,11 +150,27 @@ def common_head(stored: list[StoredAdapter], heads: list[TaskHead]) -> TaskHead:
                 f"{entry.task}: {_described(head)}"
                 for entry, head in zip(stored, heads, strict=True)
             ),
-            expected="one kind of head for all tasks, or no heads",
-            why="one model gives all its rows logits of one kind",
+            expected="one kind of head for all tasks, flexible heads, or no heads",
+            why="these heads are parts of different models",
             fix="Export these tasks separately: point --checkpoint at one task's folder",
         )
-    return heads[0]
+    kinds = [head.kind for head in heads]
+    named = named_outputs(list(zip(flexible, kinds, strict=True)))
+    return [
+        replace(
+            head,
+            model_class=_bare(entry.model_class),
+            readout=readout,
+            heads=MappingProxyType(dict(zip(readout.modules, head.heads.values(), strict=True))),
+            strips_base=True,
+        )
+        for entry, head, readout in zip(stored, heads, named, strict=True)
+    ]
+
+
+def _bare(model_class: str) -> str:
+    """Return the class without a head of a class with flexible ones."""
+    return re.sub(r"AdapterModel$|ModelWithHeads$", "Model", model_class)
 
 
 def _described(head: TaskHead) -> str:
@@ -159,7 +183,7 @@ def _described(head: TaskHead) -> str:
 
 
 def _flexible(stored: StoredAdapter) -> TaskHead:
-    bare = re.sub(r"AdapterModel$|ModelWithHeads$", "Model", stored.model_class)
+    bare = _bare(stored.model_class)
     dead = tuple(
         LedgerEntry(stored.ledger_prefix + key, "known-dead", "another task's head, saved along")
         for key in stored.head_tensors
@@ -172,7 +196,7 @@ def _flexible(stored: StoredAdapter) -> TaskHead:
         if key.startswith(f"heads.{stored.name}.")
     }
     if not isinstance(config, dict) or not own:
-        return TaskHead(bare, strips_base=True, ledger=dead)
+        return TaskHead(bare, flexible=BARE, strips_base=True, ledger=dead)
     readout, kind = _readout(stored, config)
     layers = _chain(stored, config, own)
     stock = STOCK_HEADS.get((stored.facts["model_type"], readout.pooling, readout.activations))
@@ -180,6 +204,7 @@ def _flexible(stored: StoredAdapter) -> TaskHead:
     return TaskHead(
         model_class=model_class,
         readout=None if stock else readout,
+        flexible=readout,
         heads=MappingProxyType(dict(zip(modules, layers, strict=True))),
         labels=_labels(stored, config.get("label2id"), layers[-1]),
         kind=kind,

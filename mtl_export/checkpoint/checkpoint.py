@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -43,12 +43,26 @@ class Task:
         labels: Its label names in logit order; empty for a headless task.
         kind: The word transformers uses in ``config.problem_type``, or ``headless``
             (the base model's own outputs, as for a language model).
+        output: Name of the graph output that has its answer, where tasks have several
+            (see ``outputs``); empty where all tasks share the model's outputs.
     """
 
     name: str
     index: int
     labels: tuple[str, ...] = ()
     kind: TaskKind = "headless"
+    output: str = ""
+
+    def as_entry(self) -> dict[str, Any]:
+        """Return it as a row of the task table in an ONNX file."""
+        entry = {"name": self.name, "index": self.index, "labels": self.labels, "kind": self.kind}
+        return entry | ({"output": self.output} if self.output else {})
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any]) -> Task:
+        """Return the task of a row of such a table."""
+        labels = tuple(entry["labels"])
+        return cls(entry["name"], entry["index"], labels, entry["kind"], entry.get("output", ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,22 +118,48 @@ class Readout:
     """How logits are read off a base, where no transformers class computes them so.
 
     The head is a chain of linear layers ``head.0``, ``head.1``, ...: the modules of
-    ``Checkpoint.heads``, in this order, beside a ``model_class`` without a head.
+    ``Checkpoint.heads``, in this order, beside a ``model_class`` without a head. Where tasks
+    differ in what they read off, each readout has a name and its chain is ``head.NAME.0``, ...
 
     Attributes:
         pooling: What the chain is applied to: the hidden state of the ``first`` token, of the
             ``last`` one that is not padding, the ``pooler``'s output, or all ``tokens``.
         activations: transformers' name of the function after each linear layer but the last;
             "linear" for none.
+        name: Of the output; empty where all tasks have this one.
+        is_bare: There is no chain: the hidden states are the answer.
     """
 
     pooling: Pooling
     activations: tuple[str, ...]
+    name: str = ""
+    is_bare: bool = False
+
+    @property
+    def module(self) -> str:
+        """Return the name of the whole."""
+        return f"head.{self.name}" if self.name else "head"
 
     @property
     def modules(self) -> tuple[str, ...]:
         """Return the names of the chain's linear layers."""
-        return tuple(f"head.{index}" for index in range(len(self.activations) + 1))
+        count = 0 if self.is_bare else len(self.activations) + 1
+        return tuple(f"{self.module}.{index}" for index in range(count))
+
+
+def last_modules(readouts: Sequence[Readout]) -> frozenset[str]:
+    """Return the linear layers that give logits."""
+    return frozenset(one.modules[-1] for one in readouts if one.modules)
+
+
+def is_of_another_output(module: str, output: str) -> bool:
+    """Return whether ``module`` is in the head of an output of another name."""
+    return module.startswith("head.") and module.split(".")[1] != output
+
+
+def bare_modules(readouts: Sequence[Readout]) -> tuple[str, ...]:
+    """Return the modules whose input is an answer as it is."""
+    return tuple(one.module for one in readouts if one.is_bare)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +199,8 @@ class Checkpoint:
         family: The paper, a name in ``adapters.family.FAMILIES``.
         tasks: In id order.
         layers: By module.
-        heads: By module, then one per task in id order; empty for headless tasks.
+        heads: By module, then one per task in id order, None for a task that has another of
+            ``readouts``; empty for headless tasks.
         base: The base it was trained on, as far as it says.
         model_class: transformers class whose module names are used; empty if unknown.
         sha256: Of the files read (see ``hashing.sha256_of_files``).
@@ -171,7 +212,8 @@ class Checkpoint:
         members: Set when every task brings an adapter of its own: one checkpoint of one
             task each, in id order. all other tensors are then there, none here.
         ledger: What becomes of every stored tensor.
-        readout: How ``heads`` read off ``model_class``; None where the class has these modules.
+        readouts: How ``heads`` read off ``model_class``: one for all tasks, or several by name
+            (``Task.output``); empty where the class has these modules.
         notes: What the user should know of the file, one sentence each, without a full stop.
     """
 
@@ -180,7 +222,7 @@ class Checkpoint:
     family: str
     tasks: tuple[Task, ...]
     layers: Mapping[str, LayerTensors]
-    heads: Mapping[str, tuple[HeadTensors, ...]]
+    heads: Mapping[str, tuple[HeadTensors | None, ...]]
     base: BaseReference
     model_class: str
     sha256: str
@@ -189,8 +231,12 @@ class Checkpoint:
     base_copies: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
     members: tuple[Checkpoint, ...] = ()
     ledger: tuple[LedgerEntry, ...] = ()
-    readout: Readout | None = None
+    readouts: tuple[Readout, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def readout_of(self, task: Task) -> Readout | None:
+        """Return how ``task``'s answer is read off, None where the class does it."""
+        return next((one for one in self.readouts if one.name == task.output), None)
 
     def renamed(self, modules: Mapping[str, str]) -> Checkpoint:
         """Return the same checkpoint with some modules under other names."""

@@ -58,6 +58,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
             module: {
                 task.name: (head.weight.numpy(), None if head.bias is None else head.bias.numpy())
                 for task, head in zip(checkpoint.tasks, heads, strict=True)
+                if head is not None
             }
             for module, heads in checkpoint.heads.items()
         },
@@ -76,7 +77,7 @@ def fits_version_1(checkpoint: Checkpoint) -> bool:
     """
     if checkpoint.family != "mtl_lora" or not checkpoint.layers:
         return False
-    if checkpoint.members or checkpoint.replaced or checkpoint.rows or checkpoint.readout:
+    if checkpoint.members or checkpoint.replaced or checkpoint.rows or checkpoint.readouts:
         return False
     if any(not layer.tensors.keys() >= NEEDED for layer in checkpoint.layers.values()):
         return False
@@ -89,7 +90,7 @@ def fits_version_1(checkpoint: Checkpoint) -> bool:
         roles <= SUFFIXES.keys()
         and all(dtype in FLOAT_DTYPES for dtype in _dtypes(checkpoint))
         and all(
-            head.weight.shape[0] == len(task.labels)
+            head is not None and head.weight.shape[0] == len(task.labels)
             for heads in checkpoint.heads.values()
             for task, head in zip(checkpoint.tasks, heads, strict=True)
         )
@@ -112,5 +113,5 @@ def _dtypes(checkpoint: Checkpoint) -> Iterator[str]:
     for layer in checkpoint.layers.values():
         yield from (tensor.dtype for tensor in layer.tensors.values())
     for heads in checkpoint.heads.values():
-        for head in heads:
+        for head in filter(None, heads):
             yield from (tensor.dtype for tensor in (head.weight, head.bias) if tensor is not None)

@@ -289,7 +289,11 @@ def _read_config(path: Path) -> dict[str, Any]:
             problems.append(f"format_version {config['format_version']}")
         if config["lambda_format"] not in {"full", "diagonal"}:
             problems.append(f"lambda_format {config['lambda_format']!r}")
-        problems += [f"task {entry!r}" for entry in config["tasks"] if not is_task_entry(entry)]
+        problems += [
+            f"task {entry!r}"
+            for entry in config["tasks"]
+            if not is_task_entry(entry) or "output" in entry
+        ]
         problems += [
             f"{key} is {config[key]!r}"
             for key in ("target_modules", "head_modules")

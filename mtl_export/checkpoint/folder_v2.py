@@ -11,6 +11,10 @@
     base_sha256       SHA-256 of the base's weight files (hashing.sha256_of_files), "" if unknown
     readout           null, or {"pooling": P, "activations": [str]}: the heads are the chain
                       head.0, head.1, ... (``checkpoint.Readout``)
+    outputs           only where tasks' heads differ in what they compute: list of {"name": str,
+                      "pooling": P, "activations": [str], "is_bare": bool}, and each task has
+                      {"output": name} beside its other keys; the heads are head.NAME.0, ...,
+                      those of tasks with that output only, and none where it is bare
     layers            object: module -> {"roles": sorted [str], "hyper": {str: number},
                       "embedding": bool}; roles and numbers are the family's
     head_modules      sorted list of the dotted names of per-task linear heads
@@ -85,10 +89,8 @@ def read_v2(path: Path) -> Checkpoint:
             truncated, or holds more or fewer tensors than the config says.
     """
     config = checked_config(path / CONFIG_FILE)
-    readout = config["readout"]
     tasks = tuple(
-        Task(entry["name"], index, tuple(entry["labels"]), entry["kind"])
-        for index, entry in enumerate(config["tasks"])
+        Task.from_entry({**entry, "index": index}) for index, entry in enumerate(config["tasks"])
     )
     common: dict[str, Any] = {
         "path": path,
@@ -97,7 +99,7 @@ def read_v2(path: Path) -> Checkpoint:
         "tasks": tasks,
         "base": BaseReference(config["base_model_name_or_path"], config["base_sha256"]),
         "model_class": config["model_class"],
-        "readout": readout and Readout(readout["pooling"], tuple(readout["activations"])),
+        "readouts": _readouts(config),
     }
     if config["members"]:
         return _with_members(path, common)
@@ -113,13 +115,7 @@ def read_v2(path: Path) -> Checkpoint:
         ),
         heads=MappingProxyType(
             {
-                module: tuple(
-                    HeadTensors(
-                        tensors[f"heads.{task.index}.{module}.weight"],
-                        tensors.get(f"heads.{task.index}.{module}.bias"),
-                    )
-                    for task in tasks
-                )
+                module: tuple(_head(tensors, f"heads.{task.index}.{module}") for task in tasks)
                 for module in config["head_modules"]
             }
         ),
@@ -165,12 +161,29 @@ def write_v2(path: Path, checkpoint: Checkpoint) -> None:
 
 def task_entry(task: Task) -> dict[str, Any]:
     """Return ``task`` as an item of ``tasks`` in a config."""
-    return {"name": task.name, "labels": list(task.labels), "kind": task.kind}
+    entry = {"name": task.name, "labels": list(task.labels), "kind": task.kind}
+    return entry | ({"output": task.output} if task.output else {})
 
 
 def fate_of(role: str) -> Fate:
     """Return what becomes of a layer's tensor of this role."""
     return "stacked" if role in STACKED_ROLES or role.startswith("task_") else "folded"
+
+
+def _readouts(config: Mapping[str, Any]) -> tuple[Readout, ...]:
+    one = config["readout"]
+    if one is not None:
+        return (Readout(one["pooling"], tuple(one["activations"])),)
+    return tuple(
+        Readout(entry["pooling"], tuple(entry["activations"]), entry["name"], entry["is_bare"])
+        for entry in config.get("outputs", ())
+    )
+
+
+def _head(tensors: Mapping[str, Tensor], name: str) -> HeadTensors | None:
+    """Return a head; which tasks lack which was checked with the tensors' names."""
+    weight = tensors.get(f"{name}.weight")
+    return None if weight is None else HeadTensors(weight, tensors.get(f"{name}.bias"))
 
 
 def _layer(module: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerTensors:
@@ -224,6 +237,8 @@ def _stored_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     }
     for module, heads in checkpoint.heads.items():
         for index, head in enumerate(heads):
+            if head is None:
+                continue
             stored[f"heads.{index}.{module}.weight"] = head.weight
             if head.bias is not None:
                 stored[f"heads.{index}.{module}.bias"] = head.bias
@@ -232,7 +247,15 @@ def _stored_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    readout = checkpoint.readout
+    entries = [
+        {"pooling": one.pooling, "activations": list(one.activations)}
+        for one in checkpoint.readouts
+    ]
+    is_one = [one.name for one in checkpoint.readouts] == [""]
+    outputs = [
+        {"name": one.name, **entry, "is_bare": one.is_bare}
+        for one, entry in zip(checkpoint.readouts, entries, strict=True)
+    ]
     return {
         "format": FORMAT,
         "format_version": VERSION,
@@ -241,8 +264,8 @@ def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "model_class": checkpoint.model_class,
         "base_model_name_or_path": checkpoint.base.id,
         "base_sha256": checkpoint.base.sha256,
-        "readout": readout
-        and {"pooling": readout.pooling, "activations": list(readout.activations)},
+        "readout": entries[0] if is_one else None,
+        **({"outputs": outputs} if outputs and not is_one else {}),
         "layers": {
             module: {
                 "roles": sorted(layer.tensors),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ KEYS: dict[str, type] = {
     "rows": dict,
     "members": bool,
 }
+# Part of module names, so without dots.
+OUTPUT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
 
 def checked_config(path: Path) -> dict[str, Any]:
@@ -41,7 +44,7 @@ def checked_config(path: Path) -> dict[str, Any]:
     """
     config = json.loads(path.read_text(encoding="utf-8"))
     problems = [f"no {key!r}" for key in KEYS if key not in config]
-    problems += [f"unknown {key!r}" for key in config if key not in KEYS]
+    problems += [f"unknown {key!r}" for key in config if key not in {*KEYS, "outputs"}]
     problems += [
         f"{key} is {config[key]!r}"
         for key, kind in KEYS.items()
@@ -82,18 +85,53 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
         or len(set(indices)) != len(indices)
     ]
     readout = config["readout"]
-    if readout is not None and not (
-        isinstance(readout, dict)
-        and readout.keys() == {"pooling", "activations"}
-        and readout["pooling"] in POOLINGS
-        and isinstance(readout["activations"], list)
-        and all(isinstance(name, str) for name in readout["activations"])
-    ):
+    if readout is not None and not _is_readout(readout, {"pooling", "activations"}):
         problems.append(f"readout is {readout!r}")
+    problems += _output_problems(config)
     holds = [key for key in ("layers", "head_modules", "replaced", "rows") if config[key]]
     if config["members"] and holds:
         problems.append(f"members, and {' and '.join(holds)} beside them")
     return problems
+
+
+def _is_readout(entry: object, keys: set[str]) -> bool:
+    return (
+        isinstance(entry, dict)
+        and entry.keys() == keys
+        and entry["pooling"] in POOLINGS
+        and isinstance(entry["activations"], list)
+        and all(isinstance(name, str) for name in entry["activations"])
+    )
+
+
+def _output_problems(config: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with outputs that only some tasks have."""
+    outputs = config.get("outputs", [])
+    of_tasks = {str(entry.get("output", "")) for entry in config["tasks"]
+                if isinstance(entry, dict)}  # fmt: skip
+    if not outputs:
+        return [f"outputs is {outputs!r}"] * ("outputs" in config) + [
+            f"output {name!r} of a task is not described" for name in sorted(of_tasks - {""})
+        ]
+    keys = {"name", "pooling", "activations", "is_bare"}
+    if config["readout"] is not None or not isinstance(outputs, list):
+        return ["outputs beside a readout"]
+    bad = [
+        f"output {entry!r}"
+        for entry in outputs
+        if not (
+            _is_readout(entry, keys)
+            and type(entry["is_bare"]) is bool
+            and isinstance(entry["name"], str)
+            and OUTPUT_NAME.fullmatch(entry["name"])
+        )
+    ]
+    if bad:
+        return bad
+    names = [entry["name"] for entry in outputs]
+    if len(set(names)) < len(names) or set(names) != of_tasks:
+        return [f"the tasks' outputs are {sorted(of_tasks)}, described are {names}"]
+    return []
 
 
 def _is_layer_entry(entry: object) -> bool:
@@ -120,7 +158,12 @@ def check_tensors(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     """
     required = {f"layers.{m}.{role}" for m, entry in config["layers"].items()
                 for role in entry["roles"]}  # fmt: skip
-    heads = [f"heads.{i}.{m}" for m in config["head_modules"] for i in range(len(config["tasks"]))]
+    heads = [
+        f"heads.{index}.{module}"
+        for module in config["head_modules"]
+        for index, task in enumerate(config["tasks"])
+        if not task.get("output") or module.startswith(f"head.{task['output']}.")
+    ]
     replaced = {f"replaced.{name}" for name in config["replaced"]}
     required |= {f"{head}.weight" for head in heads} | replaced
     required |= {f"rows.{name}" for name in config["rows"]}
@@ -154,7 +197,8 @@ def is_task_entry(entry: object) -> bool:
     """Return whether ``entry`` is an item of ``tasks`` in a config."""
     return (
         isinstance(entry, dict)
-        and entry.keys() == {"name", "labels", "kind"}
+        and entry.keys() - {"output"} == {"name", "labels", "kind"}
+        and isinstance(entry.get("output", ""), str)
         and isinstance(entry["name"], str)
         and isinstance(entry["labels"], list)
         and all(isinstance(label, str) for label in entry["labels"])

@@ -7,6 +7,7 @@
     layer of own weights          weight_t [I, O], bias [O]     the base's
     embedding                     down [V, R], up [R, O], gain; or task_weight [V, O]
     LayerNorm                     task_weight, task_bias [O]    the base's
+    output of some tasks          absent [1]                    NaN
 
 The defaults make the base model. It has no head for any task, so a head's default answers NaN:
 a session without an active adapter must not look like one. R and L are the widest of any
@@ -26,7 +27,7 @@ from mtl_export.adapters.normal_form import AnyAdapter, Factors, LayerAdapter
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph import names
 from mtl_export.graph.passes.own_tensors import task_bias, task_linear, task_tensor
-from mtl_export.graph.passes.stacks import stacked_heads
+from mtl_export.graph.passes.stacks import absences, stacked_heads
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,12 @@ def _whole_parameters(bound: BoundModel, module: str) -> list[Parameter]:
             module, "bias", shape[1:], base_bias, lambda t: task_linear(bound, module, t).bias
         ),
     ]
+
+
+def absent_parameter(bound: BoundModel, module: str) -> Parameter:
+    """Return what is added to an output that is the answer of some tasks only."""
+    rows = absences(bound.adapters, module)
+    return Parameter(module, "absent", (1,), lambda: np.full(1, np.nan), lambda t: rows[t])
 
 
 def own_parameter(bound: BoundModel, module: str, kind: str) -> Parameter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -19,6 +20,7 @@ from mtl_export.graph.passes.guard_outputs import GuardOutputsPass
 from mtl_export.graph.passes.joint_gemm import JointGemmPass
 from mtl_export.graph.passes.markers import ensure_no_markers
 from mtl_export.graph.passes.merge_task import MergeTaskPass
+from mtl_export.graph.passes.own_output import OwnOutputPass
 from mtl_export.graph.passes.pool_states import PoolStatesPass
 from mtl_export.graph.passes.route_embeddings import RouteEmbeddingsPass
 from mtl_export.graph.passes.route_norms import RouteNormsPass
@@ -54,8 +56,10 @@ def merged_graph(
     Raises:
         GraphError: There are no hidden states to pool.
     """
-    metadata = _metadata(bound, LAYOUT_MERGED, (task,))
-    return _lowered(traced, [MergeTaskPass(bound, task)], metadata, embedding)
+    # Alone in its graph the task needs no output of its own name.
+    metadata = _metadata(bound, LAYOUT_MERGED, (replace(task, output=""),))
+    lowering = [MergeTaskPass(bound, task), OwnOutputPass(task)]
+    return _lowered(traced, lowering, metadata, embedding)
 
 
 def routed_graph(
@@ -137,10 +141,7 @@ def _metadata(bound: BoundModel, layout: str, tasks: tuple[Task, ...]) -> dict[s
         if (block := layer.factors(task.index)) is not None
     }
     sizes = {"layers": len(adapters.layers), "core_shapes": sorted(cores)}
-    table = [
-        {"name": task.name, "index": task.index, "labels": task.labels, "kind": task.kind}
-        for task in tasks
-    ]
+    table = [task.as_entry() for task in tasks]
     return {
         "mtl_export.version": VERSION,
         "mtl_export.layout": layout,

@@ -5,6 +5,7 @@
     mtl_export::TaskHead(x)                    a linear layer of which every task has its own
     mtl_export::TaskEmbedding(ids)             an embedding, adapted or replaced in part or whole
     mtl_export::TaskNorm(x, weight, bias)      a LayerNorm
+    mtl_export::TaskOutput(x)                  x itself, which is the answer of some tasks only
 
 Every marker has the attribute ``module``, the dotted name; TaskNorm has ``epsilon``. x
 ``[B, ..., I]``, ids ``[B, S]`` or ``[1, S]``, weight ``[O, I]`` (``[I]`` for a norm), bias
@@ -73,6 +74,15 @@ class _NormMarker(nn.Module):
         )
 
 
+class _OutputMarker(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _marker(names.MARKER_OUTPUT, (x,), self._name, x.dtype, tuple(x.shape))
+
+
 def _marker(
     op_type: str,
     inputs: tuple[torch.Tensor, ...],
@@ -94,7 +104,8 @@ def _marker(
 def marked_modules(adapters: AdapterSet) -> tuple[str, ...]:
     """Return the names of all modules that get a marker."""
     own = [name.rpartition(".")[0] for name in adapters.own_tensors]
-    return tuple(dict.fromkeys([*adapters.layers, *adapters.heads, *own]))
+    found = [*adapters.layers, *adapters.heads, *own, *adapters.bare_outputs]
+    return tuple(dict.fromkeys(found))
 
 
 def mark(model: Any, bound: BoundModel) -> dict[str, nn.Module]:
@@ -122,6 +133,8 @@ def mark(model: Any, bound: BoundModel) -> dict[str, nn.Module]:
                 if isinstance(layer, nn.Embedding)
                 else _LinearMarker(layer, module)
             )
+        elif module in adapters.bare_outputs:
+            marker = _OutputMarker(module)
         else:
             marker = _own_marker(model, module, adapters)
         own = own_module(model, module)

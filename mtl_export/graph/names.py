@@ -10,6 +10,7 @@ Initializers of the base keep their state-dict names. What we add:
     <module>.gain, .biases  [T + 1, O]       (DoRA; trained biases)
     <module>.starts     [T + 1]              <module>.table  [N, O]    <module>.slots [(T + 1) V]
                         (embeddings of V entries, whose downs are [(T + 1) V, R])
+    <module>.absent     [T + 1, 1]       (an output of some tasks: 0 for these, else -inf)
     <module>/<step>     values between nodes
 
 Row T of every per-task stack is NaN: see ``passes.route_tasks``.
@@ -23,7 +24,10 @@ MARKER_LINEAR = "TaskLinear"
 MARKER_HEAD = "TaskHead"
 MARKER_EMBEDDING = "TaskEmbedding"
 MARKER_NORM = "TaskNorm"
+MARKER_OUTPUT = "TaskOutput"
 MODULE_ATTRIBUTE = "module"
+# The step that lets an output through for the tasks whose answer it is.
+ANSWERS = "answers"
 ROWS_ATTRIBUTE = "rows"
 TASK_IDS = "task_ids"
 BATCH = "batch"

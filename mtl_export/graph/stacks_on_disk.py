@@ -3,7 +3,7 @@
 T tasks; slice T of every stack is the NaN that unknown ids are sent to. Parts of names, as
 ``names`` gives them:
 
-    core, downs, ups, weights, biases, gain     [T + 1, ...]
+    core, downs, ups, weights, biases, gain, absent     [T + 1, ...]
     starts [T + 1], slots [(T + 1) V], table [N, O], and downs [(T + 1) V, R], of an embedding
     of V entries
 
@@ -24,7 +24,9 @@ from mtl_export.graph import functions, names
 from mtl_export.graph.passes.precision import DTYPES, narrowed
 
 NARROW = frozenset(DTYPES.values())
-PARTS = frozenset({"core", "downs", "ups", "weights", "biases", "gain", "starts", "slots", "table"})
+PARTS = frozenset(
+    {"core", "downs", "ups", "weights", "biases", "gain", "absent", "starts", "slots", "table"}
+)
 COUNT_NODE = "task_ids/count"
 GUARDED = ("task_ids/one", "task_ids/guarded")
 # Which inputs of our functions differ between tasks.

@@ -48,10 +48,7 @@ def task_table(models: Models) -> tuple[Task, ...]:
     """Return the tasks that the graphs serve, in id order."""
     model = next(iter(models.values()))
     task_count_node(model)
-    return tuple(
-        Task(one["name"], one["index"], tuple(one["labels"]), one["kind"])
-        for one in json.loads(model.metadata_props[TASKS_KEY])
-    )
+    return tuple(Task.from_entry(one) for one in json.loads(model.metadata_props[TASKS_KEY]))
 
 
 def rename_task(models: Models, name: str, new_name: str) -> tuple[Task, ...]:
@@ -247,7 +244,7 @@ def _record(models: Models, tasks: Sequence[Task], edit: str, checkpoint_sha256:
     After an edit they come from no checkpoint: the hash becomes that of the old one and the
     edit, so that nothing takes them for what they were.
     """
-    table = [{"name": t.name, "index": t.index, "labels": t.labels, "kind": t.kind} for t in tasks]
+    table = [task.as_entry() for task in tasks]
     for model in models.values():
         properties = model.metadata_props
         edits = [*json.loads(properties.get(EDITS_KEY, "[]")), edit]

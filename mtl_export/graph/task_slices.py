@@ -17,6 +17,7 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, IntegrityError, shortened
 from mtl_export.graph import names
+from mtl_export.graph.passes.stacks import absences
 from mtl_export.graph.stacks_on_disk import Stack, as_stored
 
 _EXPORT = "Export the graph again with the new task in the checkpoint"
@@ -40,6 +41,8 @@ def new_slice(stack: Stack, adapters: AdapterSet, task: Task) -> Array:
     if stack.part == "gain":
         gain = None if layer is None else layer.gain
         return np.ones(stack.shape[1:]) if gain is None else np.asarray(gain[task.index])
+    if stack.part == "absent" and stack.module in adapters.bare_outputs:
+        return np.asarray(absences(adapters, stack.module)[task.index])
     kind = {"biases": "bias", "weights": "weight"}.get(stack.part)
     own = adapters.replacement(f"{stack.module}.{kind}", task.index) if kind else None
     if own is not None and own.ndim == len(stack.shape) - 1 == 1:

@@ -9,6 +9,7 @@ last, joined by commas. The ONNX graphs of the same checkpoint have the head ins
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast, get_args
 
@@ -24,11 +25,17 @@ from mtl_export.merge.merge import rounded
 HEAD_FILE = "head.safetensors"
 
 
+def has_head_file(bound: BoundModel, task: Task) -> bool:
+    """Return whether ``task``'s head lies beside its merged model."""
+    readout = bound.checkpoint.readout_of(task)
+    return readout is not None and not readout.is_bare
+
+
 def write_head(bound: BoundModel, task: Task, folder: Path, dtype: str) -> None:
     """Write ``task``'s head beside its merged base.
 
     Args:
-        bound: A checkpoint with a readout.
+        bound: A checkpoint with readouts.
         task: The task.
         folder: The merged folder.
         dtype: A key of ``NUMPY_DTYPES``.
@@ -36,14 +43,15 @@ def write_head(bound: BoundModel, task: Task, folder: Path, dtype: str) -> None:
     Raises:
         BaseModelError: A weight does not fit the dtype's range.
     """
-    readout = bound.checkpoint.readout
-    if readout is None:
-        raise ValueError("the model class has this head itself")
+    readout = bound.checkpoint.readout_of(task)
+    if readout is None or readout.is_bare:
+        raise ValueError("the model class has this head itself, or the task has none")
     tensors: dict[str, Array] = {}
-    for module in readout.modules:
+    # Alone in its folder the task's head needs no name.
+    for module, own in zip(readout.modules, replace(readout, name="").modules, strict=True):
         head = bound.adapters.heads[module][task.index]
         for kind, values in (("weight", head.weight), ("bias", head.bias)):
-            name = f"{module}.{kind}"
+            name = f"{own}.{kind}"
             tensors[name] = np.ascontiguousarray(rounded(values, dtype, name))
     write_safetensors(
         folder / HEAD_FILE,
@@ -56,8 +64,8 @@ def write_head(bound: BoundModel, task: Task, folder: Path, dtype: str) -> None:
     )
 
 
-def read_readout(file: Path) -> tuple[Readout, tuple[tuple[int, ...], ...]]:
-    """Return what a ``head.safetensors`` computes, and the shapes of its weights in order.
+def read_readout(file: Path) -> tuple[Readout, dict[str, tuple[int, ...]]]:
+    """Return what a ``head.safetensors`` computes, and the shapes of its weights by module.
 
     Raises:
         CheckpointError: It is no file that ``write_head`` wrote.
@@ -75,16 +83,16 @@ def read_readout(file: Path) -> tuple[Readout, tuple[tuple[int, ...], ...]]:
             why="the head is rebuilt from them",
             fix="Merge again with --force",
         )
-    return readout, tuple(stored.tensors[f"{m}.weight"].shape for m in readout.modules)
+    return readout, {m: stored.tensors[f"{m}.weight"].shape for m in readout.modules}
 
 
-def head_note(bound: BoundModel) -> str | None:
+def head_note(bound: BoundModel, task: Task) -> str | None:
     """Return what to tell of a head that is not in the merged model, None if it is.
 
     The sentence ends without a full stop.
     """
-    readout = bound.checkpoint.readout
-    if readout is None:
+    readout = bound.checkpoint.readout_of(task)
+    if readout is None or not has_head_file(bound, task):
         return None
     states = {
         "first": "the first token's hidden state",

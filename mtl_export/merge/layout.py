@@ -241,7 +241,7 @@ def _pieces(bound: BoundModel, task: Task, dtype: str | None) -> list[Piece]:
     touched = bound.base_tensor(f"{next(iter(adapters.layers))}.weight")
     out = output_dtype(touched, dtype)
     # A head that the model class does not have goes to a file of its own: see ``head_file``.
-    heads_inside = {} if bound.checkpoint.readout else adapters.heads
+    heads_inside = {} if bound.checkpoint.readouts else adapters.heads
     for module, heads in heads_inside.items():
         order += 2
         pieces.append(_value(f"{module}.weight", out, heads[index].weight, order - 1))

@@ -74,7 +74,7 @@ def refuse_more_than_low_rank(checkpoint: Checkpoint, adapters: AdapterSet) -> N
     problems += [f"trained biases ({shortened(biases, 2)})"] if biases else []
     problems += [f"adapted embeddings ({shortened(embeddings, 2)})"] if embeddings else []
     problems += [f"trained base tensors ({shortened(others, 2)})"] if others else []
-    problems += ["a head that no transformers class has"] if checkpoint.readout else []
+    problems += ["a head that no transformers class has"] if checkpoint.readouts else []
     if problems:
         raise AdapterError(
             where=str(checkpoint.path),

@@ -21,7 +21,7 @@ from mtl_export.checkpoint.base_model import INDEX_FILE, companion_files
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES
 from mtl_export.merge.drift import Squares, TaskDrift, sum_of
-from mtl_export.merge.head_file import head_note, write_head
+from mtl_export.merge.head_file import has_head_file, head_note, write_head
 from mtl_export.merge.lanes import Progress
 from mtl_export.merge.layout import DTYPES, Layout, MergeLayout, merge_layout, output_dtype
 from mtl_export.merge.stream import Pass
@@ -109,7 +109,7 @@ def write_merged(
 
     written = write_tasks(bound, {task: folder}, layout, tick=tick)
     write_companions(bound, task, folder, layout, dtype=dtype)
-    write_json(folder / REPORT_FILE, merge_report(bound, task_drift(layout, task, written)))
+    write_json(folder / REPORT_FILE, merge_report(bound, task, task_drift(layout, task, written)))
 
 
 def write_tasks(
@@ -188,7 +188,7 @@ def write_companions(
         write_json(folder / INDEX_FILE, index)
     for file in companion_files(bound.base):
         shutil.copyfile(file, folder / file.name)
-    if bound.checkpoint.readout is not None:
+    if has_head_file(bound, task):
         touched = bound.base_tensor(f"{next(iter(bound.adapters.layers))}.weight")
         write_head(bound, task, folder, output_dtype(touched, dtype))
 
@@ -204,9 +204,9 @@ def task_drift(layout: Layout, task: Task, written: Written) -> TaskDrift:
     return TaskDrift(task.name, ", ".join(sorted({piece.dtype for piece in folded})), layers)
 
 
-def merge_report(bound: BoundModel, drift: TaskDrift) -> dict[str, object]:
+def merge_report(bound: BoundModel, task: Task, drift: TaskDrift) -> dict[str, object]:
     """Return what ``merge-report.json`` says: the drift, and where the head is if not inside."""
-    note = head_note(bound)
+    note = head_note(bound, task)
     return drift.as_dict() | ({"head": note} if note else {})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -42,20 +42,35 @@ def compare_case(
         everything = np.ones(int(rows.sum()), np.bool_)
         return [
             _compare(artefact, replace(one, case=own, logits=one.logits[rows]), artefact.task,
-                     everything, outputs.get(one.subject.output), floors[one.subject], tolerance)
-            for one in references
+                     everything, outputs.get(one.subject.merged_output), floors[one.subject],
+                     tolerance)
+            for one in references if one.subject.serves(artefact.task)
         ]  # fmt: skip
     outputs = runner.infer(case.inputs)
     cells = []
     for one in references:
         for task in bound.adapters.tasks:
             rows = case.task_ids == task.index
-            if rows.any():
-                cells.append(
-                    _compare(artefact, one, task, rows, outputs.get(one.subject.output),
-                             floors[one.subject], tolerance)
-                )  # fmt: skip
+            if rows.any() and one.subject.serves(task):
+                cell = _compare(artefact, one, task, rows, outputs.get(one.subject.output),
+                                floors[one.subject], tolerance)  # fmt: skip
+                others = _other_answers(one, outputs, rows) if one.subject.tasks else ""
+                if cell.verdict == "passed" and others:
+                    cell = replace(cell, verdict="failed", reason=others)
+                cells.append(cell)
     return cells
+
+
+def _other_answers(wanted: Reference, outputs: Mapping[str, Array], rows: Array) -> str:
+    """Return which outputs but the task's own answer in its rows, or ""."""
+    found = [
+        name
+        for name, value in outputs.items()
+        if name != wanted.subject.output and not np.isneginf(value[rows]).all()
+    ]
+    if not found:
+        return ""
+    return f"answers in {', '.join(found)} too, but {wanted.subject.output} is the task's output"
 
 
 def _compare(

@@ -3,18 +3,20 @@
     a model with a head         logits
     a bare encoder              everything it returns: last_hidden_state, pooler_output
     with pooling in the graph   sentence_embedding, pooled here from the oracle's hidden states
+    heads of several kinds      every output, for the tasks whose answer it is
 
 B rows, S tokens, H features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from mtl_export.checkpoint import sentence_embedding
+from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import ParityError
@@ -31,15 +33,28 @@ class Subject:
     Attributes:
         output: Its name.
         embedding: How it is pooled from the hidden states; None for an output of the model.
+        tasks: Names of the tasks whose answer it is; empty where it is every task's.
+        has_labels: Whether its columns are these tasks' labels.
     """
 
     output: str
     embedding: SentenceEmbedding | None = None
+    tasks: frozenset[str] = frozenset()
+    has_labels: bool = False
 
     @property
     def decides(self) -> bool:
         """Return whether decisions are read off it: its columns are labels or tokens."""
-        return self.output == LOGITS
+        return self.has_labels or self.output == LOGITS
+
+    @property
+    def merged_output(self) -> str:
+        """Return what a merged model of one of its tasks calls it."""
+        return LOGITS if self.has_labels else self.output
+
+    def serves(self, task: Task) -> bool:
+        """Return whether it is the task's answer."""
+        return not self.tasks or task.name in self.tasks
 
     def of(self, outputs: Mapping[str, Array], case: Case) -> Array:
         """Return its values, given the outputs of the oracle for ``case``.
@@ -58,18 +73,35 @@ class Subject:
                 why="the graph pools it to one vector a row",
                 fix="Export this model without --pooling",
             )
-        return embedded(hidden, case.inputs.get(ATTENTION_MASK), self.embedding)
+        with np.errstate(invalid="ignore"):  # rows of tasks that have none are -inf
+            return embedded(hidden, case.inputs.get(ATTENTION_MASK), self.embedding)
 
 
-def subjects(outputs: Mapping[str, Array], embedding: SentenceEmbedding | None) -> list[Subject]:
+def subjects(
+    outputs: Mapping[str, Array],
+    embedding: SentenceEmbedding | None,
+    tasks: Sequence[Task] = (),
+) -> list[Subject]:
     """Return what is compared of an artefact, given the oracle's outputs.
 
     Args:
         outputs: Of the oracle.
         embedding: How the artefact pools hidden states, None if it does not.
+        tasks: All tasks of the checkpoint.
     """
+    by_output = {task.output: [t for t in tasks if t.output == task.output] for task in tasks}
     if embedding is not None:
-        return [Subject(sentence_embedding.OUTPUT, embedding)]
+        own = by_output.get(sentence_embedding.HIDDEN_STATES, ())
+        return [Subject(sentence_embedding.OUTPUT, embedding, frozenset(t.name for t in own))]
+    if by_output.keys() - {""}:
+        return [
+            Subject(
+                name,
+                tasks=frozenset(task.name for task in by_output[name]),
+                has_labels=any(task.labels for task in by_output[name]),
+            )
+            for name in outputs
+        ]
     if LOGITS in outputs:
         return [Subject(LOGITS)]
     return [Subject(name) for name in outputs]

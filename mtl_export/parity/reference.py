@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mtl_export.checkpoint.checkpoint import Task
-from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
+from mtl_export.checkpoint.sentence_embedding import HIDDEN_STATES, SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import ParityError
 from mtl_export.parity.cases import Case
@@ -36,15 +36,21 @@ Floors = dict[Subject, float]
 
 
 def references_of(
-    oracle: Runner, case: Case, embeddings: Sequence[SentenceEmbedding | None]
+    oracle: Runner,
+    case: Case,
+    embeddings: Sequence[SentenceEmbedding | None],
+    tasks: Sequence[Task],
 ) -> list[Reference]:
-    """Return what the oracle answers to one case."""
+    """Return what the oracle answers to one case; no task is in two references of one output."""
     outputs = oracle.infer(case.inputs)
     found = []
     for embedding in embeddings:
-        compared = subjects(outputs, embedding)
+        compared = subjects(outputs, embedding, tasks)
         for subject in compared:
-            title = case.name if len(compared) == 1 else f"{case.name}, {subject.output}"
+            if subject.embedding is not None and HIDDEN_STATES not in outputs and subject.tasks:
+                continue  # no row of this case is of a task that has hidden states
+            is_only = len(compared) == 1 or subject.tasks
+            title = case.name if is_only else f"{case.name}, {subject.output}"
             found.append(Reference(case, subject, subject.of(outputs, case), title))
     return found
 
@@ -67,7 +73,7 @@ def noise_floors(
             lower = subject.of(outputs[id(case)], case)
             for task in tasks:
                 rows = case.task_ids == task.index
-                if rows.any():
+                if rows.any() and subject.serves(task):
                     own = slice((subject.decides and len(task.labels)) or None)
                     wanted = answers(case, rows, reference.logits)[:, own]
                     found = answers(case, rows, lower)[:, own]

@@ -9,7 +9,7 @@ pass        the error is within the tolerance AND the decisions agree AND nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
@@ -108,7 +108,8 @@ def run_parity(
     progress("oracle fp64")
     embeddings = list(dict.fromkeys(artefact.embedding for artefact in artefacts))
     with oracle("fp64") as reference:
-        exact = [one for case in cases for one in references_of(reference, case, embeddings)]
+        tasks = bound.adapters.tasks
+        exact = [one for case in cases for one in references_of(reference, case, embeddings, tasks)]
         speech = oracle_speech(reference, cases)
     tolerance.refuse_unknown({one.subject.output for one in exact})
     floors: dict[str, Floors] = {}
@@ -118,14 +119,22 @@ def run_parity(
     cells: list[Cell] = []
     for artefact in artefacts:
         progress(f"{artefact.name} {artefact.task.name if artefact.task else ''}".rstrip())
-        own = [one for one in exact if one.subject.embedding == artefact.embedding]
+        own = [
+            one
+            for one in exact
+            if one.subject.embedding == artefact.embedding
+            and (artefact.task is None or one.subject.serves(artefact.task))
+        ]
         cells += _judge(bound, artefact, own, speech, floors[artefact.dtype], tolerance, threads)
     cells += not_there
     return ParityReport(
         cells=tuple(cells),
         tolerance=tolerance.describe(),
         noise_floors={
-            dtype: {task.name: max(by_output.values()) for task in bound.adapters.tasks}
+            dtype: {
+                task.name: max(floor for one, floor in by_output.items() if one.serves(task))
+                for task in tasks
+            }
             for dtype, by_output in floors.items()
         },
         sources={
@@ -178,11 +187,30 @@ def _contract(
     tolerance: Tolerance,
     threads: int,
 ) -> list[Cell]:
-    """Return the cells of what must hold whatever the numbers are."""
+    """Return the cells of what must hold whatever the numbers are, of each kind of answer."""
+    cells: list[Cell] = []
+    own = {one.subject.output: one.subject for one in exact if one.subject.tasks}
+    for output, subject in own.items():
+        some = [one for one in exact if one.subject == subject]
+        found = _contract_of(bound, artefact, runner, some, floors, tolerance, threads)
+        cells += [replace(cell, case=f"{cell.case}, {output}") for cell in found]
+    return cells or _contract_of(bound, artefact, runner, exact, floors, tolerance, threads)
+
+
+def _contract_of(
+    bound: BoundModel,
+    artefact: Artefact,
+    runner: Runner,
+    exact: list[Reference],
+    floors: Floors,
+    tolerance: Tolerance,
+    threads: int,
+) -> list[Cell]:
     name = artefact.task.name if artefact.task else "*"
     cell = Cell(artefact.name, artefact.runner.name, name, "contract", "passed")
     one = max(exact, key=lambda one: len(set(one.case.task_ids.tolist())))
-    case, output = one.case, one.subject.output
+    case = one.case
+    output = one.subject.output if artefact.task is None else one.subject.merged_output
     cells, shape = [], one.logits.shape[1:]
     if artefact.kind == "single-graph":
         cells.append(bad_ids_cell(cell, runner, case, output, shape, _bad(bound)))
@@ -195,9 +223,9 @@ def _contract(
                 if any(layer.factors(task.index) is not None for task in bound.adapters.tasks)
             ]
             path, tasks = artefact.path, bound.adapters.tasks
-            cells += weight_cells(cell, path, case, output, tasks, modules, threads)
+            cells += weight_cells(cell, path, case, one.subject, tasks, modules, threads)
     finite = one.logits[np.isfinite(one.logits)]
-    limit = float(tolerance.of(output).allowed(finite, floors[one.subject]).max())
+    limit = float(tolerance.of(one.subject.output).allowed(finite, floors[one.subject]).max())
     return cells + row_cells(cell, runner, case, output, shape, artefact.task, limit)
 
 

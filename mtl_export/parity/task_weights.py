@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.checkpoint import Task, is_of_another_output
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, shortened
 from mtl_export.parity.cases import Case
+from mtl_export.parity.outputs import Subject
 from mtl_export.parity.report import Cell
 from mtl_export.runtime.task_batches import TASK_IDS, by_task
 
@@ -35,7 +36,7 @@ def weight_cells(
     cell: Cell,
     path: Path,
     case: Case,
-    output: str,
+    subject: Subject,
     tasks: Sequence[Task],
     modules: Sequence[str],
     threads: int,
@@ -46,7 +47,7 @@ def weight_cells(
         cell: Says whose they are; ``passed``.
         path: The ONNX file of a single graph.
         case: Every task has a row in it.
-        output: Which output is looked at.
+        subject: Which output is looked at.
         tasks: The checkpoint's tasks.
         modules: The layers that the checkpoint adapts.
         threads: As for ``OrtRunner``.
@@ -63,10 +64,11 @@ def weight_cells(
     if not probe.stacks:
         reason = "none of its tensors can be exchanged from outside"
         return [replace(one, verdict="not-run", reason=reason) for one in (others, layers)]
+    output = subject.output
     before = probe.answer(case.inputs, output, {})
     return [
         _verdict(others, _leaks(probe, case, output, tasks, before)),
-        _verdict(layers, _lost(probe, modules) + _idle(probe, case, output, tasks, before)),
+        _verdict(layers, _lost(probe, modules) + _idle(probe, case, subject, tasks, before)),
     ]
 
 
@@ -147,15 +149,18 @@ def _leaks(
 
 
 def _idle(
-    probe: _Probe, case: Case, output: str, tasks: Sequence[Task], before: Array
+    probe: _Probe, case: Case, subject: Subject, tasks: Sequence[Task], before: Array
 ) -> list[str]:
     found = []
     for module in dict.fromkeys(probe.modules.values()):
+        if subject.tasks and is_of_another_output(module, subject.output):
+            continue
         own = [name for name, owner in probe.modules.items() if owner == module]
-        after = probe.answer(
-            case.inputs, output, {name: np.zeros_like(probe.stacks[name]) for name in own}
-        )
+        fed = {name: np.zeros_like(probe.stacks[name]) for name in own}
+        after = probe.answer(case.inputs, subject.output, fed)
         for task in tasks:
+            if not subject.serves(task):
+                continue
             rows = case.task_ids == task.index
             holds = any(probe.stacks[n][probe.task_rows(n, task.index)].any() for n in own)
             if holds and np.array_equal(after[rows], before[rows], equal_nan=True):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Choice = str | tuple[str, ...] | float | tuple[float, ...]
 Decision = Choice | list[Choice]
 SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
+LOGITS = "logits"
 REGRESSION, HEADLESS = "regression", "headless"
 
 
@@ -56,14 +57,18 @@ class Answer:
         return self.task.labels
 
 
-def answer_of(task: Task, outputs: Mapping[str, Array], logits_name: str = "logits") -> Answer:
+def answer_of(task: Task, outputs: Mapping[str, Array], logits_name: str = LOGITS) -> Answer:
     """Return the answer that one row's ``outputs`` give under ``task``.
 
     Args:
         task: The row's task.
         outputs: By name, ``[...]``: the row's own, without padding.
-        logits_name: The output that holds the task's logits, ``[..., W]`` with W >= L.
+        logits_name: The output that holds the task's logits, ``[..., W]`` with W >= L, where
+            the task does not say.
     """
+    logits_name = task.output or logits_name
+    if task.kind == HEADLESS and task.output:
+        return Answer(task, outputs)
     if logits_name not in outputs:
         return Answer(task, outputs)
     logits = outputs[logits_name]

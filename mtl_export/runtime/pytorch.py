@@ -6,7 +6,7 @@ layer (``mtl_export.adapters.modules``); it knows nothing of the normal form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -27,9 +27,9 @@ from mtl_export.adapters.modules.base import (
     quiet_transformers,
 )
 from mtl_export.adapters.modules.model import MultiTaskModel
-from mtl_export.adapters.modules.readout import with_readout
+from mtl_export.adapters.modules.readout import with_readouts
 from mtl_export.adapters.normal_form import NO_LABEL
-from mtl_export.checkpoint.checkpoint import HeadTensors
+from mtl_export.checkpoint.checkpoint import HeadTensors, Task
 from mtl_export.checkpoint.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BaseModelError, EngineRunError, MtlExportError, shortened
@@ -86,7 +86,8 @@ class OracleRunner:
         """
         if not self._models:
             raise RuntimeError("enter the runner before calling infer")
-        count, ids = len(self._bound.adapters.tasks), inputs["task_ids"]
+        tasks, ids = self._bound.adapters.tasks, inputs["task_ids"]
+        count = len(tasks)
         if ids.min() < 0 or ids.max() >= count:
             raise EngineRunError(
                 where="task_ids",
@@ -98,11 +99,11 @@ class OracleRunner:
             tensors = _tensors(inputs, self._dtype)
             present = np.unique(ids)
             if len(self._models) == 1 and len(present) == 1:
-                return _arrays(self._models[0](**tensors))
-            widest = max(len(task.labels) for task in self._bound.adapters.tasks)
+                outputs = _arrays(self._models[0](**tensors))
+                return _answering(outputs, tasks[int(present[0])])
             # One task at a time: layers that see windows or packed or transposed tokens would
             # have to know whose rows they are, and that is what the graphs are checked for.
-            return _joined(_members(self._models, present), tensors, widest)
+            return _joined(_members(self._models, present), tensors, tasks)
 
     def _generated_by_task(
         self, task_ids: Array, width: int, generate: Callable[[Any, Array], Array]
@@ -165,7 +166,8 @@ class MergedRunner:
             model_class = class_named(config.architectures[0])
             head_file = self._folder / HEAD_FILE
             if head_file.is_file():
-                model_class = with_readout(model_class, *read_readout(head_file))
+                readout, shapes = read_readout(head_file)
+                model_class = with_readouts(model_class, [readout], shapes)
             # Mismatched weights are let through only to be refused below, all at once.
             self._model, info = load_with_info(
                 model_class, self._folder, ignore_mismatched_sizes=True
@@ -235,12 +237,20 @@ def _members(
     return {task: (models[task], 0) for task in present.tolist()}
 
 
+def _answering(outputs: dict[str, Array], task: Task) -> dict[str, Array]:
+    """Return those of ``outputs`` that are an answer of ``task``."""
+    return {task.output: outputs[task.output]} if task.output else outputs
+
+
 def _joined(
-    members: Mapping[int, tuple[MultiTaskModel, int]], inputs: dict[str, torch.Tensor], widest: int
+    members: Mapping[int, tuple[MultiTaskModel, int]],
+    inputs: dict[str, torch.Tensor],
+    tasks: Sequence[Task],
 ) -> dict[str, Array]:
     """Return the rows of every model's own task, put back in order.
 
-    The last dimension is at least ``widest``; labels a task does not have are -inf.
+    Outputs are as wide as the widest head of any task; labels a task does not have, and rows
+    of an output that is not their task's, are -inf.
     """
     task_ids = inputs["task_ids"]
     parts: dict[str, list[tuple[Array, Array]]] = {}
@@ -248,11 +258,12 @@ def _joined(
         rows = (task_ids == task).nonzero().squeeze(-1)
         own = {name: value[rows] for name, value in inputs.items()}
         own["task_ids"] = torch.full_like(rows, own_id)
-        for name, value in _arrays(model(**own)).items():
+        for name, value in _answering(_arrays(model(**own)), tasks[task]).items():
             parts.setdefault(name, []).append((rows.numpy(), value))
     joined = {}
     for name, found in parts.items():
-        width = max(widest, *(value.shape[-1] for _, value in found))
+        widths = [len(task.labels) for task in tasks if task.output in {"", name}]
+        width = max(*widths, *(value.shape[-1] for _, value in found))
         shape = (len(task_ids), *found[0][1].shape[1:-1], width)
         joined[name] = np.full(shape, NO_LABEL)
         for rows_of_task, value in found:
@@ -272,7 +283,7 @@ def oracle_model(bound: BoundModel, dtype: torch.dtype) -> MultiTaskModel:
             for module, layer in bound.checkpoint.layers.items()
         },
         heads={
-            module: [_head_module(head, dtype) for head in heads]
+            module: [None if head is None else _head_module(head, dtype) for head in heads]
             for module, heads in bound.checkpoint.heads.items()
         },
     ).eval()

@@ -53,7 +53,8 @@ class TaskOutputs:
 
     Attributes:
         outputs: By name, ``[B, ...]``, rows in the order they were passed; logits as wide as
-            the widest task (others' columns are -inf), tokens padded.
+            the widest task (others' columns are -inf), tokens padded. Where heads differ in
+            kind each has an output, and rows of tasks with another are -inf in it.
         answers: The same row by row, cut to the row's own task and length.
     """
 
@@ -101,10 +102,7 @@ class TaskSession:
         self._path = _graph_file(Path(path))
         self._session = open_session(self._path, providers=providers, threads=threads)
         metadata = metadata_of(self._session)
-        self.tasks = tuple(
-            Task(entry["name"], entry["index"], tuple(entry["labels"]), entry["kind"])
-            for entry in task_table(metadata)
-        )
+        self.tasks = tuple(Task.from_entry(entry) for entry in task_table(metadata))
         if not self.tasks:
             raise UsageError(
                 where=str(self._path),
@@ -340,7 +338,11 @@ class TaskSession:
 
     def _answer(self, task: Task, rows: Rows, row: int, values: Mapping[str, Array]) -> Answer:
         length = rows.lengths[row] if rows.lengths else None
-        own = {field.name: own_part(values[field.name], field, length) for field in self._outputs}
+        own = {
+            field.name: own_part(values[field.name], field, length)
+            for field in self._outputs
+            if task.output in {"", field.name}
+        }
         return answer_of(task, own)
 
 

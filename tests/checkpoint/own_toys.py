@@ -78,7 +78,7 @@ def checkpoint_of(
         sha256="",
         replaced=MappingProxyType({"norm.bias": draw(4), "positions": draw(1, 7, dtype="I64")}),
         rows=MappingProxyType({"a.words.weight": RowTensors((6, 2), draw(2, 4))}),
-        readout=Readout("first", ("tanh",)),
+        readouts=(Readout("first", ("tanh",)),),
     )
 
 
@@ -96,7 +96,7 @@ def with_members(seed: int = 0) -> Checkpoint:
 
 def assert_same(found: Checkpoint, expected: Checkpoint) -> None:
     """Check that two checkpoints hold the same, bit for bit; path and format aside."""
-    for name in ("family", "tasks", "base", "model_class", "readout"):
+    for name in ("family", "tasks", "base", "model_class", "readouts"):
         assert getattr(found, name) == getattr(expected, name), name
     assert tensors_of(found) == tensors_of(expected)
     assert {m: (dict(la.hyper), la.embedding) for m, la in found.layers.items()} == {
@@ -119,6 +119,8 @@ def tensors_of(checkpoint: Checkpoint) -> dict[tuple[str, ...], tuple[str, Any, 
     }
     for module, heads in checkpoint.heads.items():
         for index, head in enumerate(heads):
+            if head is None:
+                continue
             found["head", module, str(index), "weight"] = head.weight
             if head.bias is not None:
                 found["head", module, str(index), "bias"] = head.bias

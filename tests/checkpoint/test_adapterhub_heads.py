@@ -71,7 +71,7 @@ def test_a_head_goes_where_a_class_computes_it(tmp_path: Path, case: str) -> Non
     checkpoint = open_checkpoint(folder)
     assert checkpoint.model_class == model_class
     assert tuple(checkpoint.heads) == modules
-    assert checkpoint.readout == readout
+    assert checkpoint.readouts == (() if readout is None else (readout,))
     # The bare base's names lack the part that the model with a head puts before them.
     assert (QUERY in checkpoint.layers) == (not model_class.endswith("Model"))
     assert (QUERY.removeprefix("bert.") in checkpoint.layers) == model_class.endswith("Model")
@@ -113,6 +113,7 @@ def test_a_static_head_is_its_classs_own(tmp_path: Path) -> None:
     assert checkpoint.model_class == "BertForSequenceClassification"
     assert {task.labels for task in checkpoint.tasks} == {("a", "b", "c")}
     for stored in checkpoint.heads["classifier"]:
+        assert stored is not None
         np.testing.assert_array_equal(stored.weight.numpy(), head["classifier.weight"])
 
 

@@ -109,11 +109,6 @@ BREAKS: dict[str, tuple[Callable[[Path], Path], str]] = {
         broken(lambda f: hub.edit_json(f / "task1" / "head_config.json", layers=3)),
         f"weights [({HIDDEN}, {HIDDEN}), (4, {HIDDEN})]",
     ),
-    "different heads": (
-        broken(lambda f: hub.edit_json(f / "task1" / "head_config.json",
-                                       activation_function="gelu")),
-        "task1: 2 layers on first (gelu)",
-    ),
     "a stack": (broken(lambda f: hub.write_setup(f, hub.NAMES, "Stack")), "setup is Stack"),
     "another class": (
         broken(lambda f: hub.edit_json(f / "task1" / CONFIG, model_class="RobertaAdapterModel")),

@@ -57,6 +57,7 @@ def test_what_is_written_is_read_back(folder: Path) -> None:
             assert tensor.numpy().tobytes() == expected.tobytes()
     for task, head in zip(toys.TASKS, checkpoint.heads[toys.HEAD], strict=True):
         weight, bias = parts["heads"][toys.HEAD][task.name]
+        assert head is not None
         assert head.bias is not None
         assert head.weight.numpy().tobytes() == weight.tobytes()
         assert head.bias.numpy().tobytes() == bias.tobytes()

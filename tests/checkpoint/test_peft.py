@@ -47,7 +47,9 @@ def test_one_adapter_is_one_task(tmp_path: Path) -> None:
         "up": (toys.HIDDEN, 2),
     }
     assert layer.hyper == {"scaling": 3.0, "alpha": 6.0}
-    assert checkpoint.heads["classifier"][0].weight.shape == (3, toys.HIDDEN)
+    (head,) = checkpoint.heads["classifier"]
+    assert head is not None
+    assert head.weight.shape == (3, toys.HIDDEN)
     assert checkpoint.base.id == "toy/bert"
     assert checkpoint.model_class == "AutoModelForSequenceClassification"
     assert (checkpoint.format, checkpoint.family) == ("peft", "lora")

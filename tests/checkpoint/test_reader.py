@@ -135,6 +135,8 @@ def test_placeholder_names_are_replaced_in_id_order(folder: Path) -> None:
     assert [task.labels for task in checkpoint.tasks] == [task.labels for task in TASKS]
     own = open_checkpoint(folder).heads["classifier"]
     for head, before in zip(checkpoint.heads["classifier"], own, strict=True):
+        assert head is not None
+        assert before is not None
         assert head.weight.name == before.weight.name
 
 

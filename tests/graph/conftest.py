@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from mtl_export.adapters.binding import BoundModel
+from mtl_export.adapters.binding import BoundModel, bind
+from mtl_export.adapters.family import read_adapters
+from mtl_export.checkpoint.base_model import open_base
+from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.graph.lower import merged_graph, routed_graph
 from mtl_export.graph.trace import TracedModel, trace
 from mtl_export.graph.writer import write_graph
 from tests.adapters import toys
+from tests.factories import toy_base
+from tests.graph.mixed_heads import write_mixed
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +51,32 @@ def merged_folders(
         write_graph(merged_graph(traced, bound, task), bound, folder, task)
         folders.append(folder)
     return folders
+
+
+@pytest.fixture(scope="session", params=["shared factors", "factors of their own"])
+def mixed_bound(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> BoundModel:
+    """Return tasks whose heads differ in what they compute, bound."""
+    folder = write_mixed(
+        tmp_path_factory.mktemp("hub"), is_shared=request.param == "shared factors"
+    )
+    checkpoint = open_checkpoint(folder)
+    base = open_base(str(toy_base(tmp_path_factory.mktemp("base"))))
+    return bind(checkpoint, read_adapters(checkpoint, base), base)
+
+
+@pytest.fixture(scope="session")
+def mixed_trace(mixed_bound: BoundModel) -> TracedModel:
+    """Return its trace."""
+    return trace(mixed_bound)
+
+
+@pytest.fixture(scope="session")
+def mixed_folder(
+    mixed_bound: BoundModel, mixed_trace: TracedModel, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the folder of the single graph."""
+    folder = tmp_path_factory.mktemp("single")
+    write_graph(routed_graph(mixed_trace, mixed_bound), mixed_bound, folder, None)
+    return folder

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from mtl_export.adapters.binding import BoundModel, bind
 from mtl_export.adapters.family import read_adapters
-from mtl_export.adapters.modules.readout import with_readout
+from mtl_export.adapters.modules.readout import with_readouts
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.checkpoint import Readout
 from mtl_export.checkpoint.reader import open_checkpoint
@@ -94,8 +94,7 @@ def assert_same(found: Array, expected: Array) -> None:
 
 def test_the_chain_is_applied_as_written(bound: BoundModel, inputs: dict[str, Array]) -> None:
     """The oracle's logits are the stored layers, applied to the adapted encoder's states."""
-    readout = bound.checkpoint.readout
-    assert readout is not None
+    (readout,) = bound.checkpoint.readouts
     states: list[torch.Tensor] = []
     with OracleRunner(bound, "fp64") as runner:
         first = runner._models[0].model.get_submodule(readout.modules[0])
@@ -146,10 +145,10 @@ def test_merged_folders(
     """The folder is the bare base's, the head lies beside it, and both say so."""
     import transformers
 
-    readout, note = bound.checkpoint.readout, head_note(bound)
+    task = bound.adapters.tasks[1]
+    readout, note = bound.checkpoint.readout_of(task), head_note(bound, task)
     assert readout is not None
     assert note is not None
-    task = bound.adapters.tasks[1]
     write_merged(bound, task, tmp_path, dtype=dtype)
     assert json.loads((tmp_path / "merge-report.json").read_text())["head"] == note
     assert HEAD_FILE in note
@@ -182,4 +181,4 @@ def test_unknown_functions_are_refused() -> None:
 
     readout: Any = Readout("first", ("snake",))
     with pytest.raises(AdapterError, match="function snake"):
-        with_readout(transformers.BertModel, readout, [(3, 3), (2, 3)])
+        with_readouts(transformers.BertModel, [readout], {})

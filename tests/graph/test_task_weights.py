@@ -15,6 +15,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph import names
 from mtl_export.parity.cases import MIXED, Case, build_cases, seeded_rows
+from mtl_export.parity.outputs import Subject
 from mtl_export.parity.report import Cell
 from mtl_export.parity.task_weights import LAYERS, OTHERS, weight_cells
 from tests.adapters import toys
@@ -36,7 +37,7 @@ def mixed(bound: BoundModel) -> Case:
 def judged(path: Path, mixed: Case, bound: BoundModel) -> dict[str, Cell]:
     """Return the cells by check."""
     tasks = bound.adapters.tasks
-    cells = weight_cells(CELL, path, mixed, "logits", tasks, list(toys.MODULES), 1)
+    cells = weight_cells(CELL, path, mixed, Subject("logits"), tasks, list(toys.MODULES), 1)
     return {cell.case: cell for cell in cells}
 
 

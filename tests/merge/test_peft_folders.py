@@ -115,7 +115,7 @@ def test_what_plain_lora_cannot_hold_is_refused(
     if change == "replaced":
         adapters = replace(adapters, replaced={"norm.bias": np.ones(3)})
     if change == "readout":
-        source = replace(source, readout=Readout("first", ()))
+        source = replace(source, readouts=(Readout("first", ()),))
     if change == "embedding":
         source = replace(source, layers={"toy": LayerTensors("toy", {}, {}, embedding=True)})
     with pytest.raises(AdapterError) as caught:

@@ -110,6 +110,7 @@ def _report(settings: Settings, checkpoint: Checkpoint, base: BaseModel | None) 
         "model_class": checkpoint.model_class,
         "tasks": [
             {"id": task.index, "name": task.name, "kind": task.kind, "labels": list(task.labels)}
+            | ({"output": task.output} if task.output else {})
             for task in checkpoint.tasks
         ],
         **_sizes(checkpoint),
@@ -199,7 +200,7 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
         tensor
         for part in parts
         for module in part.heads.values()
-        for head in module
+        for head in filter(None, module)
         for tensor in (head.weight, head.bias)
         if tensor is not None
     ]

@@ -99,7 +99,7 @@ def command(
     with talk.steps(1) as steps:
         steps.begin(f"merge: {', '.join(task.name for task in tasks)}")
         merged = merge_tasks(request, steps.within)
-    if note := head_note(bound):
+    for note in dict.fromkeys(filter(None, (head_note(bound, task) for task in tasks))):
         talk.note(note)
     _warn(talk, merged)
     _print(settings, merged, perf_counter() - started, report=report)

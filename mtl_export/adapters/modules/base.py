@@ -14,7 +14,7 @@ import torch
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.naming import own_tensor
-from mtl_export.adapters.modules.readout import with_readout
+from mtl_export.adapters.modules.readout import with_readouts
 from mtl_export.checkpoint.hidden_biases import SWITCHES
 from mtl_export.checkpoint.own_classes import own_class
 from mtl_export.errors import AdapterError, BaseModelError, shortened
@@ -34,10 +34,14 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
     model_class = class_named(bound.adapters.model_class)
     if own_class(bound.adapters.model_class) is not None:
         return model_class.from_tensors(bound.base.config, bound.base.tensors, dtype)
-    readout = bound.checkpoint.readout
-    if readout is not None:
-        shapes = [bound.adapters.heads[module][0].weight.shape for module in readout.modules]
-        model_class = with_readout(model_class, readout, shapes)
+    readouts = bound.checkpoint.readouts
+    if readouts:
+        # A task whose answer is another output has a head without labels.
+        shapes = {
+            module: max(head.weight.shape for head in heads)
+            for module, heads in bound.adapters.heads.items()
+        }
+        model_class = with_readouts(model_class, readouts, shapes)
     with quiet_transformers():
         model, info = load_with_info(
             model_class, bound.base.folder, dtype=dtype, **_switched(bound)

@@ -23,7 +23,8 @@ class TaskHeads(nn.Module):
     """One linear head per task, chosen per row.
 
     Args:
-        heads: One ``nn.Linear`` per task, in id order; label counts may differ.
+        heads: One ``nn.Linear`` per task, in id order; label counts may differ. None for a task
+            whose answer is another output.
         routing: Says which task each row belongs to.
 
     Shape:
@@ -31,11 +32,12 @@ class TaskHeads(nn.Module):
         head. Columns a task does not have are -inf.
     """
 
-    def __init__(self, heads: Sequence[nn.Linear], routing: TaskRouting) -> None:
+    def __init__(self, heads: Sequence[nn.Linear | None], routing: TaskRouting) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(heads)
+        # A chain without layers takes no row: it stands where a task has no head.
+        self.heads = nn.ModuleList(nn.Sequential() if head is None else head for head in heads)
         self.routing = routing
-        self.label_counts = [head.out_features for head in heads]
+        self.label_counts = [0 if head is None else head.out_features for head in heads]
         self.width = max(self.label_counts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,7 +46,7 @@ class TaskHeads(nn.Module):
         logits = x.new_full((*x.shape[:-1], self.width), NO_LABEL)
         for index, (head, labels) in enumerate(zip(self.heads, self.label_counts, strict=True)):
             rows = (task_ids == index).nonzero().squeeze(-1)
-            if rows.numel():
+            if rows.numel() and labels:
                 own = functional.pad(head(x[rows]), (0, self.width - labels), value=NO_LABEL)
                 logits = logits.index_copy(0, rows, own)
         return logits
@@ -57,7 +59,7 @@ class MultiTaskModel(nn.Module):
         model: A transformers model; its parameters are frozen and its layers replaced.
         adapters: By dotted module name, a function from the base layer and the routing
             to the adapted layer.
-        heads: By dotted module name, one linear head per task.
+        heads: By dotted module name, one linear head per task, as ``TaskHeads`` takes them.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class MultiTaskModel(nn.Module):
         model: nn.Module,
         *,
         adapters: Mapping[str, Callable[[Any, TaskRouting], nn.Module]],
-        heads: Mapping[str, Sequence[nn.Linear]],
+        heads: Mapping[str, Sequence[nn.Linear | None]],
     ) -> None:
         super().__init__()
         self.routing = TaskRouting()

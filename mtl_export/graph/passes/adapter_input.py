@@ -16,6 +16,7 @@ from mtl_export.errors import GraphError
 from mtl_export.graph import names
 from mtl_export.graph.adapter_parameters import (
     Parameter,
+    absent_parameter,
     bias_parameter,
     delta_parameters,
     factor_parameters,
@@ -47,6 +48,8 @@ class AdapterInputPass(ir.passes.InPlacePass):
            of a table that is an input where tasks trained vectors.
         6. ``TaskNorm(x)``  ->  ``LayerNormalization`` with weight and bias as inputs.
         7. a layer that one task adapts and another replaces: refused.
+        8. ``TaskOutput(x)``  ->  ``Add(x, absent)``, an input: 0, or -inf where the task's
+           answer is another output.
 
     Attributes:
         parameters: The inputs that were added, in graph order.
@@ -66,6 +69,7 @@ class AdapterInputPass(ir.passes.InPlacePass):
                 names.MARKER_HEAD: self._head,
                 names.MARKER_EMBEDDING: self._embedding,
                 names.MARKER_NORM: self._norm,
+                names.MARKER_OUTPUT: self._output,
             }[node.op_type]
             ops = tape.Tape(node.graph)
             result = lower(model.graph, node, ops)
@@ -146,6 +150,11 @@ class AdapterInputPass(ir.passes.InPlacePass):
         if gain is None:
             return y
         return ops.op("Mul", [y, self._input(graph, gain)], name=names.value(module, "scaled"))
+
+    def _output(self, graph: ir.Graph, node: ir.Node, ops: tape.Tape) -> ir.Value:
+        module = module_of(node)
+        absent = self._input(graph, absent_parameter(self._bound, module))
+        return ops.op("Add", [input_of(node), absent], name=names.value(module, names.ANSWERS))
 
     def _norm(self, graph: ir.Graph, node: ir.Node, ops: tape.Tape) -> ir.Value:
         module = module_of(node)

@@ -8,7 +8,13 @@ from onnx_ir import convenience, tape
 from mtl_export.graph import names
 
 MARKERS = frozenset(
-    {names.MARKER_LINEAR, names.MARKER_HEAD, names.MARKER_EMBEDDING, names.MARKER_NORM}
+    {
+        names.MARKER_LINEAR,
+        names.MARKER_HEAD,
+        names.MARKER_EMBEDDING,
+        names.MARKER_NORM,
+        names.MARKER_OUTPUT,
+    }
 )
 
 

@@ -27,6 +27,7 @@ class MergeTaskPass(ir.passes.InPlacePass):
         4. ``TaskHead`` of a layer inside the model that tasks trained whole: the same.
         5. ``TaskEmbedding(ids)``    ->  ``Gather(W_t, ids)``
         6. ``TaskNorm(x, w, b)``     ->  ``LayerNormalization(x, w_t, b_t)``
+        7. ``TaskOutput(x)``         ->  x; a task's other outputs are left to ``OwnOutputPass``
 
     The traced weights stay in the graph's initializers, unused, for a later
     ``RemoveUnusedNodesPass``.
@@ -46,6 +47,7 @@ class MergeTaskPass(ir.passes.InPlacePass):
                 names.MARKER_HEAD: self._head,
                 names.MARKER_EMBEDDING: self._embedding,
                 names.MARKER_NORM: self._norm,
+                names.MARKER_OUTPUT: self._output,
             }[node.op_type]
             ops = tape.Tape(node.graph)
             result = lower(model.graph, node, ops)
@@ -108,6 +110,10 @@ class MergeTaskPass(ir.passes.InPlacePass):
             {"axis": -1, "epsilon": epsilon},
             name=names.value(module, "normalised"),
         )
+
+    def _output(self, _: ir.Graph, node: ir.Node, ops: tape.Tape) -> ir.Value:
+        name = names.value(module_of(node), "only")
+        return ops.op("Identity", [node.inputs[0]], name=name)
 
     def _own(self, graph: ir.Graph, module: str, kind: str) -> ir.Value:
         """Return the task's own tensor, or the base's, as an initializer."""

@@ -14,6 +14,7 @@ from onnx_ir import tape
 
 from mtl_export.checkpoint.sentence_embedding import HIDDEN_STATES, OUTPUT, SentenceEmbedding
 from mtl_export.errors import GraphError, shortened
+from mtl_export.graph import names
 from mtl_export.graph.passes.routing import name_values
 
 MASK = "attention_mask"
@@ -29,7 +30,7 @@ class PoolStatesPass(ir.passes.InPlacePass):
         1. ``mean`` with an ``attention_mask``: over the tokens that are not padding.
         2. ``mean`` without one (images): over all.
         3. ``cls``: the first token.
-        4. no output ``last_hidden_state`` [batch, S, H]: refused.
+        4. no output ``last_hidden_state`` [batch, S, H], or one of some tasks only: refused.
 
     Args:
         embedding: What is asked for.
@@ -43,7 +44,8 @@ class PoolStatesPass(ir.passes.InPlacePass):
         """Pool the hidden states of ``model``."""
         graph = model.graph
         hidden = next((value for value in graph.outputs if value.name == HIDDEN_STATES), None)
-        if hidden is None or hidden.shape is None or len(hidden.shape) != 3:
+        is_shared = hidden is not None and not _is_of_some_tasks(hidden)
+        if hidden is None or hidden.shape is None or len(hidden.shape) != 3 or not is_shared:
             found = "none of this shape" if hidden is None else str(hidden.shape)
             raise GraphError(
                 where="--pooling",
@@ -68,6 +70,12 @@ class PoolStatesPass(ir.passes.InPlacePass):
         graph.outputs.clear()
         graph.outputs.append(vector)
         return ir.passes.PassResult(model, modified=True)
+
+
+def _is_of_some_tasks(hidden: ir.Value) -> bool:
+    """Return whether other tasks answer with another output: their rows are no states."""
+    node = hidden.producer()
+    return node is not None and node.name == names.value(f"head.{HIDDEN_STATES}", names.ANSWERS)
 
 
 def _mean(hidden: ir.Value, mask: ir.Value | None, ops: tape.Tape) -> ir.Value:

@@ -15,7 +15,7 @@ from mtl_export.graph import functions, names
 from mtl_export.graph.passes.markers import input_of, module_of, rank
 from mtl_export.graph.passes.own_tensors import task_bias, task_linear
 from mtl_export.graph.passes.routing import RoutePass, name_values
-from mtl_export.graph.passes.stacks import stacked_blocks, stacked_cores, stacked_heads
+from mtl_export.graph.passes.stacks import absences, stacked_blocks, stacked_cores, stacked_heads
 from mtl_export.graph.passes.weights import add_initializer
 
 
@@ -44,13 +44,21 @@ class RouteTasksPass(RoutePass):
         11. one task for the whole batch: ``TaskDelta`` with a scalar id, whatever the shape
             of x, and ``OneTaskHead``.
         12. a layer that one task adapts and another replaces whole: refused.
+        13. ``TaskOutput(x)``  ->  ``Add(x, TaskVectors(ids, absent))``: rows of tasks whose
+            answer is another output are -inf, the others keep their bits.
     """
 
-    op_types: ClassVar[frozenset[str]] = frozenset({names.MARKER_LINEAR, names.MARKER_HEAD})
+    op_types: ClassVar[frozenset[str]] = frozenset(
+        {names.MARKER_LINEAR, names.MARKER_HEAD, names.MARKER_OUTPUT}
+    )
 
     def lower(self, graph: ir.Graph, node: ir.Node, ids: ir.Value, ops: tape.Tape) -> ir.Value:
         """Record one layer."""
-        lower = self._head if node.op_type == names.MARKER_HEAD else self._linear
+        lower = {
+            names.MARKER_LINEAR: self._linear,
+            names.MARKER_HEAD: self._head,
+            names.MARKER_OUTPUT: self._output,
+        }[node.op_type]
         return lower(graph, node, ids, ops)
 
     def _linear(self, graph: ir.Graph, node: ir.Node, ids: ir.Value, ops: tape.Tape) -> ir.Value:
@@ -126,6 +134,14 @@ class RouteTasksPass(RoutePass):
         function = functions.TASK_HEAD_ROWS if rank(x) == 2 else functions.TASK_HEAD_TOKENS
         function = functions.ONE_TASK_HEAD if self._is_scalar else function
         return self.custom(function, [x, ids, *stacks], names.value(module, "head"), ops)
+
+    def _output(self, graph: ir.Graph, node: ir.Node, ids: ir.Value, ops: tape.Tape) -> ir.Value:
+        module, x = module_of(node), input_of(node)
+        rows = absences(self._bound.adapters, module)
+        absent = self.vectors(graph, module, "absent", rows, x, ids, ops)
+        y = ops.op("Add", [x, absent], name=names.value(module, names.ANSWERS))
+        name_values(ops, y)
+        return y
 
     def _heads(self, module: str) -> tuple[Head, ...]:
         """Return every task's own layer."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from mtl_export.adapters.normal_form import (
     NO_LABEL,
+    AdapterSet,
     AnyAdapter,
     Head,
     LayerAdapter,
@@ -92,6 +93,12 @@ def embedding_table(
         slots.append(mine)
     slots.append(np.full(len(base), used, np.int64))
     return with_poison(np.concatenate(parts)), np.concatenate(slots)
+
+
+def absences(adapters: AdapterSet, module: str) -> Array:
+    """Return ``[T, 1]``, to be added to one of ``bare_outputs``: 0 where it is the answer."""
+    own = [adapters.has_output(task, module) for task in adapters.tasks]
+    return np.where(own, 0.0, NO_LABEL)[:, None]
 
 
 def stacked_heads(heads: tuple[Head, ...]) -> tuple[Array, Array]:
