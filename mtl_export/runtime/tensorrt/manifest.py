@@ -1,8 +1,9 @@
 """What was built, from what, and what was proven about it <-> ``<engine>.json``.
 
 An engine cannot be opened without the GPU it is for, so its manifest says what it is.
-The file is JSON, schema ``mtl-export.engine/1``; the same engine gives the same bytes:
-no times, no paths, only names relative to the engine's or the graph's folder.
+The file is JSON, schema ``mtl-export.engine/1``, published as ``engine.schema.json`` in this
+folder; within a version keys are only added. The same engine gives the same bytes: no times,
+no paths, only names relative to the engine's or the graph's folder.
 
     schema          "mtl-export.engine/1"
     engine          file, sha256, size_bytes, graph_sha256 (equal for engines that differ
@@ -36,6 +37,7 @@ from mtl_export.runtime.tensorrt.shapes import LIMITS, Profile
 from mtl_export.runtime.tensorrt.source import TensorInfo
 
 SCHEMA = "mtl-export.engine/1"
+SCHEMA_FILE = Path(__file__).with_name("engine.schema.json")
 PASSED = "passed"
 NOT_RUN = "not-run"
 
