@@ -6,7 +6,8 @@ Texts are int64 ``[B, S]``, images ``[B, C, H, W]``; H and W are the model's own
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -25,6 +26,10 @@ MIXED = "mixed tasks"
 SMALL_BATCHES = (2, 3, 7)
 # Positions up to here are used, where the model has them; beyond, only time is.
 LONGEST_SEQUENCE = 512
+# Of the full preset: one token, two, and both sides of powers of two.
+FULL_BATCHES = (9, 33, 16, 17, 8, 65)
+FULL_LENGTHS = (1, 2, 31, 32, 129, 33)
+FULL_SEEDS = (2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,12 @@ class Case:
     Attributes:
         name: As reports print it.
         inputs: By name, with ``task_ids`` int64 [B].
+        preset: The smallest of ``presets`` that has it.
     """
 
     name: str
     inputs: Mapping[str, Array]
+    preset: Literal["quick", "standard", "full"] = "standard"
 
     @property
     def task_ids(self) -> Array:
@@ -119,7 +126,7 @@ def build_cases(
             fix="Add a row for each task to the inputs",
         )
     cases = [
-        Case(f"task {task}", _trimmed(_pick(rows, np.flatnonzero(ids == task))))
+        Case(f"task {task}", _trimmed(_pick(rows, np.flatnonzero(ids == task))), "quick")
         for task in range(task_count)
     ]
     cases += [
@@ -127,7 +134,7 @@ def build_cases(
         for task in range(task_count)
     ]
     mixed = _interleaved(ids, task_count)
-    cases.append(Case(MIXED, _trimmed(_pick(rows, mixed))))
+    cases.append(Case(MIXED, _trimmed(_pick(rows, mixed)), "quick"))
     cases += [
         Case(f"{MIXED}, batch {size}", _trimmed(_pick(rows, mixed[-size:])))
         for size in SMALL_BATCHES
@@ -135,6 +142,9 @@ def build_cases(
     ]
     if all(value.ndim != 2 for value in rows.values()):  # images alone: their size is given
         return [*cases, _odd_batch(rows, task_count)]
+    if ATTENTION_MASK in rows:
+        whole = _trimmed(_pick(rows, mixed))
+        cases.append(Case(f"{MIXED}, padded left", _padded_left(whole)))
     limits = {INPUT_IDS: vocabulary, "token_type_ids": token_types}
     ragged = max(ODD_BATCH, 2 * task_count) | 1
     cases.append(_long_case(rows, task_count, limits, ragged, min(LONG_SEQUENCE, longest)))
@@ -142,6 +152,42 @@ def build_cases(
         full = min(longest, LONGEST_SEQUENCE)
         cases.append(_long_case(rows, task_count, limits, task_count, full))
     return cases
+
+
+def more_cases(
+    rows: Mapping[str, Array],
+    *,
+    task_count: int,
+    vocabulary: int,
+    longest: int,
+    token_types: int = 1,
+) -> list[Case]:
+    """Return what a patient user runs besides ``build_cases``; arguments as there."""
+    if all(value.ndim != 2 for value in rows.values()):
+        return [replace(_odd_batch(rows, task_count, FULL_BATCHES[-1]), preset="full")]
+    limits = {INPUT_IDS: vocabulary, "token_type_ids": token_types}
+    batches = [max(batch, task_count) for batch in FULL_BATCHES]
+    sizes = [(batch, length) for batch, length in zip(batches, FULL_LENGTHS, strict=True)]
+    found = [
+        _long_case(rows, task_count, limits, batch, length)
+        for batch, length in sizes
+        if length <= longest
+    ]
+    for seed in FULL_SEEDS:
+        length = min(longest, 20 + seed)
+        one = _long_case(rows, task_count, limits, max(11, task_count), length, seed)
+        found.append(Case(f"{one.name}, seed {seed}", one.inputs))
+    return [replace(case, preset="full") for case in found]
+
+
+def _padded_left(rows: dict[str, Array]) -> dict[str, Array]:
+    """Return the rows with their padding before their tokens."""
+    mask = rows[ATTENTION_MASK]
+    order = np.argsort(mask != 0, axis=1, kind="stable")
+    return {
+        name: np.take_along_axis(value, order, axis=1) if value.shape == mask.shape else value
+        for name, value in rows.items()
+    }
 
 
 def _pick(rows: Mapping[str, Array], index: Array) -> dict[str, Array]:
@@ -168,23 +214,28 @@ def _interleaved(ids: Array, task_count: int) -> Array:
     return np.array(order[: max(MIXED_ROWS, task_count)])
 
 
-def _odd_batch(rows: Mapping[str, Array], task_count: int) -> Case:
+def _odd_batch(rows: Mapping[str, Array], task_count: int, least: int = ODD_BATCH) -> Case:
     """Return a batch of an odd size, every task in it, of the rows again and again."""
-    batch = max(ODD_BATCH, 2 * task_count) | 1
+    batch = max(least, 2 * task_count) | 1
     inputs = {name: np.resize(value, (batch, *value.shape[1:])) for name, value in rows.items()}
     inputs[TASK_IDS] = np.arange(batch, dtype=np.int64) % task_count
     return Case(f"batch {batch}", inputs)
 
 
 def _long_case(
-    rows: Mapping[str, Array], task_count: int, limits: Mapping[str, int], batch: int, length: int
+    rows: Mapping[str, Array],
+    task_count: int,
+    limits: Mapping[str, int],
+    batch: int,
+    length: int,
+    seed: int = 1,
 ) -> Case:
     """Return a seeded batch: a whole row of every task, then ragged ones.
 
     ``limits`` gives the ids' upper end by input.
     """
-    generator = np.random.default_rng(1)
-    mask = np.arange(length) < generator.integers(length // 2, length + 1, batch)[:, None]
+    generator = np.random.default_rng(seed)
+    mask = np.arange(length) < generator.integers(max(1, length // 2), length + 1, batch)[:, None]
     mask[:task_count] = True
     inputs: dict[str, Array] = {}
     for name, value in rows.items():

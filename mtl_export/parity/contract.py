@@ -13,7 +13,7 @@ sizes and lengths are summed in another order: each side may be off by what is a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError
 from mtl_export.parity.cases import ATTENTION_MASK, INPUT_IDS, TASK_IDS, Case
 from mtl_export.parity.outputs import answers
+from mtl_export.parity.presets import FURTHER, NOTHING, ONE_BY_ONE
 from mtl_export.parity.report import Cell
 from mtl_export.runtime.runner import Runner
 
@@ -40,8 +41,9 @@ def row_cells(
     shape: tuple[int, ...],
     task: Task | None,
     limit: float,
+    left_out: Collection[str] = NOTHING,
 ) -> list[Cell]:
-    """Return one cell for each check.
+    """Return one cell for each check that is not left out.
 
     Args:
         cell: Says whose they are.
@@ -51,6 +53,7 @@ def row_cells(
         shape: Of one row of it; the last dimension may differ.
         task: The task of a merged artefact: its rows are taken, and no ``task_ids``.
         limit: Largest error that an artefact may have against the oracle.
+        left_out: Checks not to run.
     """
     if task is not None:
         case = Case(case.name, case.rows(case.task_ids == task.index))
@@ -65,14 +68,17 @@ def row_cells(
         found = "is missing" if whole is None else f"has shape {list(whole.shape)}"
         reason = f"{output} {found}, not {list(expected)}"
         return [replace(cell, case="rows", verdict="failed", reason=reason)]
-    errors = {
-        "rows permuted": _permuted(case, infer, whole),
-        "rows one by one": _alone(case, infer, whole),
+    checks: dict[str, Callable[[Case, Infer, Array], float]] = {
+        "rows permuted": _permuted,
+        ONE_BY_ONE: _alone,
     }
     if ATTENTION_MASK in case.inputs:
-        errors["padded further"] = _padded(case, infer, whole)
-        errors["beside padding only"] = _beside_padding(case, infer, whole)
-    return [_cell(replace(cell, case=name), error, 2 * limit) for name, error in errors.items()]
+        checks |= {FURTHER: _padded, "beside padding only": _beside_padding}
+    return [
+        _cell(replace(cell, case=name), check(case, infer, whole), 2 * limit)
+        for name, check in checks.items()
+        if name not in left_out
+    ]
 
 
 def bad_ids_cell(

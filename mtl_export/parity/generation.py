@@ -66,7 +66,7 @@ def step_cases(cases: Sequence[Case], *, vocabulary: int, longest: int) -> list[
         shape = (len(case.task_ids), STEPS)
         tokens = generator.integers(0, vocabulary, shape, dtype=np.int64)
         inputs = {**prompts, TASK_IDS: case.task_ids, NEW_TOKENS: tokens}
-        found.append(Case(f"{STEPS} steps, {case.name}", inputs))
+        found.append(Case(f"{STEPS} steps, {case.name}", inputs, case.preset))
     return found
 
 

@@ -40,5 +40,6 @@ def decoder_cases(
         count = LONG_STEPS if case.name.startswith(LONG) else STEPS
         tokens = generator.integers(0, vocabulary, (rows, count), dtype=np.int64)
         others = own.seeded_inputs(config, rows) if own is not None else {}
-        found.append(Case(case.name, {**case.inputs, **others, NEW_TOKENS: tokens}))
+        inputs = {**case.inputs, **others, NEW_TOKENS: tokens}
+        found.append(Case(case.name, inputs, case.preset))
     return found

@@ -11,7 +11,7 @@ on the way, may agree with the oracle wherever it was compared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, shortened
 from mtl_export.parity.cases import Case
 from mtl_export.parity.outputs import Subject
+from mtl_export.parity.presets import LAYERS, NOTHING
 from mtl_export.parity.report import Cell
 from mtl_export.runtime.task_batches import TASK_IDS, by_task
 
-OTHERS, LAYERS = "tensors of other tasks", "every layer counts"
+OTHERS = "tensors of other tasks"
 FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 # What numpy and ONNX Runtime both know; a bfloat16 array cannot be handed over.
 FED = {"float32", "float16"}
@@ -40,8 +41,9 @@ def weight_cells(
     tasks: Sequence[Task],
     modules: Sequence[str],
     threads: int,
+    left_out: Collection[str] = NOTHING,
 ) -> list[Cell]:
-    """Return the two cells.
+    """Return the two cells, or what of them is not left out.
 
     Args:
         cell: Says whose they are; ``passed``.
@@ -51,6 +53,7 @@ def weight_cells(
         tasks: The checkpoint's tasks.
         modules: The layers that the checkpoint adapts.
         threads: As for ``OrtRunner``.
+        left_out: Checks not to run.
 
     Raises:
         GraphError: The file is no single graph of these tasks.
@@ -66,10 +69,11 @@ def weight_cells(
         return [replace(one, verdict="not-run", reason=reason) for one in (others, layers)]
     output = subject.output
     before = probe.answer(case.inputs, output, {})
-    return [
-        _verdict(others, _leaks(probe, case, output, tasks, before)),
-        _verdict(layers, _lost(probe, modules) + _idle(probe, case, subject, tasks, before)),
-    ]
+    cells = [_verdict(others, _leaks(probe, case, output, tasks, before))]
+    if LAYERS not in left_out:
+        problems = _lost(probe, modules) + _idle(probe, case, subject, tasks, before)
+        cells.append(_verdict(layers, problems))
+    return cells
 
 
 class _Probe:

@@ -16,8 +16,9 @@ from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph import names
 from mtl_export.parity.cases import MIXED, Case, build_cases, seeded_rows
 from mtl_export.parity.outputs import Subject
+from mtl_export.parity.presets import LAYERS
 from mtl_export.parity.report import Cell
-from mtl_export.parity.task_weights import LAYERS, OTHERS, weight_cells
+from mtl_export.parity.task_weights import OTHERS, weight_cells
 from tests.adapters import toys
 from tests.factories import VOCABULARY
 

@@ -6,7 +6,8 @@ import pytest
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import ParityError
 from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE
-from mtl_export.parity.cases import MIXED_ROWS, Case, build_cases, seeded_rows
+from mtl_export.parity.cases import MIXED_ROWS, Case, build_cases, more_cases, seeded_rows
+from mtl_export.parity.presets import PRESETS, Preset, choose
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -176,3 +177,48 @@ def test_images_are_compared_at_their_own_size() -> None:
         assert case.inputs["pixel_values"].shape == (len(case.task_ids), 3, 4, 6)
     assert set(cases[-1].task_ids) == {0, 1, 2}
     assert {len(case.task_ids) for case in cases} >= {1, 2, 3, 7, 12}
+
+
+def test_rows_are_padded_on_the_left_too() -> None:
+    """The same tokens in the same order, ends flush, positions all different."""
+    cases = {case.name: case for case in cases_of(3)}
+    right, left = cases["mixed tasks"], cases["mixed tasks, padded left"]
+    assert left.inputs["attention_mask"][:, -1].all()
+    assert not left.inputs["attention_mask"][:, 0].all()
+    for name in NAMES[:1] + NAMES[2:]:
+        for row in range(len(right.task_ids)):
+            before, after = (one.inputs["attention_mask"][row] == 1 for one in (right, left))
+            assert (right.inputs[name][row][before] == left.inputs[name][row][after]).all()
+    np.testing.assert_array_equal(right.task_ids, left.task_ids)
+
+
+def test_the_full_preset_has_more_sizes_and_seeds() -> None:
+    """One token, both sides of powers of two, more rows; only what the model can take."""
+    rows = seeded_rows(task_count=3, vocabulary=31, names=NAMES)
+    found = more_cases(rows, task_count=3, vocabulary=31, longest=100)
+    assert [case.name for case in found] == [
+        "batch 9 x 1", "batch 33 x 2", "batch 16 x 31", "batch 17 x 32", "batch 65 x 33",
+        "batch 11 x 22, seed 2", "batch 11 x 23, seed 3", "batch 11 x 24, seed 4",
+    ]  # fmt: skip
+    assert {case.preset for case in found} == {"full"}
+    assert {tuple(set(case.task_ids.tolist())) for case in found} == {(0, 1, 2)}
+    for case in found:
+        assert case.inputs["attention_mask"].any(axis=1).all()
+
+
+def test_each_preset_holds_the_one_before_and_says_what_it_leaves_out() -> None:
+    """Nothing disappears: what is not taken has a reason."""
+    rows = seeded_rows(task_count=2, vocabulary=31, names=NAMES)
+    cases = cases_of(2) + more_cases(rows, task_count=2, vocabulary=31, longest=100)
+    names: dict[Preset, set[str]] = {}
+    for preset in PRESETS:
+        taken, left_out = choose(cases, preset)
+        names[preset] = {case.name for case in taken}
+        assert names[preset] | set(left_out) >= {case.name for case in cases}
+        assert not names[preset] & set(left_out)
+    assert names["quick"] == {"task 0", "task 1", "mixed tasks"}
+    assert names["quick"] < names["standard"] < names["full"]
+    assert choose(cases, "full")[1] == {}
+    left_out = choose(cases, "quick")[1]
+    assert left_out["every layer counts"] == "left out by --quick"
+    assert left_out["batch 9 x 1"] == "only --full runs it"

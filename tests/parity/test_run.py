@@ -210,12 +210,13 @@ def test_a_language_model_is_judged_token_by_token(
     def answer(inputs: Mapping[str, Array]) -> dict[str, Array]:
         logits = tokens(inputs) + 1e-7
         is_padding = inputs["attention_mask"] == 0
+        every, first = np.arange(len(logits)), inputs["attention_mask"].argmax(axis=1)
         if fault == "padding":
             logits[is_padding & (inputs["task_ids"] >= 0)[:, None]] = 77.0
         if fault == "token":
-            logits[:, 0, 5] += 0.5
+            logits[every, first, 5] += 0.5
         if fault == "nan":
-            logits[:, 0, 5] = np.nan
+            logits[every, first, 5] = np.nan
         return {"logits": logits[:, :-1] if fault == "shape" else logits}
 
     report = run_parity(
