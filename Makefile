@@ -72,7 +72,7 @@ bench-merge: $(INSTALLED)
 
 GRAPH_CACHE ?= $(HOME)/.cache/mtl-export/bench-graph
 bench-graph: $(INSTALLED)
-	$(BIN)/python tests/benchmarks/bench_graph.py --cache $(GRAPH_CACHE)
+	$(BIN)/python -m tests.benchmarks.bench_graph --cache $(GRAPH_CACHE)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
