@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
 from mtl_export.checkpoint.sentence_embedding import METADATA_KEY, SentenceEmbedding
 from mtl_export.runtime.model_files import ENCODER, PREFILL, WHOLE, runner_of
+from mtl_export_cli import quantised
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -26,9 +27,14 @@ if TYPE_CHECKING:
 MERGED, MERGED_ONNX = "merged pytorch", "merged onnx"
 SINGLE_ONNX, ENGINE = "single graph onnx", "single graph engine"
 ADAPTER_ONNX, MERGED_ENGINE = "adapter-input onnx", "merged engine"
-KINDS = (MERGED, MERGED_ONNX, SINGLE_ONNX, ADAPTER_ONNX, MERGED_ENGINE, ENGINE)
+NUMBERS = ("int8", "fp8", "int4")
+KINDS = (
+    *(MERGED, MERGED_ONNX, SINGLE_ONNX, ADAPTER_ONNX),
+    *(f"{layout} {number}" for number in NUMBERS for layout in ("merged", "single graph")),
+    *(MERGED_ENGINE, ENGINE),
+    *(f"{engine} {number}" for number in NUMBERS for engine in (MERGED_ENGINE, ENGINE)),
+)
 ADAPTER_FOLDER = "adapter-input"
-# The file of a graph that is the whole model, and of the first of several.
 # transformers' word in config.json -> ours
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -43,11 +49,13 @@ class Places:
             ``prefill.onnx`` and ``decode.onnx``, for an encoder-decoder ``encoder.onnx``,
             ``decoder.onnx`` and ``decoder_with_past.onnx``.
         engines: Holds ``model.engine`` and ``<task>/model.engine``.
+        quantised: Holds ``onnx-int8/``, ``engines-int8/`` and so on; None: do not look.
     """
 
     merged: Path
     onnx: Path
     engines: Path
+    quantised: Path | None = None
 
 
 def find_artefacts(
@@ -70,7 +78,45 @@ def find_artefacts(
     for task in bound.adapters.tasks:
         _engine(places.engines / task.name / "model.engine", task, found, missing)
     _engine(places.engines / "model.engine", None, found, missing)
+    if graph == WHOLE and places.quantised is not None:
+        for number in NUMBERS:
+            _quantised(bound, places, places.quantised, number, threads, found)
     return found, missing
+
+
+def _quantised(
+    bound: BoundModel,
+    places: Places,
+    parent: Path,
+    number: str,
+    threads: int,
+    found: list[Artefact],
+) -> None:
+    """Find the graphs and engines of one format; few ask for all, so absence is no gap."""
+    for task in (*bound.adapters.tasks, None):
+        inner = Path(task.name if task else "")
+        path = parent / f"onnx-{number}" / inner / WHOLE
+        name = f"merged {number}" if task else f"single graph {number}"
+        own: list[Artefact] = []
+        _onnx(path, task, threads, own, [], name=name)
+        layout = f"task-{task.name}" if task else "single-graph"
+        for one in own:
+            known = quantised.read_quantised(
+                Path() if one.defect else path,
+                number,
+                places.onnx / inner / WHOLE,
+                artefact=name,
+                times=parent / "calibration" / f"{layout}.{number}.latency.json",
+            )
+            found.append(replace(one, quantised=known))
+    for task in (*bound.adapters.tasks, None):
+        inner = Path(task.name if task else "")
+        own = []
+        _engine(parent / f"engines-{number}" / inner / "model.engine", task, own, [])
+        for one in own:
+            name = f"{one.name} {number}"
+            known = quantised.read_quantised(Path(), number, None, artefact=name)
+            found.append(replace(one, name=name, quantised=known))
 
 
 def first_graph(bound: BoundModel) -> str:
@@ -176,6 +222,7 @@ def _onnx(
     metadata = {} if record.defect else onnx_metadata(path)
     runner = runner_of(path, threads=threads)
     takes_one_task = metadata.get("mtl_export.task_input") == "scalar"
+    number = quantised.number_of(metadata)
     found.append(
         Artefact(
             name=name,
@@ -188,6 +235,10 @@ def _onnx(
             defect=record.defect,
             path=path,
             embedding=SentenceEmbedding.from_json(metadata.get(METADATA_KEY, "")),
+            # Also where --onnx names a folder of such graphs.
+            quantised=quantised.read_quantised(path, number, None, artefact=name)
+            if number
+            else None,
         )
     )
 

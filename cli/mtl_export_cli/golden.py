@@ -27,6 +27,7 @@ def save_golden(
     """Save golden vectors beside every graph and engine that did not fail; return the files.
 
     An engine that could not be run gets those of the graph of its layout, if that passed.
+    Quantised ones get none: processors round in their integer kernels each in its own way.
     """
     from mtl_export.parity.golden import for_engine, golden_vectors
 
@@ -37,7 +38,7 @@ def save_golden(
         name = artefact.task.name if artefact.task else "*"
         if artefact.path is None or artefact.path.suffix not in {".onnx", ".engine"}:
             continue
-        if "failed" in verdicts or artefact.defect:
+        if "failed" in verdicts or artefact.defect or artefact.quantised is not None:
             continue
         if "passed" in verdicts:
             with artefact.runner as runner:

@@ -46,7 +46,6 @@ def print_report(result: ParityReport) -> None:
 
 def _table(result: ParityReport) -> tuple[list[str], list[list[str]]]:
     """Return columns and rows: task by artefact, the worst cell of each speaking for it."""
-    from mtl_export.parity.report import worst
     from mtl_export_cli.artefacts import KINDS
 
     found = {cell.artefact for cell in result.cells}
@@ -63,11 +62,16 @@ def _table(result: ParityReport) -> tuple[list[str], list[list[str]]]:
                 for cell in result.cells
                 if cell.artefact == artefact and cell.task in {task, "*"}
             ]
-            row.append(_text(worst(own)) if own else "")
+            row.append(_text(own) if own else "")
         rows.append(row)
     return ["task", "noise floor", *artefacts], rows
 
 
-def _text(cell: Cell) -> str:
+def _text(cells: list[Cell]) -> str:
+    """Return what is said of an artefact and task: of a quantised one, not the largest error."""
+    from mtl_export.parity.report import worst
+
+    cell = worst(cells)
+    ratios = [one.sqnr_db for one in cells if one.sqnr_db is not None]
     error = "" if cell.max_abs_error is None else f"{cell.max_abs_error:.1e} "
-    return f"{error}{cell.verdict}"
+    return f"{min(ratios):.1f} dB {cell.verdict}" if ratios else f"{error}{cell.verdict}"

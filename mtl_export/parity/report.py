@@ -30,6 +30,7 @@ class Cell:
         output: Which output of the model was compared; empty likewise.
         least_atol: The least absolute tolerance that the errors would pass under, beside the
             relative one in force; None likewise. It mends no changed decision.
+        sqnr_db: Signal to noise of the logits over all cases; of quantised artefacts only.
     """
 
     artefact: str
@@ -44,6 +45,7 @@ class Cell:
     decisions: tuple[int, int, int] | None = None
     output: str = ""
     least_atol: float | None = None
+    sqnr_db: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,31 @@ class AccuracyCell:
 
 
 @dataclass(frozen=True)
+class RecordedTask:
+    """What calibrate counted for one task of a quantised graph, and kept beside it.
+
+    Attributes:
+        artefact: Its name, as in the cells.
+        task: The task's name.
+        rows: Rows it was counted on.
+        labelled: Of these, with a label.
+        drop: Points of accuracy lost, of changed decisions where there are no labels.
+        accuracy: By format, ``fp32``, ``fp16`` and the graph's own; empty without labels.
+        sqnr_db: Of the logits against fp32, by format.
+        latency_ms: In ONNX Runtime where calibrate ran last, by format; empty if unknown.
+    """
+
+    artefact: str
+    task: str
+    rows: int
+    labelled: int
+    drop: float
+    accuracy: Mapping[str, float]
+    sqnr_db: Mapping[str, float]
+    latency_ms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ArtefactFiles:
     """What an artefact consisted of when it was judged.
 
@@ -121,6 +148,7 @@ class ParityReport:
             empty when it was made.
         accuracy: Of labelled rows, by artefact and task; empty where none were given.
         localised: Where the error of each artefact that failed begins; empty where nobody asked.
+        quantised: What calibrate counted for quantised graphs.
     """
 
     cells: tuple[Cell, ...]
@@ -132,6 +160,7 @@ class ParityReport:
     error: Mapping[str, str] = field(default_factory=dict)
     accuracy: tuple[AccuracyCell, ...] = ()
     localised: tuple[Localisation, ...] = ()
+    quantised: tuple[RecordedTask, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -208,6 +237,7 @@ class ParityReport:
                 "cells": [{**asdict(cell), "drop": cell.drop} for cell in self.accuracy],
             },
             "localised": [one.as_dict() for one in self.localised],
+            "quantised": [asdict(one) for one in self.quantised],
         }
 
 

@@ -27,6 +27,7 @@ from mtl_export.parity.compare import compare_case
 from mtl_export.parity.contract import bad_ids_cell, isolation_cell, row_cells
 from mtl_export.parity.generation import Speech, bad_step_ids, oracle_speech, token_cells
 from mtl_export.parity.outputs import LOGITS, Subject
+from mtl_export.parity.quantised import Quantised, plain_cells, quantised_cells
 from mtl_export.parity.reference import Floors, Reference, noise_floors, references_of
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.parity.task_weights import weight_cells
@@ -55,6 +56,7 @@ class Artefact:
         defect: What is known to be wrong with its files; it fails then without being run.
         path: Its file or folder; None for one that lies nowhere.
         embedding: How it pools hidden states to one vector a row; None if it does not.
+        quantised: What is known of an artefact with Q/DQ; None for others.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Artefact:
     defect: str = ""
     path: Path | None = None
     embedding: SentenceEmbedding | None = None
+    quantised: Quantised | None = None
 
 
 def step_count(artefacts: Sequence[Artefact]) -> int:
@@ -142,6 +145,12 @@ def run_parity(
             "checkpoint_sha256": bound.adapters.checkpoint_sha256,
         },
         versions=_versions(),
+        quantised=tuple(
+            record
+            for artefact in artefacts
+            if artefact.quantised is not None
+            for record in artefact.quantised.recorded.values()
+        ),
     )
 
 
@@ -163,6 +172,8 @@ def _judge(
     cells: list[Cell] = []
     try:
         with artefact.runner as runner:
+            if artefact.quantised is not None:
+                return _judge_quantised(bound, artefact, runner, exact, floors, tolerance, threads)
             for _, group in groupby(exact, key=lambda one: id(one.case)):
                 cells += compare_case(bound, artefact, runner, [*group], floors, tolerance)
             cells += _contract(bound, artefact, runner, exact, floors, tolerance, threads)
@@ -176,6 +187,29 @@ def _judge(
     except MtlExportError as error:
         cells += whole("failed", str(error))
     return cells
+
+
+def _judge_quantised(
+    bound: BoundModel,
+    artefact: Artefact,
+    runner: Runner,
+    exact: list[Reference],
+    floors: Floors,
+    tolerance: Tolerance,
+    threads: int,
+) -> list[Cell]:
+    """Return the cells of an open artefact with Q/DQ, and of its graph without them."""
+    cells, noise = quantised_cells(bound, artefact, runner, exact, floors)
+    # A row that is summed in another order may be rounded to other steps all the way.
+    loose = Tolerance(atol=max(noise, tolerance.factor * max(floors.values())), rtol=0.0)
+    # What the tensors of its graph do is seen without Q/DQ.
+    apart = replace(artefact, path=None)
+    cells += _contract(bound, apart, runner, exact, floors, loose, threads)
+    return cells + plain_cells(
+        artefact,
+        lambda plain: _judge(bound, plain, exact, None, floors, tolerance, threads),
+        threads=threads,
+    )
 
 
 def _contract(

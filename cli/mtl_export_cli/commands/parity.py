@@ -13,6 +13,7 @@ from mtl_export_cli import accuracy, options, render, reports, sources
 from mtl_export_cli.localised import print_layers, with_layers
 from mtl_export_cli.options import Settings, option, with_settings
 from mtl_export_cli.parity_table import print_document, print_report
+from mtl_export_cli.quantised import print_quantised
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -73,7 +74,8 @@ def command(
     PyTorch model in float64: every task, mixed batches, and shapes that were not traced; of
     language models also every step from the cache and the tokens they generate.
     An error passes when it is at most 8 times what the arithmetic of the artefact's dtype
-    itself costs the model (or within --atol and --rtol) and no decision changes.
+    itself costs the model (or within --atol and --rtol) and no decision changes. Quantised
+    graphs are held to that without their Q/DQ; with them, to what calibrate counted.
 
     With --dataset the scores of the reference and of every artefact on labelled rows are
     compared too: a drop counts by its interval (paired bootstrap), so that noise neither passes
@@ -91,6 +93,7 @@ def command(
             _existing("--merged", merged) or settings.output_dir / "merged",
             _existing("--onnx", onnx) or settings.output_dir / "onnx",
             _existing("--engines", engines) or settings.output_dir / "engines",
+            settings.output_dir,
         )
         gate = accuracy.gate_of(dataset, max_drop, score)
         request = _Request(places, inputs, tolerance, gate, threads, golden, localise)
@@ -102,6 +105,7 @@ def command(
         return code
     print_report(result)
     print_layers(result)
+    print_quantised(result)
     accuracy.print_accuracy(result)
     if error is not None:
         raise error

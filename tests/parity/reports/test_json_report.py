@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
 from mtl_export.parity.layer_errors import Bisection, Finding, LayerError, Localisation
-from mtl_export.parity.report import SCHEMA, AccuracyCell, ArtefactFiles, Cell
+from mtl_export.parity.report import SCHEMA, AccuracyCell, ArtefactFiles, Cell, RecordedTask
 from mtl_export.parity.reports.json_report import json_text, read_schema
 from mtl_export.parity.scores import SCORES
 from tests.parity.reports.samples import REPORTS, failing, localised, scored, scores
@@ -33,7 +33,9 @@ def test_the_schema_describes_every_key() -> None:
     """A field that is added to a record is added to the schema."""
     schema = read_schema()
     assert set(schema["properties"]) == set(failing().as_dict())
-    for name, record in (("cell", Cell), ("artefact", ArtefactFiles)):
+    for name, record in (
+        ("cell", Cell), ("artefact", ArtefactFiles), ("recorded", RecordedTask),
+    ):  # fmt: skip
         assert set(schema["$defs"][name]["properties"]) == {one.name for one in fields(record)}
     scored = {one.name for one in fields(AccuracyCell)} | {"drop"}
     assert set(schema["$defs"]["score"]["properties"]) == scored

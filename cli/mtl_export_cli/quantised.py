@@ -1,0 +1,133 @@
+"""What a quantised graph says of itself, and what calibrate counted for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtl_export_cli import render
+
+if TYPE_CHECKING:
+    from mtl_export.parity.quantised import Quantised
+    from mtl_export.parity.report import ParityReport, RecordedTask
+
+REPORT = "calibration.json"
+METADATA = "mtl_export.quantisation"
+HALF = "fp16"
+
+
+def number_of(metadata: Mapping[str, str]) -> str:
+    """Return the format that a graph's metadata name; empty for a float graph."""
+    return str(_about(metadata).get("format", ""))
+
+
+def read_quantised(
+    path: Path, number: str, float_path: Path | None, *, artefact: str, times: Path | None = None
+) -> Quantised:
+    """Return what is known of the graph at ``path``.
+
+    Args:
+        path: The graph; of an engine, anything that is no file.
+        number: Its format.
+        float_path: The graph it was made from; None is looked for in the folder ``onnx``
+            beside the one that holds it.
+        artefact: Its name.
+        times: Where calibrate keeps what it timed; None where nothing is kept.
+    """
+    from mtl_export.parity.quantised import MAX_DROP, Quantised
+
+    if float_path is None and path.is_file():
+        roots = [parent for parent in path.parents if parent.name == f"onnx-{number}"]
+        float_path = roots[0].with_name("onnx") / path.relative_to(roots[0]) if roots else None
+    recorded = _recorded(path, number, artefact, _latencies(path, times) if times else {})
+    return Quantised(number, float_path, recorded, MAX_DROP.get(number, 1.0))
+
+
+def _recorded(
+    path: Path, number: str, artefact: str, latency_ms: Mapping[str, float]
+) -> dict[str, RecordedTask]:
+    """Return what calibrate counted for exactly this graph, by task; nothing if unreadable."""
+    from mtl_export.parity.report import RecordedTask
+    from mtl_export.runtime.ort import onnx_metadata
+
+    file = path.with_name(REPORT) if path.is_file() else None
+    if file is None or not file.is_file():
+        return {}
+    about = _about(onnx_metadata(path))
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        half, found = report.get("half", {}), {}
+        wanted = (report["data"]["calibration_sha256"], report["excluded"], report["format"])
+        for task, score in report["tasks"].items():
+            own = half.get(task, {})
+            accuracy = {
+                "fp32": score["float_accuracy"],
+                HALF: own.get("accuracy"),
+                number: score["accuracy"],
+            }
+            noise = {HALF: own.get("sqnr_db"), number: score["sqnr_db"]}
+            found[task] = RecordedTask(
+                artefact, task, score["rows"], score["labelled"], score["drop"],
+                _known(accuracy), _known(noise), latency_ms,
+            )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    same = (about.get("data_sha256"), about.get("excluded"), about.get("format")) == wanted
+    return found if same else {}
+
+
+def _latencies(path: Path, file: Path) -> dict[str, float]:
+    """Return what calibrate timed of exactly these files, by format."""
+    from mtl_export.bundle.manifest import read_manifest
+
+    manifest = read_manifest(path.parent)
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        files, times = kept["key"]["files"], kept["value"]["latency_ms"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    entries = manifest.files if manifest else {}
+    same = all(name in entries and entries[name].sha256 == digest for name, digest in files.items())
+    return {str(name): float(time) for name, time in times.items()} if same else {}
+
+
+def print_quantised(report: ParityReport) -> None:
+    """Print what calibrate counted, if there are quantised graphs."""
+    if not report.quantised:
+        return
+    numbers = list(dict.fromkeys(n for one in report.quantised for n in one.sqnr_db))
+    formats = ["fp32", *numbers]
+    columns = [
+        *("graph", "task", "rows", *formats, "drop"),
+        *(f"SQNR {name}" for name in numbers),
+        *(f"ms {name}" for name in formats),
+    ]
+    rows = [
+        [
+            one.artefact,
+            one.task,
+            f"{one.rows:,}",
+            *(_number(one.accuracy.get(name), 100, 2) for name in formats),
+            f"{one.drop:.2f}",
+            *(_number(one.sqnr_db.get(name), 1, 1) for name in numbers),
+            *(_number(one.latency_ms.get(name), 1, 1) for name in formats),
+        ]
+        for one in report.quantised
+    ]
+    title = "as calibrated: accuracy and points lost against fp32, SQNR in dB, ms in ONNX Runtime"
+    render.print_table(columns, rows, title=title, right=columns[2:])
+
+
+def _number(value: float | None, factor: float, places: int) -> str:
+    return "" if value is None else f"{factor * value:.{places}f}"
+
+
+def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
+    found = json.loads(metadata.get(METADATA) or "{}")
+    return found if isinstance(found, dict) else {}
+
+
+def _known(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}
