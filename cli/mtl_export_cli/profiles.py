@@ -48,8 +48,8 @@ def profile_from_options(
     )
     from mtl_export.runtime.tensorrt.source import read_source
 
-    default = default_profile(onnx_path)
     given = [parse_shapes(text) if text else {} for text in (smallest, best, largest)]
+    default = default_profile(onnx_path, given={name for shapes in given for name in shapes})
     if not any(given):
         return default
     source = read_source(onnx_path)

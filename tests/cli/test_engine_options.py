@@ -137,6 +137,18 @@ def test_fixed_graph_has_no_profile(tmp_path: Path) -> None:
     assert EngineChoices().build_options(path).profiles == ()
 
 
+def test_dimension_without_a_default_can_be_given(tmp_path: Path) -> None:
+    """The refusal says to give shapes; then they are taken."""
+    shape: list[int | str | None] = ["batch", 3, "height", "width"]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy"]
+    path = write_graph(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], values[:1], values[1:])
+    with pytest.raises(UsageError, match=r"no default: .*width in float32 x"):
+        EngineChoices().build_options(path)
+    shapes = ("x:1x3x8x8", "x:2x3x8x8", "x:4x3x16x16")
+    (profile,) = EngineChoices(shapes=(shapes,)).build_options(path).profiles
+    assert profile.shapes == {"x": ((1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 16, 16))}
+
+
 def test_shapes_of_another_part_give_their_sizes(tmp_path: Path) -> None:
     """``prefill``'s input_ids bounds the batch of ``decode``, whose own has one token."""
     prefill, decode = write_routed(tmp_path / "a"), write_decode(tmp_path / "b")

@@ -25,7 +25,7 @@ import pytest
 from onnx.external_data_helper import load_external_data_for_model
 from onnx.reference import ReferenceEvaluator
 
-from mtl_export.runtime.tensorrt import build, refit
+from mtl_export.runtime.tensorrt import build, refit, restore
 from mtl_export.runtime.tensorrt.api import Library, Log
 from mtl_export.runtime.tensorrt.available import BuilderInfo
 from mtl_export.runtime.tensorrt.manifest import EngineManifest
@@ -105,6 +105,7 @@ class FakeTensorRT(SimpleNamespace):
             deserialize_cuda_engine=lambda plan: FakeEngine(self, logger, plan)
         )
         self.Refitter = FakeRefitter
+        self.OnnxParserRefitter = FakeParserRefitter
 
     def failed(self, logger: Any, call: str) -> bool:
         """Return whether ``call`` is to fail, after it has logged."""
@@ -279,6 +280,10 @@ class FakeBuilder:
             for tensor in model.graph.initializer:
                 if tensor.name == self._trt.faults.loses:
                     tensor.raw_data = bytes(len(tensor.raw_data))
+        if "STRIP_PLAN" in flags:
+            changing = {tensor.name for tensor in model.graph.initializer}
+            for tensor in model.graph.initializer:
+                tensor.raw_data = bytes(len(tensor.raw_data))
         kernels = {node.op_type.encode() for node in model.graph.node}
         timed = config.timings.kernels if config.timings else set()
         self._trt.timed = len(kernels - timed)
@@ -336,6 +341,13 @@ class FakeRefitter:
         self._new[name] = ctypes.string_at(weights.address, weights.size * 4)
         return True
 
+    def take(self, model: onnx.ModelProto) -> bool:
+        """Give all weights of ``model``; return whether that was possible."""
+        if self._trt.failed(self._logger, "refit_from_file"):
+            return False
+        self._new = {tensor.name: tensor.raw_data for tensor in model.graph.initializer}
+        return True
+
     def get_missing_weights(self) -> list[str]:
         asked = {one for name in self._new for one in self._trt.faults.fused.get(name, ())}
         asked |= {self._trt.faults.unnamed} - {""}
@@ -351,6 +363,16 @@ class FakeRefitter:
                 values = np.frombuffer(data, np.float32) + np.float32(0.01)
                 self._engine.weights[name].raw_data = values.tobytes()
         return True
+
+
+class FakeParserRefitter:
+    """``OnnxParserRefitter``: gives a refitter the weights of an ONNX file."""
+
+    def __init__(self, refitter: FakeRefitter, logger: Any) -> None:
+        self._refitter = refitter
+
+    def refit_from_file(self, path: str) -> bool:
+        return self._refitter.take(onnx.load(path))
 
 
 def fake_answers(library: Any, path: Path, manifest: EngineManifest) -> dict[str, Any]:
@@ -369,7 +391,7 @@ def install(monkeypatch: pytest.MonkeyPatch, trt: FakeTensorRT) -> Library:
     """Make the backend build with ``trt``, on a machine that seems to have a GPU."""
     library = Library("tensorrt", trt, Log(trt))  # type: ignore[arg-type]
     info = BuilderInfo("tensorrt", trt.__version__, gpu="9.0", can_run=True, reason="")
-    for module in (build, refit):
+    for module in (build, refit, restore):
         monkeypatch.setattr(module, "load_library", lambda name: library)
         monkeypatch.setattr(module, "available_builder", lambda name=None: info)
     monkeypatch.setattr(refit, "answers_of", fake_answers)

@@ -11,6 +11,7 @@ from mtl_export.runtime.tensorrt.available import BuilderInfo, available_builder
 from mtl_export.runtime.tensorrt.build import build_engine
 from mtl_export.runtime.tensorrt.job import EngineOrder, EngineOutcome, EnginePart, run_job
 from mtl_export.runtime.tensorrt.manifest import Check, EngineManifest, manifest_path
+from mtl_export.runtime.tensorrt.restore import restore_weights
 from mtl_export.runtime.tensorrt.runner import TensorRTBackend
 from mtl_export.runtime.tensorrt.shapes import Profile, default_profile, parse_shapes
 
@@ -28,5 +29,6 @@ __all__ = [
     "default_profile",
     "manifest_path",
     "parse_shapes",
+    "restore_weights",
     "run_job",
 ]

@@ -51,6 +51,7 @@ API: Mapping[str, Mapping[str, str]] = {
         "MemoryPoolType": "MemoryPoolType",
         "NetworkDefinitionCreationFlag": "NetworkDefinitionCreationFlag",
         "OnnxParser": "OnnxParser",
+        "OnnxParserRefitter": "OnnxParserRefitter",
         "Refitter": "Refitter",
         "Runtime": "Runtime",
         "SerializationFlag": "SerializationFlag",
@@ -136,6 +137,7 @@ API: Mapping[str, Mapping[str, str]] = {
         "parse_from_file": "",
         "parse_model_proto": "",
     },
+    "OnnxParserRefitter": {"refit_from_file": ""},
     "ParserError": {"desc": "", "local_function_stack": "", "node_name": "", "node_operator": ""},
     "Refitter": {
         "get_all_weights": "",
@@ -179,6 +181,7 @@ HANDLES: Mapping[str, str] = {
     "optimization_profile": "IOptimizationProfile",
     "parser": "OnnxParser",
     "parser_error": "ParserError",
+    "parser_refitter": "OnnxParserRefitter",
     "prototype": "Weights",
     "refitter": "Refitter",
     "runtime": "Runtime",

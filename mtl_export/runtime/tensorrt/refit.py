@@ -29,11 +29,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import EngineBuildError, OutputError, shortened
+from mtl_export.errors import shortened
 from mtl_export.runtime.tensorrt.api import TrtObject, load_library
 from mtl_export.runtime.tensorrt.available import available_builder
 from mtl_export.runtime.tensorrt.build import build_with_options
-from mtl_export.runtime.tensorrt.callbacks import FileSink, Progress
+from mtl_export.runtime.tensorrt.callbacks import Progress
 from mtl_export.runtime.tensorrt.describe import describe_engine
 from mtl_export.runtime.tensorrt.differences import (
     Values,
@@ -44,6 +44,7 @@ from mtl_export.runtime.tensorrt.differences import (
 )
 from mtl_export.runtime.tensorrt.manifest import PASSED, Check, EngineManifest
 from mtl_export.runtime.tensorrt.network import numpy_name
+from mtl_export.runtime.tensorrt.opened import not_taken, open_engine, write_with_weights
 from mtl_export.runtime.tensorrt.options import BuildOptions, check_options
 from mtl_export.runtime.tensorrt.sample import answers_of
 from mtl_export.runtime.tensorrt.source import read_source
@@ -121,8 +122,9 @@ class RefitBuilds:
             library_name=self._info.name,
         )
         try:
-            engine = self._opened(engine_path)
-            fixed = set(options.refittable) - set(self._refitter(engine).get_all_weights())
+            runtime, engine = open_engine(self._library, engine_path)
+            refitter = self._library.trt.Refitter(engine, self._library.log.handle)
+            fixed = set(options.refittable) - set(refitter.get_all_weights())
             if fixed:
                 raise refused(
                     onnx_path,
@@ -141,7 +143,7 @@ class RefitBuilds:
         except BaseException:
             engine_path.unlink(missing_ok=True)
             raise
-        self._firsts[key] = _First(onnx_path, key, options, manifest, engine, answers)
+        self._firsts[key] = _First(onnx_path, key, options, manifest, runtime, engine, answers)
         return _with_check(manifest, LIKE_PLAIN)
 
     def _compare(
@@ -198,7 +200,7 @@ class RefitBuilds:
     def _refit(self, engine: TrtObject, path: Path, names: Sequence[str], values: Values) -> None:
         """Give ``engine`` the ``values`` of ``names``, and of what depends on them."""
         with self._library.log.collect() as errors:
-            refitter = self._refitter(engine)
+            refitter = self._library.trt.Refitter(engine, self._library.log.handle)
             for name in names:
                 self._set(refitter, path, name, values, errors)
             # Weights that were fused with these: the same in every task, and asked for again.
@@ -212,7 +214,7 @@ class RefitBuilds:
                     )
                 self._set(refitter, path, name, values, errors)
             if not refitter.refit_cuda_engine() or errors:
-                raise self._said(path, "the refit failed", errors)
+                raise not_taken(self._library, path, "the refit failed", errors)
 
     def _set(
         self, refitter: TrtObject, path: Path, name: str, values: Values, errors: list[str]
@@ -229,20 +231,11 @@ class RefitBuilds:
             )
         new_weights = self._library.trt.Weights(prototype.dtype, array.ctypes.data, count)
         if not refitter.set_named_weights(name, new_weights) or errors:
-            raise self._said(path, f"weight {name} was not taken", errors)
+            raise not_taken(self._library, path, f"weight {name} was not taken", errors)
 
     def _written(self, master: _First, onnx_path: Path, name: str, path: Path) -> EngineManifest:
         """Write the engine as it is now, with its weights; return its manifest."""
-        trt = self._library.trt
-        with self._library.log.collect() as errors:
-            serialization = master.engine.create_serialization_config()
-            serialization.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
-            if hasattr(trt.SerializationFlag, "INCLUDE_REFIT"):
-                serialization.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
-            plan = master.engine.serialize_with_config(serialization)
-            if plan is None or errors:
-                raise self._said(onnx_path, "the refitted engine cannot be written out", errors)
-        sha256 = _write(path, memoryview(plan))
+        sha256 = write_with_weights(self._library, master.engine, path)
         return describe_engine(
             path,
             engine_name=name,
@@ -251,27 +244,6 @@ class RefitBuilds:
             info=self._info,
             options=master.options,
             precision=master.manifest.precision,
-        )
-
-    def _opened(self, path: Path) -> TrtObject:
-        with self._library.log.collect() as errors:
-            runtime = self._library.trt.Runtime(self._library.log.handle)
-            engine = runtime.deserialize_cuda_engine(path.read_bytes())
-            if engine is None or errors:
-                raise self._said(path, "the engine cannot be opened", errors)
-        self._runtime = runtime
-        return engine
-
-    def _refitter(self, engine: TrtObject) -> TrtObject:
-        return self._library.trt.Refitter(engine, self._library.log.handle)
-
-    def _said(self, path: Path, found: str, errors: list[str]) -> EngineBuildError:
-        said = "; ".join(errors) or "it gave no reason"
-        return refused(
-            path,
-            f"{self._library.name} {self._library.version}: {found}: {said}",
-            "an engine whose weights can be changed",
-            "refit was asked for",
         )
 
 
@@ -284,6 +256,7 @@ class _First:
         key: The graph's structure.
         options: It was built with these.
         manifest: What it is.
+        runtime: The engine lives in it.
         engine: On the GPU; holds its own weights between two builds.
         answers: To ``sample_inputs``, before anything was refitted.
     """
@@ -292,26 +265,9 @@ class _First:
     key: str
     options: BuildOptions
     manifest: EngineManifest
+    runtime: TrtObject
     engine: TrtObject
     answers: Mapping[str, Array]
-
-
-def _write(path: Path, plan: memoryview) -> str:
-    """Write an engine; return its SHA-256."""
-    try:
-        with path.open("wb") as file:
-            sink = FileSink(file)
-            sink.write(plan.tobytes())
-        if sink.problem is not None:
-            raise sink.problem
-    except OSError as error:
-        raise OutputError(
-            where=str(path),
-            found=f"the engine cannot be written ({error.strerror or error})",
-            expected="a writable folder with room for about the size of the weights",
-            fix="Choose another --output, or make room",
-        ) from error
-    return sink.sha256
 
 
 def _check_round_trip(

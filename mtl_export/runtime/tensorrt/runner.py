@@ -78,6 +78,8 @@ class TensorRTBackend:
                 f"it was built by {library.name} {self.manifest.builder_version}, and engines "
                 f"open in that release only; {library.version} is installed"
             )
+        if self.manifest.options.get("strip_weights"):
+            return "its weights were left out (--strip-weights), and restore_weights puts them back"
         return why_not_runnable(library, self.manifest.targets)
 
     def __enter__(self) -> TensorRTBackend:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -113,6 +113,7 @@ def default_profile(
     max_batch: int = 32,
     max_sequence: int | None = None,
     max_past: int | None = None,
+    given: Collection[str] = (),
 ) -> Profile:
     """Return a profile for the model's named dimensions.
 
@@ -127,6 +128,7 @@ def default_profile(
             ``tokenizer_config.json`` beside the model allow, at most 512.
         max_past: Largest number of tokens in the cache; by default one less than
             ``config.json`` allows, at most 2047.
+        given: Inputs whose shapes the caller has; those with other dimensions are left out.
 
     Raises:
         UsageError: A dynamic dimension has another name, or a maximum is below 1.
@@ -144,16 +146,17 @@ def default_profile(
     ranges = dict.fromkeys(BATCH_NAMES, (1, min(OPT_BATCH, max_batch), max_batch))
     ranges |= dict.fromkeys(SEQUENCE_NAMES, (1, min(OPT_SEQUENCE, sequence), sequence))
     ranges |= dict.fromkeys(PAST_NAMES, (1, min(OPT_PAST, past), past))
-    unknown = [
-        f"{size or 'without a name'} in {tensor}"
+    unknown = {
+        tensor.name: f"{size or 'without a name'} in {tensor}"
         for tensor in source.inputs
         for size in tensor.shape
         if isinstance(size, str) and base_and_offset(size)[0] not in ranges
-    ]
-    if unknown:
+    }
+    nowhere = [text for name, text in unknown.items() if name not in given]
+    if nowhere:
         raise UsageError(
             where=str(onnx_path),
-            found=f"dynamic dimensions with no default: {shortened(unknown)}",
+            found=f"dynamic dimensions with no default: {shortened(nowhere)}",
             expected="only batch, sequence, decoder_sequence and past",
             fix=f"Give {OPTIONS}",
         )
@@ -165,7 +168,7 @@ def default_profile(
                 _sizes(tensor, ranges, 2),
             )
             for tensor in source.inputs
-            if tensor.is_dynamic
+            if tensor.is_dynamic and tensor.name not in unknown
         }
     )
 
