@@ -79,17 +79,18 @@ class SharedBuilds:
         """
         with ExitStack() as open_files:
             source = read_source(onnx_path)
+            fed = self._fed(onnx_path, open_files)
             return build_from(
                 source,
                 engine_path,
                 info=self._info,
                 options=options,
-                parse=self._fed(onnx_path, open_files) or plainly(onnx_path),
-                progress=progress,
+                parse=plainly(onnx_path) if fed is None else lambda parser: feed(parser, *fed),
+                progress=progress if fed is None else forgetting(fed[1], progress),
             )
 
-    def _fed(self, path: Path, open_files: ExitStack) -> Parse | None:
-        """Return what feeds the structure with the weights of ``path``, if that can be done."""
+    def _fed(self, path: Path, open_files: ExitStack) -> tuple[Structure, Weights] | None:
+        """Return the structure of ``path`` and its weights, if a parser can be fed them."""
         model = load_structure(path) if self._can_feed else None
         weights = None if model is None else weights_of(path, model, open_files)
         key = None if model is None or weights is None else structure_key(path, model)
@@ -98,8 +99,7 @@ class SharedBuilds:
         if key not in self._known:
             message = model.SerializeToString(deterministic=True)
             self._known[key] = Structure(path, bytes(message))
-        structure, fed = self._known[key], weights
-        return lambda parser: feed(parser, structure, fed)
+        return self._known[key], weights
 
 
 def plainly(path: Path) -> Parse:
@@ -117,6 +117,30 @@ def feed(parser: TrtObject, structure: Structure, weights: Weights) -> bool:
         )
         and bool(parser.parse_model_proto())
     )
+
+
+def forgetting(weights: Weights, progress: Progress | None) -> Progress:
+    """Return ``progress`` that also lets go of pages of mapped weights, while it is told.
+
+    The builder reads them once and keeps its own copy; without this the process would hold
+    them twice until the end. What is read again comes from the file again.
+    """
+    owners = {id(owner): owner for owner in map(_owner, weights.values())}
+    mapped = [owner for owner in owners.values() if isinstance(owner, mmap.mmap)]
+
+    def told(phase: str, fraction: float) -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for one in mapped:
+                one.madvise(mmap.MADV_DONTNEED)
+        if progress is not None:
+            progress(phase, fraction)
+
+    return told
+
+
+def _owner(array: Any) -> object:
+    # numpy holds a buffer by a view of it
+    return array.base.obj if isinstance(array.base, memoryview) else array.base
 
 
 def structure_key(path: Path, model: onnx.ModelProto) -> str | None:
