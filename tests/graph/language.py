@@ -26,7 +26,8 @@ SIZES = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
 }  # fmt: skip
 GROUPED = SIZES | {"intermediate_size": 20, "num_key_value_heads": 2}
-# Grouped heads; a window of few tokens; the same in one of two layers; Conv1D and no groups.
+# Grouped heads; a window of few tokens; the same in one of two layers; biases of queries, keys
+# and values alone, which layers adapt; Conv1D and no groups.
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "LlamaForCausalLM": GROUPED | {"tie_word_embeddings": True},
     "MistralForCausalLM": GROUPED | {"head_dim": 6, "sliding_window": WINDOW},
@@ -34,6 +35,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 8, "use_sliding_window": True, "sliding_window": WINDOW - 1,
         "layer_types": ["full_attention", "sliding_attention"],
     },
+    "Qwen2ForCausalLM": GROUPED | {"tie_word_embeddings": True},
     "GPT2LMHeadModel": SIZES | {"n_inner": 20},
 }  # fmt: skip
 ADAPTED = re.compile(r".*\.(q_proj|v_proj|down_proj|c_attn|mlp\.c_proj)")
