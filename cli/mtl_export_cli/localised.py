@@ -29,16 +29,26 @@ def with_layers(
     oracle: Callable[[str], Runner],
     threads: int,
     talk: render.Talk,
+    bisect: bool = False,
 ) -> ParityReport:
     """Return ``result`` with where the error of each artefact that failed begins."""
     from mtl_export.parity.localise import failed_cells, localise
+    from mtl_export.parity.precision_bisect import HALF_DTYPES
 
-    failed = sum(bool(failed_cells(result, artefact)) for artefact in artefacts)
+    failed = [artefact for artefact in artefacts if failed_cells(result, artefact)]
     if not failed:
         return result
-    with talk.steps(failed) as steps:
+    halves = sum(artefact.dtype in HALF_DTYPES for artefact in failed) if bisect else 0
+    with talk.steps(len(failed) + halves) as steps:
         found = localise(
-            bound, artefacts, cases, result, oracle=oracle, threads=threads, progress=steps.begin
+            bound,
+            artefacts,
+            cases,
+            result,
+            oracle=oracle,
+            threads=threads,
+            bisect=bisect,
+            progress=steps.begin,
         )
     return replace(result, localised=found)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mtl_export.adapters.binding import BoundModel
@@ -23,8 +24,9 @@ from mtl_export.parity.activations import (
     merged_activations,
 )
 from mtl_export.parity.cases import ATTENTION_MASK, MIXED, TASK_IDS, Case
-from mtl_export.parity.layer_errors import Finding, LayerError, Localisation
+from mtl_export.parity.layer_errors import Bisection, Finding, LayerError, Localisation
 from mtl_export.parity.layer_judgement import Sight, finding, judged, levelled, measured
+from mtl_export.parity.precision_bisect import HALF_DTYPES, bisect_precision
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.runtime.language import NEW_TOKENS
 from mtl_export.runtime.runner import Runner
@@ -45,6 +47,7 @@ def localise(
     *,
     oracle: Callable[[str], Runner],
     threads: int = 0,
+    bisect: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> tuple[Localisation, ...]:
     """Return what is known of each artefact that failed; nothing where all passed.
@@ -56,6 +59,7 @@ def localise(
         report: What came of it.
         oracle: As for ``run_parity``.
         threads: Of ONNX Runtime; 0 lets it decide.
+        bisect: Also say which layers of half-precision graphs must compute in float32.
         progress: Called with the name of each step as it begins.
     """
     failed = [(one, cells) for one in artefacts if (cells := failed_cells(report, one))]
@@ -76,16 +80,19 @@ def localise(
             name = artefact.task.name if artefact.task else ALL
             progress(f"layers of {artefact.name} {name if artefact.task else ''}".rstrip())
             reason = _unseen(artefact, cells)
+            one = Localisation(artefact.name, name, reason=reason)
             if not reason:
                 try:
-                    found.append(
-                        _localised(bound, artefact, cells, cases, layers, modules, threads)
-                    )
-                    continue
+                    one = _localised(bound, artefact, cells, cases, layers, modules, threads)
                 except (MtlExportError, ValueError, OSError) as error:
                     # onnx-ir refuses data files with several hard links.
-                    reason = str(error)
-            found.append(Localisation(artefact.name, name, reason=reason))
+                    one = replace(one, reason=str(error))
+            if bisect and not reason and artefact.dtype in HALF_DTYPES:
+                progress(f"precision of {artefact.name}")
+                runner = stack.enter_context(_open(oracle("fp64")))
+                bisection = _bisected(bound, artefact, cells, cases, modules, runner, threads)
+                one = replace(one, bisection=bisection)
+            found.append(one)
     return tuple(found)
 
 
@@ -195,6 +202,28 @@ def _localised(
     unseen = tuple(module for module in modules if module not in order)
     reason = "" if layers else "no layer of it is given rows that can be told apart"
     return Localisation(artefact.name, name, tuple(findings), tuple(layers), reason, unseen)
+
+
+def _bisected(
+    bound: BoundModel,
+    artefact: Artefact,
+    cells: Sequence[Cell],
+    cases: Sequence[Case],
+    modules: Sequence[str],
+    oracle: Runner,
+    threads: int,
+) -> Bisection | None:
+    """Return what comes of the bisect, or why nothing does; None for what is no graph."""
+    tasks = bound.adapters.tasks if artefact.task is None else (artefact.task,)
+    chosen = chosen_cases(cells, cases, tasks)
+    if artefact.path is None or artefact.path.suffix != ".onnx" or not chosen:
+        return None
+    case, shown = chosen[0]
+    own = [task for task in tasks if task.name in shown]
+    try:
+        return bisect_precision(artefact, cells, case, own, modules, oracle, threads=threads)
+    except (MtlExportError, ValueError, OSError) as error:
+        return Bisection(case.name, None, None, (), 0, f"no bisect: {error}")
 
 
 # Of a batch, the activations of all layers; and whether a batch must be of one task.

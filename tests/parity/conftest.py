@@ -10,6 +10,7 @@ import pytest
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.parity.cases import Case, build_cases, seeded_rows
 from tests.graph import marked
+from tests.parity.planted import Exported, exported
 
 
 @pytest.fixture
@@ -29,3 +30,9 @@ def cases() -> list[Case]:
         task_count=3, vocabulary=31, names=("input_ids", "attention_mask"), per_task=5
     )
     return build_cases(rows, task_count=3, vocabulary=31, longest=40)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Return an exported toy whose graphs faults are planted in: one trace, one load each."""
+    return exported(tmp_path_factory.mktemp("planted"))

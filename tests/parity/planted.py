@@ -129,7 +129,7 @@ def spoilt(source: Path, folder: Path, change: Callable[[Tensors], None]) -> Pat
     changed = [n for n, a in tensors.items() if not np.array_equal(a, kept[n], equal_nan=True)]
     assert changed, "nothing was planted"
     for name in changed:
-        array = np.ascontiguousarray(tensors[name], dtype=kept[name].dtype)
+        array = np.array(tensors[name], dtype=kept[name].dtype, order="C")
         assert array.shape == kept[name].shape
         values[name].const_value = ir.tensor(array, name=name)
     (folder / "model.onnx").unlink()

@@ -50,6 +50,9 @@ Example:
 @option("--localise/--no-localise", default=True,
         help="When something failed, say in which layer its error begins, and why if that is"
         " known.")  # fmt: skip
+@option("--bisect", is_flag=True,
+        help="When a graph in fp16 or bf16 failed, also say which layers must compute in"
+        " fp32.")  # fmt: skip
 @option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")
 def command(
     settings: Settings,
@@ -66,6 +69,7 @@ def command(
     report: tuple[Path, ...],
     golden: bool,
     localise: bool,
+    bisect: bool,
     threads: int,
 ) -> int:
     """Prove that exports still match PyTorch.
@@ -96,7 +100,9 @@ def command(
             settings.output_dir,
         )
         gate = accuracy.gate_of(dataset, max_drop, score)
-        request = _Request(places, inputs, tolerance, gate, threads, golden, localise)
+        request = _Request(
+            places, inputs, tolerance, gate, threads, golden, localise or bisect, bisect
+        )
         result = _compare(bound, request, settings)
         reports.write_reports(report, result)
     code, error = accuracy.outcome(result)
@@ -124,6 +130,7 @@ class _Request:
         threads: Of the runtimes.
         golden: Save golden vectors.
         localise: Say in which layer an error begins.
+        bisect: Say which layers must compute in float32.
     """
 
     places: Places
@@ -133,6 +140,7 @@ class _Request:
     threads: int
     golden: bool
     localise: bool
+    bisect: bool
 
 
 def _existing(name: str, folder: Path | None) -> Path | None:
@@ -187,7 +195,7 @@ def _compare(bound: BoundModel, request: _Request, settings: Settings) -> Parity
     if request.localise:
         result = with_layers(
             result, bound, artefacts, cases,
-            oracle=oracle_of(bound), threads=request.threads, talk=talk,
+            oracle=oracle_of(bound), threads=request.threads, bisect=request.bisect, talk=talk,
         )  # fmt: skip
     if rows is not None and request.gate is not None:
         result = accuracy.with_accuracy(
