@@ -34,10 +34,18 @@ def oracle_of(bound: BoundModel) -> Callable[[str], Runner]:
     return lambda dtype: OracleRunner(bound, dtype)
 
 
+def base_of(bound: BoundModel) -> Callable[[str], Runner] | str:
+    """Return what makes the oracle of the model without adapters, or why there is none."""
+    from mtl_export.parity.asked import without_adapters
+
+    found = without_adapters(bound)
+    return found if isinstance(found, str) else oracle_of(found)
+
+
 def cases_of(bound: BoundModel, inputs: Path | None) -> list[Case]:
-    """Return the batches to compare on: the user's rows, or seeded ones."""
+    """Return the batches of every preset: of the user's rows, or of seeded ones."""
     from mtl_export.checkpoint.model_inputs import PIXEL_VALUES, image_shape, longest_sequence
-    from mtl_export.parity.cases import LONG_SEQUENCE, build_cases, seeded_rows
+    from mtl_export.parity.cases import LONG_SEQUENCE, build_cases, more_cases, seeded_rows
     from mtl_export.parity.generation import STEPS, step_cases
     from mtl_export.parity.seq2seq import decoder_cases
 
@@ -62,28 +70,65 @@ def cases_of(bound: BoundModel, inputs: Path | None) -> list[Case]:
             token_types=token_types,
             image=image,
         )
+    elif inputs.suffix == ".npz":
+        rows = _arrays(bound, inputs, image)
     elif image:
         raise UsageError(
             where=f"--inputs {inputs}",
             found=f"rows of text for a {bound.adapters.model_class}",
-            expected="no --inputs: this model takes images",
-            why="images are compared on seeded pixel values",
-            fix="Leave out --inputs",
+            expected=f"arrays.npz with {PIXEL_VALUES} [N, {', '.join(map(str, image))}]"
+            " and task_ids [N]",
+            why="this model takes images",
+            fix="Save them with numpy.savez, or leave out --inputs",
         )
     else:
         rows = _tokenised(bound, inputs, longest)
-    cases = build_cases(
-        rows,
-        task_count=task_count,
-        vocabulary=vocabulary,
-        longest=longest,
-        token_types=token_types,
-    )
+    limits = {"task_count": task_count, "vocabulary": vocabulary, "longest": longest}
+    cases = build_cases(rows, **limits, token_types=token_types)
     if is_lm:
         cases += step_cases(cases, vocabulary=vocabulary, longest=longest)
+    cases += more_cases(rows, **limits, token_types=token_types)
     if is_seq2seq(bound.adapters.model_class, config):
         cases = decoder_cases(cases, bound.adapters.model_class, config, vocabulary=vocabulary)
     return cases
+
+
+def _arrays(
+    bound: BoundModel, inputs: Path, image: tuple[int, int, int] | None
+) -> dict[str, Array]:
+    """Return the rows of an npz file; images in float32, everything else in int64.
+
+    Raises:
+        UsageError: They are not what the model takes.
+    """
+    import numpy as np
+
+    from mtl_export.checkpoint.model_inputs import PIXEL_VALUES
+    from mtl_export_calibration.labelled import QUERIES
+    from mtl_export_calibration.samples import LABELS, load_data, owners_of
+
+    data = load_data(str(inputs))
+    assert isinstance(data, dict)
+    owners_of(data, bound.adapters.tasks, str(inputs))
+    needed = PIXEL_VALUES if image else "input_ids"
+    found = data.get(needed)
+    shape = None if found is None else found.shape[1:]
+    if found is None or (shape != image if image else found.ndim != 2):
+        wanted = f"[N, {', '.join(map(str, image))}]" if image else "[N, S]"
+        raise UsageError(
+            where=f"--inputs {inputs}",
+            found=f"no {needed}" if found is None else f"{needed} {list(found.shape)}",
+            expected=f"{needed} {wanted}",
+            why=f"{bound.adapters.model_class} takes it",
+            fix="Save what the model takes, and task_ids",
+        )
+    rows = {name: value for name, value in data.items() if name not in {LABELS, QUERIES}}
+    if not image:
+        rows.setdefault("attention_mask", np.ones_like(found))
+    return {
+        name: value.astype(np.float32 if value.dtype.kind == "f" else np.int64)
+        for name, value in rows.items()
+    }
 
 
 def _tokenised(bound: BoundModel, inputs: Path, longest: int) -> dict[str, Array]:

@@ -30,12 +30,8 @@ def print_report(result: ParityReport) -> None:
             render.print_line(
                 f"FAILED {cell.artefact}, task {cell.task}, {cell.case}: {cell.reason}"
             )
-    not_run: dict[tuple[str, str], list[str]] = {}
-    for cell in result.cells:
-        if cell.verdict == "not-run":
-            not_run.setdefault((cell.artefact, cell.reason), []).append(cell.task)
-    for (artefact, reason), tasks in not_run.items():
-        of_tasks = "" if tasks == ["*"] else f" of {', '.join(tasks)}"
+    for artefact, tasks, reason in facts.not_run(result):
+        of_tasks = "" if tasks == "all tasks" else f" of {tasks}"
         render.print_line(f"not run: {artefact}{of_tasks}: {reason}")
     counts = ", ".join(f"{result.count(v)} {v}" for v in ("passed", "failed", "not-run"))
     title = f"parity {result.parity_verdict}: {counts}; rule: {result.tolerance}"

@@ -35,7 +35,7 @@ from mtl_export.graph.stacks_on_disk import (
     stacks_of,
     task_count_node,
 )
-from mtl_export.graph.task_slices import new_slice, refuse_misfit, refuse_other_base
+from mtl_export.graph.task_slices import is_slice, new_slice, refuse_misfit, refuse_other_base
 
 Models = Mapping[str, ir.Model]
 TASKS_KEY, EDITS_KEY = "mtl_export.tasks", "mtl_export.edits"
@@ -223,19 +223,11 @@ def _is_of(
     if list(adapters.tasks) != list(tasks):
         return False
     return all(
-        _is_equal(stack, new_slice(stack, adapters, task), stack.slice_of(task.index))
+        is_slice(stack, new_slice(stack, adapters, task), stack.slice_of(task.index))
         for stacks in by_stem.values()
         for stack in stacks
         for task in tasks
     )
-
-
-def _is_equal(stack: Stack, own: Array, stored: Array) -> bool:
-    own = as_stored(own, stack.tensor.dtype)
-    room = stored.shape[-1] - own.shape[-1]
-    fill = NO_LABEL if stack.part == "biases" else 0.0
-    padded = np.pad(own, [(0, 0)] * (own.ndim - 1) + [(0, room)], constant_values=fill)
-    return np.array_equal(padded, stored)
 
 
 def _record(models: Models, tasks: Sequence[Task], edit: str, checkpoint_sha256: str = "") -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, LayerAdapter
+from mtl_export.adapters.normal_form import NO_LABEL, AdapterSet, AnyAdapter, LayerAdapter
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, IntegrityError, shortened
@@ -54,6 +54,15 @@ def new_slice(stack: Stack, adapters: AdapterSet, task: Task) -> Array:
         why="the base's own is not in the graph",
         fix=_EXPORT,
     )
+
+
+def is_slice(stack: Stack, own: Array, stored: Array) -> bool:
+    """Return whether ``stored`` is ``own``, as ``new_slice`` gives it, in the stack's dtype."""
+    own = as_stored(own, stack.tensor.dtype)
+    room = stored.shape[-1] - own.shape[-1]
+    fill = NO_LABEL if stack.part == "biases" else 0.0
+    padded = np.pad(own, [(0, 0)] * (own.ndim - 1) + [(0, room)], constant_values=fill)
+    return np.array_equal(padded, stored)
 
 
 def _own_factor(stack: Stack, layer: AnyAdapter | None, task: Task) -> Array:

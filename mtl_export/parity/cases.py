@@ -21,7 +21,7 @@ ATTENTION_MASK = "attention_mask"
 # Neither is ever a traced size, nor a power of two.
 ODD_BATCH, LONG_SEQUENCE = 5, 97
 MIXED_ROWS = 16
-MIXED = "mixed tasks"
+MIXED, ONE_ROW = "mixed tasks", "one row of task "
 # Batches of these sizes are cut from the mixed one: a graph may be right at all but one size.
 SMALL_BATCHES = (2, 3, 7)
 # Positions up to here are used, where the model has them; beyond, only time is.
@@ -130,7 +130,7 @@ def build_cases(
         for task in range(task_count)
     ]
     cases += [
-        Case(f"one row of task {task}", _trimmed(_pick(rows, np.flatnonzero(ids == task)[:1])))
+        Case(f"{ONE_ROW}{task}", _trimmed(_pick(rows, np.flatnonzero(ids == task)[:1])))
         for task in range(task_count)
     ]
     mixed = _interleaved(ids, task_count)

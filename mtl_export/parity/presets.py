@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
+from mtl_export.errors import UsageError
 from mtl_export.parity.cases import Case
 
 Preset = Literal["quick", "standard", "full"]
@@ -28,21 +29,28 @@ LAYERS, ZEROED = "every layer counts", "zeroed adapters"
 STANDARD_CHECKS = (ONE_BY_ONE, FURTHER, PADDING_ONLY, LAYERS, ZEROED)
 
 
+def preset_of(quick: bool, full: bool) -> Preset:
+    """Return what the two switches ask for.
+
+    Raises:
+        UsageError: Both are on.
+    """
+    if quick and full:
+        raise UsageError(
+            where="--quick and --full", found="both", expected="one of them", fix="Leave one out"
+        )
+    return "quick" if quick else "full" if full else "standard"
+
+
 def choose(cases: Sequence[Case], preset: Preset) -> tuple[list[Case], dict[str, str]]:
     """Return the cases of ``preset``, and why each other case or check is left out, by name."""
     most = PRESETS.index(preset)
     taken = [case for case in cases if PRESETS.index(case.preset) <= most]
-    left_out = {
-        case.name: _reason(preset, case.preset)
-        for case in cases
-        if PRESETS.index(case.preset) > most
-    }
+    left_out: dict[str, str] = {}
     if preset == "quick":
-        left_out |= dict.fromkeys(STANDARD_CHECKS, _reason(preset, "standard"))
+        names = [case.name for case in cases if case.preset == "standard"]
+        left_out = dict.fromkeys([*names, *STANDARD_CHECKS], "left out by --quick")
+    more = sum(case.preset == "full" for case in cases)
+    if preset != "full" and more:
+        left_out[f"{more} more batches"] = "left out without --full"
     return taken, left_out
-
-
-def _reason(preset: Preset, needed: Preset) -> str:
-    if needed == "full":
-        return "only --full runs it"
-    return f"left out by --{preset}"

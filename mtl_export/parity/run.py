@@ -8,7 +8,7 @@ pass        the error is within the tolerance AND the decisions agree AND nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -22,14 +22,18 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError
-from mtl_export.parity.cases import Case
+from mtl_export.parity.asked import Asked, asked
+from mtl_export.parity.cases import ONE_ROW, Case
 from mtl_export.parity.compare import compare_case
 from mtl_export.parity.contract import bad_ids_cell, isolation_cell, row_cells
 from mtl_export.parity.generation import Speech, bad_step_ids, oracle_speech, token_cells
+from mtl_export.parity.inputs_contract import padding_only_cells, wrong_kind_cell
 from mtl_export.parity.outputs import LOGITS, Subject
+from mtl_export.parity.presets import LAYERS, NOTHING, ZEROED
 from mtl_export.parity.quantised import Quantised, plain_cells, quantised_cells
 from mtl_export.parity.reference import Floors, Reference, noise_floors, references_of
 from mtl_export.parity.report import Cell, ParityReport
+from mtl_export.parity.stored import stored_cell, table_cell
 from mtl_export.parity.task_weights import weight_cells
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.runner import Runner
@@ -89,6 +93,8 @@ def run_parity(
     tolerance: Tolerance,
     oracle: Callable[[str], Runner],
     not_there: Sequence[Cell] = (),
+    left_out: Mapping[str, str] = NOTHING,
+    base: Callable[[str], Runner] | str | None = None,
     threads: int = 0,
     progress: Callable[[str], None] = lambda step: None,
 ) -> ParityReport:
@@ -102,6 +108,9 @@ def run_parity(
         oracle: Returns the oracle in ``fp64``, the reference, or in a candidate's dtype,
             for its noise floor.
         not_there: Cells of artefacts that could have been compared but do not exist.
+        left_out: Why cases and checks are not run, by name; from ``presets.choose``.
+        base: The oracle of the model without adapters, or why there is none, from
+            ``asked.without_adapters``; None leaves that check out without a word.
         threads: Of ONNX Runtime where the tensors of a graph are looked into; 0 lets it decide.
         progress: Called with the name of each step as it begins; ``step_count`` in all.
 
@@ -114,6 +123,7 @@ def run_parity(
         tasks = bound.adapters.tasks
         exact = [one for case in cases for one in references_of(reference, case, embeddings, tasks)]
         speech = oracle_speech(reference, cases)
+        extra = asked(reference, exact, left_out, base)
     tolerance.refuse_unknown({one.subject.output for one in exact})
     floors: dict[str, Floors] = {}
     for dtype in _dtypes(artefacts):
@@ -128,7 +138,8 @@ def run_parity(
             if one.subject.embedding == artefact.embedding
             and (artefact.task is None or one.subject.serves(artefact.task))
         ]
-        cells += _judge(bound, artefact, own, speech, floors[artefact.dtype], tolerance, threads)
+        floor = floors[artefact.dtype]
+        cells += _judge(bound, artefact, own, speech, floor, tolerance, threads, extra)
     cells += not_there
     return ParityReport(
         cells=tuple(cells),
@@ -162,6 +173,7 @@ def _judge(
     floors: Floors,
     tolerance: Tolerance,
     threads: int,
+    extra: Asked,
 ) -> list[Cell]:
     def whole(verdict: Literal["failed", "not-run"], reason: str) -> list[Cell]:
         name = artefact.task.name if artefact.task else "*"
@@ -173,10 +185,13 @@ def _judge(
     try:
         with artefact.runner as runner:
             if artefact.quantised is not None:
-                return _judge_quantised(bound, artefact, runner, exact, floors, tolerance, threads)
+                return _judge_quantised(
+                    bound, artefact, runner, exact, floors, tolerance, threads, extra
+                )
             for _, group in groupby(exact, key=lambda one: id(one.case)):
                 cells += compare_case(bound, artefact, runner, [*group], floors, tolerance)
-            cells += _contract(bound, artefact, runner, exact, floors, tolerance, threads)
+            cells += _contract(bound, artefact, runner, exact, floors, tolerance, threads, extra)
+            cells += _left_out(artefact, extra.left_out)
             if speech is not None:
                 limit = tolerance.of(LOGITS).factor * floors[Subject(LOGITS)]
                 cells += token_cells(artefact, runner, speech, bound.adapters.tasks, limit)
@@ -197,6 +212,7 @@ def _judge_quantised(
     floors: Floors,
     tolerance: Tolerance,
     threads: int,
+    extra: Asked,
 ) -> list[Cell]:
     """Return the cells of an open artefact with Q/DQ, and of its graph without them."""
     cells, noise = quantised_cells(bound, artefact, runner, exact, floors)
@@ -204,10 +220,11 @@ def _judge_quantised(
     loose = Tolerance(atol=max(noise, tolerance.factor * max(floors.values())), rtol=0.0)
     # What the tensors of its graph do is seen without Q/DQ.
     apart = replace(artefact, path=None)
-    cells += _contract(bound, apart, runner, exact, floors, loose, threads)
+    cells += _contract(bound, apart, runner, exact, floors, loose, threads, extra)
+    cells += _left_out(artefact, extra.left_out)
     return cells + plain_cells(
         artefact,
-        lambda plain: _judge(bound, plain, exact, None, floors, tolerance, threads),
+        lambda plain: _judge(bound, plain, exact, None, floors, tolerance, threads, extra),
         threads=threads,
     )
 
@@ -220,15 +237,43 @@ def _contract(
     floors: Floors,
     tolerance: Tolerance,
     threads: int,
+    extra: Asked,
 ) -> list[Cell]:
     """Return the cells of what must hold whatever the numbers are, of each kind of answer."""
     cells: list[Cell] = []
     own = {one.subject.output: one.subject for one in exact if one.subject.tasks}
     for output, subject in own.items():
         some = [one for one in exact if one.subject == subject]
-        found = _contract_of(bound, artefact, runner, some, floors, tolerance, threads)
+        found = _contract_of(bound, artefact, runner, some, floors, tolerance, threads, extra)
         cells += [replace(cell, case=f"{cell.case}, {output}") for cell in found]
-    return cells or _contract_of(bound, artefact, runner, exact, floors, tolerance, threads)
+    if not cells:
+        cells = _contract_of(bound, artefact, runner, exact, floors, tolerance, threads, extra)
+    path, adapters = artefact.path, bound.adapters
+    cell = Cell(artefact.name, artefact.runner.name, _owner(artefact), "contract", "passed")
+    if path is not None and path.suffix == ".onnx":
+        cells.append(table_cell(cell, path, [artefact.task] if artefact.task else adapters.tasks))
+        if path.name in PROBED and artefact.kind == "single-graph":
+            cells.append(stored_cell(cell, path, adapters))
+    if extra.padding is not None and not own:
+        cells += padding_only_cells(cell, runner, extra.padding, artefact.task)
+    return cells
+
+
+def _owner(artefact: Artefact) -> str:
+    return artefact.task.name if artefact.task else "*"
+
+
+def _left_out(artefact: Artefact, left_out: Mapping[str, str]) -> list[Cell]:
+    """Return what an artefact that ran was not asked, and why."""
+    other = {f"{ONE_ROW}{task}" for task in range(len(left_out))}
+    if artefact.task is not None:
+        other.discard(f"{ONE_ROW}{artefact.task.index}")
+        other |= {LAYERS, ZEROED}  # a merged model has no adapters
+    return [
+        Cell(artefact.name, artefact.runner.name, _owner(artefact), name, "not-run", reason)
+        for name, reason in left_out.items()
+        if artefact.task is None or name not in other
+    ]
 
 
 def _contract_of(
@@ -239,28 +284,37 @@ def _contract_of(
     floors: Floors,
     tolerance: Tolerance,
     threads: int,
+    extra: Asked,
 ) -> list[Cell]:
-    name = artefact.task.name if artefact.task else "*"
-    cell = Cell(artefact.name, artefact.runner.name, name, "contract", "passed")
+    cell = Cell(artefact.name, artefact.runner.name, _owner(artefact), "contract", "passed")
     one = max(exact, key=lambda one: len(set(one.case.task_ids.tolist())))
     case = one.case
     output = one.subject.output if artefact.task is None else one.subject.merged_output
     cells, shape = [], one.logits.shape[1:]
-    if artefact.kind == "single-graph":
-        cells.append(bad_ids_cell(cell, runner, case, output, shape, _bad(bound)))
-        cells.append(isolation_cell(cell, runner, case, output, len(bound.adapters.tasks)))
-        if artefact.path is not None and artefact.path.name in PROBED:
-            layers = bound.adapters.layers
-            modules = [
-                name
-                for name, layer in layers.items()
-                if any(layer.factors(task.index) is not None for task in bound.adapters.tasks)
-            ]
-            path, tasks = artefact.path, bound.adapters.tasks
-            cells += weight_cells(cell, path, case, one.subject, tasks, modules, threads)
     finite = one.logits[np.isfinite(one.logits)]
     limit = float(tolerance.of(one.subject.output).allowed(finite, floors[one.subject]).max())
-    return cells + row_cells(cell, runner, case, output, shape, artefact.task, limit)
+    if artefact.kind == "single-graph":
+        cells.append(bad_ids_cell(cell, runner, case, output, shape, _bad(bound)))
+        cells.append(wrong_kind_cell(cell, runner, case, output))
+        cells.append(isolation_cell(cell, runner, case, output, len(bound.adapters.tasks)))
+        if artefact.path is not None and artefact.path.name in PROBED:
+            path, tasks = artefact.path, bound.adapters.tasks
+            cells += weight_cells(
+                cell, path, case, one.subject, tasks, _adapted(bound), threads,
+                left_out=extra.left_out, zeroed=extra.zeroed.get(output), limit=limit,
+            )  # fmt: skip
+    return cells + row_cells(
+        cell, runner, case, output, shape, artefact.task, limit, extra.left_out
+    )
+
+
+def _adapted(bound: BoundModel) -> list[str]:
+    """Return the layers that some task adapts."""
+    return [
+        name
+        for name, layer in bound.adapters.layers.items()
+        if any(layer.factors(task.index) is not None for task in bound.adapters.tasks)
+    ]
 
 
 def wrong_files(bound: BoundModel, artefact: Artefact) -> str:

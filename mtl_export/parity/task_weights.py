@@ -2,10 +2,11 @@
 
     tensors of other tasks   filled with NaN, they leave a task's rows as they are, bit for bit,
                              and poison their own
+    zeroed adapters          all tasks' adapters set to zero, it is the base under their heads
     every layer counts       without one layer's tensors the answers of every task change whose
                              tensors there are not zero
 
-Both look at the file, not at its numbers: a graph that routes the traced ids, or lost a layer
+All look at the file, not at its numbers: a graph that routes the traced ids, or lost a layer
 on the way, may agree with the oracle wherever it was compared.
 """
 
@@ -22,12 +23,14 @@ from mtl_export.checkpoint.checkpoint import Task, is_of_another_output
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, shortened
 from mtl_export.parity.cases import Case
-from mtl_export.parity.outputs import Subject
-from mtl_export.parity.presets import LAYERS, NOTHING
+from mtl_export.parity.outputs import Subject, answers
+from mtl_export.parity.presets import LAYERS, NOTHING, ZEROED
 from mtl_export.parity.report import Cell
 from mtl_export.runtime.task_batches import TASK_IDS, by_task
 
 OTHERS = "tensors of other tasks"
+# Parts of stacks that are nothing but adapters.
+ADAPTERS = frozenset({"core", "downs", "ups"})
 FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 # What numpy and ONNX Runtime both know; a bfloat16 array cannot be handed over.
 FED = {"float32", "float16"}
@@ -41,9 +44,12 @@ def weight_cells(
     tasks: Sequence[Task],
     modules: Sequence[str],
     threads: int,
+    *,
     left_out: Collection[str] = NOTHING,
+    zeroed: Array | None = None,
+    limit: float = 0.0,
 ) -> list[Cell]:
-    """Return the two cells, or what of them is not left out.
+    """Return the cells that are not left out.
 
     Args:
         cell: Says whose they are; ``passed``.
@@ -54,25 +60,30 @@ def weight_cells(
         modules: The layers that the checkpoint adapts.
         threads: As for ``OrtRunner``.
         left_out: Checks not to run.
+        zeroed: What the base answers under the tasks' heads; None where that is not asked.
+        limit: Largest error allowed against it.
 
     Raises:
         GraphError: The file is no single graph of these tasks.
     """
-    others, layers = replace(cell, case=OTHERS), replace(cell, case=LAYERS)
+    names = [OTHERS, *([] if LAYERS in left_out else [LAYERS])]
+    names += [] if zeroed is None else [ZEROED]
     try:
         probe = _Probe(path, len(tasks), threads)
     except (BackendMissingError, ValueError, OSError) as error:
         # onnx-ir refuses data files with several hard links, which ONNX Runtime may still read.
-        return [replace(one, verdict="not-run", reason=str(error)) for one in (others, layers)]
+        return [replace(cell, case=n, verdict="not-run", reason=str(error)) for n in names]
     if not probe.stacks:
         reason = "none of its tensors can be exchanged from outside"
-        return [replace(one, verdict="not-run", reason=reason) for one in (others, layers)]
+        return [replace(cell, case=n, verdict="not-run", reason=reason) for n in names]
     output = subject.output
     before = probe.answer(case.inputs, output, {})
-    cells = [_verdict(others, _leaks(probe, case, output, tasks, before))]
+    cells = [_verdict(replace(cell, case=OTHERS), _leaks(probe, case, output, tasks, before))]
     if LAYERS not in left_out:
         problems = _lost(probe, modules) + _idle(probe, case, subject, tasks, before)
-        cells.append(_verdict(layers, problems))
+        cells.append(_verdict(replace(cell, case=LAYERS), problems))
+    if zeroed is not None:
+        cells.append(_zeroed(replace(cell, case=ZEROED), probe, case, output, zeroed, limit))
     return cells
 
 
@@ -127,6 +138,29 @@ class _Probe:
         """Return which rows of a stack are the task's."""
         block = self.blocks[name]
         return slice(task_index * block, (task_index + 1) * block)
+
+
+def _zeroed(cell: Cell, probe: _Probe, case: Case, output: str, base: Array, limit: float) -> Cell:
+    """Return the cell that says whether the graph is the base where adapters are zero."""
+    own = [name for name in probe.stacks if name.rpartition(".")[2] in ADAPTERS]
+    found = probe.answer(case.inputs, output, {n: np.zeros_like(probe.stacks[n]) for n in own})
+    every = np.ones(len(base), np.bool_)
+    if found.shape != base.shape:
+        return _verdict(cell, [f"{output} has shape {list(found.shape)}, not {list(base.shape)}"])
+    right, left = answers(case, every, base), answers(case, every, found.astype(np.float64))
+    finite = np.isfinite(right)
+    if not np.array_equal(left[~finite], right[~finite], equal_nan=True):
+        return _verdict(cell, [f"{output} is finite elsewhere than the base's"])
+    error = float(np.nan_to_num(np.abs(left[finite] - right[finite]), nan=np.inf).max(initial=0.0))
+    size = None if np.isinf(error) else error
+    cell = replace(cell, max_abs_error=size, limit=limit)
+    return (
+        cell
+        if error <= limit
+        else _verdict(
+            cell, [f"with adapters of zero it is {error:.3g} off the base; allowed {limit:.3g}"]
+        )
+    )
 
 
 def _lost(probe: _Probe, modules: Sequence[str]) -> list[str]:

@@ -147,7 +147,8 @@ class OrtRunner:
         Raises:
             EngineRunError: An input is missing, unknown or misshaped, or a node failed.
         """
-        if len(inputs.get(TASK_IDS, ())) > 1 and self._takes_one_task:
+        ids = inputs.get(TASK_IDS)
+        if ids is not None and ids.size > 1 and self._takes_one_task:
             return by_task(inputs, self.infer)
         values = run_session(self._session, self._path, inputs)
         return {

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mtl_export.errors import EngineRunError
+
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
 
@@ -26,8 +28,20 @@ def by_task(
     Args:
         inputs: With ``task_ids`` int64 [B].
         infer: Takes the rows of one task, with ``task_ids`` [1].
+
+    Raises:
+        EngineRunError: ``task_ids`` are no int64 [B].
     """
     ids = inputs[TASK_IDS]
+    counts = {len(value) for name, value in inputs.items() if name != TASK_IDS}
+    if ids.dtype != np.int64 or ids.ndim != 1 or counts != {len(ids)}:
+        raise EngineRunError(
+            where=TASK_IDS,
+            found=f"{ids.dtype} {list(ids.shape)}",
+            expected="int64 [batch]",
+            why="each row has one task",
+            fix="Give each row one id",
+        )
     joined: dict[str, Array] = {}
     for task in np.unique(ids):
         rows = np.flatnonzero(ids == task)

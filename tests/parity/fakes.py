@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import MtlExportError
+from mtl_export.errors import EngineRunError, MtlExportError
 from mtl_export.parity.cases import Case
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.parity.run import Artefact, run_parity
@@ -62,6 +62,9 @@ class FakeRunner:
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Answer one batch."""
         assert self.is_open
+        ids = inputs.get("task_ids")
+        if ids is not None and (ids.dtype != np.int64 or ids.shape != (len(inputs["input_ids"]),)):
+            raise EngineRunError(where="task_ids", found=str(ids.dtype), expected="int64 [B]")
         self.asked.append(inputs)
         return self._answer(inputs)
 

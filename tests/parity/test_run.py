@@ -29,7 +29,9 @@ from tests.parity.fakes import (
     single,
 )
 
-ROW_CHECKS = ("rows permuted", "rows one by one", "padded further", "beside padding only")
+ROW_CHECKS = (
+    "rows permuted", "rows one by one", "padded further", "beside padding only", "padding only",
+)  # fmt: skip
 
 
 def test_right_artefacts_pass_in_every_case_for_every_task(
@@ -47,6 +49,7 @@ def test_right_artefacts_pass_in_every_case_for_every_task(
     }
     expected |= {("merged", task, case) for _, task, case in expected}
     expected.add(("single graph", "*", "bad task ids"))
+    expected.add(("single graph", "*", "task ids of a wrong kind"))
     expected.add(("single graph", "*", "neighbours change task"))
     owners = [("single graph", "*"), *(("merged", task.name) for task in TASKS)]
     checks = {(*owner, check) for owner in owners for check in ROW_CHECKS}

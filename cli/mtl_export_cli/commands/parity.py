@@ -17,6 +17,7 @@ from mtl_export_cli.quantised import print_quantised
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
+    from mtl_export.parity.presets import Preset
     from mtl_export.parity.report import ParityReport
     from mtl_export.parity.tolerance import Tolerance
     from mtl_export_cli.artefacts import Places
@@ -39,6 +40,11 @@ Example:
         help="Absolute error allowed, of all outputs or of one; needs --rtol.")  # fmt: skip
 @option("--rtol", multiple=True, metavar="[OUTPUT:]NUMBER",
         help="Relative error allowed, likewise; needs --atol.")  # fmt: skip
+@option("--quick", is_flag=True,
+        help="Only a batch of each task and one of all; not single rows, odd, long or left-padded"
+        " batches, nor every layer.")  # fmt: skip
+@option("--full", is_flag=True,
+        help="Also lengths and batches around powers of two, and more seeds.")  # fmt: skip
 @option("--merged", type=click.Path(path_type=Path), metavar="DIR", help="Merged folders.")
 @option("--onnx", type=click.Path(path_type=Path), metavar="DIR", help="ONNX graphs.")
 @option("--engines", type=click.Path(path_type=Path), metavar="DIR", help="Engines.")
@@ -63,6 +69,8 @@ def command(
     dataset: str | None,
     max_drop: float | None,
     score: dict[str, str],
+    quick: bool,
+    full: bool,
     merged: Path | None,
     onnx: Path | None,
     engines: Path | None,
@@ -81,16 +89,25 @@ def command(
     itself costs the model (or within --atol and --rtol) and no decision changes. Quantised
     graphs are held to that without their Q/DQ; with them, to what calibrate counted.
 
+    --quick compares a batch of each task and one of all tasks mixed (of language models also
+    the steps and tokens that follow), and asks for ids that no task has, other tasks' tensors,
+    stored tensors and permuted rows. The default has that, single rows, small, odd, long and
+    left-padded batches, rows one by one and beside padding, every layer, and zeroed adapters.
+    --full has that, one and two tokens, both sides of powers of two, and more seeds. What is
+    left out is listed as not-run.
+
     With --dataset the scores of the reference and of every artefact on labelled rows are
     compared too: a drop counts by its interval (paired bootstrap), so that noise neither passes
     nor fails a build. Exit code 3 when anything fails, 4 when a task's score drops by more than
     --max-drop, 2 when the rows cannot tell, 6 when nothing could be run.
     """
+    from mtl_export.parity.presets import preset_of
     from mtl_export.parity.tolerance import Tolerance
     from mtl_export_cli.artefacts import Places
 
     reports.check_suffixes(report)
     with reports.errors_reported(report):
+        preset = preset_of(quick, full)
         tolerance = Tolerance.from_texts(atol, rtol)
         bound = sources.open_bound(settings)
         places = Places(
@@ -101,7 +118,7 @@ def command(
         )
         gate = accuracy.gate_of(dataset, max_drop, score)
         request = _Request(
-            places, inputs, tolerance, gate, threads, golden, localise or bisect, bisect
+            places, inputs, tolerance, gate, preset, threads, golden, localise or bisect, bisect
         )
         result = _compare(bound, request, settings)
         reports.write_reports(report, result)
@@ -127,6 +144,7 @@ class _Request:
         inputs: The user's rows, or None.
         tolerance: What is allowed.
         gate: What is asked of accuracy; None without labelled rows.
+        preset: How much is compared.
         threads: Of the runtimes.
         golden: Save golden vectors.
         localise: Say in which layer an error begins.
@@ -137,6 +155,7 @@ class _Request:
     inputs: Path | None
     tolerance: Tolerance
     gate: accuracy.Gate | None
+    preset: Preset
     threads: int
     golden: bool
     localise: bool
@@ -162,10 +181,11 @@ def _existing(name: str, folder: Path | None) -> Path | None:
 
 def _compare(bound: BoundModel, request: _Request, settings: Settings) -> ParityReport:
     """Return the report on everything that was exported."""
+    from mtl_export.parity.presets import choose
     from mtl_export.parity.run import run_parity, step_count
     from mtl_export.runtime.pytorch import use_threads
     from mtl_export_cli.artefacts import find_artefacts
-    from mtl_export_cli.parity_inputs import cases_of, oracle_of
+    from mtl_export_cli.parity_inputs import base_of, cases_of, oracle_of
 
     places = request.places
     artefacts, not_there = find_artefacts(bound, places, threads=request.threads)
@@ -178,7 +198,7 @@ def _compare(bound: BoundModel, request: _Request, settings: Settings) -> Parity
             fix="Run mtl-export merge --all-tasks or mtl-export onnx --all-tasks first",
         )
     use_threads(request.threads)
-    cases = cases_of(bound, request.inputs)
+    cases, left_out = choose(cases_of(bound, request.inputs), request.preset)
     rows = accuracy.open_gate(bound, request.gate) if request.gate else None
     talk = render.Talk.from_settings(settings)
     with talk.steps(step_count(artefacts)) as steps:
@@ -189,6 +209,8 @@ def _compare(bound: BoundModel, request: _Request, settings: Settings) -> Parity
             tolerance=request.tolerance,
             oracle=oracle_of(bound),
             not_there=not_there,
+            left_out=left_out,
+            base=base_of(bound),
             threads=request.threads,
             progress=steps.begin,
         )

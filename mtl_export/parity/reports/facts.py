@@ -135,14 +135,25 @@ def exact(value: float | None) -> str:
 
 def not_run(report: ParityReport) -> list[tuple[str, str, str]]:
     """Return artefact, tasks and reason of what did not run, one for each reason."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in report.cells:
         if cell.verdict == "not-run":
-            groups.setdefault((cell.artefact, cell.reason), []).append(cell.task)
+            groups.setdefault((cell.artefact, cell.reason), []).append(cell)
     return [
-        (artefact, "all tasks" if ALL in tasks else ", ".join(dict.fromkeys(tasks)), reason)
-        for (artefact, reason), tasks in groups.items()
+        (artefact, _tasks(cells), reason + _cases(cells))
+        for (artefact, reason), cells in groups.items()
     ]
+
+
+def _tasks(cells: list[Cell]) -> str:
+    found = names(cell.task for cell in cells)
+    return "all tasks" if ALL in found else ", ".join(found)
+
+
+def _cases(cells: list[Cell]) -> str:
+    """Return the cases that did not run, where it is not the artefact as a whole."""
+    found = [case for case in names(cell.case for cell in cells) if case != ALL]
+    return f" ({', '.join(found)})" if found else ""
 
 
 def names(values: Iterable[str]) -> list[str]:

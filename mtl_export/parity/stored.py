@@ -1,0 +1,95 @@
+"""What a graph's file says of itself, and what it holds, against the checkpoint: no run needed.
+
+task table       the metadata names the checkpoint's tasks: names, ids, labels, kinds
+stored tensors   each task's slice of every stack is the checkpoint's, bit for bit in the
+graph's dtype
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtl_export.adapters.normal_form import AdapterSet
+from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.errors import AdapterError, GraphError, shortened
+from mtl_export.parity.report import Cell
+
+if TYPE_CHECKING:
+    from mtl_export.graph.stacks_on_disk import Stack
+
+TABLE, STORED = "task table", "stored tensors"
+
+
+def table_cell(cell: Cell, path: Path, tasks: Sequence[Task]) -> Cell:
+    """Return the cell on the metadata of an ONNX file.
+
+    Args:
+        cell: Says whose it is; ``passed``.
+        path: The ONNX file.
+        tasks: The tasks it is to serve.
+    """
+    from mtl_export.runtime.ort import onnx_metadata, task_table
+
+    cell = replace(cell, case=TABLE)
+    found = task_table(onnx_metadata(path))
+    wanted = [
+        {"name": task.name, "index": task.index, "labels": list(task.labels), "kind": task.kind}
+        for task in tasks
+    ]
+    problems = [] if len(found) == len(wanted) else [f"{len(found)} tasks, not {len(wanted)}"]
+    for own, expected in zip(found, wanted, strict=False):
+        problems += [
+            f"{key} of {expected['name']} is {own.get(key)!r}, not {value!r}"
+            for key, value in expected.items()
+            if own.get(key) != value
+        ]
+    return replace(cell, verdict="failed", reason=shortened(problems)) if problems else cell
+
+
+def stored_cell(cell: Cell, path: Path, adapters: AdapterSet) -> Cell:
+    """Return the cell on the stacks of a single graph.
+
+    Args:
+        cell: Says whose it is; ``passed``.
+        path: The ONNX file.
+        adapters: What it was made from.
+    """
+    import onnx_ir as ir
+
+    from mtl_export.graph.stacks_on_disk import stacks_of
+
+    cell = replace(cell, case=STORED)
+    try:
+        stacks = stacks_of(ir.load(path), len(adapters.tasks))
+        known = [stack for stack in stacks if stack.part not in {"table", "starts", "slots"}]
+        if not known:
+            return replace(cell, verdict="not-run", reason="it holds no stacks of tasks")
+        problems = [
+            f"{stack.module}.{stack.part} of {task.name}"
+            for stack in known
+            for task in adapters.tasks
+            if not _is_right(stack, adapters, task)
+        ]
+    except (ValueError, OSError) as error:
+        return replace(cell, verdict="not-run", reason=str(error))
+    except GraphError as error:
+        return replace(cell, verdict="failed", reason=str(error))
+    if not problems:
+        return cell
+    return replace(cell, verdict="failed", reason=f"not the checkpoint's: {shortened(problems)}")
+
+
+def _is_right(stack: Stack, adapters: AdapterSet, task: Task) -> bool:
+    from mtl_export.graph.task_slices import is_slice, new_slice
+
+    try:
+        own = new_slice(stack, adapters, task)
+    except AdapterError:
+        return True  # the base's own, which the checkpoint does not hold
+    stored = stack.slice_of(task.index)
+    if own.ndim != stored.ndim or own.shape[-1] > stored.shape[-1]:
+        return False
+    return own.shape[:-1] == stored.shape[:-1] and is_slice(stack, own, stored)
