@@ -1,9 +1,9 @@
 """A report as one HTML page that needs no network and runs no script.
 
-Verdict, failures, heat maps, error against floor, ECDF, worst examples, what did not run,
-evidence, every cell. Numbers shown short carry the exact one in ``data-value``, and the whole
-JSON report is embedded, so that page and JSON cannot say different things. Its content
-policy forbids loading anything.
+Verdict, failures and where they begin, heat maps, error against floor, ECDF, worst examples,
+what did not run, evidence, every cell. Numbers shown short carry the exact one in
+``data-value``, and the whole JSON report is embedded, so that page and JSON cannot say
+different things. Its content policy forbids loading anything.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.parity.reports import facts, html_plots
 from mtl_export.parity.reports.facts import escaped
+from mtl_export.parity.reports.html_layers import layers_html
 from mtl_export.parity.reports.html_style import STYLE
 from mtl_export.parity.reports.json_report import json_text
 
@@ -26,6 +27,7 @@ def html_text(report: ParityReport) -> str:
     body = [
         _head(report),
         _section("What failed", _cells(facts.failures(report), why=True)),
+        _section("Where the errors begin", layers_html(report)),
         _section("Accuracy", _accuracy(report)),
         _section("Tasks and artefacts", _matrix(report)),
         _heat_maps(report),

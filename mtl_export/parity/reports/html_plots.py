@@ -13,15 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from mtl_export.parity.layer_errors import LayerError, Localisation
 from mtl_export.parity.report import Cell, ParityReport, worst
 from mtl_export.parity.reports import facts
 from mtl_export.parity.reports.facts import escaped
+from mtl_export.parity.tolerance import FLOOR_FACTOR
 
 WIDTH = 1000
 # Share of the limit up to which a shade is used, and how the legend names it.
 SHADES = ((0.01, "≤ 1 %"), (0.03, "≤ 3 %"), (0.1, "≤ 10 %"), (0.3, "≤ 30 %"), (1.0, "≤ 100 %"))
 LEAST = 1e-3
 SERIES = 6
+# Characters of a layer's name that are shown, the last ones.
+LONGEST_LAYER = 44
 _CELL, _GAP, _LEFT = 22, 3, 190
 
 
@@ -55,6 +59,50 @@ def heat_map(report: ParityReport, artefact: str) -> str:
     # The last label leans out to the right by what its length gives.
     width = _LEFT + len(kinds) * step + round(0.79 * _length(kinds[-1])) + 16
     return _svg(max(width, 420), head + len(rows) * step + 4, parts, f"heat map of {artefact}")
+
+
+def layer_map(found: Localisation) -> str:
+    """Return layers, in the order they run, by tasks, shaded by their error in noise floors."""
+    if not found.layers:
+        return ""
+    layers = facts.names(one.layer for one in found.layers)
+    tasks = facts.names(one.task for one in found.layers)
+    step, left = _CELL + _GAP, 300
+    head = 12 + round(0.62 * max(_length(task) for task in tasks))
+    parts = []
+    for column, task in enumerate(tasks):
+        x, y = left + column * step + _CELL // 2, head - 6
+        parts.append(
+            f'<text x="{x}" y="{y}" transform="rotate(-38 {x} {y})">{escaped(task)}</text>'
+        )
+    for row, layer in enumerate(layers):
+        # What tells layers apart is at the end of their names.
+        shown = layer if len(layer) <= LONGEST_LAYER else f"…{layer[1 - LONGEST_LAYER :]}"
+        parts.append(_text(left - 8, head + row * step + 15, shown, "end"))
+    for one in found.layers:
+        place = (left + tasks.index(one.task) * step, head + layers.index(one.layer) * step)
+        parts.append(_layer_square(*place, one))
+    width = left + len(tasks) * step + round(0.79 * _length(tasks[-1])) + 16
+    name = f"errors by layer and task of {found.artefact}"
+    return _svg(max(width, 420), head + len(layers) * step + 4, parts, name)
+
+
+def layer_legend() -> str:
+    """Return what the shades of the layer maps mean."""
+    parts: list[str] = []
+    x = 0
+    for index, (most, _) in enumerate(SHADES):
+        parts.append(f'<rect class="s{index}" x="{x}" y="2" width="16" height="16" rx="3"/>')
+        parts.append(_text(x + 22, 15, f"≤ {most * FLOOR_FACTOR:.2g}x"))
+        x += 84
+    for style, name, mark in (
+        ("beyond", "wrong itself", _cross),
+        ("carried", "given wrong", _dash),
+    ):
+        parts.append(f'<rect class="{style}" x="{x}" y="2" width="16" height="16" rx="3"/>')
+        parts += [mark(x, 2, 16), _text(x + 22, 15, name)]
+        x += 50 + round(_length(name))
+    return _svg(WIDTH, 22, parts, "legend: error of a layer in noise floors")
 
 
 def heat_legend() -> str:
@@ -191,6 +239,27 @@ def _square(x: int, y: int, cell: Cell) -> str:
         style = f"s{fitting[0] if fitting else len(SHADES) - 1}"
     box = f'<rect class="{style}" x="{x}" y="{y}" width="{_CELL}" height="{_CELL}" rx="3"/>'
     return f"<g><title>{escaped(_told(cell))}</title>{box}{mark}</g>"
+
+
+def _layer_square(x: int, y: int, one: LayerError) -> str:
+    mark = ""
+    if one.verdict == "faulty":
+        style, mark = "beyond", _cross(x, y, _CELL)
+    elif one.verdict == "propagated":
+        style, mark = "carried", _dash(x, y, _CELL)
+    else:
+        fitting = [i for i, (most, _) in enumerate(SHADES) if one.ratio <= most * FLOOR_FACTOR]
+        style = f"s{fitting[0] if fitting else len(SHADES) - 1}"
+    error = "not finite" if one.error is None else facts.exact(one.error)
+    own = "not finite" if one.own_error is None else facts.exact(one.own_error)
+    told = (
+        f"{one.layer}, {one.task}: {one.verdict}, error {error}, floor {facts.exact(one.floor)};"
+        f" its own {own}, floor {facts.exact(one.own_floor)}"
+    )
+    more = [text for text in (one.cause, one.detail) if text]
+    title = escaped(". ".join([told, *more]))
+    box = f'<rect class="{style}" x="{x}" y="{y}" width="{_CELL}" height="{_CELL}" rx="3"/>'
+    return f"<g><title>{title}</title>{box}{mark}</g>"
 
 
 def _cross(x: int, y: int, size: int) -> str:

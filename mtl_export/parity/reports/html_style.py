@@ -57,6 +57,7 @@ svg .mark { stroke: var(--ink); stroke-width: 1.25; stroke-dasharray: 4 3; }
 svg .s0 { fill: var(--s0); } svg .s1 { fill: var(--s1); } svg .s2 { fill: var(--s2); }
 svg .s3 { fill: var(--s3); } svg .s4 { fill: var(--s4); }
 svg .beyond { fill: var(--failed); }
+svg .carried { fill: var(--failed); fill-opacity: .3; }
 svg .absent { fill: none; stroke: var(--line); }
 svg .cross { stroke: var(--on-dark); stroke-width: 2; fill: none; stroke-linecap: round; }
 svg .tick { stroke: var(--passed); stroke-width: 2; fill: none; stroke-linecap: round; }

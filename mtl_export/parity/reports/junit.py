@@ -63,7 +63,7 @@ def _suite(
         seen[name] = seen.get(name, 0) + 1
         # GitLab takes cases of one name for one case.
         unique = name if seen[name] == 1 else f"{name} ({seen[name]})"
-        _case(SubElement(suite, "testcase", _names(unique, artefact)), cell, _details(cell))
+        _case(SubElement(suite, "testcase", _names(unique, artefact)), cell, _details(cell, report))
     for score in scores:
         name = _token(f"{score.task}: {score.score} of {score.rows} rows")
         _case(SubElement(suite, "testcase", _names(name, artefact)), score, _scored(score))
@@ -79,7 +79,7 @@ def _case(case: Element, cell: Cell | AccuracyCell, details: str) -> None:
         failure.text = facts.clean(details)
 
 
-def _details(cell: Cell) -> str:
+def _details(cell: Cell, report: ParityReport) -> str:
     lines = [cell.reason, f"artefact: {cell.artefact} ({cell.runtime})", f"task: {cell.task}"]
     lines += [f"case: {cell.case}"]
     if cell.max_abs_error is not None:
@@ -92,6 +92,8 @@ def _details(cell: Cell) -> str:
     if cell.decisions is not None:
         total, equal, ties = cell.decisions
         lines.append(f"decisions: {equal} of {total} equal, {ties} tied")
+    if (finding := report.finding(cell)) is not None:
+        lines.append(f"where: {finding.text}")
     return "\n".join(lines)
 
 

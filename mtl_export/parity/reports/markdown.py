@@ -29,6 +29,7 @@ def markdown_text(report: ParityReport) -> str:
         parts.append(f"Rule: {_code(report.tolerance)} and no decision changes.{told}")
     parts += [
         *_failures(report),
+        *_localised(report),
         *_accuracy(report),
         *_not_run(report),
         *_matrix(report),
@@ -50,6 +51,25 @@ def _failures(report: ParityReport) -> list[str]:
     if len(failed) > len(rows):
         parts.append(f"{len(rows)} of {len(failed)} failures shown, the largest first.")
     return parts
+
+
+def _localised(report: ParityReport) -> list[str]:
+    """Return where the errors begin, a line for each artefact and task."""
+    lines = []
+    for found in report.localised:
+        name = _text(found.artefact)
+        if found.reason:
+            of_task = "" if found.task == facts.ALL else f", {_text(found.task)}"
+            lines.append(f"- {name}{of_task}: not localised: {_text(_short(found.reason))}")
+        lines += [
+            f"- {name}, {_text(one.task)}: {_text(_short(one.text))}" for one in found.findings
+        ]
+        if found.bisection is not None:
+            lines.append(f"- {name}: {_text(_short(found.bisection.text))}")
+    if not lines:
+        return []
+    cut = "" if len(lines) <= MOST_FAILURES else f"\n\n{MOST_FAILURES} of {len(lines)} shown."
+    return ["Where the errors begin:", "\n".join(lines[:MOST_FAILURES]) + cut]
 
 
 def _accuracy(report: ParityReport) -> list[str]:

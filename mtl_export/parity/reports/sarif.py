@@ -134,7 +134,18 @@ def _result(report: ParityReport, cell: Cell) -> dict[str, Any]:
         "decisions": list(cell.decisions) if cell.decisions else None,
     }
     text = f"{cell.artefact}, {task}, {cell.case}: {cell.reason}"
-    return _alert(report, cell, rule, text, key, numbers)
+    alert = _alert(report, cell, rule, text, key, numbers)
+    finding = report.finding(cell)
+    if finding is None or not finding.layer:
+        return alert
+    alert["message"] = {"text": f"{text}; {finding.text}"}
+    # Section 3.33: what in the file it is about, in the words of the model.
+    layer = {"fullyQualifiedName": finding.layer, "kind": "module"}
+    alert["locations"] = [
+        {**location, "logicalLocations": [layer]} for location in alert["locations"]
+    ]
+    alert["properties"] |= {"layer": finding.layer, "cause": finding.cause}
+    return alert
 
 
 def _dropped(report: ParityReport, cell: AccuracyCell) -> dict[str, Any]:

@@ -12,7 +12,16 @@ from mtl_export.parity.report import ParityReport
 from mtl_export.parity.reports.html import html_text
 from mtl_export.parity.reports.html_style import STYLE
 from mtl_export.parity.reports.json_report import json_text
-from tests.parity.reports.samples import LIMIT, REPORTS, TASKS, broken_off, failing, passing, scored
+from tests.parity.reports.samples import (
+    LIMIT,
+    REPORTS,
+    TASKS,
+    broken_off,
+    failing,
+    located,
+    passing,
+    scored,
+)
 
 VOID = {"meta", "br"}
 
@@ -142,6 +151,25 @@ def test_scores_are_told() -> None:
     assert "Parity failed" in page
     assert "drops by 0.0877 | <b>at least</b> 0.0600; allowed is 0.01" in page
     assert 'id="accuracy"' not in html_text(passing())
+
+
+def test_where_errors_begin_is_drawn() -> None:
+    """A square for each layer and task, exact numbers behind it, and what was found in words."""
+    text = html_text(located())
+    (drawn,) = [
+        svg for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL) if "by layer and task" in svg
+    ]
+    assert drawn.count("<rect") == len(located().localised[0].layers) == 4
+    assert drawn.count('class="beyond"') == drawn.count('class="cross"') == 2
+    assert drawn.count('class="carried"') == drawn.count('class="dash"') == 1
+    page = Page(text).text
+    for words in (
+        "Where the errors begin", "is wrong: Lambda is <transposed>", "error 0.03, floor 2e-06",
+        "its own not finite", "only outputs [3]", "not localised: it was not run & <not seen>",
+        "must compute in float32", "not seen under their names: pooler",
+    ):  # fmt: skip
+        assert words in page
+    assert "Where the errors begin" not in Page(html_text(failing())).text
 
 
 def test_colour_never_speaks_alone() -> None:

@@ -8,7 +8,7 @@ import pytest
 import xmlschema
 
 from mtl_export.parity.reports.junit import junit_text
-from tests.parity.reports.samples import REPORTS, broken_off, failing, passing, scored
+from tests.parity.reports.samples import REPORTS, broken_off, failing, located, passing, scored
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,13 @@ def test_no_two_cases_share_a_name() -> None:
 def test_a_failure_tells_the_exact_numbers() -> None:
     """Error, limit, floor and decisions are in the text."""
     assert "largest error: 0.0007123456789\nallowed there: 1e-05\n" in junit_text(failing())
+
+
+def test_a_failure_tells_where_its_error_begins() -> None:
+    """The layer and the cause, in the text of the failure."""
+    text = junit_text(located())
+    assert "where: bert.encoder.layer.0.query is wrong: Lambda is &lt;transposed&gt;" in text
+    assert "where:" not in junit_text(failing())
 
 
 def test_our_own_error_is_an_error_and_no_failure() -> None:

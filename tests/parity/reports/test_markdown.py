@@ -15,6 +15,7 @@ from tests.parity.reports.samples import (
     broken_off,
     cell,
     failing,
+    located,
     nothing_ran,
     passing,
     score_passed,
@@ -79,6 +80,15 @@ def test_no_name_or_reason_is_taken_for_markup(kind: str) -> None:
         assert len(columns) == 1
     if kind == "failing":
         assert TASKS[1] in shown(text)
+
+
+def test_where_errors_begin_is_listed() -> None:
+    """A line for each artefact and task; nothing without."""
+    text = markdown_text(located())
+    assert "Where the errors begin:" in text
+    assert "is wrong: Lambda is &#60;transposed&#62;" in text
+    assert "- merged, topic &#60;b&#62;" in text
+    assert "Where the errors begin" not in markdown_text(failing())
 
 
 def test_a_long_report_still_fits_a_comment() -> None:

@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
 from mtl_export.parity.reports.sarif import RULES, rule_of, sarif_text
-from tests.parity.reports.samples import REPORTS, broken_off, failing, passing, scored
+from tests.parity.reports.samples import REPORTS, broken_off, failing, located, passing, scored
 
 TEXT = {"type": "object", "required": ["text"], "properties": {"text": {"type": "string"}}}
 
@@ -42,7 +42,9 @@ RESULT = closed(  # 3.27
     locations={"type": "array", "items": closed("physicalLocation", physicalLocation=closed(
         "artifactLocation", artifactLocation=LOCATION,
         region=closed("startLine", startLine={"type": "integer", "minimum": 1}),
-    ))},
+    ), logicalLocations={"type": "array", "items": closed(  # 3.33
+        "fullyQualifiedName", fullyQualifiedName={"type": "string"}, kind={"const": "module"},
+    )})},
 )  # fmt: skip
 INVOCATION = closed(  # 3.20
     "executionSuccessful",
@@ -106,6 +108,22 @@ def test_every_failed_cell_is_a_result_and_nothing_else_is() -> None:
     for cell in failed:
         assert any(one["message"]["text"].endswith(f": {cell.reason}") for one in results)
     assert run_of(sarif_text(passing()))["results"] == []
+
+
+def test_a_result_names_the_layer_where_the_error_begins() -> None:
+    """As a place in the model and in the message; the same alert as without."""
+    results = run_of(sarif_text(located()))["results"]
+    layer = located().localised[0].findings[0].layer
+    named = [one for one in results if one["properties"].get("layer") == layer]
+    (first,) = [one for one in named if ", task ads_rel, " in one["message"]["text"]]
+    assert first["message"]["text"].endswith("; bert.encoder.layer.0.query is wrong: Lambda is"
+                                             " <transposed>")  # fmt: skip
+    assert first["locations"][0]["logicalLocations"] == [
+        {"fullyQualifiedName": layer, "kind": "module"}
+    ]
+    assert first["properties"]["cause"] == "Lambda is <transposed>"
+    prints = [one["partialFingerprints"] for one in results]
+    assert prints == [r["partialFingerprints"] for r in run_of(sarif_text(failing()))["results"]]
 
 
 def test_each_kind_of_failure_has_its_rule() -> None:
