@@ -22,7 +22,7 @@ CODE := mtl_export cli calibration tests
 help:
 	@echo 'make demo    take the example checkpoint through every stage; ends with the parity table'
 	@echo 'make test    run the tests'
-	@echo 'make check   lint, types, layers and the content of the wheel'
+	@echo 'make check   lint, types, layers, names of the TensorRT API and the content of the wheel'
 	@echo 'make bench   measure, against named peers'
 	@echo 'make bench-merge   merging a 1.1 B model beside cp and PEFT; needs 70 GB in BENCH_CACHE'
 	@echo 'make bench-graph   the single graph beside merged graphs and PyTorch, on MiniLM'
@@ -60,7 +60,7 @@ check: $(INSTALLED)
 	    fi; \
 	done
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -q tests/packaging
+	$(BIN)/python -m pytest -q tests/packaging tests/runtime/test_tensorrt_api_lint.py
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s
