@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,10 +15,13 @@ import pytest
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph import names
+from mtl_export.parity.asked import without_adapters, zeroed_of
 from mtl_export.parity.cases import MIXED, Case, build_cases, seeded_rows
 from mtl_export.parity.outputs import Subject
-from mtl_export.parity.presets import LAYERS
+from mtl_export.parity.presets import LAYERS, ZEROED
+from mtl_export.parity.reference import Reference
 from mtl_export.parity.report import Cell
+from mtl_export.parity.stored import STORED, TABLE, stored_cell, table_cell
 from mtl_export.parity.task_weights import OTHERS, weight_cells
 from tests.adapters import toys
 from tests.factories import VOCABULARY
@@ -49,6 +53,91 @@ def test_a_right_graph_passes(routed_folder: Path, mixed: Case, bound: BoundMode
         OTHERS: ("passed", ""),
         LAYERS: ("passed", ""),
     }
+
+
+def looked_at(path: Path, mixed: Case, bound: BoundModel) -> dict[str, Cell]:
+    """Return the cells on the file and on adapters of zero, by check."""
+    from mtl_export.runtime.pytorch import OracleRunner
+
+    base = without_adapters(bound)
+    assert isinstance(base, BoundModel)
+    reference = Reference(mixed, Subject("logits"), np.empty(0), mixed.name)
+    zeroed = zeroed_of(lambda dtype: OracleRunner(base, dtype), [reference])["logits"]
+    tasks, modules = bound.adapters.tasks, list(toys.MODULES)
+    cells = weight_cells(
+        CELL, path, mixed, Subject("logits"), tasks, modules, 1,
+        left_out={LAYERS: "for time"}, zeroed=zeroed, limit=1e-4,
+    )  # fmt: skip
+    cells += [table_cell(CELL, path, tasks), stored_cell(CELL, path, bound.adapters)]
+    return {cell.case: cell for cell in cells}
+
+
+def test_a_right_file_holds_what_it_says(
+    routed_folder: Path, mixed: Case, bound: BoundModel
+) -> None:
+    """Table and tensors are the checkpoint's; with adapters of zero it is the base."""
+    cells = looked_at(routed_folder / "model.onnx", mixed, bound)
+    assert {name: (cell.verdict, cell.reason) for name, cell in cells.items()} == dict.fromkeys(
+        (OTHERS, ZEROED, TABLE, STORED), ("passed", "")
+    )
+    assert cells[ZEROED].max_abs_error is not None
+
+
+def rename_a_label(model: ir.Model) -> str:
+    """The metadata calls a label by another name."""
+    table = json.loads(model.metadata_props["mtl_export.tasks"])
+    table[1]["labels"][0] = "other"
+    model.metadata_props["mtl_export.tasks"] = json.dumps(table)
+    return f"labels of {table[1]['name']}"
+
+
+def lose_a_task(model: ir.Model) -> str:
+    """The metadata has a task less."""
+    table = json.loads(model.metadata_props["mtl_export.tasks"])
+    model.metadata_props["mtl_export.tasks"] = json.dumps(table[:-1])
+    return f"{len(table) - 1} tasks, not {len(table)}"
+
+
+def swap_cores(model: ir.Model) -> str:
+    """Two tasks have each other's core in one layer."""
+    module = list(toys.MODULES)[1]
+    core = model.graph.initializers[names.part(module, "core")]
+    assert core.const_value is not None
+    values = core.const_value.numpy().copy()
+    values[[0, 1]] = values[[1, 0]]
+    core.const_value = ir.tensor(values, name=core.name)
+    return f"{module}.core of"
+
+
+def change_the_base(model: ir.Model) -> str:
+    """One bias of the base is another."""
+    bias = next(
+        value for name, value in model.graph.initializers.items()
+        if name.endswith("output.dense.bias")
+    )  # fmt: skip
+    assert bias.const_value is not None
+    bias.const_value = ir.tensor(-bias.const_value.numpy(), name=bias.name)
+    return "off the base"
+
+
+@pytest.mark.parametrize(
+    ("edit", "check"),
+    [(rename_a_label, "task table"), (lose_a_task, "task table"),
+     (swap_cores, "stored tensors"), (change_the_base, "zeroed adapters")],
+)  # fmt: skip
+def test_a_file_that_is_not_what_it_says_fails(
+    routed_folder: Path,
+    tmp_path: Path,
+    mixed: Case,
+    bound: BoundModel,
+    edit: Callable[[ir.Model], str],
+    check: str,
+) -> None:
+    """The check that is there for it fails, and no other."""
+    path, expected = edited(routed_folder, tmp_path, edit)
+    cells = looked_at(path, mixed, bound)
+    assert {name for name, cell in cells.items() if cell.verdict == "failed"} == {check}
+    assert expected in cells[check].reason
 
 
 def guarded(model: ir.Model) -> ir.Value:
