@@ -12,7 +12,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.parity.cases import TASK_IDS, Case
-from mtl_export.parity.metrics import Decisions, decisions, difference
+from mtl_export.parity.metrics import Decisions, decisions, difference, ranking, top_labels
 from mtl_export.parity.outputs import answers
 from mtl_export.parity.reference import Floors, Reference
 from mtl_export.parity.report import Cell
@@ -21,6 +21,9 @@ from mtl_export.runtime.runner import Runner
 
 if TYPE_CHECKING:
     from mtl_export.parity.run import Artefact
+
+# Tokens that sampling usually chooses from.
+TOP = 5
 
 
 def compare_case(
@@ -114,7 +117,7 @@ def _compare(
     # A wide --atol must not make every flip a tie: only what the noise floor explains is one.
     tie = min(limit, tolerance.factor * floor)
     decided = wanted.subject.decides
-    agreed = decisions(own_reference, own, task.kind, tie) if decided else Decisions(0, 0, 0)
+    agreed = _decided(own_reference, own, task, tie) if decided else Decisions(0, 0, 0)
     reason = ""
     if worst.excess > 0:
         reason = (
@@ -129,3 +132,13 @@ def _compare(
         (agreed.total, agreed.equal, agreed.ties), output,
         tolerance.least_atol(own_reference, np.abs(own - own_reference)),
     )  # fmt: skip
+
+
+def _decided(reference: Array, candidate: Array, task: Task, tie: float) -> Decisions:
+    """Return what the task's kind decides: labels, signs, an order, or the next tokens."""
+    found = decisions(reference, candidate, task.kind, tie)
+    if task.kind == "regression":
+        return found + ranking(reference, candidate, tie)
+    if task.kind == "headless" and reference.shape[1] > TOP:
+        return found + top_labels(reference, candidate, TOP, tie)
+    return found

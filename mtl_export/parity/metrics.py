@@ -49,6 +49,10 @@ class Decisions:
         """Return how many decisions differ beyond a tie."""
         return self.total - self.equal - self.ties
 
+    def __add__(self, other: Decisions) -> Decisions:
+        """Return both together."""
+        return Decisions(self.total + other.total, self.equal + other.equal, self.ties + other.ties)
+
 
 def difference(reference: Array, candidate: Array, allowed: Array) -> Difference:
     """Return the worst element of two arrays of one shape, all finite.
@@ -81,12 +85,44 @@ def decisions(reference: Array, candidate: Array, kind: TaskKind, limit: float) 
         close = np.abs(reference) <= limit
     elif kind in {"single_label_classification", "headless"} and reference.shape[1] > 1:
         same = reference.argmax(axis=1) == candidate.argmax(axis=1)
-        ordered = np.sort(reference, axis=1)
+        # A vocabulary is wide: the two largest are found without sorting it.
+        ordered = np.partition(reference, -2, axis=1)
         close = ordered[:, -1] - ordered[:, -2] <= 2 * limit
     else:
         return Decisions(0, 0, 0)
     ties = int((~same & close).sum())
     return Decisions(int(same.size) if same.ndim > 1 else rows, int(same.sum()), ties)
+
+
+def ranking(reference: Array, candidate: Array, limit: float) -> Decisions:
+    """Return how often ``candidate`` puts two rows in the order that ``reference`` does.
+
+    That is what the number of a regression decides. A pair in another order is a tie when the
+    reference's two values are at most twice ``limit`` apart: each may be off by ``limit``.
+    """
+    first, second = np.triu_indices(reference.shape[0], k=1)
+    before, after = reference[first] - reference[second], candidate[first] - candidate[second]
+    same = np.sign(before) == np.sign(after)
+    ties = int((~same & (np.abs(before) <= 2 * limit)).sum())
+    return Decisions(int(same.size), int(same.sum()), ties)
+
+
+def top_labels(reference: Array, candidate: Array, count: int, limit: float) -> Decisions:
+    """Return in how many rows the ``count`` largest are the same, in whatever order.
+
+    Another choice is a tie when every label that is missing leads every one in its place by at
+    most twice ``limit`` in the reference.
+    """
+    best = np.argpartition(reference, -count, axis=1)[:, -count:]
+    found = np.argpartition(candidate, -count, axis=1)[:, -count:]
+    changed = np.flatnonzero((np.sort(best, axis=1) != np.sort(found, axis=1)).any(axis=1))
+    ties = 0
+    for row in changed:
+        missing = np.setdiff1d(best[row], found[row])
+        instead = np.setdiff1d(found[row], best[row])
+        lead = reference[row, missing].max() - reference[row, instead].min()
+        ties += int(lead <= 2 * limit)
+    return Decisions(len(best), len(best) - len(changed), ties)
 
 
 def sqnr_db(reference: Array, candidate: Array) -> float:

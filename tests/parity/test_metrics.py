@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from mtl_export.checkpoint.checkpoint import TaskKind
-from mtl_export.parity.metrics import BEST_DB, Decisions, decisions, difference, sqnr_db
+from mtl_export.parity.metrics import (
+    BEST_DB,
+    Decisions,
+    decisions,
+    difference,
+    ranking,
+    sqnr_db,
+    top_labels,
+)
 
 REFERENCE = np.array([[1.0, -2.0, 0.5], [3.0, 3.5, -1.0]])
 
@@ -90,3 +98,44 @@ def test_sqnr_counts_energies_in_decibels() -> None:
     assert sqnr_db(signal, signal) == BEST_DB
     assert sqnr_db(0 * signal, signal) == -BEST_DB
     assert sqnr_db(signal, signal * np.nan) == -BEST_DB
+
+
+@pytest.mark.parametrize(
+    ("candidate", "limit", "expected"),
+    [
+        ([[1.0], [2.0], [2.25]], 0.1, Decisions(3, 3, 0)),
+        # The two that are 0.25 apart change places: a tie if each may be off by 0.125.
+        ([[1.0], [2.3], [2.2]], 0.125, Decisions(3, 2, 1)),
+        ([[1.0], [2.3], [2.2]], 0.1, Decisions(3, 2, 0)),
+        # All in the other order, and all alike.
+        ([[3.0], [2.0], [1.0]], 0.0, Decisions(3, 0, 0)),
+        ([[1.0], [1.0], [1.0]], 0.125, Decisions(3, 0, 1)),
+    ],
+)
+def test_a_regression_decides_an_order(
+    candidate: list[list[float]], limit: float, expected: Decisions
+) -> None:
+    """Every pair of rows counts once; near pairs may change places."""
+    reference = np.array([[1.0], [2.0], [2.25]])
+    assert ranking(reference, np.array(candidate), limit) == expected
+    assert ranking(reference[:1], reference[:1], limit) == Decisions(0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "limit", "expected"),
+    [
+        ([[5.0, 4.0, 3.0, 2.75]], 0.0, Decisions(1, 1, 0)),
+        ([[4.0, 5.0, 3.0, 2.75]], 0.0, Decisions(1, 1, 0)),
+        # The third and the fourth are 0.25 apart.
+        ([[5.0, 4.0, 2.0, 3.0]], 0.125, Decisions(1, 0, 1)),
+        ([[5.0, 4.0, 2.0, 3.0]], 0.1, Decisions(1, 0, 0)),
+        ([[0.0, 4.0, 3.0, 3.5]], 0.125, Decisions(1, 0, 0)),
+    ],
+)
+def test_the_largest_few_are_compared_as_a_set(
+    candidate: list[list[float]], limit: float, expected: Decisions
+) -> None:
+    """Their order does not matter; which they are does, beyond a tie."""
+    reference = np.array([[5.0, 4.0, 3.0, 2.75]])
+    assert top_labels(reference, np.array(candidate), 3, limit) == expected
+    assert Decisions(2, 1, 1) + Decisions(3, 3, 0) == Decisions(5, 4, 1)
