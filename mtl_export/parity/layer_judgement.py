@@ -12,8 +12,9 @@ B rows, S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,25 +22,28 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.parity import likely_cause
-from mtl_export.parity.activations import Activation, OracleLayers
+from mtl_export.parity.activations import Activation, Activations, OracleLayers
 from mtl_export.parity.cases import Case
 from mtl_export.parity.causes import right_formula
 from mtl_export.parity.layer_errors import Finding, LayerError
+from mtl_export.parity.reference import ORDERS
+from mtl_export.parity.summation import AnotherOrder
 from mtl_export.parity.tolerance import FLOOR_FACTOR, HALF_ULP, noise_floor
 
+Result = TypeVar("Result")
 # Wrong layers of one batch whose cause is looked for, in the order they run.
 MOST_EXPLAINED = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """One layer under one task: what it is given and makes, in three models.
+    """One layer under one task: what it is given and makes.
 
     Attributes:
         module: The layer.
         task: The task.
         exact: In the oracle in float64.
-        lower: In the oracle in the artefact's dtype.
+        floors: Of what it is given and of what it makes: see ``activation_floors``.
         found: In the artefact.
         mask: bool ``[B, S]`` of the tokens that count; None where all do.
     """
@@ -47,7 +51,7 @@ class Sight:
     module: str
     task: Task
     exact: Activation
-    lower: Activation
+    floors: tuple[float, float]
     found: Activation
     mask: Array | None
 
@@ -91,19 +95,49 @@ def measured(
         wanted = exact.result(module, index, found.given)
         own_floor = _floor(wanted, lower.result(module, index, found.given), sight.mask, dtype)
         own_error = _error(wanted, found.result, sight.mask)
-        if _is_beyond(own_error, own_floor) and (right := right_formula(bound, module, index)):
-            # Few outputs can be exact by chance, which no other order of summation is.
-            terms = HALF_ULP[dtype] * right.largest_sum(found.given)
-            own_floor = max(own_floor, 2 * terms / FLOOR_FACTOR)
+        if _is_beyond(own_error, own_floor):
+            for less in in_other_orders(lambda: lower.result(module, index, found.given)):
+                own_floor = max(own_floor, _floor(wanted, less, sight.mask, dtype))
+            if (right := right_formula(bound, module, index)) is not None:
+                # Few outputs can be exact by chance in every order.
+                terms = HALF_ULP[dtype] * right.largest_sum(found.given)
+                own_floor = max(own_floor, 2 * terms / FLOOR_FACTOR)
     return Sizes(
         module, sight.task,
-        _error(sight.exact.given, found.given, sight.mask),
-        _floor(sight.exact.given, sight.lower.given, sight.mask, dtype),
-        _error(sight.exact.result, found.result, sight.mask),
-        _floor(sight.exact.result, sight.lower.result, sight.mask, dtype),
+        _error(sight.exact.given, found.given, sight.mask), sight.floors[0],
+        _error(sight.exact.result, found.result, sight.mask), sight.floors[1],
         own_error, own_floor, finite,
         (found, sight.mask) if finite and _is_beyond(own_error, own_floor) else None,
     )  # fmt: skip
+
+
+def in_other_orders(compute: Callable[[], Result]) -> Iterator[Result]:
+    """Yield what ``compute`` returns in each other order of summation that is asked."""
+    for seed in range(1, ORDERS):
+        with AnotherOrder(seed):
+            result = compute()
+        yield result
+
+
+def activation_floors(
+    exact: Activations, lower: Iterable[Activations], mask: Array | None, dtype: str
+) -> dict[str, tuple[float, float]]:
+    """Return the floors of what each layer is given and makes.
+
+    Args:
+        exact: In the oracle in float64.
+        lower: In the artefact's dtype, in several orders of summation: the worst counts.
+        mask: bool ``[B, S]`` of the tokens that count; None where all do.
+        dtype: The artefact's.
+    """
+    floors = dict.fromkeys(exact, (0.0, 0.0))
+    for activations in lower:
+        for module, one in exact.items():
+            given = _floor(one.given, activations[module].given, mask, dtype)
+            result = _floor(one.result, activations[module].result, mask, dtype)
+            before = floors[module]
+            floors[module] = (max(before[0], given), max(before[1], result))
+    return floors
 
 
 def levelled(sizes: Sequence[Sizes]) -> list[Sizes]:

@@ -25,7 +25,15 @@ from mtl_export.parity.activations import (
 )
 from mtl_export.parity.cases import ATTENTION_MASK, MIXED, TASK_IDS, Case
 from mtl_export.parity.layer_errors import Bisection, Finding, LayerError, Localisation
-from mtl_export.parity.layer_judgement import Sight, finding, judged, levelled, measured
+from mtl_export.parity.layer_judgement import (
+    Sight,
+    activation_floors,
+    finding,
+    in_other_orders,
+    judged,
+    levelled,
+    measured,
+)
 from mtl_export.parity.precision_bisect import HALF_DTYPES, bisect_precision
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.runtime.language import NEW_TOKENS
@@ -267,11 +275,18 @@ def _sights(
             own = infer({n: v for n, v in inputs.items() if kept or n != TASK_IDS})
         else:
             own = {module: _rows(one, rows) for module, one in whole.items()}
-        right, less = exact.activations(inputs, task.index), lower.activations(inputs, task.index)
-        mask = inputs.get(ATTENTION_MASK)
+        right, mask = exact.activations(inputs, task.index), _mask(inputs.get(ATTENTION_MASK))
+        floors = activation_floors(right, _in_orders(lower, inputs, task), mask, artefact.dtype)
         for module in own:
             if module in right and own[module].given.shape == right[module].given.shape:
-                yield Sight(module, task, right[module], less[module], own[module], _mask(mask))
+                yield Sight(module, task, right[module], floors[module], own[module], mask)
+
+
+def _in_orders(
+    lower: OracleLayers, inputs: Mapping[str, Array], task: Task
+) -> Iterator[Activations]:
+    yield lower.activations(inputs, task.index)
+    yield from in_other_orders(lambda: lower.activations(inputs, task.index))
 
 
 def _mask(mask: Array | None) -> Array | None:

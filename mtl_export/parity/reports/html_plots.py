@@ -68,7 +68,7 @@ def layer_map(found: Localisation) -> str:
     layers = facts.names(one.layer for one in found.layers)
     tasks = facts.names(one.task for one in found.layers)
     step, left = _CELL + _GAP, 300
-    head = 12 + round(0.62 * max(_length(task) for task in tasks))
+    head = 24 + round(0.62 * max(_length(task) for task in tasks))
     parts = []
     for column, task in enumerate(tasks):
         x, y = left + column * step + _CELL // 2, head - 6
