@@ -254,7 +254,7 @@ def _contract(
         cells.append(table_cell(cell, path, [artefact.task] if artefact.task else adapters.tasks))
         if path.name in PROBED and artefact.kind == "single-graph":
             cells.append(stored_cell(cell, path, adapters))
-    if extra.padding is not None and not own:
+    if extra.padding is not None and not own and artefact.embedding is None:
         cells += padding_only_cells(cell, runner, extra.padding, artefact.task)
     return cells
 

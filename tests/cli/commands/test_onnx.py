@@ -143,7 +143,10 @@ def test_adapters_as_input_from_export_to_parity(project: Path, run: Run) -> Non
     assert sum(cell["verdict"] == "passed" for cell in cells) > 15
     # Its tensors of one task lie in a file of their own, so there is nothing to exchange.
     left = {cell["reason"] for cell in cells if cell["verdict"] != "passed"}
-    assert left <= {"none of its tensors can be exchanged from outside"}
+    assert left <= {
+        "none of its tensors can be exchanged from outside", "it holds no stacks of tasks",
+        "left out without --full",
+    }  # fmt: skip
     assert run("verify", str(folder)).code == 0
 
 
