@@ -14,8 +14,10 @@ The part ``ENGN`` holds the graph and its kernels, ``WGHT`` the weights. Engines
 structure share the first, but not always byte for byte: the builder numbers some internal
 values (``__mye48221``) and lists some of them in the order of their addresses, which
 change from build to build. 44 builds of one graph gave 17 files, of one size, with one
-sequence of weights, and with the same words in ``ENGN`` once the numbers are left out. So
-it is those words, sorted, that a graph is known by.
+sequence of weights, and with the same words in ``ENGN`` once the numbers are left out. A
+graph of several outputs also has them in any order, as names between numbers. So a graph
+is known by the words of its kernels' text, nine tenths of the part, and by the names
+between them, each sorted.
 
 NVIDIA documents none of this; it was read off engines of 1.7.1.116, so a file that
 differs gives None, not an error. Engines of ``tensorrt`` open differently and give None.
@@ -33,6 +35,9 @@ MAGIC = b"vtrt"
 HEADER_BYTES = 64
 GRAPH_PART = "ENGN"
 _INTERNAL_NUMBER = re.compile(rb"(__mye)\d+")
+# Kernels are long text; what is shorter may be names that numbers beside them seem to extend.
+_TEXT = re.compile(rb"[\t\n\r -~]{200,}")
+_NAME = re.compile(rb"[A-Za-z_][A-Za-z0-9_.]{3,}")
 _PART = struct.Struct("<4s4xQQ")
 _MAX_PARTS = 64
 
@@ -92,7 +97,7 @@ def read_header(path: Path) -> EngineHeader | None:
 
 
 def sha256_of_graph(path: Path, header: EngineHeader | None) -> str:
-    """Return the SHA-256 of the graph part's sorted words, or "" if it cannot be told apart.
+    """Return the SHA-256 of the graph part's words and names, or "" if it cannot be told apart.
 
     It is the same for engines that differ only in weights, and for builds of one graph.
     """
@@ -105,6 +110,8 @@ def sha256_of_graph(path: Path, header: EngineHeader | None) -> str:
     if len(part) < size:
         return ""
     digest = hashlib.sha256()
-    for word in sorted(_INTERNAL_NUMBER.sub(rb"\1", part).split()):
-        digest.update(word + b"\n")
+    part = _INTERNAL_NUMBER.sub(rb"\1", part)
+    words = (word for text in _TEXT.findall(part) for word in text.split())
+    for found in (words, _NAME.findall(part)):
+        digest.update(b"\n".join(sorted(found)) + b"\n\n")
     return digest.hexdigest()
