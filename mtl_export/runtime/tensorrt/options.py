@@ -161,7 +161,7 @@ def _check_portability(library: Library, options: BuildOptions) -> None:
         why, fix = RTX_REFUSALS[refused[0]]
         raise UsageError(
             where=refused[0],
-            found=f"{library.name} {library.version} builds here, and it has none",
+            found=f"{library.name} {library.version} builds here, and does not offer it",
             expected="tensorrt, and the GPU it builds for",
             why=why,
             fix=fix,
