@@ -73,8 +73,8 @@ def explained(
         return dataclasses.replace(error, cause=routing)
     detail = _place(y, wanted, rows, error)
     if fitting:
-        several = "; ".join(fitting[:MOST_NAMED])
-        detail = f"{detail}; several known faults fit: {several}" if detail else several
+        several = f"several known faults fit: {'; '.join(fitting[:MOST_NAMED])}"
+        detail = f"{detail}; {several}" if detail else several
     return dataclasses.replace(error, detail=detail)
 
 
