@@ -6,7 +6,15 @@ import pytest
 from mtl_export.errors import CalibrationError
 from mtl_export_calibration.collect import TensorStatistics
 from mtl_export_calibration.formats import INT8
-from mtl_export_calibration.ranges import PER_TASK, UNION, WEIGHTED, combine, cut_share
+from mtl_export_calibration.ranges import (
+    PER_TASK,
+    UNION,
+    WEIGHTED,
+    Cut,
+    combine,
+    cut_share,
+    worst_cut,
+)
 
 
 def statistics(**largest: float) -> dict[str, dict[str, TensorStatistics]]:
@@ -58,3 +66,26 @@ def test_nothing_is_cut_at_the_largest_value() -> None:
     histogram = statistics(a=3.0)["a"]["x"].histogram
     assert cut_share(histogram, 3.0) == 0.0
     assert cut_share(histogram, 2.0) == pytest.approx(1 / 3, abs=0.002)
+
+
+def test_values_beyond_a_range_tell_whose_rows_it_was_taken_from() -> None:
+    """The activation that is cut most beyond what its calibrator would cut speaks for the task."""
+    histograms = {
+        name: statistics(a=largest)["a"]["x"].histogram
+        for name, largest in (("wide", 4.0), ("narrow", 1.0))
+    }
+    own = worst_cut(histograms, {"wide": 4.0, "narrow": 1.0}, "max", INT8)
+    assert own.passes(3.0)
+    cut = worst_cut(histograms, {"wide": 3.0, "narrow": 0.99}, "max", INT8)
+    assert (cut.activation, cut.usual) == ("wide", 0.0)
+    assert cut.share == pytest.approx(0.25, abs=0.002)
+    assert not cut.passes(3.0)
+    assert cut.passes(10_000.0)
+
+
+def test_few_values_beyond_are_chance() -> None:
+    """Three in a hundred say nothing, three in a hundred thousand times as many do."""
+    assert Cut("x", 0.03, 0.0, 100).passes(3.0)
+    assert not Cut("x", 0.03, 0.0, 1e7).passes(3.0)
+    assert Cut("x", 0.03, 0.02, 1e7).passes(3.0)
+    assert Cut().passes(0.0)

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 
+from mtl_export.errors import UsageError
+from mtl_export_cli.quantising import refuse_parts
 from tests.cli.conftest import Run, files_below
 from tests.factories import TASKS, WORDS
+from tests.graph import marked
 
 FILES = (
     "calibration.json", "config.json", "model.onnx", "model.onnx.data", "mtl-export.json",
@@ -158,6 +162,14 @@ def test_rows_of_one_task_under_all_names_fail_the_others(rows: Path, run: Run) 
     assert not (rows / "out" / "onnx-int8").exists()
     allowed = run("calibrate", *LOOSE[:4], *judged, *layout, "--max-cut", "10000")
     assert allowed.code == 0, allowed.stdout
+
+
+def test_a_model_that_generates_is_refused_before_any_work() -> None:
+    """Its graphs hand on keys and values: no one run says what quantising costs."""
+    bound = marked.bound()
+    bound = replace(bound, adapters=replace(bound.adapters, model_class="LlamaForCausalLM"))
+    with pytest.raises(UsageError, match="generates tokens"):
+        refuse_parts(bound)
 
 
 def test_the_file_may_say_it_all(rows: Path, run: Run) -> None:
