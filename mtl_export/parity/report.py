@@ -172,11 +172,19 @@ class ParityReport:
 
     @property
     def parity_verdict(self) -> Verdict:
-        """Return ``failed`` if any cell failed, ``passed`` if any passed, else ``not-run``."""
-        verdicts = {cell.verdict for cell in self.cells}
-        if "failed" in verdicts:
+        """Return ``failed`` if any cell failed, ``passed`` if any passed, else ``not-run``.
+
+        What is known of files alone passes nothing for an artefact that could not be run.
+        """
+        if any(cell.verdict == "failed" for cell in self.cells):
             return "failed"
-        return "passed" if "passed" in verdicts else "not-run"
+        absent = {
+            (cell.artefact, cell.task)
+            for cell in self.cells
+            if cell.verdict == "not-run" and cell.case == "*"
+        }
+        ran = (cell for cell in self.cells if (cell.artefact, cell.task) not in absent)
+        return "passed" if any(cell.verdict == "passed" for cell in ran) else "not-run"
 
     @property
     def least_tolerances(self) -> dict[str, tuple[float, float]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -40,6 +41,17 @@ def test_one_failure_fails_and_nothing_run_is_no_pass(
     assert report(*verdicts).verdict == expected
 
 
+def test_files_alone_pass_nothing() -> None:
+    """An artefact whose runtime is missing is not-run, however right its tokenizer is."""
+    whole = Cell("graph", "onnxruntime", "*", "*", "not-run", "onnxruntime is not installed")
+    beside = Cell("graph", "onnxruntime", "*", "tokenizer", "passed")
+    other = Cell("merged", "pytorch", "*", "mixed tasks", "passed")
+    made = report("passed")
+    assert replace(made, cells=(beside, whole)).verdict == "not-run"
+    assert replace(made, cells=(beside, whole, other)).verdict == "passed"
+    assert replace(made, cells=(beside,)).verdict == "passed"
+
+
 def test_the_three_words_are_counted_apart() -> None:
     """A check that could not run is never counted as passed."""
     found = report("passed", "not-run", "failed", "passed", "not-run", "not-run")
@@ -58,7 +70,7 @@ def test_the_report_is_json() -> None:
     assert [entry["verdict"] for entry in found["cells"]] == ["passed", "failed"]
     assert set(found["cells"][0]) == {
         "artefact", "runtime", "task", "case", "verdict", "reason", "max_abs_error",
-        "noise_floor", "limit", "decisions", "output", "least_atol",
+        "noise_floor", "limit", "decisions", "output", "least_atol", "sqnr_db",
     }  # fmt: skip
 
 
