@@ -30,6 +30,7 @@ from mtl_export.runtime.language import NEW_TOKENS, OrtLanguageRunner
 from mtl_export.runtime.ort import OrtPart, open_session
 from mtl_export.runtime.pytorch import oracle_model
 from mtl_export.runtime.tensorrt import build_engine, default_profile
+from mtl_export.runtime.tensorrt.differences import differing_weights
 from mtl_export.runtime.torch_language import MergedLanguageRunner, OracleLanguageRunner
 from tests.graph import language
 from tests.graph.language import TASKS, VOCABULARY
@@ -159,6 +160,26 @@ def test_both_graphs_become_engines(exported: Exported, tmp_path: Path) -> None:
     low, _, high = shapes["past_key_values.0.key"]
     assert (low[2], high[2]) == (1, longest - 1)
     assert shapes["attention_mask"][2] == (high[0], longest)
+
+
+def test_tasks_differ_in_the_merged_matrices_alone(exported: Exported, tmp_path: Path) -> None:
+    """So their engines share graph and kernels, and refit need change nothing else."""
+    pytest.importorskip("tensorrt_rtx", reason="engines are built by tensorrt_rtx")
+    bound, paths, parts = exported.bound, [], set()
+    for task in TASKS[:2]:
+        folder = tmp_path / task.name
+        folder.mkdir()
+        write_graphs({"prefill": merged_graph(exported.parts[0], bound, task)}, bound, folder, task)
+        paths.append(folder / "prefill.onnx")
+        profile = default_profile(paths[-1])
+        manifest = build_engine(
+            paths[-1], folder / "engine", profiles=[profile], library_name="tensorrt_rtx"
+        )
+        parts.add(manifest.graph_sha256)
+    assert len(parts) == 1
+    assert {
+        name.removesuffix("_t").removesuffix(".weight") for name in differing_weights(paths)
+    } == {*bound.adapters.layers}
 
 
 @pytest.mark.parametrize("is_right", [False, True], ids=["left", "right"])
