@@ -61,7 +61,8 @@ def test_inputs_are_described_used_and_never_pasted_into_a_script(action: dict[s
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="the action's scripts are bash")
 @pytest.mark.parametrize(
-    ("code", "verdict"), [(0, "passed"), (3, "failed"), (6, "not-run"), (2, "not-run")]
+    ("code", "verdict"),
+    [(0, "passed"), (3, "failed"), (4, "failed"), (6, "not-run"), (2, "not-run")],
 )
 def test_the_step_exits_as_parity_does(
     action: dict[str, Any], tmp_path: Path, code: int, verdict: str
