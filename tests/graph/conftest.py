@@ -8,14 +8,18 @@ import pytest
 
 from mtl_export.adapters.binding import BoundModel, bind
 from mtl_export.adapters.family import read_adapters
+from mtl_export.bundle.manifest import Recipe
+from mtl_export.bundle.output import output_folder
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.graph.lower import merged_graph, routed_graph
 from mtl_export.graph.trace import TracedModel, trace
-from mtl_export.graph.writer import write_graph
+from mtl_export.graph.writer import write_graph, write_graphs
+from mtl_export.runtime.golden import GOLDEN_FILE, golden_bytes
 from tests.adapters import toys
 from tests.factories import toy_base
 from tests.graph.mixed_heads import write_mixed
+from tests.graph.task_edits import bound_of, four_tasks, golden
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +55,27 @@ def merged_folders(
         write_graph(merged_graph(traced, bound, task), bound, folder, task)
         folders.append(folder)
     return folders
+
+
+@pytest.fixture(scope="session")
+def four(bound: BoundModel, tmp_path_factory: pytest.TempPathFactory) -> BoundModel:
+    """Return the checkpoint with the fourth task."""
+    return bound_of(tmp_path_factory.mktemp("four") / "adapter", four_tasks(), bound.base.folder)
+
+
+@pytest.fixture
+def served(bound: BoundModel, traced: TracedModel, tmp_path: Path) -> Path:
+    """Return a fresh folder of the single graph, as two parts, with golden vectors."""
+    sources = {"base_sha256": "", "checkpoint_sha256": ""}
+    recipe = Recipe("onnx", {"layout": "single-graph"}, sources, "1")
+    with output_folder(tmp_path / "onnx", recipe=recipe) as plan:
+        models = {stem: routed_graph(traced, bound) for stem in ("model", "other")}
+        write_graphs(models, bound, plan.folder, None)
+        vectors = [golden(plan.folder, task.name, [task.index] * 2) for task in toys.TASKS]
+        vectors += [golden(plan.folder, "mixed", [2, 0, 1, 2]),
+                    golden(plan.folder, "unknown", [2, 3])]  # fmt: skip
+        (plan.folder / GOLDEN_FILE).write_bytes(golden_bytes(vectors))
+    return tmp_path / "onnx"
 
 
 @pytest.fixture(scope="session", params=["shared factors", "factors of their own"])

@@ -1,0 +1,106 @@
+"""Edits of a graph's tasks that are refused: nothing is written then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.bundle.edited import edit_folder
+from mtl_export.errors import (
+    AdapterError,
+    GraphError,
+    IntegrityError,
+    TaskNotFoundError,
+    UsageError,
+)
+from mtl_export.graph.task_edit import add_task, remove_task, rename_task, task_table
+from tests.adapters import toys
+from tests.graph.task_edits import (
+    add,
+    bound_of,
+    four_tasks,
+)
+
+
+def changed(name: str) -> dict[str, Any]:
+    """Return the four tasks with one thing that they do not share with the graph."""
+    parts = four_tasks()
+    module = next(iter(toys.MODULES))
+    layers = dict(parts["layers"])
+    if name == "layer":
+        layers["bert.encoder.layer.0.output.dense"] = layers["bert.encoder.layer.1.output.dense"]
+    elif name == "missing":
+        del layers[module]
+    else:
+        values = layers[module][name].copy()
+        values.flat[0] += np.float32(1e-6)
+        layers[module] = layers[module] | {name: values}
+    return parts | {"layers": layers}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ("down", "another down-projection of bert.encoder.layer.0.attention.self.query"),
+        ("up", "another up-projection of bert.encoder.layer.0.attention.self.query"),
+        ("layer", "layer bert.encoder.layer.0.output.dense, which no task of the graph adapts"),
+        ("missing", "no adapter of bert.encoder.layer.0.attention.self.query"),
+    ],
+)
+def test_a_task_that_does_not_share_the_projections_is_refused(
+    served: Path, bound: BoundModel, tmp_path: Path, change: str, found: str
+) -> None:
+    """One number's millionth is enough; nothing is written."""
+    other = bound_of(tmp_path / "other", changed(change), bound.base.folder)
+    before = {path.name: path.read_bytes() for path in served.iterdir()}
+    with pytest.raises(AdapterError) as caught:
+        add(served, other.adapters)
+    assert found in caught.value.found
+    assert {path.name: path.read_bytes() for path in served.iterdir()} == before
+
+
+def test_what_cannot_be_edited_is_refused(
+    served: Path, four: BoundModel, merged_folders: list[Path], tmp_path: Path
+) -> None:
+    """Unknown and taken names, another base, the only task, other graphs, damaged folders."""
+    models = {"model": ir.load(served / "model.onnx")}
+    adapters = four.adapters
+    with pytest.raises(TaskNotFoundError):
+        remove_task(models, "topic")
+    with pytest.raises(UsageError, match="has a task of that name"):
+        rename_task(models, "topics", "sentiment")
+    with pytest.raises(UsageError, match="no task name"):
+        rename_task(models, "topics", "a/b")
+    with pytest.raises(UsageError, match="has a task of that name"):
+        add_task(models, adapters, adapters.tasks[3], "topics")
+    with pytest.raises(IntegrityError, match="trained on another model"):
+        add_task(models, adapters, adapters.tasks[3], "intent", "0" * 64)
+    assert [task.name for task in task_table(models)] == [task.name for task in toys.TASKS]
+    for name in ("sentiment", "topics"):
+        remove_task(models, name)
+    with pytest.raises(UsageError, match="only task"):
+        remove_task(models, "relevance")
+    merged = {"model": ir.load(merged_folders[0] / "model.onnx")}
+    with pytest.raises(GraphError, match="no input that picks a task"):
+        task_table(merged)
+    with pytest.raises(UsageError, match="no such folder"):
+        edit_folder(tmp_path / "nowhere", task_table, "")
+    (served / "config.json").write_text("{}")
+    with pytest.raises(IntegrityError, match=r"config\.json"):
+        edit_folder(served, task_table, "")
+
+
+def test_a_stack_of_strangers_is_refused(served: Path) -> None:
+    """A tensor that is gathered by task id and is none of ours would be left as it is."""
+    model = ir.load(served / "model.onnx")
+    node = next(n for n in model.graph if n.op_type == "TaskHeadRows")
+    value = node.inputs[2]
+    assert value is not None
+    value.name = "classifier.quantized"
+    with pytest.raises(GraphError, match=r"classifier\.quantized"):
+        remove_task({"model": model}, "topics")
