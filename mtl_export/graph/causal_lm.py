@@ -27,7 +27,8 @@ from mtl_export.adapters.modules.base import base_model
 from mtl_export.errors import GraphError, shortened
 from mtl_export.graph import names
 from mtl_export.graph.export import ONE_MORE, exported
-from mtl_export.graph.marking import mark
+from mtl_export.graph.marking import mark, unmark
+from mtl_export.graph.row_order import note_row_orders
 from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE, TracedModel, checked_trace
 
 PREFILL, DECODE = "prefill", "decode"
@@ -52,7 +53,7 @@ def trace_causal_lm(bound: BoundModel) -> tuple[TracedModel, TracedModel]:
     original = model.forward
     ids, mask = _sample_prompts(int(model.config.vocab_size))
     cache = _sample_cache(model, ids, mask)
-    mark(model, bound)
+    originals = mark(model, bound)
     model.forward = _with_cache(original)
     longest = int(getattr(model.config, "max_position_embeddings", 0) or 0)
     limits = {names.SEQUENCE: longest, PAST: longest - 1} if longest > 1 else {}
@@ -68,9 +69,14 @@ def trace_causal_lm(bound: BoundModel) -> tuple[TracedModel, TracedModel]:
     axes = {"input_ids": {0: names.BATCH}, "attention_mask": {0: names.BATCH, 1: TOTAL}}
     axes |= {name: {0: names.BATCH, 2: PAST} for name in states}
     decode = exported(model, step, axes, limits, defer=True)
-    for part in (prefill, decode):
+    parts = []
+    for stem, part in ((PREFILL, prefill), (DECODE, decode)):
         _name_outputs(part, cache)
-    return checked_trace(prefill, bound, PREFILL), checked_trace(decode, bound, DECODE)
+        parts.append(checked_trace(part, bound, stem))
+    unmark(model, originals)
+    for traced, inputs in zip(parts, (prompts, step), strict=True):
+        note_row_orders(traced.model, model, originals, inputs)
+    return parts[0], parts[1]
 
 
 def _name_outputs(model: ir.Model, states: States) -> None:

@@ -73,13 +73,13 @@ def exported(
         for name in inputs
     }
     config = OnnxConfig(
-        dynamic_shapes=_nested(shapes),
+        dynamic_shapes=nested(shapes),
         opset_version=OPSET,
         prefer_deferred_runtime_asserts_over_guards=defer,
     )
     try:
         with _quiet_exporter():
-            result: Any = OnnxExporter().export(model, _nested(inputs), config=config)
+            result: Any = OnnxExporter().export(model, nested(inputs), config=config)
     except Exception as error:
         # torch.export and torch.onnx raise many unrelated types; all mean the same to the user.
         raise GraphError(
@@ -90,13 +90,13 @@ def exported(
         ) from error
     # transformers 5.20, the newest for Python 3.10, returns torch's own ONNXProgram.
     graph_model: ir.Model = getattr(result, "program", None) or result.model
-    _name_inputs(graph_model, tuple(_flat(_nested(inputs))), type(model).__name__)
+    _name_inputs(graph_model, tuple(_flat(nested(inputs))), type(model).__name__)
     _name_dimensions(graph_model, axes)
     _name_transposed(graph_model)
     return graph_model
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``{"a": {"b": value}}`` for ``{"a.b": value}``."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():

@@ -25,6 +25,7 @@ from torch import nn
 
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph import names
+from mtl_export.graph.export import nested
 from mtl_export.graph.passes.markers import input_of, is_batch_first, markers, module_of, rank
 
 RowOrder = Literal["batch", "repeated", "tiled", "second"]
@@ -48,9 +49,9 @@ def note_row_orders(
 
     Args:
         graph: With markers.
-        model: The unmarked model.
+        model: The unmarked model, called as it was traced.
         modules: Its modules that the markers stand for, by the markers' names.
-        inputs: Sample inputs of at least ``max(BATCHES)`` rows.
+        inputs: Sample inputs of at least ``max(BATCHES)`` rows, named as the graph's.
     """
     unclear = {
         module_of(node): node
@@ -107,7 +108,7 @@ def _taken(
         for name, module in modules.items():
             handle = module.register_forward_pre_hook(hook(name), with_kwargs=True)
             hooks.callback(handle.remove)
-        model(**inputs)
+        model(**nested(inputs))
     return {name: calls[0] for name, calls in taken.items() if len(calls) == 1}
 
 
@@ -119,7 +120,7 @@ def _changed(inputs: Mapping[str, torch.Tensor], row: int) -> dict[str, torch.Te
         values = value.clone()
         if value.is_floating_point():
             values[row] = torch.randn(value[row].shape, generator=generator)
-        elif name == "input_ids":
+        elif name.endswith("input_ids"):
             # The sample's own ids, shifted: inside the vocabulary, and none stays in its place.
             largest = int(value.max()) + 1
             values[row] = (value[row] + 1) % largest

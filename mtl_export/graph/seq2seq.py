@@ -35,8 +35,9 @@ from mtl_export.checkpoint.own_classes import own_class
 from mtl_export.errors import GraphError, shortened
 from mtl_export.graph import names
 from mtl_export.graph.export import Axes, exported
-from mtl_export.graph.marking import mark, marked_modules
+from mtl_export.graph.marking import mark, marked_modules, unmark
 from mtl_export.graph.passes.markers import markers, module_of
+from mtl_export.graph.row_order import note_row_orders
 from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE, TracedModel
 
 ENCODER, DECODER, WITH_PAST = "encoder", "decoder", "decoder_with_past"
@@ -78,18 +79,24 @@ def trace_seq2seq(bound: BoundModel) -> tuple[TracedModel, ...]:
     model = base_model(bound, torch.float32)
     _refuse_other_inputs(model)
     model.config.use_cache = True
-    mark(model, bound)
+    originals = mark(model, bound)
     longest = int(getattr(model.config, "max_position_embeddings", 0) or 0)
     limits = {DECODER_SEQUENCE: longest, PAST: longest - 1} if longest else {}
     graphs: dict[str, ir.Model] = {}
-    for part in _parts(model, bound):
+    parts = _parts(model, bound)
+    for part in parts:
         # A position table bounds the text; an encoder's states may be more than its tokens.
         own = {names.SEQUENCE: longest} if longest and part.stem == ENCODER else {}
         with _forward(model, part.forward):
             graph = exported(model, part.inputs, part.axes, limits | own)
         _name_tied(graph, model, bound)
         graphs[part.stem] = graph
-    return checked_parts(graphs, bound)
+    traced = checked_parts(graphs, bound)
+    unmark(model, originals)
+    for one, part in zip(traced, parts, strict=True):
+        with _forward(model, part.forward):
+            note_row_orders(one.model, model, originals, part.inputs)
+    return traced
 
 
 def _refuse_other_inputs(model: Any) -> None:
