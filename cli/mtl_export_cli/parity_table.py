@@ -64,10 +64,8 @@ def _table(result: ParityReport) -> tuple[list[str], list[list[str]]]:
 
 
 def _text(cells: list[Cell]) -> str:
-    """Return what is said of an artefact and task: of a quantised one, not the largest error."""
     from mtl_export.parity.report import worst
+    from mtl_export.parity.reports import facts
 
     cell = worst(cells)
-    ratios = [one.sqnr_db for one in cells if one.sqnr_db is not None]
-    error = "" if cell.max_abs_error is None else f"{cell.max_abs_error:.1e} "
-    return f"{min(ratios):.1f} dB {cell.verdict}" if ratios else f"{error}{cell.verdict}"
+    return f"{facts.measured(cell)} {cell.verdict}".lstrip()

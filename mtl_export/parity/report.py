@@ -268,13 +268,15 @@ def _size(cell: AccuracyCell) -> float:
 def worst(cells: list[Cell]) -> Cell:
     """Return the cell that speaks for ``cells``: a failure, else the largest share of its limit.
 
-    A cell that did not run speaks only when none ran.
+    Of a quantised artefact that passed, it is the one with its noise. A cell that did not run
+    speaks only when none ran.
     """
 
-    def rank(cell: Cell) -> tuple[int, float]:
+    def rank(cell: Cell) -> tuple[int, bool, float]:
         severity = {"failed": 2, "passed": 1, "not-run": 0}[cell.verdict]
+        is_noise = cell.sqnr_db is not None
         if cell.max_abs_error is None or not cell.limit:
-            return severity, 0.0
-        return severity, cell.max_abs_error / cell.limit
+            return severity, is_noise, 0.0
+        return severity, is_noise, cell.max_abs_error / cell.limit
 
     return max(cells, key=rank)

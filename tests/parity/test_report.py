@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mtl_export.parity.report import SCHEMA, Cell, ParityReport, Verdict, worst
+from mtl_export.parity.reports import facts
 
 
 def cell(verdict: Verdict, error: float | None = None, limit: float | None = None) -> Cell:
@@ -94,3 +95,14 @@ def test_the_report_is_json() -> None:
 def test_the_worst_cell_speaks_for_all(cells: list[Cell], expected: int) -> None:
     """Failed before passed before not-run; within one verdict the largest share."""
     assert worst(cells) is cells[expected]
+
+
+def test_the_noise_of_a_quantised_artefact_speaks_for_it_unless_it_failed() -> None:
+    """Not the error of its graph without Q/DQ, which says little of what ships."""
+    noise = Cell("single graph int8", "onnxruntime", "a", "quantised", "passed", sqnr_db=19.5)
+    plain = replace(noise, case="without Q/DQ", sqnr_db=None, max_abs_error=1e-6, limit=2e-6)
+    assert worst([plain, noise]) == noise
+    assert facts.measured(noise) == "19.5 dB"
+    assert facts.measured(plain) == "1.0e-06"
+    failed = replace(plain, verdict="failed", reason="another model")
+    assert worst([noise, failed]) == failed

@@ -128,6 +128,11 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
 
 
+def measured(cell: Cell) -> str:
+    """Return the largest error for people; of a quantised artefact, its signal to noise."""
+    return number(cell.max_abs_error) if cell.sqnr_db is None else f"{cell.sqnr_db:.1f} dB"
+
+
 def exact(value: float | None) -> str:
     """Return a number as JSON writes it."""
     return "" if value is None else repr(float(value))

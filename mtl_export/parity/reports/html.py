@@ -163,7 +163,8 @@ def _spoken(cell: Cell | None) -> str:
     if cell is None:
         return ""
     word = cell.verdict.replace("-", " ")
-    return f'<span class="{cell.verdict}">{word}</span> {_number(cell.max_abs_error)}'
+    said = _number(cell.max_abs_error) if cell.sqnr_db is None else facts.measured(cell)
+    return f'<span class="{cell.verdict}">{word}</span> {said}'
 
 
 def _evidence(report: ParityReport) -> str:

@@ -118,7 +118,7 @@ def _matrix(report: ParityReport) -> list[str]:
 def _cell(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    return f"{_MARK[cell.verdict]} {cell.verdict} {facts.number(cell.max_abs_error)}".rstrip()
+    return f"{_MARK[cell.verdict]} {cell.verdict} {facts.measured(cell)}".rstrip()
 
 
 def _sources(report: ParityReport) -> list[str]:
