@@ -115,11 +115,16 @@ def test_default_profile_refuses_other_dimensions_by_name(tmp_path: Path) -> Non
         default_profile(path)
 
 
-@pytest.mark.parametrize("limits", [{"max_batch": 0}, {"max_sequence": 0}, {"max_past": 0}])
-def test_default_profile_refuses_empty_ranges(tmp_path: Path, limits: dict[str, int]) -> None:
+@pytest.mark.parametrize("limits", [(0, None, None), (32, 0, None), (32, None, 0)])
+def test_default_profile_refuses_empty_ranges(
+    tmp_path: Path, limits: tuple[int, int | None, int | None]
+) -> None:
     """A maximum below 1 admits nothing."""
+    batch, sequence, past = limits
     with pytest.raises(UsageError, match="at least 1"):
-        default_profile(write_routed(tmp_path), **limits)
+        default_profile(
+            write_routed(tmp_path), max_batch=batch, max_sequence=sequence, max_past=past
+        )
 
 
 def test_broken_config_is_named(tmp_path: Path) -> None:
