@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
 from mtl_export.checkpoint.sentence_embedding import METADATA_KEY, SentenceEmbedding
-from mtl_export.runtime.model_files import ENCODER, PREFILL, WHOLE, runner_of
+from mtl_export.runtime.model_files import ENCODER, ENGINE_SUFFIX, PREFILL, WHOLE, runner_of
 from mtl_export_cli import quantised
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Places:
         onnx: Holds ``model.onnx`` and ``<task>/model.onnx``; for a causal language model
             ``prefill.onnx`` and ``decode.onnx``, for an encoder-decoder ``encoder.onnx``,
             ``decoder.onnx`` and ``decoder_with_past.onnx``.
-        engines: Holds ``model.engine`` and ``<task>/model.engine``.
+        engines: Holds ``model.engine`` and ``<task>/model.engine``, or one for each graph.
         quantised: Holds ``onnx-int8/``, ``engines-int8/`` and so on; None: do not look.
     """
 
@@ -75,9 +75,10 @@ def find_artefacts(
     adapted = places.onnx / ADAPTER_FOLDER
     if graph == WHOLE and adapted.is_dir():
         _onnx(adapted / graph, None, threads, found, missing, name=ADAPTER_ONNX)
+    engine = Path(graph).with_suffix(ENGINE_SUFFIX)
     for task in bound.adapters.tasks:
-        _engine(places.engines / task.name / "model.engine", task, found, missing)
-    _engine(places.engines / "model.engine", None, found, missing)
+        _engine(places.engines / task.name / engine, task, found, missing)
+    _engine(places.engines / engine, None, found, missing)
     if graph == WHOLE and places.quantised is not None:
         for number in NUMBERS:
             _quantised(bound, places, places.quantised, number, threads, found)
@@ -244,6 +245,7 @@ def _onnx(
 
 
 def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[Cell]) -> None:
+    from mtl_export.parity.report import Cell
     from mtl_export.parity.run import Artefact
     from mtl_export.runtime.one_task import one_task
     from mtl_export.runtime.tensorrt import TensorRTBackend
@@ -252,6 +254,10 @@ def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[
     record = _record(path.parent)
     if not record.is_there and not path.is_file():
         missing.append(_absent(name, task, "trt"))
+        return
+    if path.stem != Path(WHOLE).stem and not record.defect:
+        reason = "engines that hand on keys and values have no runner here; their graphs have"
+        missing.append(Cell(name, "-", task.name if task else "*", "*", "not-run", reason))
         return
     runner = TensorRTBackend(path)
     found.append(
