@@ -103,3 +103,16 @@ def test_a_library_that_cannot_be_fed_reads_every_file(
     builds.build(path, plain, options=OPTIONS)
     assert structures == [path]
     assert plain.read_bytes() == fed.read_bytes()
+
+
+def test_data_that_folders_share_by_hard_links_is_read(
+    tmp_path: Path, structures: list[Path]
+) -> None:
+    """Also the integers that shape the graph, which lie in the same file."""
+    path, copy = write_merged(tmp_path / "model"), tmp_path / "copy" / "model.onnx"
+    copy.parent.mkdir()
+    for name in ("model.onnx", "model.onnx.data"):
+        (copy.parent / name).hardlink_to(path.parent / name)
+    manifest = SharedBuilds(RTX).build(copy, tmp_path / "model.engine", options=OPTIONS)
+    assert structures == [copy]
+    assert manifest.source_sha256
