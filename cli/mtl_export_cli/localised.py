@@ -35,8 +35,6 @@ def with_layers(
     from mtl_export.parity.localise import failed_cells, localise
     from mtl_export.parity.precision_bisect import HALF_DTYPES
 
-    # The layers of a quantised graph all err: which of them cost most, calibrate tells.
-    artefacts = [artefact for artefact in artefacts if artefact.quantised is None]
     failed = [artefact for artefact in artefacts if failed_cells(result, artefact)]
     if not failed:
         return result

@@ -164,6 +164,8 @@ def _unseen(artefact: Artefact, cells: Sequence[Cell]) -> str:
     path = artefact.path
     if path is None:
         return "it has no file"
+    if artefact.quantised is not None:
+        return "all layers of a quantised graph err: which of them cost most, calibrate tells"
     if path.suffix == ".onnx":
         if path.name in TAPPED:
             return ""

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from mtl_export.merge.writer import write_merged
 from mtl_export.parity.cases import Case
 from mtl_export.parity.localise import chosen_cases, localise, looked_at
 from mtl_export.parity.report import Cell
 from mtl_export.parity.run import run_parity
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.language import NEW_TOKENS
+from mtl_export.runtime.pytorch import MergedRunner
 from tests.adapters import toys
 from tests.parity.fakes import FakeRunner
 from tests.parity.planted import (
@@ -263,6 +266,27 @@ def test_parity_and_localise_agree(toy: Exported, tmp_path: Path) -> None:
     assert finding.layer == WIDE
     passed = replace(report, cells=tuple(c for c in report.cells if c.verdict == "passed"))
     assert localise(toy.bound, [bad], toy.cases, passed, oracle=oracle) == ()
+
+
+def test_a_merged_folder_is_looked_into_by_hooks(toy: Exported, tmp_path: Path) -> None:
+    """PyTorch's own layers: one that was not merged, another whose bias is lost."""
+    task = toy.bound.adapters.tasks[MERGED_TASK]
+    write_merged(toy.bound, task, tmp_path, dtype=None)
+    artefact = replace(
+        toy.artefact(toy.merged, is_merged=True), runner=MergedRunner(tmp_path), path=tmp_path
+    )
+    assert {e.verdict for e in toy.localised(artefact).layers} == {"within"}
+    tensors = load_file(tmp_path / "model.safetensors")
+    base = toy.bound.base_tensor(f"{WIDE}.weight").numpy()
+    tensors[f"{WIDE}.weight"] = np.ascontiguousarray(base)
+    tensors[f"{NARROW}.bias"] = np.zeros_like(tensors[f"{NARROW}.bias"])
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = toy.localised(artefact)
+    assert faulty(found) == [
+        (WIDE, task.name, "the adapter is not merged: the base weight alone answers"),
+        (NARROW, task.name, "the bias is missing"),
+    ]
+    assert {e.verdict for e in found.layers if e.layer in {VALUE, POOLER}} == {"propagated"}
 
 
 def test_what_cannot_be_looked_into_says_why(toy: Exported, tmp_path: Path) -> None:
