@@ -232,3 +232,26 @@ def test_options_that_mean_nothing_are_refused(
     outcome = run("parity", *words, "--json")
     assert outcome.code == 2
     assert reason in str(outcome.json["error"])
+
+
+def test_inputs_may_be_arrays(exported: Path, run: Run) -> None:
+    """An npz file with the model's inputs and task_ids; without a mask nothing is padding."""
+    import numpy as np
+
+    shutil.rmtree(exported / "out" / "merged")
+    for task in ("ads_rel", "spam", TASK):
+        shutil.rmtree(exported / "out" / "onnx" / task)
+    ids = np.random.default_rng(0).integers(5, 50, (6, 9))
+    arrays = {"input_ids": ids, "token_type_ids": ids * 0, "task_ids": np.arange(6) % 3}
+    np.savez(str(exported / "rows.npz"), **arrays)  # type: ignore[arg-type]
+    outcome = run("parity", "--quick", "--inputs", "rows.npz", "--json")
+    assert outcome.code == 0, outcome.stdout
+    document = outcome.json
+    assert len(document["sources"]["inputs_sha256"]) == 64
+    left_out = {cell["reason"] for cell in document["cells"] if cell["verdict"] == "not-run"}
+    assert {"left out by --quick", "left out without --full"} <= left_out
+    kept = {"token_type_ids": ids * 0, "task_ids": arrays["task_ids"]}
+    np.savez(str(exported / "rows.npz"), **kept)  # type: ignore[arg-type]
+    outcome = run("parity", "--inputs", "rows.npz")
+    assert outcome.code == 2
+    assert "no input_ids" in outcome.stderr
