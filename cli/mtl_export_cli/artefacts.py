@@ -70,11 +70,13 @@ def find_artefacts(
     for task in bound.adapters.tasks:
         _onnx(places.onnx / task.name / graph, task, threads, found, missing)
     _onnx(places.onnx / graph, None, threads, found, missing)
-    # An alternative to the single graph that few ask for, so its absence is no gap; language
-    # models with adapters are run by their session alone.
+    # An alternative to the single graph that few ask for, so its absence is no gap.
     adapted = places.onnx / ADAPTER_FOLDER
-    if graph == WHOLE and adapted.is_dir():
-        _onnx(adapted / graph, None, threads, found, missing, name=ADAPTER_ONNX)
+    if adapted.is_dir():
+        if graph == WHOLE:
+            _onnx(adapted / graph, None, threads, found, missing, name=ADAPTER_ONNX)
+        else:
+            missing.append(_several_adapters())
     engine = Path(graph).with_suffix(ENGINE_SUFFIX)
     for task in bound.adapters.tasks:
         _engine(places.engines / task.name / engine, task, found, missing)
@@ -282,6 +284,18 @@ def _absent(name: str, task: Task | None, verb: str) -> Cell:
     options = "--all-tasks" if task is None else "--task NAME"
     reason = f"not exported; mtl-export {verb} {options} makes it"
     return Cell(name, "-", task.name if task else "*", "*", "not-run", reason)
+
+
+def _several_adapters() -> Cell:
+    """Return the cell of a language model's graphs that take adapters.
+
+    Parity asks its steps for other tasks than their prompts', to see that each graph routes;
+    a run under one adapter answers for one task from prompt to end.
+    """
+    from mtl_export.parity.report import Cell
+
+    reason = "language models that take adapters have no runner here; TaskSession runs them"
+    return Cell(ADAPTER_ONNX, "-", "*", "*", "not-run", reason)
 
 
 def _config_dtype(folder: Path) -> str:
