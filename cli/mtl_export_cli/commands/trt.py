@@ -60,7 +60,8 @@ JOB = (
     option("--quantize", type=click.Choice(options.NUMBERS), help=options.QUANTIZE_HELP),
     option(
         "--jobs", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
-        help="Engines to build at a time; each takes up to three times its weights of memory.",
+        help="Engines to build at a time; each takes up to three times its weights of memory."
+        " Leave it at 1 with TensorRT, which times kernels on the GPU.",
     ),
 )  # fmt: skip
 
