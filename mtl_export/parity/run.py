@@ -22,14 +22,15 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError
-from mtl_export.parity.asked import Asked, asked
+from mtl_export.parity.asked import Asked, asked, padding_of
+from mtl_export.parity.beside import beside_cells
 from mtl_export.parity.cases import ONE_ROW, Case
 from mtl_export.parity.compare import compare_case
 from mtl_export.parity.contract import bad_ids_cell, isolation_cell, row_cells
 from mtl_export.parity.generation import Speech, bad_step_ids, oracle_speech, token_cells
 from mtl_export.parity.inputs_contract import padding_only_cells, wrong_kind_cell
 from mtl_export.parity.outputs import LOGITS, Subject
-from mtl_export.parity.presets import LAYERS, NOTHING, ZEROED
+from mtl_export.parity.presets import LAYERS, NOTHING, PADDING_ONLY, ZEROED
 from mtl_export.parity.quantised import Quantised, plain_cells, quantised_cells
 from mtl_export.parity.reference import Floors, Reference, noise_floors, references_of
 from mtl_export.parity.report import Cell, ParityReport
@@ -123,7 +124,9 @@ def run_parity(
         tasks = bound.adapters.tasks
         exact = [one for case in cases for one in references_of(reference, case, embeddings, tasks)]
         speech = oracle_speech(reference, cases)
-        extra = asked(reference, exact, left_out, base)
+        padding = None if PADDING_ONLY in left_out else padding_of(reference, exact)
+    # After the reference is closed: two models in float64 need not fit beside each other.
+    extra = asked(padding, exact, left_out, base)
     tolerance.refuse_unknown({one.subject.output for one in exact})
     floors: dict[str, Floors] = {}
     for dtype in _dtypes(artefacts):
@@ -160,7 +163,8 @@ def run_parity(
             record
             for artefact in artefacts
             if artefact.quantised is not None
-            for record in artefact.quantised.recorded.values()
+            for task in bound.adapters.tasks
+            if (record := artefact.quantised.recorded.get(task.name)) is not None
         ),
     )
 
@@ -174,7 +178,11 @@ def _judge(
     tolerance: Tolerance,
     threads: int,
     extra: Asked,
+    *,
+    is_alone: bool = False,
 ) -> list[Cell]:
+    """Return the cells of one artefact; one that ``is_alone`` has no files beside it."""
+
     def whole(verdict: Literal["failed", "not-run"], reason: str) -> list[Cell]:
         name = artefact.task.name if artefact.task else "*"
         return [Cell(artefact.name, artefact.runner.name, name, "*", verdict, reason)]
@@ -183,9 +191,11 @@ def _judge(
         return whole("failed", wrong)
     cells: list[Cell] = []
     try:
+        if not is_alone:
+            cells += _beside(bound, artefact, exact)
         with artefact.runner as runner:
             if artefact.quantised is not None:
-                return _judge_quantised(
+                return cells + _judge_quantised(
                     bound, artefact, runner, exact, floors, tolerance, threads, extra
                 )
             for _, group in groupby(exact, key=lambda one: id(one.case)):
@@ -202,6 +212,16 @@ def _judge(
     except MtlExportError as error:
         cells += whole("failed", str(error))
     return cells
+
+
+def _beside(bound: BoundModel, artefact: Artefact, exact: list[Reference]) -> list[Cell]:
+    """Return the cells of what decides what the numbers mean; engines have manifests for it."""
+    path, task = artefact.path, artefact.task
+    if path is None or not (path.is_dir() or path.suffix == ".onnx"):
+        return []
+    names = {one.subject.output if task is None else one.subject.merged_output for one in exact}
+    cell = Cell(artefact.name, artefact.runner.name, _owner(artefact), "contract", "passed")
+    return beside_cells(cell, bound, path, task, artefact.dtype, names)
 
 
 def _judge_quantised(
@@ -224,8 +244,11 @@ def _judge_quantised(
     cells += _left_out(artefact, extra.left_out)
     return cells + plain_cells(
         artefact,
-        lambda plain: _judge(bound, plain, exact, None, floors, tolerance, threads, extra),
+        lambda plain: _judge(
+            bound, plain, exact, None, floors, tolerance, threads, extra, is_alone=True
+        ),
         threads=threads,
+        left_out=extra.left_out,
     )
 
 

@@ -77,6 +77,9 @@ def weight_cells(
         reason = "none of its tensors can be exchanged from outside"
         return [replace(cell, case=n, verdict="not-run", reason=reason) for n in names]
     output = subject.output
+    if output not in probe.outputs:
+        reason = f"no output {output!r}"
+        return [replace(cell, case=name, verdict="failed", reason=reason) for name in names]
     before = probe.answer(case.inputs, output, {})
     cells = [_verdict(replace(cell, case=OTHERS), _leaks(probe, case, output, tasks, before))]
     if LAYERS not in left_out:
@@ -94,6 +97,7 @@ class _Probe:
         stacks: By name, the stored values, ``[(T + 1) block, ...]``.
         blocks: Rows of each that are one task's.
         modules: Whose each is.
+        outputs: What the graph gives.
     """
 
     def __init__(self, path: Path, task_count: int, threads: int) -> None:
@@ -122,6 +126,7 @@ class _Probe:
         self._session: Any = onnxruntime.InferenceSession(
             graph, options, providers=["CPUExecutionProvider"]
         )
+        self.outputs = tuple(value.name for value in self._session.get_outputs())
 
     def answer(self, inputs: Mapping[str, Array], output: str, fed: Mapping[str, Array]) -> Array:
         """Return ``output``, with the stacks in ``fed`` in place of the stored ones."""
