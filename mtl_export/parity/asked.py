@@ -17,7 +17,7 @@ import numpy as np
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.parity.cases import ATTENTION_MASK, TASK_IDS
-from mtl_export.parity.presets import PADDING_ONLY, ZEROED
+from mtl_export.parity.presets import ZEROED
 from mtl_export.parity.reference import Reference
 from mtl_export.runtime.language import NEW_TOKENS
 from mtl_export.runtime.runner import Runner
@@ -100,20 +100,19 @@ def zeroed_of(oracle: Callable[[str], Runner], exact: Sequence[Reference]) -> di
 
 
 def asked(
-    oracle: Runner,
+    padding: Padding | None,
     exact: Sequence[Reference],
     left_out: Mapping[str, str],
     base: Callable[[str], Runner] | str | None,
 ) -> Asked:
-    """Return what is asked, of an oracle that is open.
+    """Return what is asked.
 
     Args:
-        oracle: In float64.
+        padding: What the oracle says to rows of padding; None where that is not asked.
         exact: Its answers to the cases.
         left_out: As in ``Asked``.
         base: The oracle of the model without adapters, or why there is none; None: nobody asks.
     """
-    padding = None if PADDING_ONLY in left_out else padding_of(oracle, exact)
     if isinstance(base, str):
         return Asked({ZEROED: base, **left_out}, padding)
     zeroed = {} if base is None or ZEROED in left_out else zeroed_of(base, exact)

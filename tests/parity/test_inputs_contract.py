@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError
-from mtl_export.parity.asked import Padding, asked
+from mtl_export.parity.asked import Padding, asked, padding_of
 from mtl_export.parity.cases import MIXED, Case
 from mtl_export.parity.inputs_contract import padding_only_cells, wrong_kind_cell
 from mtl_export.parity.outputs import Subject
@@ -84,8 +84,7 @@ def padding(cases: list[Case], value: float) -> Padding:
     case = mixed(cases)
     reference = Reference(case, Subject("logits"), exact(case.inputs), case.name)
     with FakeRunner(on_padding(value)) as oracle:
-        found = asked(oracle, [reference], {}, None).padding
-        assert asked(oracle, [reference], {PADDING_ONLY: "left out"}, None).padding is None
+        found = padding_of(oracle, [reference])
     assert found is not None
     return found
 
@@ -114,9 +113,8 @@ def test_what_cannot_be_asked_of_the_base_is_said(cases: list[Case]) -> None:
     """The reason why there is no model without adapters ends up beside what is left out."""
     case = mixed(cases)
     reference = Reference(case, Subject("logits"), exact(case.inputs), case.name)
-    with FakeRunner(lambda inputs: {"logits": exact(inputs)}) as oracle:
-        found = asked(oracle, [reference], {"x": "y"}, "biases of their own")
-        assert found.left_out == {ZEROED: "biases of their own", "x": "y"}
-        base = FakeRunner(lambda inputs: {"logits": exact(inputs) + 1})
-        zeroed = asked(oracle, [reference], {}, {"fp64": base}.__getitem__).zeroed
+    found = asked(None, [reference], {"x": "y"}, "biases of their own")
+    assert found.left_out == {ZEROED: "biases of their own", "x": "y"}
+    base = FakeRunner(lambda inputs: {"logits": exact(inputs) + 1})
+    zeroed = asked(None, [reference], {}, {"fp64": base}.__getitem__).zeroed
     np.testing.assert_array_equal(zeroed["logits"], exact(case.inputs) + 1)
