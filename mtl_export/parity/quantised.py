@@ -14,7 +14,7 @@ rows of a user's own keep their accuracy, ``parity --dataset`` tells, as for any
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -125,7 +125,11 @@ def quantised_cells(
 
 
 def plain_cells(
-    artefact: Artefact, judge: Callable[[Artefact], list[Cell]], *, threads: int
+    artefact: Artefact,
+    judge: Callable[[Artefact], list[Cell]],
+    *,
+    threads: int,
+    left_out: Collection[str] = (),
 ) -> list[Cell]:
     """Return the cells on the graph without Q/DQ: one for each task, or each that failed.
 
@@ -133,6 +137,7 @@ def plain_cells(
         artefact: Its ``quantised`` is not None; an engine has no graph and no cells.
         judge: Returns the cells of a float artefact.
         threads: Of ONNX Runtime.
+        left_out: Cases and checks that are not run, which the artefact's own cells say.
     """
     path, known = artefact.path, artefact.quantised
     if path is None or path.suffix != ".onnx" or known is None:
@@ -155,7 +160,7 @@ def plain_cells(
             return [replace(cell, verdict="failed", reason=shortened(problems))]
         runner = OrtRunner(plain, threads=threads)
         found = judge(replace(artefact, runner=runner, path=plain, quantised=None))
-    return _collapsed(found)
+    return _collapsed([cell for cell in found if cell.case not in left_out])
 
 
 def _collapsed(cells: Sequence[Cell]) -> list[Cell]:
