@@ -17,7 +17,7 @@ DEMO := examples/01_ads_relevance
 CODE := mtl_export cli calibration tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench bench-merge bench-graph clean
+.PHONY: help venv demo test check bench bench-merge bench-graph bench-trt bench-gate clean
 
 help:
 	@echo 'make demo    take the example checkpoint through every stage; ends with the parity table'
@@ -26,6 +26,8 @@ help:
 	@echo 'make bench   measure, against named peers'
 	@echo 'make bench-merge   merging a 1.1 B model beside cp and PEFT; needs 70 GB in BENCH_CACHE'
 	@echo 'make bench-graph   the single graph beside merged graphs and PyTorch, on MiniLM'
+	@echo 'make bench-trt     eight engines beside one: time and memory of building'
+	@echo 'make bench-gate    faults planted in artefacts: what parity catches, and other gates beside it'
 	@echo 'make clean   remove .venv, caches and what the demo wrote'
 
 venv: $(INSTALLED)
@@ -73,6 +75,12 @@ bench-merge: $(INSTALLED)
 GRAPH_CACHE ?= $(HOME)/.cache/mtl-export/bench-graph
 bench-graph: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_graph --cache $(GRAPH_CACHE)
+
+bench-trt: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/bench_trt.py
+
+bench-gate: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/bench_gate.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
