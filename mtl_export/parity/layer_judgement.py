@@ -231,5 +231,8 @@ def finding(task: str, case: Case, layers: Sequence[tuple[Sizes, LayerError]]) -
             text = f"{error.layer} is wrong{why}{more}"
             return Finding(task, case.name, error.layer, "", error.cause, text)
         last = error.layer
-    text = f"no layer that tasks change is beyond {FLOOR_FACTOR:g} noise floors in {case.name}"
+    text = (
+        f"no layer that tasks change is beyond {FLOOR_FACTOR:g} noise floors in {case.name};"
+        f" the last of them is {last}"
+    )
     return Finding(task, case.name, "", last, "", text)
