@@ -5,12 +5,12 @@ Each is a record of paths and numbers that opens its model in the process it is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -89,7 +89,7 @@ class OnnxLanguageModel:
 
     def open(self) -> Opened:
         """Open both sessions."""
-        from mtl_export.runtime.generation import Decoding, next_tokens
+        from mtl_export.runtime.generation import Decoding
         from mtl_export.runtime.onnx_adapters import active, adapter_file
         from mtl_export.runtime.ort import OrtPart, open_session
 
@@ -100,15 +100,10 @@ class OnnxLanguageModel:
         prefill, decode = map(OrtPart, sessions, paths, adapters)
 
         def call(inputs: Mapping[str, Array]) -> Timings:
-            begun = perf_counter()
             ids, mask, tasks = inputs[INPUT_IDS], inputs[ATTENTION_MASK], inputs.get(TASK_IDS)
-            decoding = Decoding(prefill, decode, ids, mask, tasks)
-            times: Timings = {PREFILL: [perf_counter() - begun], DECODE: []}
-            for _ in range(self.new_tokens):
-                begun = perf_counter()
-                decoding.feed(next_tokens(decoding.logits))
-                times[DECODE].append(perf_counter() - begun)
-            return times
+            return _timed_steps(
+                lambda: Decoding(prefill, decode, ids, mask, tasks), self.new_tokens
+            )
 
         return Opened(call, fields_of(sessions[0].get_inputs()))
 
@@ -137,7 +132,6 @@ class OnnxSeq2Seq:
 
     def open(self) -> Opened:
         """Open the three sessions."""
-        from mtl_export.runtime.generation import next_tokens
         from mtl_export.runtime.ort import OrtPart, open_session
         from mtl_export.runtime.seq2seq_generation import Seq2SeqDecoding, Seq2SeqParts
         from mtl_export.runtime.token_rules import TokenRules
@@ -149,18 +143,36 @@ class OnnxSeq2Seq:
         start = TokenRules.from_folder(self.folder).start or 0
 
         def call(inputs: Mapping[str, Array]) -> Timings:
-            begun = perf_counter()
             own = {name: value for name, value in inputs.items() if name != TASK_IDS}
             first = np.full((len(inputs[INPUT_IDS]), 1), start, np.int64)
-            decoding = Seq2SeqDecoding(parts, own, inputs.get(TASK_IDS), first)
-            times: Timings = {PREFILL: [perf_counter() - begun], DECODE: []}
-            for _ in range(self.new_tokens):
-                begun = perf_counter()
-                decoding.feed(next_tokens(decoding.logits[:, -1]))
-                times[DECODE].append(perf_counter() - begun)
-            return times
+            tasks = inputs.get(TASK_IDS)
+            return _timed_steps(lambda: Seq2SeqDecoding(parts, own, tasks, first), self.new_tokens)
 
         return Opened(call, fields_of(sessions[0].get_inputs()))
+
+
+class _Decoding(Protocol):
+    """What decodes step by step; ``logits`` end with those of the last token, ``[..., L]``."""
+
+    logits: Array
+
+    def feed(self, tokens: Array) -> None:
+        """Go on by one token a row."""
+
+
+def _timed_steps(start: Callable[[], _Decoding], new_tokens: int) -> Timings:
+    """Return the seconds that the prompts take, and each of the steps after them."""
+    from mtl_export.runtime.generation import next_tokens
+
+    begun = perf_counter()
+    decoding = start()
+    times: Timings = {PREFILL: [perf_counter() - begun], DECODE: []}
+    for _ in range(new_tokens):
+        begun = perf_counter()
+        logits = decoding.logits
+        decoding.feed(next_tokens(logits if logits.ndim == 2 else logits[:, -1]))
+        times[DECODE].append(perf_counter() - begun)
+    return times
 
 
 @dataclass(frozen=True)
