@@ -80,7 +80,7 @@ bench-trt: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_trt.py
 
 bench-gate: $(INSTALLED)
-	$(BIN)/python tests/benchmarks/bench_gate.py
+	$(BIN)/python -m tests.benchmarks.bench_gate
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
