@@ -80,6 +80,7 @@ def _interface_problems(path: Path, dtype: str, outputs: Collection[str]) -> lis
     problems: list[str] = []
     begun: dict[str, set[str]] = {}
     read: set[str] = set()
+    own_type = NARROW.get(dtype, "float32")
     for part in parts:
         inputs, results = _values(part)
         for name, number in results.items():
@@ -87,8 +88,8 @@ def _interface_problems(path: Path, dtype: str, outputs: Collection[str]) -> lis
             is_cache = not is_whole and name.startswith(PRESENT)
             if name not in known and not is_cache:
                 problems.append(f"{part.name} has the output {name!r}, which nobody asked for")
-            elif found not in {"float32", NARROW[dtype]}:
-                problems.append(f"{name!r} of {part.name} is {found}, not {NARROW[dtype]}")
+            elif found not in {"float32", own_type}:
+                problems.append(f"{name!r} of {part.name} is {found}, not {own_type}")
         caches = {n.removeprefix(PRESENT) for n in results if n.startswith(PRESENT)}
         own = {n.removeprefix(PAST) for n in inputs if n.startswith(PAST)}
         read |= own
