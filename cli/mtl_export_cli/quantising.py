@@ -120,11 +120,12 @@ class Request:
 
     def run(self, bound: BoundModel, groups: Sequence[Sequence[Target]]) -> list[Outcome]:
         """Quantise graphs, those of one layout together."""
+        from mtl_export.checkpoint.model_inputs import longest_sequence
         from mtl_export_calibration.measure import Work, measure
         from mtl_export_calibration.samples import open_samples
 
         tasks, folder = bound.adapters.tasks, bound.base.folder
-        longest = int(bound.base.config.get("max_position_embeddings") or 512)
+        longest = longest_sequence(bound.base.config, unlimited=512)
         talk = render.Talk.from_settings(self.settings)
         calibration, counts = open_samples(
             self.data, tasks, folder, max_length=longest, per_task=self.samples, seed=self.seed
