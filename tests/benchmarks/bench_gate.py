@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from mtl_export.parity.tolerance import FLOOR_FACTOR
-from tests.benchmarks.gate import files, precision, routing, tokens, weights
+from tests.benchmarks.gate import files, precision, quantised, routing, tokens, weights
 from tests.benchmarks.gate.clean import CleanRun, clean_runs
 from tests.benchmarks.gate.fault import Fault
 from tests.benchmarks.gate.judges import CAUGHT, allclose, judge, polygraphy, verdict
@@ -31,7 +31,8 @@ from tests.benchmarks.gate.models import MODELS, write_dora, write_model
 from tests.benchmarks.gate.project import MERGED, Project
 
 FAULTS = (
-    *weights.FAULTS, *routing.FAULTS, *precision.FAULTS, *tokens.FAULTS, *files.FAULTS,
+    *weights.FAULTS, *routing.FAULTS, *precision.FAULTS, *tokens.FAULTS,
+    *files.FAULTS, *quantised.FAULTS,
 )  # fmt: skip
 PEERS = {"polygraphy": polygraphy, "np.allclose": allclose}
 WIDTH = 78
@@ -74,6 +75,8 @@ class Bench:
             if name == "dora":
                 write_dora(project.folder)
                 project.export(MERGED)
+            elif name == "quantised":
+                project = quantised.write_quantised(project.folder)
             else:
                 (model,) = (model for model in MODELS if model.name == name)
                 write_model(model, project.folder)

@@ -81,7 +81,7 @@ class Project:
         """Delete all artefacts but those that reports call ``artefact``; empty keeps all."""
         single = (self.out / "onnx" / MANIFEST_FILE).is_file()
         if artefact and artefact != "merged pytorch":
-            shutil.rmtree(self.out / "merged")
+            shutil.rmtree(self.out / "merged", ignore_errors=True)
         if artefact == "merged pytorch":
             shutil.rmtree(self.out / "onnx", ignore_errors=True)
         elif artefact == "merged onnx" and single:

@@ -123,6 +123,11 @@ def untied(project: Project) -> None:
     )
 
 
+def first_row(value: Array) -> Array:
+    """Return a tensor without its last rows."""
+    return value[:1]
+
+
 def put(value: Array) -> Callable[[Array], Array]:
     """Return a change: another tensor."""
     return lambda old: value
@@ -201,6 +206,9 @@ FAULTS = (
           values("spam", **{f"{ROBERTA}.intermediate.dense.bias": np.zeros_like}),
           "task spam.*error"),
     Fault("head stale", "roberta", HF, stale_head, "task ads_rel.*error"),
+    Fault("head truncated", "roberta", HF,
+          weights("spam", **{f"classifier.out_proj.{k}": first_row for k in ("weight", "bias")}),
+          "task spam.*mismatched 'classifier"),
     Fault("heads swapped", "roberta", ALL,
           values("", **dict.fromkeys(HEADS, swap(0, 2))),
           "task (ads_rel|spam).*error"),
