@@ -26,14 +26,15 @@ from mtl_export.parity.report import Cell
 INTERFACE, CONFIG, COMPANIONS = "inputs and outputs", "config", "companions"
 PRESENT, PAST = "present.", "past_key_values."
 WHOLE = "model.onnx"
-HIDDEN = "last_hidden_state"
+# What an encoder hands to its decoders; the mask only where it reads more than text.
+HIDDEN, SOURCE_MASK = "last_hidden_state", "encoder_attention_mask"
 # What other dtypes and tied weights change, and what says who wrote the file.
 OWN_KEYS = frozenset({
     "dtype", "torch_dtype", "tie_word_embeddings", "text_config", "transformers_version",
     "quantization_config",
 })  # fmt: skip
 # ONNX's numbers for element types.
-TYPES = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
+TYPES = {1: "float32", 7: "int64", 10: "float16", 11: "float64", 16: "bfloat16"}
 NARROW = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -76,7 +77,7 @@ def beside_cells(
 def _interface_problems(path: Path, dtype: str, outputs: Collection[str]) -> list[str]:
     is_whole = path.name == WHOLE
     parts = [path] if is_whole else sorted(path.parent.glob("*.onnx"))
-    known = {*outputs} if is_whole else {*outputs, HIDDEN}
+    known = {*outputs} if is_whole else {*outputs, HIDDEN, SOURCE_MASK}
     problems: list[str] = []
     begun: dict[str, set[str]] = {}
     read: set[str] = set()
@@ -88,7 +89,7 @@ def _interface_problems(path: Path, dtype: str, outputs: Collection[str]) -> lis
             is_cache = not is_whole and name.startswith(PRESENT)
             if name not in known and not is_cache:
                 problems.append(f"{part.name} has the output {name!r}, which nobody asked for")
-            elif found not in {"float32", own_type}:
+            elif found not in ({"int64"} if name == SOURCE_MASK else {"float32", own_type}):
                 problems.append(f"{name!r} of {part.name} is {found}, not {own_type}")
         caches = {n.removeprefix(PRESENT) for n in results if n.startswith(PRESENT)}
         own = {n.removeprefix(PAST) for n in inputs if n.startswith(PAST)}

@@ -130,7 +130,7 @@ def test_a_folder_that_is_named_is_seen_for_what_it_holds(calibrated: Path) -> N
     """--onnx out/onnx-int8: quantised, and its float graph is found beside."""
     bound, _ = found(calibrated)
     out = calibrated / "out"
-    places = Places(out / "merged", out / "onnx-int8", out / "engines")
+    places = Places(out / "no merged", out / "onnx-int8", out / "engines")
     artefacts, _ = find_artefacts(bound, places, threads=1)
     assert [one.name for one in artefacts] == ["merged onnx"] * len(TASKS) + ["single graph onnx"]
     for one in artefacts:

@@ -52,7 +52,7 @@ def interface(folder: Path, path: Path, dtype: str = "fp32") -> tuple[Verdict, s
         ({"logits": TensorProto.FLOAT}, "fp16", ""),
         ({"logits": TensorProto.FLOAT16}, "fp32", "'logits' of model.onnx is float16, not float32"),
         ({"logits": TensorProto.DOUBLE}, "fp32", "'logits' of model.onnx is float64, not float32"),
-        ({"logits": TensorProto.INT64}, "fp32", "'logits' of model.onnx is of type 7, not float32"),
+        ({"logits": TensorProto.INT64}, "fp32", "'logits' of model.onnx is int64, not float32"),
         (
             {"logits": TensorProto.FLOAT, "hidden": TensorProto.FLOAT}, "fp32",
             "model.onnx has the output 'hidden', which nobody asked for",
