@@ -38,7 +38,7 @@ from mtl_export.merge.merge import rounded
 # How often the caller hears of the progress, in seconds.
 TICK_S = 0.5
 # Threads beyond one a worker: these write and hash while all workers compute.
-WRITERS = 2
+WRITERS = 4
 
 
 class Pass:
