@@ -174,4 +174,5 @@ def _gate(outcome: Outcome, artefact: str, differs: Callable[[Pairs], bool]) -> 
     try:
         return CAUGHT if any(differs(pairs) for pairs in compared(outcome, artefact)) else MISSED
     except Exception:
+        # Whatever stops a peer stops a build as well: that counts for it.
         return CAUGHT
