@@ -9,7 +9,7 @@ versions. A file whose key differs in anything, or that cannot be read, counts a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from mtl_export.version import VERSION
 SCHEMA = "mtl-export.calibration/2"
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that decide numbers."""
+def versions(packages: Iterable[str] = ()) -> dict[str, str]:
+    """Return the versions that decide numbers, with those of further ``packages``."""
     import numpy
     import onnxruntime
 
@@ -29,6 +29,7 @@ def versions() -> dict[str, str]:
         "numpy": numpy.__version__,
         "onnx_ir": version("onnx-ir"),
         "onnxruntime": onnxruntime.__version__,
+        **{name: version(name) for name in packages},
     }
 
 

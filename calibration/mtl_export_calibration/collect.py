@@ -17,7 +17,9 @@ import numpy as np
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, CalibrationError
 from mtl_export.runtime.ort import CPU, EXTRA
+from mtl_export_calibration.calibrators import CALIBRATORS
 from mtl_export_calibration.data import TASK_IDS
+from mtl_export_calibration.formats import NumberFormat
 from mtl_export_calibration.histogram import Histogram
 from mtl_export_calibration.layers import QuantLayer
 from mtl_export_calibration.samples import MASK, Samples
@@ -48,6 +50,15 @@ class TensorStatistics:
             places = np.linspace(0, len(values) - 1, min(keep, len(values))).astype(np.int64)
             self.rows.append(values[places])
 
+    def compute_amax(self, method: str, number: NumberFormat) -> float:
+        """Return the magnitude to keep.
+
+        Args:
+            method: A key of ``CALIBRATORS``.
+            number: The activation's format.
+        """
+        return CALIBRATORS[method](self.histogram, number)
+
 
 def collect(
     path: Path,
@@ -56,6 +67,7 @@ def collect(
     *,
     threads: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    begin: Callable[[], TensorStatistics] = TensorStatistics,
 ) -> dict[str, TensorStatistics]:
     """Return the statistics of every layer's activation, by its name.
 
@@ -65,6 +77,7 @@ def collect(
         samples: The rows of one task.
         threads: Threads inside one operator; 0 lets ONNX Runtime decide.
         progress: Is told how many of how many batches are done.
+        begin: Returns what counts one activation's values.
 
     Raises:
         BackendMissingError: onnxruntime is not installed.
@@ -76,7 +89,7 @@ def collect(
     found: dict[str, TensorStatistics] = {}
     done = 0
     for group in groups:
-        statistics = {name: TensorStatistics() for name in group}
+        statistics = {name: begin() for name in group}
         with_outputs = _Session(path, group, threads)
         for batch in samples.batches(BATCH):
             mask = batch.arrays.get(MASK)

@@ -1,22 +1,28 @@
-"""Who measures activations: ONNX Runtime, which is always there, or another by the same call.
+"""Who measures activations and chooses ranges: our own calibrators, or modelopt's.
 
 An engine takes a graph, its layers and one task's rows and returns every activation's
-statistics; combining tasks, writing Q/DQ and the accuracy gate are the same for all.
+statistics, which know its range; combining tasks, writing Q/DQ and the accuracy gate are
+the same for all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from mtl_export.errors import BackendMissingError
+from mtl_export.errors import BackendMissingError, UsageError
+from mtl_export_calibration import modelopt
 from mtl_export_calibration.collect import TensorStatistics, collect
+from mtl_export_calibration.formats import NumberFormat
 from mtl_export_calibration.layers import QuantLayer
+from mtl_export_calibration.ranges import WEIGHTED
 from mtl_export_calibration.samples import Samples
 
-ONNXRUNTIME, MODELOPT = "onnxruntime", "modelopt"
+ENGINES = ONNXRUNTIME, MODELOPT = ("onnxruntime", "modelopt")
+# Engine -> packages beside our own whose versions decide numbers.
+PACKAGES = {ONNXRUNTIME: (), MODELOPT: ("nvidia-modelopt", "torch")}
 
 
 class Engine(Protocol):
@@ -35,20 +41,43 @@ class Engine(Protocol):
         ...
 
 
-def engine_named(name: str) -> Engine:
+def engine_named(name: str, method: str, number: NumberFormat) -> Engine:
     """Return the engine called ``name``.
 
+    Args:
+        name: One of ``ENGINES``.
+        method: How it chooses ranges, a key of ``CALIBRATORS``.
+        number: The activations' format.
+
     Raises:
-        BackendMissingError: There is none that can be called.
+        BackendMissingError: It is not installed.
+        UsageError: It cannot choose ranges so.
     """
     if name == ONNXRUNTIME:
         return collect
-    installed = name == MODELOPT and find_spec("modelopt") is not None
-    raise BackendMissingError(
-        where=f"calibration engine {name}",
-        found="installed, but this version has no adapter for it"
-        if installed
-        else "not installed, and this version has no adapter for it",
-        expected=ONNXRUNTIME,
-        fix=f"Leave the engine out: {ONNXRUNTIME} measures the same ranges",
-    )
+    if name != MODELOPT:
+        raise BackendMissingError(
+            where=f"calibration engine {name}",
+            found="there is none of that name",
+            expected=" or ".join(ENGINES),
+            fix=f"Leave the engine out: {ONNXRUNTIME} is always there",
+        )
+    modelopt.refuse_without_calibrator(method, number)
+    modelopt.load_modelopt()
+    return partial(collect, begin=partial(modelopt.ModeloptStatistics, method, number))
+
+
+def refuse_combination(name: str, combine: str | None) -> None:
+    """Refuse to combine tasks in a way that an engine cannot.
+
+    Raises:
+        UsageError: ``weighted``, by an engine other than our own.
+    """
+    if name != ONNXRUNTIME and combine == WEIGHTED:
+        raise UsageError(
+            where=f"--engine {name} --combine {WEIGHTED}",
+            found="tasks of different weight",
+            expected="union or per-task",
+            why="its calibrators count every value once",
+            fix="Leave out --engine, or --combine",
+        )

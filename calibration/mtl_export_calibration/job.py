@@ -229,6 +229,7 @@ class GraphJob:
         about = {
             "format": number.name,
             "method": self._work.options.method,
+            "engine": self._work.options.engine,
             "combine": self._work.combine,
             "layers": len(layers),
             "excluded": sorted(excluded),
@@ -256,6 +257,7 @@ class GraphJob:
             graph=self._target.name,
             number=options.number.name,
             method=options.method,
+            engine=options.engine,
             combine=self._work.combine,
             measured=self._measured,
             scores=tuple(scores),

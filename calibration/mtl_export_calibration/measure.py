@@ -23,7 +23,7 @@ from mtl_export.graph.passes.split_gemm import SplitGemmPass
 from mtl_export_calibration.cache import read_cache, versions, write_cache
 from mtl_export_calibration.collect import TensorStatistics
 from mtl_export_calibration.deltas import APART, DeltaSource
-from mtl_export_calibration.engines import ONNXRUNTIME, engine_named
+from mtl_export_calibration.engines import ONNXRUNTIME, PACKAGES, engine_named
 from mtl_export_calibration.formats import NumberFormat
 from mtl_export_calibration.layers import QuantLayer, find_layers
 from mtl_export_calibration.ranges import CUT_FACTOR, PER_TASK, Cut, Ranges, combine, worst_cut
@@ -53,7 +53,7 @@ class Options:
         max_cut: Times as often as is usual that a task's values may lie beyond a range.
         max_excluded: Largest share of layers that may be left unquantised to reach that.
         threads: Threads of ONNX Runtime; 0 lets it decide.
-        engine: Who measures activations.
+        engine: Who measures activations and chooses ranges.
     """
 
     number: NumberFormat
@@ -164,7 +164,7 @@ class Work:
             "weights": dict(options.weights),
             "exclude": list(options.exclude),
             "engine": options.engine,
-            "versions": versions(),
+            "versions": versions(PACKAGES[options.engine]),
         }
 
 
@@ -236,12 +236,13 @@ def _collected(
     work: Work, target: Target, task: Task, samples: Samples, step: str
 ) -> dict[str, TensorStatistics]:
     layers, _ = layers_of(work, target, ir.load(target.path))
-    engine = engine_named(work.options.engine)
+    options = work.options
+    engine = engine_named(options.engine, options.method, options.number)
     return engine(
         target.path,
         layers,
         samples,
-        threads=work.options.threads,
+        threads=options.threads,
         progress=lambda done, total: work.progress(
             f"{step}: {target.name}, {task.name}", done, total
         ),
@@ -305,5 +306,4 @@ def _cut(work: Work, target: Target, task: Task, ranges: Ranges) -> Cut:
     own = work.judged.of_task(task.index)
     places = np.unique(np.linspace(0, len(own) - 1, min(CUT_ROWS, len(own))).astype(np.int64))
     seen = _collected(work, target, task, own.take(places), "check")
-    histograms = {name: one.histogram for name, one in seen.items()}
-    return worst_cut(histograms, ranges.amax, options.method, options.number)
+    return worst_cut(seen, ranges.amax, options.method, options.number)

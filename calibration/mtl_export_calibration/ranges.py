@@ -80,7 +80,7 @@ class Cut:
 
 
 def worst_cut(
-    histograms: Mapping[str, Histogram],
+    statistics: Mapping[str, TensorStatistics],
     amax: Mapping[str, float],
     method: str,
     number: NumberFormat,
@@ -88,15 +88,16 @@ def worst_cut(
     """Return where ``amax`` cuts a task most, as a share of what is allowed.
 
     Args:
-        histograms: Of the task's values, by activation, on rows that no range was taken from.
+        statistics: Of the task's values, by activation, on rows that no range was taken from.
         amax: The graph's ranges.
         method: A key of ``CALIBRATORS``.
         number: The activations' format.
     """
-    calibrator, cuts = CALIBRATORS[method], [Cut()]
-    for name, histogram in histograms.items():
+    cuts = [Cut()]
+    for name, one in statistics.items():
+        histogram = one.histogram
         share = cut_share(histogram, amax[name])
-        usual = cut_share(histogram, calibrator(histogram, number)) if share else 0.0
+        usual = cut_share(histogram, one.compute_amax(method, number)) if share else 0.0
         cuts.append(Cut(name, share, usual, histogram.total))
     return max(cuts, key=lambda cut: cut.share / cut.allowed(CUT_FACTOR))
 
@@ -122,9 +123,8 @@ def combine(
     Raises:
         CalibrationError: ``per-task`` for a graph of several tasks, or no weight above 0.
     """
-    calibrator = CALIBRATORS[method]
     own = {
-        task: {name: calibrator(one.histogram, number) for name, one in by_name.items()}
+        task: {name: one.compute_amax(method, number) for name, one in by_name.items()}
         for task, by_name in statistics.items()
     }
     names = list(next(iter(own.values())))
@@ -141,6 +141,7 @@ def combine(
     if how == UNION:
         amax = {name: max(by_name[name] for by_name in own.values()) for name in names}
     else:
+        calibrator = CALIBRATORS[method]
         amax = {name: calibrator(_mixed(statistics, name, weights), number) for name in names}
     return Ranges(amax, own)
 

@@ -1,7 +1,7 @@
 """What calibrating one graph found, as JSON that lies beside the quantised graph.
 
-    {"schema": "mtl-export.quantisation/1", "graph", "format", "method", "combine", "data",
-     "gate", "half", "excluded", "deltas_apart", "notes", "layers", "activations", "tasks"}
+    {"schema": "mtl-export.quantisation/1", "graph", "format", "method", "engine", "combine",
+     "data", "gate", "half", "excluded", "deltas_apart", "notes", "layers", "activations", "tasks"}
 
 A task pays where ``inflation`` is above 1 (its steps are that much coarser than they need
 be) or below (its values are cut), and where ``cut`` is large: the share of its values, on
@@ -86,6 +86,7 @@ class GraphReport:
         graph: ``single graph``, or the task of a merged graph.
         number: Name of the format.
         method: The calibrator.
+        engine: Whose.
         combine: How tasks' ranges became one.
         measured: What the data say.
         scores: What quantising costs each task.
@@ -105,6 +106,7 @@ class GraphReport:
     graph: str
     number: str
     method: str
+    engine: str
     combine: str
     measured: Measured
     scores: tuple[TaskScore, ...]
@@ -154,6 +156,7 @@ class GraphReport:
             "graph": self.graph,
             "format": self.number,
             "method": self.method,
+            "engine": self.engine,
             "combine": self.combine,
             "data": dict(self.data),
             "gate": {

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mtl_export_calibration.measure import Options
     from mtl_export_calibration.report import GraphReport
 
+OWN_ENGINE = "onnxruntime"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -53,7 +55,10 @@ def print_outcomes(outcomes: Sequence[Outcome], options: Options, *, as_json: bo
         *("cut", "verdict"),
     )
     rows = [row for outcome in outcomes for row in _rows(outcome.report)]
-    title = f"{number}, {options.method}; the worst task may lose {options.max_drop:g} points"
+    how = options.method
+    if options.engine != OWN_ENGINE:
+        how += f" by {options.engine}"
+    title = f"{number}, {how}; the worst task may lose {options.max_drop:g} points"
     render.print_table(columns, rows, title=title, right=columns[2:-1])
     for outcome in outcomes:
         for line in _lines(outcome):

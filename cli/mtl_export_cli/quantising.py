@@ -71,7 +71,14 @@ class Request:
     seed: int
 
     def refuse_unknown(self) -> None:
-        """Refuse a call without data."""
+        """Refuse a call without data, or an engine that is not there or cannot do it.
+
+        Raises:
+            UsageError: There are no data, or the engine has no such ranges.
+            BackendMissingError: The engine is not installed.
+        """
+        from mtl_export_calibration.engines import engine_named, refuse_combination
+
         if not self.data:
             raise UsageError(
                 where="--data",
@@ -80,6 +87,9 @@ class Request:
                 why="ranges are taken from them",
                 fix="Pass --data, or set data in the [calibrate] section of mtl-export.toml",
             )
+        chosen = self.options
+        refuse_combination(chosen.engine, chosen.combine)
+        engine_named(chosen.engine, chosen.method, chosen.number)
 
     def graphs(self, bound: BoundModel, layout: str, folder: Path | None) -> list[list[Target]]:
         """Return the graphs to quantise, those of one layout together.
@@ -201,6 +211,7 @@ class Request:
                 "served": [task.name for task in target.tasks(work.bound.adapters.tasks)],
                 "quantize": chosen.number.name,
                 "method": chosen.method,
+                "engine": chosen.engine,
                 "combine": work.combine,
                 "weights": {name: str(value) for name, value in chosen.weights.items()},
                 "exclude": list(chosen.exclude),

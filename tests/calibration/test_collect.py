@@ -7,9 +7,8 @@ import onnx_ir as ir
 import pytest
 
 import mtl_export_calibration.collect as module
-from mtl_export.errors import BackendMissingError, CalibrationError
+from mtl_export.errors import CalibrationError
 from mtl_export_calibration.collect import collect
-from mtl_export_calibration.engines import engine_named
 from mtl_export_calibration.layers import QuantLayer, find_layers
 from mtl_export_calibration.samples import Samples
 from tests.calibration import toys
@@ -105,10 +104,3 @@ def test_a_broken_graph_is_refused(tmp_path: Path, layers: list[QuantLayer]) -> 
     (tmp_path / "gone.data").unlink()
     with pytest.raises(CalibrationError, match="onnxruntime cannot open it"):
         collect(tmp_path / "model.onnx", layers, toys.samples(2))
-
-
-def test_other_engines_say_that_they_cannot() -> None:
-    """No engine pretends: modelopt has no adapter yet."""
-    assert engine_named("onnxruntime") is collect
-    with pytest.raises(BackendMissingError, match=r"modelopt: (not )?installed.*no adapter"):
-        engine_named("modelopt")

@@ -70,13 +70,12 @@ def test_nothing_is_cut_at_the_largest_value() -> None:
 
 def test_values_beyond_a_range_tell_whose_rows_it_was_taken_from() -> None:
     """The activation that is cut most beyond what its calibrator would cut speaks for the task."""
-    histograms = {
-        name: statistics(a=largest)["a"]["x"].histogram
-        for name, largest in (("wide", 4.0), ("narrow", 1.0))
+    found = {
+        name: statistics(a=largest)["a"]["x"] for name, largest in (("wide", 4.0), ("narrow", 1.0))
     }
-    own = worst_cut(histograms, {"wide": 4.0, "narrow": 1.0}, "max", INT8)
+    own = worst_cut(found, {"wide": 4.0, "narrow": 1.0}, "max", INT8)
     assert own.passes(3.0)
-    cut = worst_cut(histograms, {"wide": 3.0, "narrow": 0.99}, "max", INT8)
+    cut = worst_cut(found, {"wide": 3.0, "narrow": 0.99}, "max", INT8)
     assert (cut.activation, cut.usual) == ("wide", 0.0)
     assert cut.share == pytest.approx(0.25, abs=0.002)
     assert not cut.passes(3.0)

@@ -15,6 +15,7 @@ from mtl_export_cli.quantising import BOTH, Request, refuse_parts
 EXIT_FAILED = 4
 FORMATS = ("int8", "fp8", "int4")
 METHODS = ("max", "percentile", "entropy", "mse")
+ENGINES = ("onnxruntime", "modelopt")
 COMBINATIONS = ("union", "weighted", "per-task")
 DELTAS = ("apart", "exclude", "merged")
 LAYOUT = option(
@@ -57,6 +58,8 @@ def _weights(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
         help=options.QUANTIZE_HELP)  # fmt: skip
 @option("--method", type=click.Choice(METHODS),
         help="How ranges are chosen; by default percentile for int8, max for fp8.")  # fmt: skip
+@option("--engine", type=click.Choice(ENGINES), default=ENGINES[0], show_default=True,
+        help="Whose calibrators choose ranges: ours, or NVIDIA's; modelopt: [quant].")  # fmt: skip
 @option("--combine", type=click.Choice(COMBINATIONS),
         help="How to join tasks' ranges; by default union, merged graphs: per-task.")  # fmt: skip
 @option("--weight", multiple=True, metavar="TASK=NUMBER", callback=_weights,
@@ -81,6 +84,7 @@ def command(
     seed: int,
     quantize: str,
     method: str | None,
+    engine: str,
     combine: str | None,
     weight: dict[str, float],
     exclude: tuple[str, ...],
@@ -117,6 +121,7 @@ def command(
         max_cut=max_cut,
         max_excluded=max_excluded,
         threads=threads,
+        engine=engine,
     )
     request = Request(settings, chosen, data or "", judge or data or "", samples, seed)
     request.refuse_unknown()

@@ -3,12 +3,16 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import onnx
 import pytest
 
 from mtl_export.errors import UsageError
+from mtl_export_calibration import modelopt
+from mtl_export_calibration.formats import format_named
+from mtl_export_calibration.qdq import METADATA
 from mtl_export_cli.quantising import refuse_parts
 from tests.cli.conftest import Run, files_below
 from tests.factories import TASKS, WORDS
@@ -102,6 +106,10 @@ def test_graphs_of_some_layers(rows: Path, run: Run) -> None:
         (("--data", "rows.jsonl", "--weight", "spam"), "is not NAME=NUMBER"),
         (("--data", "rows.jsonl", "--exclude", "nothing"), "found in no layer's name"),
         (("--data", "rows.jsonl", "--quantize", "int4"), "no multiple of 32"),
+        (("--data", "rows.jsonl", "--engine", "modelopt", "--combine", "weighted"),
+         "calibrators count every value once"),
+        (("--data", "rows.jsonl", "--engine", "modelopt", "--quantize", "fp8", "--method",
+          "entropy"), "Pass --method max"),
         (("--data", "rows.jsonl", "--layout", "single-graph", "--combine", "per-task"),
          "a graph that serves 3 tasks"),
     ],
@@ -113,6 +121,53 @@ def test_what_cannot_be_done_is_said(
     outcome = run("calibrate", *words)
     assert outcome.code == 2
     assert reason in outcome.stderr
+
+
+def test_an_engine_that_is_not_there_is_refused_before_any_work(
+    project: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 6 with the extra to install; nothing is exported or measured."""
+    monkeypatch.setattr(modelopt, "find_spec", lambda name: None)
+    (project / "rows.jsonl").write_text("{}")
+    outcome = run("calibrate", "--data", "rows.jsonl", "--engine", "modelopt")
+    assert outcome.code == 6
+    assert "pip install 'mtl-export[quant]'" in outcome.stderr
+    assert not (project / "out").exists()
+
+
+@pytest.mark.other_env
+@pytest.mark.skipif(find_spec("modelopt") is None, reason="nvidia-modelopt is not installed")
+@pytest.mark.parametrize("number", ["int8", "fp8"])
+def test_ranges_may_be_modelopts(rows: Path, run: Run, number: str) -> None:
+    """They end up in Q and DQ; the report, the graph and the next call know whose they are."""
+    words = (*LOOSE, "--layout", "single-graph", "--method", "percentile", "--quantize", number)
+    outcome = run("calibrate", *words, "--engine", "modelopt")
+    assert outcome.code == 0, outcome.stderr
+    assert f"{number}, percentile by modelopt; the worst" in outcome.stdout
+    folder = rows / "out" / f"onnx-{number}"
+    theirs = json.loads((folder / "calibration.json").read_text())
+    assert theirs["engine"] == "modelopt"
+    model = onnx.load(folder / "model.onnx")
+    about = json.loads({one.key: one.value for one in model.metadata_props}[METADATA])
+    assert about["engine"] == "modelopt"
+    values = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    scales = {
+        node.input[0]: float(values[node.input[1]])
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] in theirs["activations"]
+    }
+    largest = format_named(number).largest
+    expected = {name: one["amax"] / largest for name, one in theirs["activations"].items()}
+    assert scales == pytest.approx(expected, rel=1e-6)
+
+    refused = run("calibrate", *words)
+    assert refused.code == 2
+    assert "engine was 'modelopt', is 'onnxruntime'" in refused.stderr
+    assert run("calibrate", *words, "--force").code == 0
+    ours = json.loads((folder / "calibration.json").read_text())["activations"]
+    assert ours != theirs["activations"]
+    for name, one in theirs["activations"].items():
+        assert one["amax"] == pytest.approx(ours[name]["amax"], rel=0.01)
 
 
 def test_a_graph_of_one_task_at_a_time_is_refused(rows: Path, run: Run) -> None:
