@@ -5,9 +5,11 @@
 #   PIP_FLAGS   extra pip arguments. On Linux the plain torch wheel brings several GB of CUDA;
 #               make demo PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 #               takes the CPU build.
+#   TEST_WORKERS   how many tests run at once; as many as there are cores, at most 8
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+TEST_WORKERS ?= logical
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
@@ -48,8 +50,10 @@ demo: $(INSTALLED)
 	cd $(DEMO) && mtl-export trt --all-tasks --force
 	cd $(DEMO) && mtl-export parity
 
+# A worker takes a run of neighbours, and when it has none left, half of another's: fixtures are
+# seldom made twice.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --maxprocesses 8 --dist worksteal
 
 # Each example is type-checked on its own: their scripts share names, and import one another plainly.
 check: $(INSTALLED)

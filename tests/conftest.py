@@ -10,8 +10,10 @@ import os
 
 from hypothesis import settings
 
+# Workers of pytest-xdist share the cores, and inherit what the process that starts them has set.
+is_worker = "PYTEST_XDIST_WORKER" in os.environ
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "2")
+    os.environ[variable] = "1" if is_worker else os.environ.get(variable, "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # A value in the developer's shell must not steer a test.
