@@ -66,7 +66,6 @@ def gated(graphs: Path, tmp_path_factory: pytest.TempPathFactory, shell: Shell) 
     """Return a project with merged folders and the single graph that the gate has passed."""
     folder = tmp_path_factory.mktemp("gate") / "project"
     shutil.copytree(graphs, folder, ignore=shutil.ignore_patterns("topic", "spam"))
-    shutil.rmtree(folder / "out" / "merged", ignore_errors=True)
     words = ["merge", "--task", "topic", "--config", str(folder / "mtl-export.toml")]
     assert CliRunner().invoke(cli, words).exit_code == 0
     done = shell(f"{EXAMPLE / 'gate.sh'} {folder} reports", ROOT)

@@ -18,13 +18,14 @@ TASK = "topic"
 
 
 @pytest.fixture(scope="module")
-def exported_once(graphs: Path) -> Path:
+def exported_once(graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a project with merged folders and graphs, made once and not changed."""
-    result = CliRunner().invoke(
-        cli, ["merge", "--all-tasks", "--config", str(graphs / "mtl-export.toml")]
-    )
+    folder = tmp_path_factory.mktemp("merged") / "project"
+    shutil.copytree(graphs, folder)
+    words = ["merge", "--all-tasks", "--config", str(folder / "mtl-export.toml")]
+    result = CliRunner().invoke(cli, words)
     assert result.exit_code == 0, result.output
-    return graphs
+    return folder
 
 
 @pytest.fixture
