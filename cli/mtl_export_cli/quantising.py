@@ -10,7 +10,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
-from mtl_export.errors import UsageError
+from mtl_export.checkpoint.outputs import LOGITS
+from mtl_export.errors import UsageError, shortened
 from mtl_export_cli import graphs, render, sources
 from mtl_export_cli.calibrated import Outcome
 from mtl_export_cli.options import LAYOUTS, Settings
@@ -25,11 +26,15 @@ if TYPE_CHECKING:
 BOTH = "both"
 
 
-def refuse_parts(bound: BoundModel) -> None:
-    """Refuse a model that runs as several graphs.
+def refuse_parts(bound: BoundModel, layout: str) -> None:
+    """Refuse a model that runs as several graphs, or has answers that are not logits.
+
+    Args:
+        bound: The model.
+        layout: One of ``LAYOUTS``, or ``BOTH``.
 
     Raises:
-        UsageError: It generates tokens.
+        UsageError: It generates tokens, or its tasks' heads differ in kind.
     """
     model_class = bound.adapters.model_class
     if is_causal_lm(model_class) or is_seq2seq(model_class, bound.base.config):
@@ -39,6 +44,24 @@ def refuse_parts(bound: BoundModel) -> None:
             expected="a model of one graph",
             why="what quantising costs is counted on the decisions of one run",
             fix="Quantise it with a tool for language models",
+        )
+    outputs = dict.fromkeys(task.output for task in bound.adapters.tasks if task.output)
+    bare = [task.name for task in bound.adapters.tasks if task.output and not task.labels]
+    if bare:
+        raise UsageError(
+            where=f"task {bare[0]}",
+            found="it has no head",
+            expected="tasks with logits",
+            why="what quantising costs is told by them",
+            fix="Quantise a checkpoint without it",
+        )
+    if outputs and layout != graphs.PER_TASK:
+        raise UsageError(
+            where="the tasks' heads",
+            found=f"they differ in kind: {shortened(outputs)}",
+            expected="one output logits",
+            why="what quantising a single graph costs is told by it",
+            fix="Pass --layout per-task: each task's own graph has logits",
         )
 
 
@@ -100,7 +123,8 @@ class Request:
             folder: Holds them; None for the output folder's, where what is missing is exported.
 
         Raises:
-            UsageError: There is none, or one that takes one task for the whole batch.
+            UsageError: There is none, or one without logits, or one that takes one task for
+                the whole batch.
         """
         parent = folder or self.settings.output_dir / "onnx"
         layouts = LAYOUTS if layout == BOTH else (layout,)
@@ -108,8 +132,8 @@ class Request:
         if folder is None:
             self._export(bound, parent, [target for group in groups for target in group])
         found = [[target for target in group if target.path.is_file()] for group in groups]
-        for target in (target for group in found for target in group if not target.task):
-            _refuse_scalar(target.path)
+        for target in (target for group in found for target in group):
+            _refuse_form(target)
         if not any(found):
             raise _nothing_exported(parent, layout)
         return [group for group in found if group]
@@ -254,17 +278,28 @@ def _targets(bound: BoundModel, parent: Path, layout: str) -> list[Target]:
     return [Target(parent / task.name, task) for task in bound.adapters.tasks]
 
 
-def _refuse_scalar(path: Path) -> None:
-    """Refuse a single graph in which rows do not pick their own tasks.
+def _refuse_form(target: Target) -> None:
+    """Refuse a graph without logits, or in which rows do not pick their own tasks.
 
     Raises:
-        UsageError: The graph takes one task for the whole batch.
+        UsageError: It has none, or takes one task for the whole batch.
     """
-    from mtl_export.runtime.ort import onnx_metadata
+    import onnx
 
-    if onnx_metadata(path).get("mtl_export.task_input") == "scalar":
+    model = onnx.load(str(target.path), load_external_data=False)
+    outputs = [value.name for value in model.graph.output]
+    if LOGITS not in outputs:
         raise UsageError(
-            where=str(path),
+            where=str(target.path),
+            found=f"outputs {shortened(outputs)}",
+            expected=f"an output {LOGITS}",
+            why="what quantising costs is told by it",
+            fix="Calibrate a model with heads",
+        )
+    metadata = {one.key: one.value for one in model.metadata_props}
+    if target.task is None and metadata.get("mtl_export.task_input") == "scalar":
+        raise UsageError(
+            where=str(target.path),
             found="it takes one task for the whole batch",
             expected="a graph in which each row picks its task",
             why="tasks are mixed in the batches that it is judged on",

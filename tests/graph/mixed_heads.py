@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ OUTPUTS = {
 }
 
 
-def write_mixed(folder: Path, *, is_shared: bool = True) -> Path:
+def write_mixed(folder: Path, *, is_shared: bool = True, names: Sequence[str] = NAMES) -> Path:
     """Write one MTL-LoRA task for each head; A and B are equal unless ``is_shared`` is false."""
-    states = hub.mtl_states(NAMES, is_shared=is_shared)
-    for index, (name, config) in enumerate(HEADS.items()):
+    states = hub.mtl_states(names, is_shared=is_shared)
+    for index, (name, config) in enumerate((name, HEADS[name]) for name in names):
         head = ({"config": config}, hub.head_state(name, config, index)) if config else None
         hub.write_adapter(folder / name, name, states[name], hub.MTL_CONFIG, head=head)
-    hub.write_setup(folder, NAMES)
+    hub.write_setup(folder, names)
     return folder

@@ -126,7 +126,7 @@ def command(
     request = Request(settings, chosen, data or "", judge or data or "", samples, seed)
     request.refuse_unknown()
     bound = sources.open_bound(settings)
-    refuse_parts(bound)
+    refuse_parts(bound, layout)
     for name in weight:
         task_named(bound.adapters.tasks, name)
     outcomes = request.run(bound, request.graphs(bound, layout, onnx))

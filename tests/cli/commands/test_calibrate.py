@@ -17,11 +17,14 @@ from mtl_export_cli.quantising import refuse_parts
 from tests.cli.conftest import Run, files_below
 from tests.factories import TASKS, WORDS
 from tests.graph import marked
+from tests.graph.mixed_heads import NAMES as MIXED
+from tests.graph.mixed_heads import write_mixed
 
 FILES = (
     "calibration.json", "config.json", "model.onnx", "model.onnx.data", "mtl-export.json",
     "tokenizer.json", "tokenizer_config.json",
 )  # fmt: skip
+HEADED = tuple(name for name in MIXED if name != "states")
 # The toy's weights are random and its margins narrow: what is tested is not its accuracy.
 LOOSE = ("--max-drop", "100", "--threads", "1", "--data", "rows.jsonl")
 
@@ -224,7 +227,52 @@ def test_a_model_that_generates_is_refused_before_any_work() -> None:
     bound = marked.bound()
     bound = replace(bound, adapters=replace(bound.adapters, model_class="LlamaForCausalLM"))
     with pytest.raises(UsageError, match="generates tokens"):
-        refuse_parts(bound)
+        refuse_parts(bound, "both")
+
+
+@pytest.mark.parametrize(
+    ("layouts", "tasks", "reason"),
+    [
+        ((), MIXED, "task states: it has no head"),
+        (("--layout", "per-task"), MIXED, "task states: it has no head"),
+        ((), HEADED, "Pass --layout per-task: each task's own graph has logits"),
+        (("--layout", "single-graph"), HEADED, "they differ in kind: classification, regression,"),
+    ],
+)
+def test_heads_of_several_kinds_are_refused_before_any_work(
+    project: Path, run: Run, layouts: tuple[str, ...], tasks: tuple[str, ...], reason: str
+) -> None:
+    """No output tells what quantising costs all tasks; nothing is exported or measured."""
+    write_mixed(project / "mixed", names=tasks)
+    (project / "rows.jsonl").write_text("{}")
+    outcome = run("calibrate", "-c", "mixed", "--data", "rows.jsonl", *layouts)
+    assert outcome.code == 2
+    assert reason in outcome.stderr
+    assert not (project / "out").exists()
+
+
+def test_each_graph_of_heads_of_several_kinds_is_quantised(project: Path, run: Run) -> None:
+    """Alone in its graph a task answers with logits, for a row or for each of its tokens."""
+    tasks = ("score", "entities")
+    write_mixed(project / "mixed", names=tasks)
+    lines = [{"task": name, "text": f"{word} night"} for name in tasks for word in WORDS[-9:]]
+    (project / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    outcome = run("calibrate", "-c", "mixed", *LOOSE, "--layout", "per-task", "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert [graph["graph"] for graph in outcome.json["graphs"]] == list(tasks)
+
+
+def test_a_graph_without_logits_is_refused_before_it_is_measured(rows: Path, run: Run) -> None:
+    """As one exported elsewhere, or of a model without heads."""
+    path = rows / "out" / "onnx" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    model.graph.output[0].name = "scores"
+    model.graph.node.add(op_type="Identity", input=["logits"], output=["scores"])
+    onnx.save(model, path)
+    outcome = run("calibrate", *LOOSE)
+    assert outcome.code == 2
+    assert "outputs scores. Expected an output logits" in outcome.stderr
+    assert not (rows / "out" / "calibration").exists()
 
 
 def test_the_file_may_say_it_all(rows: Path, run: Run) -> None:
