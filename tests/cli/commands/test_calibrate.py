@@ -126,13 +126,18 @@ def test_what_cannot_be_done_is_said(
     assert reason in outcome.stderr
 
 
+@pytest.mark.parametrize("is_typed", [True, False])
 def test_an_engine_that_is_not_there_is_refused_before_any_work(
-    project: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    project: Path, run: Run, monkeypatch: pytest.MonkeyPatch, *, is_typed: bool
 ) -> None:
     """Exit code 6 with the extra to install; nothing is exported or measured."""
     monkeypatch.setattr(modelopt, "find_spec", lambda name: None)
     (project / "rows.jsonl").write_text("{}")
-    outcome = run("calibrate", "--data", "rows.jsonl", "--engine", "modelopt")
+    if not is_typed:
+        with (project / "mtl-export.toml").open("a") as file:
+            file.write('[calibrate]\nengine = "modelopt"\n')
+    words = ("--engine", "modelopt") if is_typed else ()
+    outcome = run("calibrate", "--data", "rows.jsonl", *words)
     assert outcome.code == 6
     assert "pip install 'mtl-export[quant]'" in outcome.stderr
     assert not (project / "out").exists()
