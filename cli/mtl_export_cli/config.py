@@ -346,6 +346,7 @@ SECTIONS: dict[str, dict[str, Reader]] = {
         "seed": _count,
         "quantize": _NUMBER,
         "method": _choice("max", "percentile", "entropy", "mse"),
+        "engine": _choice("onnxruntime", "modelopt"),
         "combine": _choice("union", "weighted", "per-task"),
         "weight": _weights,
         "exclude": _names,
