@@ -33,22 +33,6 @@ def test_one_engine_serves_all_tasks(exported: Path, run: Run) -> None:
 
 
 @needs_builder
-def test_one_engine_per_task(exported: Path, run: Run) -> None:
-    """Per-task engines lie in folders of their own, beside the single one."""
-    outcome = run("trt", "--all-tasks", "--layout", "per-task", "--json")
-    assert outcome.code == 0, outcome.stderr
-    assert [output["path"] for output in outcome.json["outputs"]] == [
-        "out/engines/ads_rel", "out/engines/topic", "out/engines/spam",
-    ]  # fmt: skip
-    assert [len(output["engines"][0]["tasks"]) for output in outcome.json["outputs"]] == [1, 1, 1]
-    engines = {
-        (exported / output["path"] / "model.engine").read_bytes()
-        for output in outcome.json["outputs"]
-    }
-    assert len(engines) == 3
-
-
-@needs_builder
 def test_a_missing_graph_is_exported_first(project: Path, run: Run) -> None:
     """An engine needs its graph; making it is said on stderr."""
     outcome = run("trt", "--task", "spam")

@@ -1,7 +1,8 @@
-"""``mtl-export trt`` is killed in the middle of its work and run again."""
+"""``mtl-export trt`` undisturbed, two engines at a time, and killed in the middle of its work."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -20,13 +21,15 @@ from mtl_export.bundle.staging import is_staging
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.runtime.tensorrt.manifest import EngineManifest
 from tests.cli.conftest import Run, files_below
+from tests.factories import TASKS
 from tests.runtime.engine_files import fingerprint, without_engine_hashes
 
 pytest.importorskip("tensorrt_rtx", reason="engines are built by tensorrt_rtx")
 
 ENTRY = "from mtl_export_cli.main import main; main()"
 WORDS = ["trt", "--all-tasks", "--layout", "both"]
-ENGINES = 4
+NAMES = [task.name for task in TASKS]
+ENGINES = 1 + len(NAMES)
 # The first moment is always tried, the others with -m slow.
 MOMENTS = [pytest.param(0), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
 
@@ -39,11 +42,15 @@ class Undisturbed:
         project: Its folder.
         files: What every file below ``out/engines`` is, by name.
         seconds: How long a build took.
+        begun: What was said as each engine began.
+        document: What ``--json`` printed.
     """
 
     project: Path
     files: dict[str, Any]
     seconds: float
+    begun: list[str]
+    document: dict[str, Any]
 
 
 def started(project: Path, *words: str) -> subprocess.Popen[str]:
@@ -52,18 +59,18 @@ def started(project: Path, *words: str) -> subprocess.Popen[str]:
         [sys.executable, "-c", ENTRY, *words],
         cwd=project,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def begun(process: subprocess.Popen[str]) -> Iterator[float]:
-    """Yield the time at which each engine begins."""
+def begun(process: subprocess.Popen[str]) -> Iterator[tuple[float, str]]:
+    """Yield the time at which each engine begins, and the line that says so."""
     assert process.stderr is not None
     for line in process.stderr:
         if "] engine: " in line:
-            yield time.monotonic()
+            yield time.monotonic(), line.rstrip()
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -81,12 +88,36 @@ def undisturbed(graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Undis
     """Give a project with all graphs and all engines, to be copied."""
     project = tmp_path_factory.mktemp("undisturbed") / "project"
     shutil.copytree(graphs, project)
-    with started(project, *WORDS) as process:
-        times = [*begun(process), time.monotonic()]
+    with started(project, *WORDS, "--json") as process:
+        events, end_s = [*begun(process)], time.monotonic()
+        assert process.stdout is not None
+        document = json.loads(process.stdout.read())
     assert process.returncode == 0
-    assert len(times) == ENGINES + 1
-    folder = project / "out" / "engines"
-    return Undisturbed(project, contents(folder), (times[-1] - times[0]) / ENGINES)
+    assert len(events) == ENGINES
+    files = contents(project / "out" / "engines")
+    seconds = (end_s - events[0][0]) / ENGINES
+    return Undisturbed(project, files, seconds, [line for _, line in events], document)
+
+
+def test_both_layouts_are_one_job(undisturbed: Undisturbed) -> None:
+    """The largest is built first, and no two engines are one."""
+    outputs = undisturbed.document["outputs"]
+    paths = [output["path"] for output in outputs]
+    assert paths == ["out/engines", *(f"out/engines/{name}" for name in NAMES)]
+    assert [len(output["engines"][0]["tasks"]) for output in outputs] == [len(NAMES), 1, 1, 1]
+    assert undisturbed.document["failures"] == []
+    assert undisturbed.begun[0] == "[1/4] engine: single graph"
+    engines = {(undisturbed.project / path / "model.engine").read_bytes() for path in paths}
+    assert len(engines) == ENGINES
+
+
+def test_two_at_a_time_give_the_engines_of_one_at_a_time(
+    undisturbed: Undisturbed, exported: Path, run: Run
+) -> None:
+    """Every file, whatever numbers the builder gave inside."""
+    outcome = run(*WORDS, "--jobs", "2", "-o", "beside")
+    assert outcome.code == 0, outcome.stderr
+    assert contents(Path("beside")) == undisturbed.files
 
 
 def whole_engines(folder: Path) -> int:
