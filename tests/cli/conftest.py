@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+import mtl_export.graph.parts
+from mtl_export.adapters.binding import BoundModel
+from mtl_export.graph.parts import trace_parts
+from mtl_export.graph.trace import TracedModel
 from mtl_export_cli.main import cli
+from mtl_export_cli.options import Settings
+from mtl_export_cli.sources import open_bound
 from tests.factories import toy_base, toy_checkpoint
 
 TOML = """\
@@ -35,6 +41,7 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+Trace = Callable[[BoundModel], tuple[TracedModel, ...]]
 
 
 @pytest.fixture
@@ -57,8 +64,41 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def known_traces(originals: Path) -> Trace:
+    """Give ``trace_parts``, which traces copies of the originals but once: it takes seconds."""
+    words = Settings(checkpoint=originals / "adapter", base=str(originals / "base"))
+    original, found = open_bound(words), list[tuple[TracedModel, ...]]()
+
+    def known(bound: BoundModel) -> tuple[TracedModel, ...]:
+        if identity(bound) != identity(original):
+            return trace_parts(bound)
+        if not found:
+            found.append(trace_parts(original))
+        return found[0]
+
+    return known
+
+
+def identity(bound: BoundModel) -> tuple[object, ...]:
+    """Return what a trace depends on: the base, and what tasks change in which class."""
+    adapters = bound.adapters
+    return (
+        bound.base.sha256, bound.base.config, adapters.checkpoint_sha256, adapters.model_class,
+        [*adapters.layers], [*adapters.heads], adapters.bare_outputs,
+    )  # fmt: skip
+
+
 @pytest.fixture
-def project(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def traced_once(known_traces: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the test's copy of the originals be traced no second time."""
+    monkeypatch.setattr(mtl_export.graph.parts, "trace_parts", known_traces)
+
+
+@pytest.fixture
+def project(
+    originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced_once: None
+) -> Path:
     """Give a copy of the originals, as the current folder."""
     folder = tmp_path / "project"
     shutil.copytree(originals, folder)
@@ -67,19 +107,23 @@ def project(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(scope="session")
-def graphs(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a project that has every ONNX graph, to be copied: a trace takes seconds."""
+def graphs(originals: Path, known_traces: Trace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a project that has every ONNX graph, to be copied."""
     folder = tmp_path_factory.mktemp("graphs") / "project"
     shutil.copytree(originals, folder)
     config = ["--config", str(folder / "mtl-export.toml")]
-    for words in (["--all-tasks"], ["--all-tasks", "--layout", "per-task"]):
-        result = CliRunner().invoke(cli, ["onnx", *words, *config])
-        assert result.exit_code == 0, result.output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mtl_export.graph.parts, "trace_parts", known_traces)
+        for words in (["--all-tasks"], ["--all-tasks", "--layout", "per-task"]):
+            result = CliRunner().invoke(cli, ["onnx", *words, *config])
+            assert result.exit_code == 0, result.output
     return folder
 
 
 @pytest.fixture
-def exported(graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def exported(
+    graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced_once: None
+) -> Path:
     """Give a copy of the project with every ONNX graph, as the current folder."""
     folder = tmp_path / "exported"
     shutil.copytree(graphs, folder)
