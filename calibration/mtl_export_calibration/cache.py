@@ -13,10 +13,16 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
+
+from mtl_export.checkpoint.tensors import Array
 from mtl_export.version import VERSION
 
 SCHEMA = "mtl-export.calibration/2"
+# What arrays of a file belong to; no activation has this name.
+_KEY = "mtl_export.key"
 
 
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:
@@ -55,6 +61,29 @@ def write_cache(path: Path, key: Mapping[str, Any], value: Mapping[str, Any]) ->
     text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False)
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def read_arrays(path: Path, key: Mapping[str, Any]) -> dict[str, Array] | None:
+    """Return the arrays that were kept in ``path`` for ``key``, None if none were."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
+            found = {name: kept[name] for name in kept.files}
+    except (OSError, ValueError, BadZipFile, EOFError):
+        return None
+    return found if str(found.pop(_KEY, "")) == _line(key) else None
+
+
+def write_arrays(path: Path, key: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+    """Keep ``arrays`` for ``key`` in ``path``; a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        np.savez(file, allow_pickle=False, **{**arrays, _KEY: np.array(_line(key))})
+    partial.replace(path)
+
+
+def _line(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)
 
 
 def _plain(key: Mapping[str, Any]) -> Any:

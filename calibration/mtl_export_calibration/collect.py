@@ -68,6 +68,7 @@ def collect(
     threads: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
     begin: Callable[[], TensorStatistics] = TensorStatistics,
+    kept_rows: int = KEPT_ROWS,
 ) -> dict[str, TensorStatistics]:
     """Return the statistics of every layer's activation, by its name.
 
@@ -78,6 +79,7 @@ def collect(
         threads: Threads inside one operator; 0 lets ONNX Runtime decide.
         progress: Is told how many of how many batches are done.
         begin: Returns what counts one activation's values.
+        kept_rows: Rows of each activation to keep, or a few more.
 
     Raises:
         BackendMissingError: onnxruntime is not installed.
@@ -85,7 +87,7 @@ def collect(
     """
     batches = -(-len(samples) // BATCH)
     groups = list(_groups(layers, samples))
-    keep = -(-KEPT_ROWS // max(1, batches))
+    keep = -(-kept_rows // max(1, batches))
     found: dict[str, TensorStatistics] = {}
     done = 0
     for group in groups:

@@ -36,6 +36,7 @@ class Engine(Protocol):
         *,
         threads: int = 0,
         progress: Callable[[int, int], None] = ...,
+        kept_rows: int = ...,
     ) -> dict[str, TensorStatistics]:
         """Return the statistics of every layer's activation, by its name."""
         ...

@@ -224,7 +224,8 @@ class GraphJob:
         SplitGemmPass()(model)
         number = self._work.options.number
         layers = [layer for layer in self._layers if layer.name not in excluded]
-        recipe = Recipe(number, layers, self._measured.amax, self._apart() - excluded)
+        measured = self._measured
+        recipe = Recipe(number, layers, measured.amax, self._apart() - excluded, measured.rows)
         quantise(model, recipe, DeltaSource(self._work.bound, self._target.task))
         about = {
             "format": number.name,

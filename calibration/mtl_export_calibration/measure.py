@@ -20,8 +20,14 @@ from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CalibrationError, shortened
 from mtl_export.graph.passes.split_gemm import SplitGemmPass
-from mtl_export_calibration.cache import read_cache, versions, write_cache
-from mtl_export_calibration.collect import TensorStatistics
+from mtl_export_calibration.cache import (
+    read_arrays,
+    read_cache,
+    versions,
+    write_arrays,
+    write_cache,
+)
+from mtl_export_calibration.collect import KEPT_ROWS, TensorStatistics
 from mtl_export_calibration.deltas import APART, DeltaSource
 from mtl_export_calibration.engines import ONNXRUNTIME, PACKAGES, engine_named
 from mtl_export_calibration.formats import NumberFormat
@@ -34,6 +40,8 @@ from mtl_export_calibration.weights import refusal, weight_grid
 
 # Rows of each task, of those that accuracy is counted on, that the ranges are held against.
 CUT_ROWS = 64
+# Rows of all tasks together that int4 weights are rounded for.
+ROUNDING_ROWS = 1024
 Progress = Callable[[str, int, int], None]
 
 
@@ -149,6 +157,10 @@ class Work:
         layout = f"task-{target.task.name}" if target.task else "single-graph"
         return self.cache / f"{layout}.{self.options.number.name}.{kind}.json"
 
+    def rows_file(self, target: Target) -> Path:
+        """Return where rows that a target's weights are rounded for are kept."""
+        return self.cache_file(target, "rows").with_suffix(".npz")
+
     def key(self, target: Target) -> dict[str, Any]:
         """Return everything that decides what is measured for ``target``."""
         options = self.options
@@ -200,8 +212,9 @@ def measure(work: Work) -> dict[str, Measured]:
     found = {}
     for target in work.targets:
         kept = read_cache(work.cache_file(target, "ranges"), keys[target.name])
-        if kept is not None:
-            found[target.name] = Measured.from_dict(kept)
+        rows = _kept_rows(work, target, keys[target.name])
+        if kept is not None and rows is not None:
+            found[target.name] = Measured.from_dict(kept, rows)
     if len(found) == len(work.targets):
         return found
     wanted = [target for target in work.targets if target.name not in found]
@@ -214,9 +227,18 @@ def measure(work: Work) -> dict[str, Measured]:
     }
     for target in wanted:
         found[target.name] = _measured(work, target, statistics)
+        if found[target.name].rows:
+            write_arrays(work.rows_file(target), keys[target.name], found[target.name].rows)
         path = work.cache_file(target, "ranges")
         write_cache(path, keys[target.name], found[target.name].as_dict())
     return found
+
+
+def _kept_rows(work: Work, target: Target, key: Mapping[str, Any]) -> dict[str, Array] | None:
+    """Return the rows that weights are rounded for, if any are; None where they are gone."""
+    if work.options.number.quantises_activations:
+        return {}
+    return read_arrays(work.rows_file(target), key)
 
 
 def _refuse_missing(work: Work) -> None:
@@ -238,11 +260,14 @@ def _collected(
     layers, _ = layers_of(work, target, ir.load(target.path))
     options = work.options
     engine = engine_named(options.engine, options.method, options.number)
+    shared = -(-ROUNDING_ROWS // len(work.bound.adapters.tasks))
+    wanted = 0 if options.number.quantises_activations else shared
     return engine(
         target.path,
         layers,
         samples,
         threads=options.threads,
+        kept_rows=max(KEPT_ROWS, wanted),
         progress=lambda done, total: work.progress(
             f"{step}: {target.name}, {task.name}", done, total
         ),
@@ -260,10 +285,16 @@ def _measured(
     model = ir.load(target.path)
     layers, _ = layers_of(work, target, model)
     deltas = DeltaSource(work.bound, target.task)
+    rows: dict[str, Array] = {}
+    if not options.number.quantises_activations:
+        rows = {
+            x: np.concatenate([part for name in names for part in statistics[name][x].rows])
+            for x in {layer.x for layer in layers}
+        }
     sqnr_db, swallowed = {}, {}
     for place, layer in enumerate(layers):
         weight = _weight(model, layer)
-        grid = weight_grid(weight, layer, options.number)
+        grid = weight_grid(weight, layer, options.number, rows.get(layer.x))
         sqnr_db[layer.name] = {
             name: layer_sqnr_db(
                 np.concatenate(statistics[name][layer.x].rows),
@@ -281,7 +312,7 @@ def _measured(
     if not options.number.quantises_activations:
         own = {}  # nobody pays for ranges that are not used
     cut = {task.name: _cut(work, target, task, ranges) for task in tasks}
-    return Measured(ranges.amax, own, sqnr_db, cut, swallowed)
+    return Measured(ranges.amax, own, sqnr_db, cut, swallowed, rows)
 
 
 def _data_files(path: Path) -> set[str]:

@@ -1,7 +1,7 @@
 """A float graph and ranges -> the same graph with explicit, symmetric Q/DQ nodes.
 
     int8, fp8   MatMul(x, W)  ->  MatMul(DQ(Q(x, s_x)), DQ(W_q, s_w))     s_w [O]
-    int4        MatMul(x, W)  ->  MatMul(x, DQ(W_q, s_w, block_size=32))  s_w [I / 32, O]
+    int4        MatMul(x, W)  ->  MatMul(x, DQ(W_q, s_w, block_size=64))  s_w [I / 64, O]
 
 and likewise Conv. Weights are stored quantised. Zero points are 0, scales are constants
 (TensorRT refuses others). Every product has a Q of its own, also where several read one
@@ -14,7 +14,7 @@ What was added has names below the layer's: <layer>.x_scale, <layer>.weight_q, .
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -47,12 +47,14 @@ class Recipe:
         layers: The layers to quantise.
         amax: Range of every activation, by name; unused where only weights are quantised.
         apart: Names of the layers whose delta is added in high precision.
+        rows: Some rows of every activation, by name, that int4 weights are rounded for.
     """
 
     number: NumberFormat
     layers: Sequence[QuantLayer]
     amax: Mapping[str, float]
     apart: frozenset[str] = frozenset()
+    rows: Mapping[str, Array] = field(default_factory=dict)
 
 
 def quantise(model: ir.Model, recipe: Recipe, deltas: DeltaSource | None = None) -> ir.Model:
@@ -92,6 +94,7 @@ class _LayerRewrite:
     ) -> None:
         self._graph, self._node, self._layer = graph, node, layer
         self._number, self._amax = recipe.number, recipe.amax
+        self._rows = recipe.rows.get(layer.x)
         self._dtype = DTYPES[recipe.number.name]
         x, weight = node.inputs[0], node.inputs[1]
         assert x is not None
@@ -121,7 +124,7 @@ class _LayerRewrite:
     def _dequantised_weight(self) -> ir.Value:
         layer = self._layer
         values = self._values()
-        grid = weight_grid(values, layer, self._number)
+        grid = weight_grid(values, layer, self._number, self._rows)
         stored = add_initializer(
             self._graph,
             f"{layer.name}.weight_q",

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mtl_export.checkpoint.tensors import Array
 from mtl_export_calibration.evaluate import TaskScore
 from mtl_export_calibration.ranges import CUT_FACTOR, Cut
 
@@ -32,6 +33,7 @@ class Measured:
         cut: Where most of a task's values lie beyond a range, on the rows that accuracy is
             counted on, by task.
         swallowed: Share of rows whose step exceeds a task's change, by layer, then by task.
+        rows: Some rows of every activation, by its name, that int4 weights are rounded for.
     """
 
     amax: Mapping[str, float]
@@ -39,9 +41,10 @@ class Measured:
     sqnr_db: Mapping[str, Mapping[str, float]]
     cut: Mapping[str, Cut]
     swallowed: Mapping[str, Mapping[str, float]]
+    rows: Mapping[str, Array] = field(default_factory=dict, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return JSON's types."""
+        """Return JSON's types, without the rows."""
         return {
             "amax": dict(self.amax),
             "own": {task: dict(by_name) for task, by_name in self.own.items()},
@@ -51,10 +54,10 @@ class Measured:
         }
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Measured:
-        """Return the record that ``as_dict`` made."""
+    def from_dict(cls, value: Mapping[str, Any], rows: Mapping[str, Array]) -> Measured:
+        """Return the record that ``as_dict`` made, with the rows."""
         cut = {task: Cut(**one) for task, one in value["cut"].items()}
-        return cls(value["amax"], value["own"], value["sqnr_db"], cut, value["swallowed"])
+        return cls(value["amax"], value["own"], value["sqnr_db"], cut, value["swallowed"], rows)
 
     def inflation(self, task: str) -> tuple[float, str]:
         """Return the range that costs ``task`` most: how much wider than its own, and whose.

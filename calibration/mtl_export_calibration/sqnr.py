@@ -2,8 +2,9 @@
 
     SQNR = 10 log10( sum y^2 / sum (y - y')^2 )       y = x W,   y' = Q(x) Q(W)
 
-x are some rows of the task's own activations. For a convolution, whose rows are not kept as
-patches, the noise of input and weight is added up: 1 / SQNR = 1 / SQNR_x + 1 / SQNR_W.
+x are some rows of the task's own activations, the same that int4 weights are rounded for.
+For a convolution, whose rows are not kept as patches, the noise of input and weight is added
+up: 1 / SQNR = 1 / SQNR_x + 1 / SQNR_W.
 """
 
 from __future__ import annotations

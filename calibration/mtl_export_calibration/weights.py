@@ -1,7 +1,7 @@
 """One weight -> its quantised form: a scale per output channel, or per block of inputs.
 
 int8, fp8   stored as the weight, scale [O]
-int4        MatMul only: stored [I, O], scale [I / 32, O]
+int4        MatMul only: stored [I, O], scale [I / 64, O], see ``rounding``
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from mtl_export.checkpoint.tensors import Array
 from mtl_export_calibration.formats import INT4_BLOCK, NumberFormat
 from mtl_export_calibration.layers import QuantLayer
+from mtl_export_calibration.rounding import block_scale, compensated
 
 
 def refusal(layer: QuantLayer, number: NumberFormat) -> str:
@@ -28,25 +29,30 @@ def refusal(layer: QuantLayer, number: NumberFormat) -> str:
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """The scales of one weight.
+    """The scales of one weight, and what it is rounded to.
 
     Attributes:
         number: Its format.
-        scale: float32, ``[O]`` or ``[I / 32, O]``.
+        scale: float32, ``[O]`` or ``[I / 64, O]``.
         axis: The weight's axis of output channels; blocks run along the other.
+        codes: int8, the weight as it is stored; None where it is rounded to the nearest.
     """
 
     number: NumberFormat
     scale: Array
     axis: int
+    codes: Array | None = None
 
     def stored(self, values: Array) -> Array:
         """Return the weight as it is stored."""
+        if self.codes is not None:
+            return self.codes.astype(self.number.storage)
         return self.number.stored(values, self._spread(values))
 
     def rounded(self, values: Array) -> Array:
         """Return the weight after quantising and dequantising, float32."""
-        return self.number.rounded(values, self._spread(values))
+        result: Array = self.stored(values).astype(np.float32) * self._spread(values)
+        return result
 
     def step(self, values: Array) -> Array:
         """Return how far apart neighbouring stored values are, ``[O]``.
@@ -72,12 +78,24 @@ class WeightGrid:
         return self.scale.reshape(shape)
 
 
-def weight_grid(values: Array, layer: QuantLayer, number: NumberFormat) -> WeightGrid:
-    """Return the grid for a weight: the largest magnitude of each channel is kept."""
-    magnitudes = np.abs(values.astype(np.float32))
+def weight_grid(
+    values: Array, layer: QuantLayer, number: NumberFormat, rows: Array | None = None
+) -> WeightGrid:
+    """Return the grid for a weight; of int8 and fp8 it keeps each channel's largest magnitude.
+
+    Args:
+        values: The weight.
+        layer: Its layer.
+        number: The format.
+        rows: Some rows of the layer's input, which int4 is rounded for; None: to the nearest.
+    """
     axis = layer.channel_axis
     if number.quantises_activations:
+        magnitudes = np.abs(values.astype(np.float32))
         amax = magnitudes.max(axis=tuple(a for a in range(values.ndim) if a != axis))
-    else:
-        amax = magnitudes.reshape(-1, INT4_BLOCK, values.shape[1]).max(axis=1)
-    return WeightGrid(number, number.scale(amax), axis)
+        return WeightGrid(number, number.scale(amax), axis)
+    scale = block_scale(values, number, INT4_BLOCK)
+    if rows is None:
+        return WeightGrid(number, scale, axis)
+    wide = np.repeat(scale, INT4_BLOCK, axis=0)
+    return WeightGrid(number, scale, axis, compensated(values, wide, rows, number))

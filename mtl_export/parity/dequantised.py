@@ -1,7 +1,8 @@
 """A graph with Q/DQ and the float graph it came from -> the same graph without them.
 
     DQ(Q(x))    ->  x            where Q and DQ agree and are symmetric
-    DQ(W_q, s)  ->  W            W the float graph's, where W_q is W rounded to the nearest
+    DQ(W_q, s)  ->  W            W the float graph's, where W_q is W rounded to the nearest;
+                                 in int4: up or down, or cut to the largest that is stored
 
 What is left computes in float, so that it can be held to the rule for float graphs: whatever
 quantising did beside rounding shows. A layer whose change of the task is added apart
@@ -26,6 +27,8 @@ from mtl_export.graph.passes.weights import add_initializer
 STORED = ".weight_q"
 # E4M3 keeps three bits behind the point: half of the last one, and half the smallest number.
 E4M3_RELATIVE, E4M3_SMALLEST = 2.0**-4, 2.0**-10
+# A block's scale keeps at least this share of its largest magnitude; what is beyond is cut.
+INT4_RANGE, INT4_CUT = (-8.0, 7.0), 0.7
 # Scales are float32, so a value in the middle of two steps may be a little beyond it.
 ROUNDING = 1e-3
 
@@ -89,17 +92,28 @@ def _weight(model: ir.Model, node: ir.Node, weights: Mapping[str, ir.TensorProto
     if wanted.shape != values.shape:
         return f"{layer} has shape {list(values.shape)}, not {list(wanted.shape)}"
     spread = _spread(node, scale.astype(np.float64), values.shape)
-    error = np.abs(values.astype(np.float64) * spread - wanted)
-    allowed = spread / 2
-    if values.dtype.name.startswith("float8"):
-        allowed = np.maximum(E4M3_RELATIVE * np.abs(wanted), E4M3_SMALLEST * spread)
-    beyond = int((error > allowed * (1 + ROUNDING)).sum())
+    beyond = int((~_is_rounded(values, spread, wanted)).sum())
     dtype = exact.dtype
     value = add_initializer(
         model.graph, f"{layer}.weight_float", wanted.shape, lambda: wanted, dtype
     )
     users[0][0].replace_input_with(users[0][1], value)
     return f"{beyond} weights of {layer} are not the float graph's, rounded" if beyond else ""
+
+
+def _is_rounded(values: Array, spread: Array, wanted: Array) -> Array:
+    """Return where ``values`` times ``spread`` are ``wanted``, rounded as their type may be."""
+    stored = values.astype(np.float64)
+    if values.dtype.name == "int4":
+        ratio = wanted / spread
+        beside = np.abs(stored - np.clip(ratio, *INT4_RANGE)) <= 1 + ROUNDING
+        whole: Array = beside & (np.abs(ratio) <= INT4_RANGE[1] / INT4_CUT * (1 + ROUNDING))
+        return whole
+    allowed = spread / 2
+    if values.dtype.name.startswith("float8"):
+        allowed = np.maximum(E4M3_RELATIVE * np.abs(wanted), E4M3_SMALLEST * spread)
+    result: Array = np.abs(stored * spread - wanted) <= allowed * (1 + ROUNDING)
+    return result
 
 
 def _rest(model: ir.Model, layer: str, shape: tuple[int, ...]) -> Array:

@@ -10,11 +10,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph.passes.merge_task import MergeTaskPass
 from mtl_export.parity.dequantised import write_dequantised
 from mtl_export.runtime.ort import OrtRunner
 from mtl_export_calibration.deltas import DeltaSource
-from mtl_export_calibration.formats import FORMATS, INT8, NumberFormat
+from mtl_export_calibration.formats import FORMATS, INT4, INT8, NumberFormat
 from mtl_export_calibration.layers import find_layers
 from mtl_export_calibration.qdq import Recipe, quantise
 from mtl_export_calibration.weights import refusal
@@ -24,13 +25,20 @@ from tests.graph import marked
 Change = Callable[[onnx.ModelProto], object]
 
 
-def written(folder: Path, number: NumberFormat) -> tuple[Path, Path]:
-    """Write a float graph and its quantised one, and return both."""
+def written(folder: Path, number: NumberFormat, **rows: Array) -> tuple[Path, Path]:
+    """Write a float graph and its quantised one, and return both.
+
+    Args:
+        folder: For both.
+        number: The format.
+        rows: Of activations, that int4 weights are rounded for.
+    """
+    folder.mkdir(exist_ok=True)
     exact, rounded = folder / "float.onnx", folder / "model.onnx"
     ir.save(qdq.model(), exact)
     model = qdq.model()
     layers = [layer for layer in find_layers(model) if not refusal(layer, number)]
-    ir.save(quantise(model, Recipe(number, layers, qdq.RANGES)), rounded)
+    ir.save(quantise(model, Recipe(number, layers, qdq.RANGES, rows=rows)), rounded)
     return exact, rounded
 
 
@@ -106,6 +114,32 @@ def test_what_is_no_rounding_is_told(edit: Change, reason: str, tmp_path: Path) 
     change(rounded, edit)
     problems = write_dequantised(rounded, exact, tmp_path / "plain.onnx")
     assert any(reason in problem for problem in problems)
+
+
+def test_weights_of_four_bits_are_rounded_up_or_down(tmp_path: Path) -> None:
+    """As what they are fed asks; two steps away, or with half the scales, they are told."""
+    seen = np.random.default_rng(1).normal(size=(40, 5)) @ np.random.default_rng(2).normal(
+        size=(5, qdq.I)
+    )
+    exact, rounded = written(tmp_path, INT4, r=seen.astype(np.float32))
+    nearest = onnx.load(written(tmp_path / "other", INT4)[1])
+    proto = onnx.load(rounded)
+    stored, other = (
+        onnx.numpy_helper.to_array(initializer(one, "q.weight_q")) for one in (proto, nearest)
+    )
+    assert (stored != other).mean() > 0.05
+    plain = tmp_path / "plain.onnx"
+    assert write_dequantised(rounded, exact, plain) == []
+    scale = initializer(proto, "k.weight_scale")
+    half = onnx.numpy_helper.to_array(scale) / 2
+    scale.CopyFrom(onnx.numpy_helper.from_array(half, scale.name))
+    moved = stored.copy()
+    moved[3, 4] += 2 if moved[3, 4] < 0 else -2
+    initializer(proto, "q.weight_q").CopyFrom(onnx.numpy_helper.from_array(moved, "q.weight_q"))
+    onnx.save(proto, rounded)
+    problems = write_dequantised(rounded, exact, plain)
+    assert "1 weights of q are not the float graph's, rounded" in problems
+    assert any("weights of k are not the float graph's, rounded" in one for one in problems)
 
 
 def test_a_change_that_was_kept_apart_is_no_difference(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ def test_fp8_is_e4m3() -> None:
     assert FP8.rounded(values, scale).tolist() == [16.0, 20.0, 20.0, 448.0, 448.0]
 
 
-def test_int4_has_fifteen_numbers() -> None:
-    """-7 to 7."""
+def test_int4_has_sixteen_numbers() -> None:
+    """-8 to 7."""
     values = np.linspace(-9, 9, 100)
-    assert sorted(set(INT4.rounded(values, INT4.scale(np.array(7.0))).tolist())) == [*range(-7, 8)]
+    assert sorted(set(INT4.rounded(values, INT4.scale(np.array(7.0))).tolist())) == [*range(-8, 8)]
 
 
 @pytest.mark.parametrize("number", FORMATS, ids=lambda number: number.name)

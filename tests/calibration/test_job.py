@@ -203,6 +203,30 @@ def test_other_formats_pass_too(number: Any, source: Path, judged: Samples, tmp_
     assert (tmp_path / "out" / "model.onnx").is_file()
 
 
+def test_rows_that_weights_are_rounded_for_are_kept(
+    source: Path, judged: Samples, tmp_path: Path
+) -> None:
+    """The same graph comes of a cache; without the rows it is measured again."""
+    options = replace(OPTIONS, number=INT4, max_drop=12.0)
+    one = work(source, judged, tmp_path / "cache", options)
+    first = measure(one)["single graph"]
+    assert {name: len(rows) >= 2 * 64 for name, rows in first.rows.items()} == {
+        "e": True,
+        "m": True,
+    }
+    run(one, tmp_path / "out")
+    file = one.rows_file(one.targets[0])
+    before = file.stat().st_mtime_ns
+    run(one, tmp_path / "again")
+    assert file.stat().st_mtime_ns == before
+    graphs = [(tmp_path / folder / "model.onnx").read_bytes() for folder in ("out", "again")]
+    assert graphs[0] == graphs[1]
+    file.unlink()
+    again = measure(one)["single graph"]
+    assert file.is_file()
+    assert all(np.array_equal(again.rows[name], rows) for name, rows in first.rows.items())
+
+
 def test_merged_graphs_have_ranges_of_their_own(
     source: Path, judged: Samples, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from mtl_export.checkpoint.checkpoint import BaseReference, Checkpoint, Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export_calibration.samples import Samples
 
-FEATURES, LABELS, TOKENS, LENGTH = 32, 3, 40, 6
+FEATURES, LABELS, TOKENS, LENGTH = 64, 3, 40, 6
 LOUDNESS = 6.0
 TASKS = (
     Task("quiet", 0, ("x", "y", "z"), "single_label_classification"),

@@ -38,17 +38,17 @@ def test_quantised_graph_builds_and_names_its_type(tmp_path: Path, kind: str) ->
 
 
 def test_weight_only_int4_builds(tmp_path: Path) -> None:
-    """Blocks of 32 rows share a scale."""
+    """Blocks of 64 rows share a scale, as calibrate writes them; -8 is used."""
     random = np.random.default_rng(0)
     weights = {
-        "weight": random.integers(-7, 7, (64, 32)).astype("int4"),
+        "weight": random.integers(-8, 8, (128, 32)).astype("int4"),
         "scale": random.uniform(0.01, 0.02, (2, 32)).astype(np.float32),
     }
     nodes = [
-        helper.make_node("DequantizeLinear", ["weight", "scale"], ["w"], axis=0, block_size=32),
+        helper.make_node("DequantizeLinear", ["weight", "scale"], ["w"], axis=0, block_size=64),
         helper.make_node("MatMul", ["x", "w"], ["y"]),
     ]
-    inputs, outputs = [graph_value("x", ["batch", 64])], [graph_value("y", ["batch", 32])]
+    inputs, outputs = [graph_value("x", ["batch", 128])], [graph_value("y", ["batch", 32])]
     path = write_graph(tmp_path, nodes, inputs, outputs, weights)
     assert "int4" in build_rtx(path, tmp_path / "model.engine").precision
 

@@ -108,7 +108,7 @@ def test_graphs_of_some_layers(rows: Path, run: Run) -> None:
         (("--data", "rows.jsonl", "--weight", "spma=2"), "Did you mean --task spam"),
         (("--data", "rows.jsonl", "--weight", "spam"), "is not NAME=NUMBER"),
         (("--data", "rows.jsonl", "--exclude", "nothing"), "found in no layer's name"),
-        (("--data", "rows.jsonl", "--quantize", "int4"), "no multiple of 32"),
+        (("--data", "rows.jsonl", "--quantize", "int4"), "no multiple of 64"),
         (("--data", "rows.jsonl", "--engine", "modelopt", "--combine", "weighted"),
          "calibrators count every value once"),
         (("--data", "rows.jsonl", "--engine", "modelopt", "--quantize", "fp8", "--method",
