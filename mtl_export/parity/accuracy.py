@@ -2,7 +2,9 @@
 
 Both answer the same labelled rows. Their scores differ by ``drop``; a paired bootstrap
 (Efron and Tibshirani 1993, chapter 8; rows, or whole queries, drawn with replacement, the
-same ones for both) says how far the rows at hand leave it open:
+same ones for both) says how far the rows at hand leave it open. Where none of them, or hardly
+any, is answered differently, drawing them again shows nothing, so the interval reaches at least
+as far as ``unseen_share`` says:
 
     passed    even the upper end of the interval is at most the drop allowed
     failed    even the lower end is above it
@@ -65,7 +67,15 @@ def judge_accuracy(
                             max_drop, "failed",
                             "answers that are NaN or Inf, or all the same")  # fmt: skip
     low, high = paired_bootstrap(SCORES[score], reference, own, seed=seed)
-    verdict, reason = _verdict(before - after, low, high, max_drop, len(candidate))
+    drop, unseen = before - after, unseen_share(reference)
+    half = (high - low) / 2
+    low, high = min(low, drop - unseen), max(high, drop + unseen)
+    verdict, reason = _verdict(drop, low, high, max_drop)
+    if verdict == "not-run":
+        reason = (
+            f"these {len(candidate)} rows cannot tell: {reason}"
+            f"; {_advice(abs(max_drop - drop), half, max_drop, len(candidate))}"
+        )
     return AccuracyCell(artefact, task, score, len(candidate), before, after, low, high,
                         max_drop, verdict, reason)  # fmt: skip
 
@@ -99,21 +109,45 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
-def _verdict(
-    drop: float, low: float, high: float, allowed: float, rows: int
-) -> tuple[Verdict, str]:
+def unseen_share(answers: Answers) -> float:
+    """Return how large a share may be answered differently though no row at hand is.
+
+    The exact upper limit, with ``CONFIDENCE``, of a share of which N drawings show none:
+    (1 - share)^N = 1 - CONFIDENCE, so about 3 / N, the rule of three (Hanley and Lippman-Hand
+    1983). N counts what is drawn: rows, or queries. 299 of them show that less than a point is
+    lost, 598 half a point.
+    """
+    drawn = len(answers.logits) if answers.queries is None else len(np.unique(answers.queries))
+    return float(1 - (1 - CONFIDENCE) ** (1 / drawn))
+
+
+def _verdict(drop: float, low: float, high: float, allowed: float) -> tuple[Verdict, str]:
     if high <= allowed:
         return "passed", ""
     if low > allowed:
         return "failed", f"drops by {drop:.4f}, at least {low:.4f}; allowed is {allowed:g}"
-    # The interval's width shrinks with the square root of the rows.
-    apart = abs(allowed - drop)
-    needed = rows * ((high - low) / 2 / apart) ** 2 if apart and np.isfinite(high - low) else None
-    more = "more rows" if needed is None else f"about {float(f'{needed:.1g}'):g} rows"
     return "not-run", (
-        f"these {rows} rows cannot tell: the drop is {drop:.4f}, but {low:.4f} to {high:.4f} with"
-        f" {CONFIDENCE:.0%} confidence, allowed is {allowed:g}; give {more}"
+        f"the drop is {drop:.4f}, but {low:.4f} to {high:.4f} with {CONFIDENCE:.0%} confidence,"
+        f" allowed is {allowed:g}"
     )
+
+
+def _advice(apart: float, half: float, allowed: float, rows: int) -> str:
+    """Return what would tell.
+
+    Args:
+        apart: How far the drop is from what is allowed.
+        half: Half the width of the bootstrap's interval.
+        allowed: The drop allowed.
+        rows: How many there are.
+    """
+    if not allowed:
+        return "no number of rows shows that nothing is ever lost, so allow more than 0"
+    if not apart or not np.isfinite(half):
+        return "give more rows"
+    # What no row shows shrinks with the rows, the width of a bootstrap with their square root.
+    needed = max(-np.log(1 - CONFIDENCE) / apart, rows * (half / apart) ** 2)
+    return f"give about {float(f'{needed:.1g}'):g} rows"
 
 
 def _drawn(answers: Answers, generator: np.random.Generator) -> tuple[Array, Array | None]:

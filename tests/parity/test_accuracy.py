@@ -33,10 +33,30 @@ def judged(reference: Answers, candidate: Array, max_drop: float = 0.01) -> Accu
     return judge_accuracy("int8", "spam", "accuracy", reference, candidate, max_drop=max_drop)
 
 
-def test_equal_answers_pass_with_any_number_of_rows() -> None:
-    """The drawing is paired: what never differs has an interval of no width."""
-    cell = judged(*case(rows=5, wrong_before=2, newly_wrong=0, newly_right=0), max_drop=0.0)
-    assert (cell.verdict, cell.low, cell.high, cell.drop) == ("passed", 0.0, 0.0, 0.0)
+@pytest.mark.parametrize(
+    ("rows", "max_drop", "verdict"),
+    [
+        (1, 0.01, "not-run"), (5, 0.01, "not-run"), (298, 0.01, "not-run"),
+        (299, 0.01, "passed"), (810, 0.005, "passed"), (3000, 0.0, "not-run"),
+    ],
+)  # fmt: skip
+def test_equal_answers_pass_by_their_number(rows: int, max_drop: float, verdict: Verdict) -> None:
+    """Rows that all agree show only that what they do not show is rare: 3 in as many rows."""
+    cell = judged(*case(rows, wrong_before=rows // 5, newly_wrong=0, newly_right=0), max_drop)
+    assert (cell.verdict, cell.drop) == (verdict, 0.0)
+    assert cell.is_undecided is (verdict == "not-run")
+    assert cell.high == pytest.approx(3 / rows, rel=0.1) or rows < 20
+    assert cell.low is not None
+    assert cell.low == -cell.high
+    advice = "give about 300 rows" if max_drop else "allow more than 0"
+    assert advice in cell.reason or verdict == "passed"
+
+
+def test_one_row_of_many_that_differs_stays_within_a_point() -> None:
+    """Neither does a row won, which a bootstrap counts as if no other could be lost."""
+    assert judged(*case(810, 40, newly_wrong=1, newly_right=0), max_drop=0.005).verdict == "passed"
+    assert judged(*case(810, 40, newly_wrong=0, newly_right=1), max_drop=0.005).verdict == "passed"
+    assert judged(*case(20, 4, newly_wrong=0, newly_right=1)).verdict == "not-run"
 
 
 def test_a_drop_beyond_doubt_fails() -> None:
@@ -55,7 +75,7 @@ def test_few_rows_can_neither_pass_nor_fail() -> None:
     cell = judged(*case(rows=20, wrong_before=2, newly_wrong=1, newly_right=0))
     assert cell.verdict == "not-run"
     assert cell.is_undecided
-    # 15 points wide around 5, where 8 would tell it from the limit: 20 * (15 / 8)^2.
+    # Five points are four from the limit, and 3 of 70 rows are four points.
     assert "give about 70 rows" in cell.reason
 
 

@@ -26,7 +26,7 @@ from tests.parity.fakes import (
     single,
 )
 
-ROWS = 300
+ROWS = 480
 
 
 @pytest.fixture(scope="module")
