@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mtl_export_calibration.report import GraphReport
 
 OWN_ENGINE = "onnxruntime"
+# Formats that cost less accuracy.
+GENTLER = {"int4": ("int8", "fp8"), "int8": ("fp8",), "fp8": ()}
 
 
 @dataclass(frozen=True)
@@ -115,5 +117,17 @@ def _lines(outcome: Outcome) -> list[str]:
         size = render.size_text(outcome.written.size_bytes)
         lines.append(f"{outcome.written.path}: {size}, {outcome.written.status}")
     else:
-        lines.append("not written, because a task does not pass")
+        lines += ["not written, because a task does not pass", _next(report)]
     return lines
+
+
+def _next(report: GraphReport) -> str:
+    """Return what may help a graph that failed."""
+    if report.worst_drop <= report.max_drop:
+        return "give --data rows like those of --judge, or pass a larger --max-cut"
+    gentler = GENTLER[report.number]
+    other = f"--quantize {' or '.join(gentler)}, " if gentler else ""
+    return (
+        f"try {other}--max-excluded to leave more layers unquantised (their share), more"
+        f" --samples, or allow the loss by --max-drop"
+    )

@@ -86,6 +86,8 @@ def test_a_task_that_loses_too_much_fails_the_gate(rows: Path, run: Run) -> None
     assert outcome.code == 4
     assert "FAILED" in outcome.stdout
     assert "not written, because a task does not pass" in outcome.stdout
+    assert "try --max-excluded to leave more layers unquantised" in outcome.stdout
+    assert "--quantize" not in outcome.stdout  # no format costs less than fp8
     assert not (rows / "out" / "onnx-fp8").exists()
 
 
