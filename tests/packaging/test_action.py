@@ -59,6 +59,21 @@ def test_inputs_are_described_used_and_never_pasted_into_a_script(action: dict[s
     assert not [step for step in steps(action) if "${{" in step.get("run", "")]
 
 
+def test_two_uses_in_a_workflow_do_not_collide(action: dict[str, Any]) -> None:
+    """Names that must be unique in a workflow may be given, and differ by job and matrix."""
+    upload, scan = (
+        next(step["with"][key] for step in steps(action) if word in step.get("uses", ""))
+        for word, key in (("upload-artifact", "name"), ("upload-sarif", "category"))
+    )
+    for text, given, name in (
+        (upload, "artifact", "parity-reports"),
+        (scan, "category", "mtl-export"),
+    ):
+        default = f"format('{name}-{{0}}-{{1}}', github.job, strategy.job-index)"
+        assert text == f"${{{{ inputs.{given} || {default} }}}}"
+        assert action["inputs"][given]["default"] == ""
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="the action's scripts are bash")
 @pytest.mark.parametrize(
     ("code", "verdict"),
