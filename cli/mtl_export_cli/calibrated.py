@@ -104,9 +104,10 @@ def _lines(outcome: Outcome) -> list[str]:
         ]
         lines.append(f"ONNX Runtime, 8 x {report.latency_length}: {', '.join(times)}")
     total = len(report.measured.sqnr_db)
-    if report.excluded:
+    if report.excluded or report.trials > 1:
+        names = f": {shortened(report.excluded)}" if report.excluded else ""
         lines.append(f"{len(report.excluded)} of {total} layers left unquantised"
-                     f" after {report.trials} trials: {shortened(report.excluded)}")  # fmt: skip
+                     f" after {report.trials} trials{names}")  # fmt: skip
     if report.apart:
         lines.append(
             f"{len(report.apart)} layers add the task's change in high precision, because a"
