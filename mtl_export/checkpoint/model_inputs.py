@@ -21,6 +21,12 @@ OFFSET_POSITIONS = frozenset({
     "markuplm", "mpnet",
     "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 })  # fmt: skip
+# Model types that look positions up in a table as long as the config says, of transformers 5.23:
+# a row with more tokens cannot be computed. All others may run on, as those that rotate do.
+TABLE_POSITIONS = OFFSET_POSITIONS - {"esm"} | {
+    "albert", "bart", "bert", "blenderbot", "distilbert", "electra", "gpt2", "gpt_neo", "layoutlm",
+    "mbart", "mobilebert", "opt",
+}  # fmt: skip
 # Beyond any length a user would ask of a model that does not name its own.
 NO_LIMIT = 2**15
 
@@ -32,6 +38,11 @@ def image_shape(config: Mapping[str, Any]) -> tuple[int, int, int] | None:
         return None
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return int(config.get("num_channels") or 3), int(height), int(width)
+
+
+def has_position_table(config: Mapping[str, Any]) -> bool:
+    """Return whether the model is known to end at the positions of its config."""
+    return config.get("model_type") in TABLE_POSITIONS
 
 
 def longest_sequence(config: Mapping[str, Any], unlimited: int = NO_LIMIT) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mtl_export.errors import EngineRunError, UsageError
+from mtl_export.runtime.arguments import count_of
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
@@ -140,9 +141,11 @@ class GreedyDecoder:
             A row keeps the token that ended it; padding follows.
 
         Raises:
-            UsageError: A prompt without tokens, or one too long for so many new tokens.
+            UsageError: A prompt without tokens, or one too long for so many new tokens, or
+                ``max_new_tokens`` is no whole number of at least 1.
             EngineRunError: A row's logits are NaN: no task has its id.
         """
+        max_new_tokens = count_of("max_new_tokens", max_new_tokens)
         mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
         self._refuse_lengths(mask, max_new_tokens)
         decoding = Decoding(self._prefill, self._decode, input_ids, mask, task_ids)
@@ -169,10 +172,6 @@ class GreedyDecoder:
                 found="none" if mask.size == 0 else f"row {int(lengths.argmin())} has no token",
                 expected="at least one token in every row",
                 why="the first new token follows from the prompt's last",
-            )
-        if max_new_tokens < 1:
-            raise UsageError(
-                where="max_new_tokens", found=str(max_new_tokens), expected="1 or more"
             )
         longest = int(lengths.max()) + max_new_tokens
         if self._max_length is not None and longest > self._max_length:

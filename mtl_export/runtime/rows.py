@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 INPUT_IDS, ATTENTION_MASK, TOKEN_TYPES = "input_ids", "attention_mask", "token_type_ids"
 TASK_IDS = "task_ids"
+# What a graph looks up in tables.
+IDS = frozenset({INPUT_IDS, TOKEN_TYPES})
 SEQUENCE = "sequence"
 # ONNX Runtime's words for what numpy can hold.
 _DTYPES = {
@@ -92,7 +94,12 @@ class Rows:
 
 
 def rows_from(
-    inputs: Mapping[str, Any], fields: Sequence[Field], *, pad_token_id: int, where: str
+    inputs: Mapping[str, Any],
+    fields: Sequence[Field],
+    *,
+    pad_token_id: int,
+    where: str,
+    longest: int | None = None,
 ) -> Rows:
     """Return ``inputs`` as rows that the graph takes.
 
@@ -102,9 +109,11 @@ def rows_from(
         fields: The graph's inputs, without ``task_ids``.
         pad_token_id: Fills ``input_ids``.
         where: The graph, for messages.
+        longest: Most tokens that a row may have, padding not counted; None: no limit.
 
     Raises:
-        EngineRunError: An input is unknown, missing, empty, of another type or length.
+        EngineRunError: An input is unknown, missing, empty, of another type or length, a row
+            is too long, or an id is negative.
     """
     known = {field.name: field for field in fields}
     unknown = [name for name in inputs if name not in known]
@@ -114,7 +123,9 @@ def rows_from(
     problems = [f"{name} is no input" for name in unknown]
     problems += [f"{name} is missing" for name in missing]
     rows = {**given, **derived}
-    problems += _mismatches(rows, known)
+    problems += _misfits(given, known) or _uneven(rows, known)
+    if not problems and longest is not None and INPUT_IDS in rows:
+        problems = _too_long(rows[INPUT_IDS], pad_token_id, longest)
     if problems:
         raise EngineRunError(
             where=where,
@@ -148,29 +159,51 @@ def _derived(
     }
 
 
-def _mismatches(rows: Mapping[str, list[Array]], known: Mapping[str, Field]) -> list[str]:
-    counts = {name: len(values) for name, values in rows.items()}
+def _misfits(given: Mapping[str, list[Array]], known: Mapping[str, Field]) -> list[str]:
+    """Return what is wrong with single rows of what was given, or with how many there are."""
+    counts = {name: len(values) for name, values in given.items()}
     if not counts or min(counts.values()) == 0:
         return ["no rows"]
     if len(set(counts.values())) > 1:
         return [f"{name} has {count} rows" for name, count in counts.items()]
+    misfits = (
+        (f"row {number} of {name}", _misfit(row, known[name]))
+        for name, values in given.items()
+        for number, row in enumerate(values)
+    )
+    return [f"{row} {misfit}" for row, misfit in misfits if misfit]
+
+
+def _misfit(row: Array, field: Field) -> str:
+    wanted = np.dtype(field.dtype)
+    if row.ndim == len(field.dims) - 1 and not row.size:
+        return "has no tokens" if field.is_sequence else "is empty"
+    if row.dtype != wanted or row.ndim != len(field.dims) - 1:
+        return f"is {row.dtype.name} {list(row.shape)}, not {wanted.name} {list(field.dims[1:])}"
+    # A graph's Gather counts negative ids from the table's end: an answer like any other.
+    if field.name in IDS and row.min() < 0:
+        return f"holds {row.min()}, and ids are 0 or more"
+    return ""
+
+
+def _uneven(rows: Mapping[str, list[Array]], known: Mapping[str, Field]) -> list[str]:
     problems = []
-    for name, values in rows.items():
-        field, wanted = known[name], np.dtype(known[name].dtype)
-        for number, row in enumerate(values):
-            if row.dtype != wanted or row.ndim != len(field.dims) - 1 or not row.size:
-                problems.append(
-                    f"row {number} of {name} is {row.dtype.name} {list(row.shape)},"
-                    f" not {wanted.name} {list(field.dims[1:])}"
-                )
-    if problems:
-        return problems
     tokens = [name for name in rows if known[name].is_sequence]
     for number in range(len(rows[tokens[0]]) if tokens else 0):
         lengths = {name: len(rows[name][number]) for name in tokens}
         if len(set(lengths.values())) > 1:
             problems.append(f"row {number} has {lengths} values")
     return problems
+
+
+def _too_long(rows: Sequence[Array], pad_token_id: int, longest: int) -> list[str]:
+    """Return which rows the model has no positions for; padding may take none."""
+    counts = [int((row != pad_token_id).sum()) for row in rows]
+    return [
+        f"row {number} has {count} tokens, and the model takes at most {longest}"
+        for number, count in enumerate(counts)
+        if count > longest
+    ]
 
 
 def _padded(rows: Sequence[Array], fill: int) -> Array:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtl_export.errors import UsageError
+from mtl_export.runtime.arguments import count_of
 from mtl_export.runtime.generation import LOGITS, PAST, PRESENT, Part, next_tokens
 from mtl_export.runtime.token_rules import TokenRules
 
@@ -137,10 +138,14 @@ class Seq2SeqGreedyDecoder:
             A row keeps the token that ended it; padding follows.
 
         Raises:
-            UsageError: More tokens are asked for than the model has positions.
+            UsageError: More tokens are asked for than the model has positions, or
+                ``max_new_tokens`` is no whole number of at least 1.
             EngineRunError: A row's logits are NaN: no task has its id.
         """
-        self._refuse_length(max_new_tokens)
+        # The last new token is never read, so as many as there are positions are possible.
+        max_new_tokens = count_of(
+            "max_new_tokens", max_new_tokens, self._max_length, "the decoder has no more positions"
+        )
         said = np.full((len(inputs["input_ids"]), 1), self._start, np.int64)
         decoding = Seq2SeqDecoding(self._parts, inputs, task_ids, said)
         ended = np.zeros(len(said), np.bool_)
@@ -154,15 +159,3 @@ class Seq2SeqGreedyDecoder:
             if left > 1:
                 decoding.feed(tokens)
         return said[:, 1:]
-
-    def _refuse_length(self, max_new_tokens: int) -> None:
-        # The last new token is never read.
-        limit = self._max_length
-        if max_new_tokens < 1 or (limit is not None and max_new_tokens > limit):
-            raise UsageError(
-                where="max_new_tokens",
-                found=str(max_new_tokens),
-                expected="1 or more" if limit is None else f"1 to {limit}",
-                why="the decoder has no more positions" if limit is not None else "",
-                fix="Ask for another number of tokens",
-            )

@@ -9,7 +9,7 @@ onnxruntime; neither torch nor onnx is imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.errors import TaskNotFoundError, UsageError, shortened
 from mtl_export.runtime.answers import Answer, answer_of
+from mtl_export.runtime.arguments import count_of, whole_number
 from mtl_export.runtime.ort import OrtPart, metadata_of, open_session, run_session, task_table
 from mtl_export.runtime.rows import (
     ATTENTION_MASK,
@@ -130,9 +131,12 @@ class TaskSession:
     def encode(self, texts: Sequence[str | tuple[str, str]]) -> dict[str, list[list[int]]]:
         """Return the inputs of texts, or pairs of texts, by the folder's own tokenizer.
 
+        Args:
+            texts: A list with one for each row; two texts in a tuple are a pair, one row.
+
         Raises:
             BackendMissingError: The package tokenizers is not installed.
-            UsageError: The folder has no ``tokenizer.json``.
+            UsageError: The folder has no ``tokenizer.json``, or a single text was passed.
         """
         taken = {field.name for field in self._inputs}
         encoded = self._texts.encode(texts)
@@ -149,12 +153,15 @@ class TaskSession:
 
         Args:
             inputs: By name, an array or a sequence of rows; rows of tokens may differ in length.
-                A missing attention mask is ones, missing token types are zeros.
+                A missing attention mask is ones, missing token types are zeros. A row whose mask
+                is all zeros is computed like any other, and its answer is that of no text.
             tasks: A name or id for each row, or one for all; None where there is one task only.
             max_batch: Split into batches of at most so many rows.
 
         Raises:
             TaskNotFoundError: A name or id is unknown.
+            UsageError: There are not as many tasks as rows, or ``max_batch`` is no whole number
+                of at least 1.
             EngineRunError: The inputs do not fit the graph, or it failed.
         """
         rows = self._rows(inputs, self._texts.pad_token_id)
@@ -191,8 +198,9 @@ class TaskSession:
             max_batch: Split into batches of at most so many rows.
 
         Raises:
-            UsageError: The folder holds no language model, a prompt is empty or too long, or
-                its settings ask for what is not done here.
+            UsageError: The folder holds no language model, a prompt is masked as a whole or too
+                long, a number is none of at least 1, or its settings ask for what is not done
+                here.
             TaskNotFoundError: A name or id is unknown.
             EngineRunError: The inputs do not fit the graph, or it failed.
         """
@@ -230,9 +238,9 @@ class TaskSession:
         Raises:
             TaskNotFoundError: There is none; the message names those there are.
         """
+        wanted = name_or_id if isinstance(name_or_id, str) else whole_number(name_or_id)
         for task in self.tasks:
-            # bool is an int in Python; True is no task.
-            if name_or_id in (task.name, task.index) and not isinstance(name_or_id, bool):
+            if wanted in (task.name, task.index):
                 return task
         raise TaskNotFoundError(
             where=f"task {name_or_id!r}",
@@ -243,16 +251,25 @@ class TaskSession:
 
     def _rows(self, inputs: Mapping[str, Any], pad_token_id: int) -> Rows:
         where = str(self._path)
-        return rows_from(inputs, self._inputs, pad_token_id=pad_token_id, where=where)
+        return rows_from(
+            inputs,
+            self._inputs,
+            pad_token_id=pad_token_id,
+            where=where,
+            longest=self._texts.most_tokens,
+        )
 
     def _served(
         self, tasks: TaskLike | Sequence[TaskLike] | Array | None, count: int
     ) -> tuple[Task, ...]:
         if tasks is None and len(self.tasks) == 1:
             return self.tasks * count
-        if isinstance(tasks, str | int | np.integer):
-            return (self.task(tasks),) * count
-        named = tuple(self.task(task) for task in (() if tasks is None else tasks))
+        one: Any = tasks
+        if getattr(tasks, "ndim", None) == 0:
+            one = one.item()  # of numpy or torch
+        if isinstance(one, str) or not isinstance(one, Iterable | None):
+            return (self.task(one),) * count
+        named = tuple(self.task(task) for task in (() if one is None else one))
         if len(named) != count:
             raise UsageError(
                 where="tasks",
@@ -266,11 +283,12 @@ class TaskSession:
     def _batches(self, served: Sequence[Task], max_batch: int | None) -> Iterator[Sequence[int]]:
         """Yield the row numbers of each batch; mixed only where each row has its own task."""
         is_mixed = self._task_input is not None and self._task_input.is_batched
+        most = None if max_batch is None else count_of("max_batch", max_batch)
         groups: dict[int, list[int]] = {}
         for row, task in enumerate(served):
             groups.setdefault(-1 if is_mixed else task.index, []).append(row)
         for rows in groups.values():
-            size = max_batch or len(rows)
+            size = most or len(rows)
             for start in range(0, len(rows), size):
                 yield rows[start : start + size]
 

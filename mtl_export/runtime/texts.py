@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mtl_export.checkpoint.model_inputs import has_position_table, longest_sequence
 from mtl_export.errors import BackendMissingError, EngineRunError, UsageError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -49,10 +50,16 @@ class TextFiles:
     @property
     def positions(self) -> int | None:
         """Return how many positions the model has, None where the config does not say."""
-        for name in ("max_position_embeddings", "n_positions"):
-            if isinstance(self._config.get(name), int):
-                return int(self._config[name])
-        return None
+        return longest_sequence(self._config, unlimited=0) or None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Return how many tokens a row can have at all: fewer than a table has rows.
+
+        None where positions are computed, by rotation or from distances: such models run on
+        longer rows than they were trained on.
+        """
+        return self.positions if has_position_table(self._config) else None
 
     def encode(self, texts: Sequence[str | tuple[str, str]]) -> dict[str, list[list[int]]]:
         """Return ``input_ids``, ``attention_mask`` and ``token_type_ids``, not padded.
@@ -62,8 +69,16 @@ class TextFiles:
 
         Raises:
             BackendMissingError: ``tokenizers`` is not installed.
-            UsageError: The folder has no ``tokenizer.json``.
+            UsageError: The folder has no ``tokenizer.json``, or ``texts`` is a single text.
         """
+        if isinstance(texts, str):
+            raise UsageError(
+                where="texts",
+                found=f"one text, {texts[:40]!r}",
+                expected="a list with a text, or a pair of texts, for each row",
+                why="a text is a sequence too: each of its letters would be a row",
+                fix="Pass [text]",
+            )
         encodings = self._tokenizer.encode_batch(list(texts))
         return {
             "input_ids": [encoding.ids for encoding in encodings],

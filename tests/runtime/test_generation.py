@@ -112,6 +112,21 @@ def test_lengths_that_cannot_be(mask: Any, new: int, found: str) -> None:
     assert caught.value.found == found
 
 
+@pytest.mark.parametrize("count", [0, -1, 2.5, 2.0, True, "3", None])
+def test_only_a_whole_number_of_tokens_can_be_asked_for(count: Any) -> None:
+    """2.5 tokens are never reached: decoding would not end."""
+    with pytest.raises(UsageError, match="Expected a whole number, 1 or more") as caught:
+        decoder(eos_token_ids=()).generate(np.array([[1]]), max_new_tokens=count)
+    assert caught.value.where == "max_new_tokens"
+
+
+def test_numbers_of_numpy_are_whole_numbers_too() -> None:
+    """Also from an array."""
+    for count in (np.int32(2), np.array(2)):
+        tokens = decoder().generate(np.array([[1]]), max_new_tokens=count)  # type: ignore[arg-type]
+        assert tokens.tolist() == [[2, 3]]
+
+
 def test_the_longest_that_fits_is_no_error() -> None:
     """As many tokens as the model has positions."""
     tokens = decoder(max_length=5).generate(np.array([[1, 1]]), max_new_tokens=3)

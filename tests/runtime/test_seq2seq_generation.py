@@ -102,8 +102,8 @@ def test_a_task_that_is_none_is_refused() -> None:
         decoder.generate(ROWS, task_ids=np.array([0, 9, 1]), max_new_tokens=2)
 
 
-@pytest.mark.parametrize(("count", "limit"), [(0, None), (9, 8)])
-def test_lengths_that_cannot_be_are_refused(count: int, limit: int | None) -> None:
+@pytest.mark.parametrize(("count", "limit"), [(0, None), (9, 8), (2.5, None), (2.5, 8), (True, 8)])
+def test_lengths_that_cannot_be_are_refused(count: Any, limit: int | None) -> None:
     """None at all, or more than the decoder has positions."""
     decoder = Seq2SeqGreedyDecoder(Graphs().parts(), TokenRules(start=START), max_length=limit)
     with pytest.raises(UsageError, match="max_new_tokens"):

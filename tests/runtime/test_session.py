@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mtl_export.errors import (
     BackendMissingError,
@@ -95,7 +97,10 @@ def test_every_row_gets_its_own_tasks_answer(session: TaskSession, exported: Pat
 def test_names_ids_and_one_for_all_say_the_same(session: TaskSession) -> None:
     """A task may be named, numbered (by numpy too) or said once."""
     by_name = session.run({"input_ids": ROWS}, ["topic"] * 5).outputs["logits"]
-    same_tasks: list[Any] = [[1] * 5, np.array([1] * 5), "topic", 1, np.int64(1)]
+    same_tasks: list[Any] = [
+        [1] * 5, np.array([1] * 5), "topic", 1, np.int64(1), np.array(1), np.array("topic"),
+        torch.tensor(1), torch.tensor([1] * 5),
+    ]  # fmt: skip
     for tasks in same_tasks:
         same = session.run({"input_ids": ROWS}, tasks).outputs["logits"]
         np.testing.assert_array_equal(by_name, same)
@@ -141,16 +146,21 @@ def test_a_merged_graph_serves_its_task(exported: Path, name: str) -> None:
         merged.run({"input_ids": ROWS}, next(other for other in NAMES if other != name))
 
 
-@pytest.mark.parametrize("wrong", ["sapm", 3, -1, 2**32 + 1, True, "1"])
-def test_an_unknown_task_is_refused_with_those_there_are(
-    session: TaskSession, wrong: str | int
-) -> None:
+@pytest.mark.parametrize("wrong", ["sapm", 3, -1, 2**32 + 1, True, "1", 1.0, np.bool_(True)])
+def test_an_unknown_task_is_refused_with_those_there_are(session: TaskSession, wrong: Any) -> None:
     """No id outside the table reaches the graph, alone or among good ones."""
     for tasks in (wrong, ["spam", wrong, "spam", "spam", "spam"]):
         with pytest.raises(TaskNotFoundError) as caught:
             session.run({"input_ids": ROWS}, tasks)
-        assert repr(wrong) in caught.value.where
+        assert str(wrong) in caught.value.where
         assert "ads_rel (0), topic (1), spam (2)" in caught.value.expected
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "2"])
+def test_a_batch_of_no_rows_is_refused(session: TaskSession, size: Any) -> None:
+    """What is no number of rows is said to be none, and is not taken for "all"."""
+    with pytest.raises(UsageError, match=r"max_batch: .* Expected a whole number, 1 or more"):
+        session.run({"input_ids": ROWS}, "spam", max_batch=size)
 
 
 @pytest.mark.parametrize("tasks", [None, [], ["spam"], ["spam"] * 6])
@@ -164,7 +174,7 @@ WRONG_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown input": ({"input_ids": ROWS, "pixels": ROWS}, "pixels is no input"),
     "missing input": ({"attention_mask": ROWS}, "input_ids is missing"),
     "no rows": ({"input_ids": []}, "no rows"),
-    "an empty row": ({"input_ids": [*ROWS[:4], []]}, r"row 4 of input_ids is float64 \[0\]"),
+    "an empty row": ({"input_ids": [*ROWS[:4], []]}, "found=row 4 of input_ids has no tokens$"),
     "fractions": ({"input_ids": [[1.5, 2.0]]}, "is float64"),
     "text": ({"input_ids": ["who", "what"]}, r"row 0 of input_ids is str96 \[\]"),
     "no batch": ({"input_ids": [2, 3]}, r"row 0 of input_ids is int64 \[\]"),
@@ -174,7 +184,12 @@ WRONG_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
         "row 0 has {'input_ids': 2, 'attention_mask': 3",
     ),
     "outside the vocabulary": ({"input_ids": [[2, 5000]]}, "cannot run it"),
-    "too long": ({"input_ids": [[2] * 50]}, "cannot run it"),
+    "below 0": ({"input_ids": [[2, 3], [2, -100, 3]]}, "found=row 1 of input_ids holds -100, "),
+    "types below 0": (
+        {"input_ids": [[2, 3]], "token_type_ids": [[0, -1]]},
+        "row 0 of token_type_ids holds -1, ",
+    ),
+    "too long": ({"input_ids": [[2] * 40, [2] * 41]}, "row 1 has 41 tokens, .* at most 40"),
 }
 
 
@@ -182,8 +197,26 @@ WRONG_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_inputs_that_do_not_fit_are_refused(session: TaskSession, fault: str) -> None:
     """Nothing is cast, cut or filled in without a word."""
     inputs, message = WRONG_INPUTS[fault]
-    with pytest.raises(EngineRunError, match=message):
+    with pytest.raises(EngineRunError) as caught:
         session.run(inputs, "spam")
+    assert re.search(message, f"found={caught.value.found}")
+
+
+def test_a_row_that_is_all_padding_has_an_answer(session: TaskSession) -> None:
+    """Finite, and no other row's changes."""
+    mask = [[1] * len(row) for row in ROWS[:4]] + [[0] * len(ROWS[4])]
+    results = session.run({"input_ids": ROWS, "attention_mask": mask}, "spam")
+    whole = session.run({"input_ids": ROWS}, "spam")
+    logits = [np.asarray(answer.logits) for answer in results.answers]
+    assert np.isfinite(logits[4]).all()
+    for own, other in zip(logits[:4], whole.answers, strict=False):
+        np.testing.assert_allclose(own, np.asarray(other.logits), atol=1e-5)
+
+
+def test_a_single_text_is_refused(session: TaskSession) -> None:
+    """It would be a row for each of its letters."""
+    with pytest.raises(UsageError, match=r"one text, 'hello'.*Pass \[text\]"):
+        session.encode("hello")
 
 
 def test_many_threads_share_one_session(session: TaskSession) -> None:
@@ -249,7 +282,7 @@ def test_a_provider_that_is_not_there_says_what_to_install(exported: Path) -> No
 
 
 def test_padding_is_what_the_folder_says(exported: Path, tmp_path: Path) -> None:
-    """config.json first, then the tokenizer, then 0."""
+    """config.json first, then the tokenizer, then 0; rows end where a table of positions does."""
     from mtl_export.runtime.texts import TextFiles
 
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -257,6 +290,13 @@ def test_padding_is_what_the_folder_says(exported: Path, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps({"pad_token_id": 7, "n_positions": 9}))
     assert TextFiles(tmp_path).pad_token_id == 7
     assert TextFiles(tmp_path).positions == 9
+    assert TextFiles(tmp_path).most_tokens is None
+    table = {"model_type": "roberta", "pad_token_id": 1, "max_position_embeddings": 514}
+    (tmp_path / "config.json").write_text(json.dumps(table))
+    assert TextFiles(tmp_path).most_tokens == 512
+    rotated = {"model_type": "modernbert", "max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps(rotated))
+    assert (TextFiles(tmp_path).positions, TextFiles(tmp_path).most_tokens) == (512, None)
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"pad_token_id": 5}}))
     assert TextFiles(tmp_path).pad_token_id == 5
     (tmp_path / "config.json").write_text("{}")

@@ -14,7 +14,7 @@ import torch
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.base import quiet_transformers
-from mtl_export.errors import TaskNotFoundError, UsageError
+from mtl_export.errors import EngineRunError, TaskNotFoundError, UsageError
 from mtl_export.runtime import TaskSession
 from mtl_export.runtime.pytorch import oracle_model
 from tests.adapters import toys
@@ -122,10 +122,12 @@ def test_run_gives_the_prompts_logits(session: TaskSession) -> None:
 
 
 def test_what_cannot_be_generated_is_refused(session: TaskSession) -> None:
-    """An unknown task, an empty prompt, no new tokens, more than there are positions."""
+    """An unknown task, an empty prompt, no new tokens, too many, an id below 0."""
     with pytest.raises(TaskNotFoundError, match="one of summary"):
         session.generate(PROMPTS, "title2", max_new_tokens=3)
     with pytest.raises(UsageError, match=f"at most {POSITIONS} together"):
         session.generate(PROMPTS, TASKS, max_new_tokens=POSITIONS)
     with pytest.raises(UsageError, match="1 or more"):
         session.generate(PROMPTS, TASKS, max_new_tokens=0)
+    with pytest.raises(EngineRunError, match="row 1 of input_ids holds -1"):
+        session.generate([[5, 9], [-1, 7]], "title", max_new_tokens=2)

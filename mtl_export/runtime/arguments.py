@@ -1,0 +1,45 @@
+"""Numbers that callers pass -> whole numbers, or one clear error."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from mtl_export.errors import UsageError
+
+
+def whole_number(value: Any) -> int | None:
+    """Return ``value`` if it is a whole number, of numpy or torch too; None if not.
+
+    ``True`` is an int in Python and none here; neither is 1.0, which may have been 0.9.
+    """
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def count_of(name: str, value: Any, most: int | None = None, why: str = "") -> int:
+    """Return the argument ``name`` as a whole number of at least 1.
+
+    Args:
+        name: The argument, for the message.
+        value: What was passed.
+        most: The largest that can be; None: any.
+        why: Why no more than that.
+
+    Raises:
+        UsageError: It is none, less than 1 or more than ``most``.
+    """
+    count = whole_number(value)
+    if count is None or count < 1 or (most is not None and count > most):
+        raise UsageError(
+            where=name,
+            found=repr(value),
+            expected="a whole number, " + ("1 or more" if most is None else f"1 to {most}"),
+            why=why if most is not None else "",
+            fix=f"Pass another {name}",
+        )
+    return count
