@@ -1,6 +1,6 @@
 """Results that cost time, kept as JSON and used again only for exactly the same question.
 
-    {"schema": "mtl-export.calibration/2", "key": {...}, "value": {...}}
+    {"schema": "mtl-export.calibration/3", "key": {...}, "value": {...}}
 
 The key holds every input of the result: hashes of data and graph, method, options and
 versions. A file whose key differs in anything, or that cannot be read, counts as absent.
@@ -20,7 +20,7 @@ import numpy as np
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.version import VERSION
 
-SCHEMA = "mtl-export.calibration/2"
+SCHEMA = "mtl-export.calibration/3"
 # What arrays of a file belong to; no activation has this name.
 _KEY = "mtl_export.key"
 
