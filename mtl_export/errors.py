@@ -2,7 +2,7 @@
 
     MtlExportError                   root; never raised itself
     +-- UsageError                   the command cannot be carried out as typed
-    |   +-- TaskNotFoundError        a task name that the checkpoint does not have
+    |   +-- TaskNotFoundError        a task name that the checkpoint or graph does not have
     |   +-- OutputError              an output folder that exists, is full, or cannot be written
     +-- CheckpointError              the checkpoint is broken, incomplete or of an unknown kind
     |   +-- HyperparameterError      a number the checkpoint does not carry and nobody gave
@@ -77,18 +77,29 @@ class UsageError(MtlExportError):
 
 
 class TaskNotFoundError(UsageError):
-    """A task name that the checkpoint does not have."""
+    """A task name that the checkpoint or graph does not have."""
 
     @classmethod
-    def from_name(cls, name: str, known: Iterable[str]) -> TaskNotFoundError:
-        """Return the error for ``name``, naming the nearest known task."""
+    def from_name(
+        cls, name: str, known: Iterable[str], *, of: str = "checkpoint", option: str = "--task"
+    ) -> TaskNotFoundError:
+        """Return the error for ``name``, naming the nearest known task.
+
+        Args:
+            name: What was typed.
+            known: The tasks there are.
+            of: What has them.
+            option: What was typed before the name; empty for an argument.
+        """
         names = list(known)
-        near = get_close_matches(name, names, n=1, cutoff=0.4)
+        near = get_close_matches(name, names, n=1)
+        meant = " ".join(filter(None, ("Did you mean", option, *near)))
+        other = f"Pass one of these to {option}" if option else "Name one of these"
         return cls(
             where=f"task {name!r}",
-            found="the checkpoint has no task of that name",
+            found=f"the {of} has no task of that name",
             expected=f"one of {shortened(names)}",
-            fix=f"Did you mean --task {near[0]}?"[:-1] if near else "Pass one of these to --task",
+            fix=meant if near else other,
         )
 
 

@@ -77,9 +77,17 @@ def edit_folder(place: Path, edit: Edit, note: str, *, added: str = "", removed:
         IntegrityError: The folder is not as it was written.
         GraphError: The graphs are not single graphs, or were changed by something else.
     """
-    folder = place.parent if place.suffix == ".onnx" else place
+    is_graph = place.suffix == ".onnx" and not place.is_dir()
+    folder = place.parent if is_graph else place
     manifest = _manifest_of(folder)
-    stems = sorted(Path(name).stem for name in manifest.files if name.endswith(".onnx"))
+    if is_graph and place.name not in manifest.files:
+        raise UsageError(
+            where=str(place),
+            found="no graph that mtl-export wrote" if place.exists() else "no such file",
+            expected=f"one of {shortened(name for name in manifest.files if _is_graph(name))}",
+            fix=f"Pass the folder, {folder}: all its graphs change together",
+        )
+    stems = sorted(Path(name).stem for name in manifest.files if _is_graph(name))
     models = {stem: ir.load(folder / f"{stem}.onnx") for stem in stems}
     before = task_table(models)
     after = edit(models)
@@ -110,9 +118,13 @@ def edit_folder(place: Path, edit: Edit, note: str, *, added: str = "", removed:
     return Edited(folder, before, after, tuple(unverified))
 
 
+def _is_graph(name: str) -> bool:
+    return name.endswith(".onnx")
+
+
 def _manifest_of(folder: Path) -> Manifest:
     manifest = read_manifest(folder) if folder.is_dir() else None
-    if manifest is None or not any(name.endswith(".onnx") for name in manifest.files):
+    if manifest is None or not any(_is_graph(name) for name in manifest.files):
         raise UsageError(
             where=str(folder),
             found="no graph that mtl-export wrote" if folder.exists() else "no such folder",

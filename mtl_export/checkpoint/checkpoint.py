@@ -260,8 +260,16 @@ class Checkpoint:
         )
 
 
-def task_named(tasks: tuple[Task, ...], name: str) -> Task:
+def task_named(
+    tasks: tuple[Task, ...], name: str, *, of: str = "checkpoint", option: str = "--task"
+) -> Task:
     """Return the task called ``name``.
+
+    Args:
+        tasks: Those there are.
+        name: Its name.
+        of: What has them, for the message.
+        option: What was typed before the name, for the message; empty for an argument.
 
     Raises:
         TaskNotFoundError: There is none; the message names the nearest.
@@ -269,7 +277,7 @@ def task_named(tasks: tuple[Task, ...], name: str) -> Task:
     for task in tasks:
         if task.name == name:
             return task
-    raise TaskNotFoundError.from_name(name, (task.name for task in tasks))
+    raise TaskNotFoundError.from_name(name, (task.name for task in tasks), of=of, option=option)
 
 
 def check_task_names(where: str, names: list[str]) -> None:

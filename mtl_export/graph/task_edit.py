@@ -59,7 +59,7 @@ def rename_task(models: Models, name: str, new_name: str) -> tuple[Task, ...]:
         UsageError: ``new_name`` is taken or no name.
     """
     tasks = task_table(models)
-    old = task_named(tasks, name)
+    old = task_named(tasks, name, of="graph", option="")
     _refuse_name(new_name, tasks)
     after = tuple(dataclasses.replace(t, name=new_name) if t == old else t for t in tasks)
     _record(models, after, f"rename {name} {new_name}")
@@ -74,7 +74,7 @@ def remove_task(models: Models, name: str) -> tuple[Task, ...]:
         UsageError: It is the only one.
     """
     tasks = task_table(models)
-    gone = task_named(tasks, name).index
+    gone = task_named(tasks, name, of="graph", option="").index
     if len(tasks) == 1:
         raise UsageError(
             where=f"task {name!r}",

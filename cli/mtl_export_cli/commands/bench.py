@@ -57,7 +57,7 @@ def command(
     batches whose rows take the tasks in turn (all of them, or those given with --task). The
     merged graph serves one task, the first of them, on batches of the same shape. Every model
     runs in a process of its own; blocks of calls alternate, and ratios compare blocks of the same
-    round. Exit code 6 when nothing could be run.
+    round. Exit code 2 when nothing was exported, 6 when nothing of it can be run here.
     """
     from mtl_export_cli.benchmark import conditions, lineup, machine, refuse_longer
 

@@ -123,7 +123,7 @@ def _source(tasks: tuple[Task, ...], name: str, from_name: str | None) -> Task:
     known = {task.name for task in tasks}
     if from_name is None and name not in known and len(tasks) == 1:
         return tasks[0]
-    return task_named(tasks, from_name or name)
+    return task_named(tasks, from_name or name, option="--from")
 
 
 def _print(settings: Settings, verb: str, edited: Edited) -> None:

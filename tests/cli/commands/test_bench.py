@@ -76,10 +76,13 @@ def test_engines_without_a_gpu_say_so(exported: Path, run: Run) -> None:
 
 
 def test_nothing_exported_is_a_usage_error(project: Path, run: Run) -> None:
-    """Exit 2, with what to type."""
-    outcome = run(*QUICK)
-    assert outcome.code == 2
-    assert "mtl-export onnx --all-tasks" in outcome.stderr
+    """Exit 2, with what to type, as the help says; 6 is for what is there and cannot be run."""
+    for words in ((), ("--no-eager",)):
+        outcome = run(*QUICK, *words)
+        assert outcome.code == 2
+        assert "mtl-export onnx --all-tasks" in outcome.stderr
+    told = " ".join(run("bench", "--help").stdout.split())
+    assert "Exit code 2 when nothing was exported, 6 when nothing of it can be run here." in told
 
 
 def test_a_broken_graph_is_no_figure(exported: Path, run: Run) -> None:

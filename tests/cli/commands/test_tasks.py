@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, files_below
 from tests.factories import TASKS, toy_checkpoint
 
 GRAPH = "out/onnx"
@@ -57,6 +57,36 @@ def test_a_checkpoint_that_does_not_fit_is_refused(exported: Path, run: Run) -> 
     unknown = run("tasks", "add", GRAPH, "new", "-c", "other")
     assert unknown.code == 2
     assert "no task of that name" in unknown.stderr
+    assert "Pass one of these to --from" in unknown.stderr
     assert run("tasks", "remove", "out/onnx/spam", "spam").code == 5
     assert run("tasks", "remove", "nowhere", "spam").code == 2
     assert (exported / GRAPH / "model.onnx").read_bytes() == before
+
+
+def test_a_name_that_the_graph_does_not_have_is_said_to_be_the_graphs(
+    exported: Path, run: Run
+) -> None:
+    """The message speaks of what was typed; a near name is offered, a far one is not."""
+    for words in (("rename", GRAPH, "nope", "new"), ("remove", GRAPH, "nope")):
+        outcome = run("tasks", *words)
+        assert outcome.code == 2
+        assert "task 'nope': the graph has no task of that name" in outcome.stderr
+        assert "Name one of these." in outcome.stderr
+        assert "--task" not in outcome.stderr
+    assert "Did you mean spam." in run("tasks", "remove", GRAPH, "spamm").stderr
+    added = run("tasks", "add", GRAPH, "new", "-c", "adapter", "--from", "topik")
+    assert "the checkpoint has no task of that name" in added.stderr
+    assert "Did you mean --from topic." in added.stderr
+
+
+def test_a_file_that_is_not_there_is_not_taken_for_its_folder(exported: Path, run: Run) -> None:
+    """Nor is one that mtl-export did not write; nothing is changed."""
+    before = files_below(exported), (exported / GRAPH / "model.onnx").read_bytes()
+    outcome = run("tasks", "remove", f"{GRAPH}/nofile.onnx", "spam")
+    assert outcome.code == 2
+    assert f"{GRAPH}/nofile.onnx: no such file. Expected one of model.onnx" in outcome.stderr
+    assert (files_below(exported), (exported / GRAPH / "model.onnx").read_bytes()) == before
+    (exported / GRAPH / "own.onnx").write_bytes(b"")
+    outcome = run("tasks", "add", f"{GRAPH}/own.onnx", "copy", "-c", "adapter", "--from", "spam")
+    assert outcome.code == 2
+    assert "own.onnx: no graph that mtl-export wrote" in outcome.stderr
