@@ -2,7 +2,7 @@
 
 Every finished folder carries one, so that the folder alone says where it came from,
 a repeated command can tell that nothing is left to do, and anyone can check it with
-``sha256sum``. UTF-8 JSON, one object with exactly these keys
+``sha256sum``. UTF-8 JSON, one object with these keys and no other
 
     schema         "mtl-export.output/1"
     tool_version   version of mtl-export that wrote the folder
@@ -10,6 +10,8 @@ a repeated command can tell that nothing is left to do, and anyone can check it 
     options        {name: value}, those that change the bytes
     sources        {name: SHA-256}, what it was made from: base_sha256, checkpoint_sha256
     files          {path relative to the folder, with "/": {"sha256": hex, "size_bytes": int}}
+    beside         the same, by paths that begin with "../": files that the folder needs and
+                   that lie outside it; absent where there are none
 
 Keys are sorted; there is no timestamp and no absolute path, so the same recipe
 gives the same bytes. The manifest does not list itself, nor a folder inside that
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,6 +34,7 @@ MANIFEST_FILE = "mtl-export.json"
 SCHEMA = "mtl-export.output/1"
 OptionValue = str | int | float | bool | None | list[str] | dict[str, str]
 _KEYS = frozenset({"schema", "tool_version", "command", "options", "sources", "files"})
+_BESIDE = "beside"
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,12 @@ class Manifest:
     Attributes:
         recipe: What made the folder.
         files: By path relative to the folder, with ``/``.
+        beside: Files outside the folder that it needs, by path that begins with ``../``.
     """
 
     recipe: Recipe
     files: Mapping[str, FileEntry]
+    beside: Mapping[str, FileEntry] = field(default_factory=dict)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -117,7 +122,10 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def write_manifest(
-    folder: Path, recipe: Recipe, known: Mapping[str, FileEntry] = MappingProxyType({})
+    folder: Path,
+    recipe: Recipe,
+    known: Mapping[str, FileEntry] = MappingProxyType({}),
+    beside: Mapping[str, FileEntry] = MappingProxyType({}),
 ) -> Manifest:
     """Hash what ``folder`` holds, write its manifest, and return it.
 
@@ -125,10 +133,11 @@ def write_manifest(
         folder: The folder.
         recipe: What made it.
         known: Files that need not be hashed, because who wrote them did, by name.
+        beside: As in ``Manifest``.
     """
     names = (path.relative_to(folder).as_posix() for path in own_files(folder))
     files = {name: _entry(folder / name, known.get(name)) for name in names}
-    return _write(folder, Manifest(recipe, files))
+    return _write(folder, Manifest(recipe, files, beside))
 
 
 def add_to_manifest(folder: Path, name: str) -> Manifest:
@@ -147,27 +156,33 @@ def add_to_manifest(folder: Path, name: str) -> Manifest:
             fix="Export it again",
         )
     files = {**manifest.files, name: _entry(folder / name, None)}
-    return _write(folder, Manifest(manifest.recipe, files))
+    return _write(folder, replace(manifest, files=files))
 
 
 def _write(folder: Path, manifest: Manifest) -> Manifest:
     recipe = manifest.recipe
-    document = {
+    document: dict[str, object] = {
         "schema": SCHEMA,
         "tool_version": recipe.tool_version,
         "command": recipe.command,
         "options": dict(recipe.options),
         "sources": dict(recipe.sources),
-        "files": {
-            name: {"sha256": entry.sha256, "size_bytes": entry.size_bytes}
-            for name, entry in manifest.files.items()
-        },
+        "files": _listed(manifest.files),
     }
+    if manifest.beside:
+        document[_BESIDE] = _listed(manifest.beside)
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     partial = folder / f"{MANIFEST_FILE}.partial"
     partial.write_text(text, encoding="utf-8")
     partial.replace(folder / MANIFEST_FILE)
     return manifest
+
+
+def _listed(files: Mapping[str, FileEntry]) -> dict[str, dict[str, str | int]]:
+    return {
+        name: {"sha256": entry.sha256, "size_bytes": entry.size_bytes}
+        for name, entry in files.items()
+    }
 
 
 def _entry(path: Path, known: FileEntry | None) -> FileEntry:
@@ -179,8 +194,13 @@ def _entry(path: Path, known: FileEntry | None) -> FileEntry:
 
 def damage(folder: Path, manifest: Manifest) -> list[str]:
     """Return what no longer agrees with ``manifest``, one phrase per file, sorted."""
+    return changed_files(folder, {**manifest.files, **manifest.beside})
+
+
+def changed_files(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
+    """Return which of ``files`` are not in ``folder`` as they were, a phrase each, sorted."""
     problems = []
-    for name, entry in sorted(manifest.files.items()):
+    for name, entry in sorted(files.items()):
         path = folder / name
         if not path.is_file():
             problems.append(f"{name} is missing")
@@ -202,13 +222,12 @@ def own_files(folder: Path) -> Iterator[Path]:
 
 
 def _parsed(document: Mapping[str, Any]) -> Manifest:
-    if document.keys() != _KEYS or document["schema"] != SCHEMA:
+    if document.keys() - {_BESIDE} != _KEYS or document["schema"] != SCHEMA:
         raise ValueError(f"schema {document.get('schema')!r}, keys {sorted(document)}")
-    files = {
-        name: FileEntry(str(entry["sha256"]), int(entry["size_bytes"]))
-        for name, entry in document["files"].items()
-    }
-    unsafe = [name for name in files if name.startswith("/") or ".." in Path(name).parts]
+    files, beside = _entries(document["files"]), _entries(document.get(_BESIDE, {}))
+    unsafe = [name for name in files if not _is_inside(name)]
+    # One folder up and no further: what lies beside is of the same run.
+    unsafe += [n for n in beside if n[:3] != "../" or not _is_inside(n[3:])]
     if unsafe:
         raise ValueError(f"paths outside the folder: {unsafe}")
     recipe = Recipe(
@@ -217,4 +236,15 @@ def _parsed(document: Mapping[str, Any]) -> Manifest:
         sources=dict(document["sources"]),
         tool_version=str(document["tool_version"]),
     )
-    return Manifest(recipe, files)
+    return Manifest(recipe, files, beside)
+
+
+def _entries(listed: Mapping[str, Any]) -> dict[str, FileEntry]:
+    return {
+        name: FileEntry(str(entry["sha256"]), int(entry["size_bytes"]))
+        for name, entry in listed.items()
+    }
+
+
+def _is_inside(name: str) -> bool:
+    return not name.startswith("/") and ".." not in Path(name).parts

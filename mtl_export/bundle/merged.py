@@ -1,7 +1,7 @@
 """Merged tasks as output folders: one pass over the base, then each folder put in place.
 
-    <parent>/<task>/       one model folder per task
-    <parent>/_shared/      tensors that no task changes, if they are referenced, not linked
+    <parent>/<task>/           one model folder per task
+    <parent>/_shared/<id>/     tensors that no task changes, if they are referenced, not linked
 
 Weights are written to a work folder beside them, with a journal of how much of each file
 is there and the hash of that. A killed run leaves the work folder; ``resume`` takes it up
@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +22,9 @@ from time import monotonic
 from typing import Any
 
 from mtl_export.adapters.binding import BoundModel, check_base_hash
-from mtl_export.bundle.manifest import FileEntry, Recipe
+from mtl_export.bundle.manifest import FileEntry, Recipe, changed_files
 from mtl_export.bundle.output import OutputPlan, output_folder
+from mtl_export.bundle.shared import SHARED_FOLDER, SharedFiles, remove_unused, whole_files
 from mtl_export.bundle.staging import resumable_folder
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.merge.drift import Squares, TaskDrift
@@ -43,8 +44,6 @@ from mtl_export.merge.writer import (
 )
 from mtl_export.version import VERSION
 
-# No task can have this name: task names begin with a letter or digit.
-SHARED_FOLDER = "_shared"
 JOURNAL_FILE = "journal.json"
 JOURNAL_EVERY_S = 2.0
 
@@ -57,13 +56,18 @@ class MergedTask:
         task: The task.
         plan: Its output folder, in place when ``merge_tasks`` has returned.
         drift: What was measured; None where the folder was up to date.
+        report: What its ``merge-report.json`` says.
         verified_count: Elements that were read again and compared.
+        is_restored: The folder was up to date, but the shared files it refers to were not
+            there or not whole, and were written again.
     """
 
     task: Task
     plan: OutputPlan
     drift: TaskDrift | None
+    report: Mapping[str, Any]
     verified_count: int = 0
+    is_restored: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,81 +116,146 @@ def merge_tasks(
         journal = stack.enter_context(_journal(request))
         plans = _plans(request, layout, stack)
         todo = [task for task in request.tasks if not plans[task.name].up_to_date]
-        if not todo:
-            return [MergedTask(task, plans[task.name], None) for task in request.tasks]
-        before = journal.read()
-        folders = {task: journal.folder / task.name for task in todo}
-        shared = journal.folder / SHARED_FOLDER if layout.shared else None
-        for folder in (*folders.values(), *([shared] if shared else [])):
-            folder.mkdir(exist_ok=True)
-
-        def keep(done: int, total: int, written: Written) -> None:
-            journal.keep(written)
-            tick(done, total)
-
-        written = write_tasks(
-            request.bound, folders, layout, shared=shared, resumed=before, tick=keep
-        )
-        check_base_hash(request.bound)
-        counts = {
-            task.name: verify_task(request.bound, task, layout, folder, shared or folder)
-            for task, folder in folders.items()
-            if request.verify
-        }
-        drifts = {task.name: task_drift(layout, task, written) for task in todo}
-        for task, folder in folders.items():
-            _fill(request, layout, task, folder, shared, written, plans[task.name])
-            report = merge_report(request.bound, task, drifts[task.name])
-            write_json(plans[task.name].folder / REPORT_FILE, report)
-        if shared is not None and not request.options.is_linked:
-            _move(shared, written, plans[SHARED_FOLDER])
-        return [
-            MergedTask(task, plans[task.name], drifts.get(task.name), counts.get(task.name, 0))
-            for task in request.tasks
-        ]
+        shared = _shared_there(request, layout, plans)
+        is_lost = bool(layout.shared) and shared is None
+        if not todo and not is_lost:
+            return _results(request, layout, plans, Written(), shared, {})
+        work = {task.name: journal.folder / task.name for task in todo}
+        written = _write(request, layout, journal, work, tick, with_shared=is_lost)
+        if is_lost:
+            shared = _shared_written(layout, journal.folder / SHARED_FOLDER, written)
+        results = _results(request, layout, plans, written, shared, work, is_restored=is_lost)
+        if is_lost and shared is not None and not request.options.is_linked:
+            _place_shared(request, shared, written, stack)
+        for result in results:
+            if not result.plan.up_to_date:
+                _fill(request, layout, result, work[result.task.name], shared, written)
+    remove_unused(request.parent)
+    return results
 
 
 def _plans(request: MergeRequest, layout: Layout, stack: ExitStack) -> dict[str, OutputPlan]:
-    """Return the output folders by name; they are put in place when ``stack`` ends."""
-    # Entered last is put in place first: shared tensors, then the tasks in id order.
-    names = [task.name for task in reversed(request.tasks)]
-    if layout.shared and not request.options.is_linked:
-        names.append(SHARED_FOLDER)
-    plans = {}
-    for name in names:
-        plans[name] = stack.enter_context(
+    """Return the tasks' folders by name; they are put in place when ``stack`` ends."""
+    # Entered last is put in place first: shared tensors later, now the tasks, last id first.
+    return {
+        task.name: stack.enter_context(
             output_folder(
-                request.parent / name,
-                recipe=lambda name=name: request.recipe(name),  # type: ignore[misc]
+                request.parent / task.name,
+                recipe=lambda name=task.name: request.recipe(name),  # type: ignore[misc]
                 force=request.force,
                 estimated_size_bytes=layout.size_bytes,
             )
         )
-    return plans
+        for task in reversed(request.tasks)
+    }
+
+
+def _shared_there(
+    request: MergeRequest, layout: Layout, plans: Mapping[str, OutputPlan]
+) -> SharedFiles | None:
+    """Return the shared files if a task that is up to date has them whole."""
+    if not layout.shared:
+        return None
+    done = [plans[t.name].folder for t in request.tasks if plans[t.name].up_to_date]
+    names = [file.name for file in layout.shared]
+    return whole_files(done, names, is_linked=request.options.is_linked)
+
+
+def _shared_written(layout: Layout, folder: Path, written: Written) -> SharedFiles:
+    names = [file.name for file in layout.shared]
+    return SharedFiles(folder, {name: _entry(written.files[folder / name]) for name in names})
+
+
+def _write(
+    request: MergeRequest,
+    layout: Layout,
+    journal: _Journal,
+    work: Mapping[str, Path],
+    tick: Callable[[int, int], None],
+    *,
+    with_shared: bool,
+) -> Written:
+    """Write weights to the work folder, and find out that the base is the right one."""
+    before = journal.read()
+    shared = journal.folder / SHARED_FOLDER if with_shared else None
+    for folder in (*work.values(), *([shared] if shared else [])):
+        folder.mkdir(exist_ok=True)
+
+    def keep(done: int, total: int, written: Written) -> None:
+        journal.keep(written)
+        tick(done, total)
+
+    folders = {task: work[task.name] for task in request.tasks if task.name in work}
+    written = write_tasks(request.bound, folders, layout, shared=shared, resumed=before, tick=keep)
+    check_base_hash(request.bound)
+    return written
+
+
+def _results(
+    request: MergeRequest,
+    layout: Layout,
+    plans: Mapping[str, OutputPlan],
+    written: Written,
+    shared: SharedFiles | None,
+    work: Mapping[str, Path],
+    *,
+    is_restored: bool = False,
+) -> list[MergedTask]:
+    """Return the tasks in id order; all of them are verified if that is asked for."""
+    results = []
+    for task in request.tasks:
+        plan, count = plans[task.name], 0
+        if request.verify:
+            folder = work.get(task.name, plan.folder)
+            has_own = shared is None or (plan.up_to_date and request.options.is_linked)
+            beside = shared.folder if shared is not None and not has_own else folder
+            count = verify_task(request.bound, task, layout, folder, beside)
+        if plan.up_to_date:
+            report = json.loads((plan.folder / REPORT_FILE).read_text(encoding="utf-8"))
+            results.append(MergedTask(task, plan, None, report, count, is_restored))
+        else:
+            drift = task_drift(layout, task, written)
+            report = merge_report(request.bound, task, drift)
+            results.append(MergedTask(task, plan, drift, report, count))
+    return results
+
+
+def _place_shared(
+    request: MergeRequest, shared: SharedFiles, written: Written, stack: ExitStack
+) -> None:
+    """Have the shared files in place when ``stack`` ends, unless the same lie there already."""
+    place = request.parent / shared.name
+    if changed_files(place, shared.files):
+        plan = stack.enter_context(
+            output_folder(place, recipe=lambda: request.recipe(SHARED_FOLDER), force=request.force)
+        )
+        _move(shared.folder, written, plan)
 
 
 def _fill(
     request: MergeRequest,
     layout: Layout,
-    task: Task,
-    folder: Path,
-    shared: Path | None,
+    result: MergedTask,
+    work: Path,
+    shared: SharedFiles | None,
     written: Written,
-    plan: OutputPlan,
 ) -> None:
     """Move one task's files to where its output folder is staged, and add what belongs there."""
-    _move(folder, written, plan)
+    plan = result.plan
+    _move(work, written, plan)
     options = request.options
     reference = ""
     if shared is not None and options.is_linked:
-        for file in layout.shared:
-            _link(shared / file.name, plan.folder / file.name)
-            plan.known[file.name] = _entry(written.files[shared / file.name])
+        for name, entry in shared.files.items():
+            _link(shared.folder / name, plan.folder / name)
+            plan.known[name] = entry
     elif shared is not None:
-        reference = f"../{SHARED_FOLDER}/"
+        reference = shared.reference
+        plan.beside.update(shared.beside)
     write_companions(
-        request.bound, task, plan.folder, layout, dtype=options.dtype, shared=reference
+        request.bound, result.task, plan.folder, layout, dtype=options.dtype, shared=reference
     )
+    write_json(plan.folder / REPORT_FILE, result.report)
 
 
 def _move(folder: Path, written: Written, plan: OutputPlan) -> None:

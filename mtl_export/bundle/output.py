@@ -36,7 +36,7 @@ from mtl_export.bundle.manifest import (
     FileEntry,
     Manifest,
     Recipe,
-    damage,
+    changed_files,
     read_manifest,
     write_manifest,
 )
@@ -71,12 +71,14 @@ class OutputPlan:
         folder: Where to write it now; the target itself if ``up_to_date``.
         up_to_date: The target already holds exactly this result: write nothing.
         known: Files in ``folder`` that the writer has hashed itself, by name; to be filled.
+        beside: Files outside ``target`` that it needs (see ``Manifest``); to be filled.
     """
 
     target: Path
     folder: Path
     up_to_date: bool
     known: dict[str, FileEntry] = field(default_factory=dict)
+    beside: dict[str, FileEntry] = field(default_factory=dict)
 
 
 @contextmanager
@@ -106,7 +108,7 @@ def output_folder(
     try:
         _refuse_place(place, target)
         old = _old_manifest(place, force=force)
-        if old is not None and old.recipe == _recipe(recipe) and not damage(place, old):
+        if old is not None and old.recipe == _recipe(recipe) and not _changed(place, old):
             yield OutputPlan(target, place, up_to_date=True)
             return
         if not force:
@@ -115,7 +117,7 @@ def output_folder(
         with staging_folder(place) as folder:
             plan = OutputPlan(target, folder, up_to_date=False)
             yield plan
-            write_manifest(folder, _recipe(recipe), plan.known)
+            write_manifest(folder, _recipe(recipe), plan.known, plan.beside)
             with held_alone(place):
                 if place.exists():
                     _carry_over(place, folder, _listed(old), target, force=force)
@@ -147,6 +149,11 @@ def _old_manifest(place: Path, *, force: bool) -> Manifest | None:
         if force:
             return None
         raise
+
+
+def _changed(place: Path, old: Manifest) -> list[str]:
+    # What lies beside is put right by who wrote it; this folder need not be written for it.
+    return changed_files(place, old.files)
 
 
 def _listed(manifest: Manifest | None) -> frozenset[str]:
@@ -182,7 +189,7 @@ def _refuse_difference(
     if not place.exists():
         return
     if old is not None:
-        changes = _recipe(recipe).differences(old.recipe) or damage(place, old)
+        changes = _recipe(recipe).differences(old.recipe) or _changed(place, old)
         raise OutputError(
             where=str(target),
             found=f"it holds another result: {shortened(changes)}",
@@ -209,11 +216,16 @@ def _refuse_full_disk(target: Path, place: Path, estimated_size_bytes: int) -> N
     if estimated_size_bytes > free_bytes:
         raise OutputError(
             where=str(target),
-            found=f"{free_bytes / 1e6:,.1f} MB are free",
-            expected=f"about {estimated_size_bytes / 1e6:,.1f} MB",
+            found=f"{_size_text(free_bytes)} are free",
+            expected=f"about {_size_text(estimated_size_bytes)}",
             why="an old result is kept until the new one is whole",
             fix=_FULL[1],
         )
+
+
+def _size_text(size_bytes: int) -> str:
+    # Below 0.1 MB the two sizes would read alike.
+    return f"{size_bytes / 1e6:,.1f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:,.1f} kB"
 
 
 def _carry_over(

@@ -6,7 +6,9 @@ import pytest
 
 from mtl_export.bundle.manifest import (
     MANIFEST_FILE,
+    FileEntry,
     Recipe,
+    add_to_manifest,
     damage,
     read_manifest,
     write_manifest,
@@ -65,6 +67,21 @@ def test_damage_names_every_file_that_changed(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_files_beside_the_folder_are_listed_apart(tmp_path: Path) -> None:
+    """What a folder needs from beside it is checked with its own files, and kept by edits."""
+    folder = tmp_path / "task"
+    folder.mkdir()
+    (tmp_path / "weights").write_bytes(b"1234")
+    entry = FileEntry(hashlib.sha256(b"1234").hexdigest(), 4)
+    written = write_manifest(folder, RECIPE, beside={"../weights": entry})
+    assert read_manifest(folder) == written
+    (folder / "more").touch()
+    assert add_to_manifest(folder, "more").beside == {"../weights": entry}
+    assert not damage(folder, written)
+    (tmp_path / "weights").unlink()
+    assert damage(folder, written) == ["../weights is missing"]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -74,6 +91,11 @@ def test_damage_names_every_file_that_changed(tmp_path: Path) -> None:
         json.dumps({
             "schema": "mtl-export.output/2", "tool_version": "", "command": "", "options": {},
             "sources": {}, "files": {},
+        }),
+        json.dumps({
+            "schema": "mtl-export.output/1", "tool_version": "", "command": "", "options": {},
+            "sources": {}, "files": {},
+            "beside": {"../../etc/passwd": {"sha256": "", "size_bytes": 0}},
         }),
         json.dumps({
             "schema": "mtl-export.output/1", "tool_version": "", "command": "", "options": {},

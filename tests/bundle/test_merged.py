@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -16,9 +17,11 @@ from click.testing import CliRunner
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.bundle import merged
-from mtl_export.bundle.manifest import OptionValue, Recipe, damage, read_manifest
+from mtl_export.bundle.manifest import OptionValue, Recipe, damage, read_manifest, write_manifest
 from mtl_export.bundle.merged import MergedTask, MergeRequest, merge_tasks
+from mtl_export.bundle.verify import verify_folder
 from mtl_export.checkpoint.hashing import sha256_of_file
+from mtl_export.checkpoint.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import IntegrityError, OutputError
 from mtl_export.merge import chunks, stream
@@ -132,8 +135,8 @@ def test_shared_tensors_are_on_the_disk_once(
     assert sum(inodes.values()) < everything + 2 * touched + headers
     names = [*TASKS] if is_linked else ["_shared", *TASKS]
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
-    for name in names:
-        assert_whole(out / name)
+    for folder in (path.parent for path in out.rglob("mtl-export.json")):
+        assert_whole(folder)
     if is_linked:  # a folder is whole without its neighbours
         shutil.rmtree(out / "task0")
         assert_whole(out / "task1")
@@ -162,10 +165,144 @@ def test_shared_models_load(bound: BoundModel, tmp_path: Path) -> None:
             assert torch.equal(loaded[name][key], value), (name, key)
 
 
+REFERENCED = MergeOptions(layout="shared", is_linked=False)
+
+
+def shared_folders(out: Path) -> list[str]:
+    """Return the names of the folders of shared tensors."""
+    return sorted(path.name for path in (out / "_shared").iterdir())
+
+
+def verified(out: Path) -> dict[str, str]:
+    """Return what ``verify`` says of the files of every folder."""
+    checks = verify_folder(out)
+    return {one.folder: one.verdict for one in checks if one.kind == "files"}
+
+
+@pytest.mark.parametrize(
+    "lost", ["_shared", "_shared/*/mtl-export.json", "_shared/*/*.safetensors"]
+)
+def test_lost_shared_tensors_are_written_again(
+    lost: str, bound: BoundModel, tmp_path: Path
+) -> None:
+    """Verify misses them, and the same command restores them with the tasks left alone."""
+    out = tmp_path / "out"
+    merge_tasks(request_for(bound, out, REFERENCED))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for path in out.glob(lost):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not lost.endswith("mtl-export.json"):
+        assert verified(out)["task1"] == "failed"
+    results = merge_tasks(request_for(bound, out, REFERENCED, force=True, verify=True))
+    assert statuses(results) == [True, True, True]
+    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    if lost.endswith("mtl-export.json"):
+        return  # the tensors are whole, and each task's manifest has their hashes
+    assert [result.is_restored for result in results] == [True, True, True]
+    assert after == before
+    assert set(verified(out).values()) == {"passed"}
+
+
+def test_changed_shared_tensors_fail_and_force_mends_them(
+    bound: BoundModel, tmp_path: Path
+) -> None:
+    """A flipped bit is found from each task's manifest; it is not overwritten unasked."""
+    out = tmp_path / "out"
+    merge_tasks(request_for(bound, out, REFERENCED))
+    path, *_ = sorted(out.glob("_shared/*/*.safetensors"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert verified(out)["task0"] == "failed"
+    with pytest.raises(OutputError, match="has changed"):
+        merge_tasks(request_for(bound, out, REFERENCED))
+    merge_tasks(request_for(bound, out, REFERENCED, force=True))
+    assert path.read_bytes() == content
+    assert set(verified(out).values()) == {"passed"}
+
+
+def test_other_shared_tensors_leave_those_of_other_tasks(bound: BoundModel, tmp_path: Path) -> None:
+    """One task merged anew in another dtype gets a folder of its own; the last use ends one."""
+    out = tmp_path / "out"
+    merge_tasks(request_for(bound, out, REFERENCED))
+    (first,) = shared_folders(out)
+    half = MergeOptions("fp16", layout="shared", is_linked=False)
+    one = dataclasses.replace(
+        request_for(bound, out, half, force=True), tasks=bound.adapters.tasks[:1]
+    )
+    merge_tasks(one)
+    assert len(shared_folders(out)) == 2
+    assert set(verified(out).values()) == {"passed"}
+    assert dtypes_of(out / "task0") == {"F16"}
+    assert dtypes_of(out / "task1") == {"BF16"}
+    merge_tasks(request_for(bound, out, half, force=True))
+    assert first not in shared_folders(out)
+    merge_tasks(request_for(bound, out, MergeOptions(), force=True))
+    assert not (out / "_shared").exists()
+
+
+def dtypes_of(folder: Path) -> set[str]:
+    """Return the dtypes of all tensors that the folder's index names."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = {name: open_safetensors(folder / name).tensors for name in index["weight_map"].values()}
+    return {files[name][key].dtype for key, name in index["weight_map"].items()}
+
+
+def test_shared_tensors_in_use_or_of_others_are_not_removed(
+    bound: BoundModel, tmp_path: Path
+) -> None:
+    """Those of an earlier version's task, and a folder that no merge wrote, stay."""
+    out = tmp_path / "out"
+    for name, options in {
+        "_shared": {"task": "_shared"}, "old": {"task": "old", "shared_by": "reference"},
+        "_shared/abc": {"task": "_shared"}, "_shared/mine": {"task": "mine"},
+    }.items():  # fmt: skip
+        (out / name).mkdir(parents=True)
+        (out / name / "x").touch()
+        own: dict[str, OptionValue] = {**options}
+        write_manifest(out / name, Recipe("merge", own, {}, "1"))
+    merge_tasks(request_for(bound, out))
+    assert shared_folders(out) == ["mine", "mtl-export.json", "x"]
+    shutil.rmtree(out / "old")
+    merge_tasks(request_for(bound, out, MergeOptions("fp16"), force=True))
+    assert shared_folders(out) == ["mine"]
+
+
+def test_a_task_written_later_is_linked_to_the_others(bound: BoundModel, tmp_path: Path) -> None:
+    """What tasks share is linked from one that is there, not stored again."""
+    out = tmp_path / "out"
+    options = MergeOptions(layout="shared")
+    merge_tasks(request_for(bound, out, options))
+    before = {path: path.stat().st_ino for path in out.rglob("*-00001-*.safetensors")}
+    assert len({*before.values()}) == 1
+    shutil.rmtree(out / "task1")
+    assert statuses(merge_tasks(request_for(bound, out, options, verify=True)))[1] is False
+    assert {path: path.stat().st_ino for path in before} == before
+    assert_whole(out / "task1")
+
+
+def test_what_is_up_to_date_is_verified_and_reported_too(bound: BoundModel, tmp_path: Path) -> None:
+    """--verify reads the folders in place: a wrong value that has a right hash is found."""
+    for name, options in {
+        "alone": MergeOptions(), "linked": MergeOptions(layout="shared"), "referenced": REFERENCED,
+    }.items():  # fmt: skip
+        out = tmp_path / name
+        written = merge_tasks(request_for(bound, out, options, verify=True))
+        again = merge_tasks(request_for(bound, out, options, verify=True))
+        assert statuses(again) == [True, True, True]
+        assert [r.verified_count for r in again] == [r.verified_count for r in written]
+        assert [r.report for r in again] == [r.report for r in written]
+    path, *_ = sorted((tmp_path / "alone" / "task1").glob("*.safetensors"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    manifest = read_manifest(path.parent)
+    assert manifest is not None
+    write_manifest(path.parent, manifest.recipe)
+    with pytest.raises(IntegrityError, match=r"task task1: not base \+ delta"):
+        merge_tasks(request_for(bound, tmp_path / "alone", verify=True))
+
+
 def test_a_wrong_base_is_refused_at_the_end(bound: BoundModel, tmp_path: Path) -> None:
     """The base's hash comes from the pass that reads it; until then nothing is in place."""
-    import dataclasses
-
     checkpoint = dataclasses.replace(
         bound.checkpoint, base=dataclasses.replace(bound.checkpoint.base, sha256="0" * 64)
     )

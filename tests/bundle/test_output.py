@@ -228,6 +228,18 @@ def test_the_current_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
             write(target, "new", force=True)
 
 
+def test_little_space_is_told_in_kilobytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free and what is needed do not both read 0.0 MB."""
+    usage = type("Usage", (), {"free": 4096})
+    monkeypatch.setattr("mtl_export.bundle.output.shutil.disk_usage", lambda folder: usage)
+    with (
+        pytest.raises(OutputError, match=r"4\.1 kB are free.*about 23\.0 kB") as raised,
+        output_folder(tmp_path / "o", recipe=RECIPE, estimated_size_bytes=23_000),
+    ):
+        pass
+    assert "MB" not in str(raised.value)
+
+
 def test_space_is_checked_before_the_first_byte(tmp_path: Path) -> None:
     """An estimate above the free space is refused before anything is made."""
     with (

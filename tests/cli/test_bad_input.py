@@ -271,7 +271,7 @@ def test_a_disk_too_small_is_refused_before_the_first_byte(
     """The estimate is compared with what is free."""
     outcome = run("merge", "--task", "spam", "-o", str(tiny_disk))
     assert outcome.code == 2
-    assert "MB are free" in outcome.stderr
+    assert "B are free" in outcome.stderr
     assert not list(tiny_disk.iterdir())
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import click
 
+from mtl_export.errors import UsageError
 from mtl_export_cli import options, render, sources
 from mtl_export_cli.options import Settings, option, with_settings
-from mtl_export_cli.written import Written, print_written
+from mtl_export_cli.written import WRITTEN, Written, print_written
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.bundle.manifest import OptionValue, Recipe
     from mtl_export.bundle.merged import MergedTask
     from mtl_export.checkpoint.checkpoint import Task
-    from mtl_export.merge.drift import Squares, TaskDrift
     from mtl_export.merge.writer import MergeOptions
 
 EPILOG = """\b
@@ -77,6 +78,14 @@ def command(
     from mtl_export.merge.writer import MergeOptions
 
     started = perf_counter()
+    if shared_by == "reference" and layout != "shared" and options.is_typed("shared_by"):
+        raise UsageError(
+            where="--shared-by reference",
+            found=f"--layout {layout}",
+            expected="--layout shared beside it",
+            why="standalone folders share nothing",
+            fix="Add --layout shared, or leave out --shared-by",
+        )
     bound = sources.open_bound(settings, check_hash=False)
     tasks = sources.selected_tasks(settings, bound.adapters.tasks)
     merge_options = MergeOptions(
@@ -102,6 +111,8 @@ def command(
     for note in dict.fromkeys(filter(None, (head_note(bound, task) for task in tasks))):
         talk.note(note)
     _warn(talk, merged)
+    if any(one.is_restored for one in merged):
+        talk.note("what the tasks share was lost or changed in _shared/, and is written again")
     _print(settings, merged, perf_counter() - started, report=report)
 
 
@@ -119,6 +130,8 @@ def _recipe(
             own["layout"] = "shared"
             own["shared_by"] = "link" if merge_options.is_linked else "reference"
             own["shared_with"] = [task.name for task in tasks]
+            if not merge_options.is_linked:
+                own["shared_in"] = "_shared/<id>"  # earlier versions: _shared itself
         return sources.recipe("merge", bound, own)
 
     return recipe
@@ -134,37 +147,42 @@ def _warn(talk: render.Talk, merged: Sequence[MergedTask]) -> None:
             )
 
 
+def _written(one: MergedTask, seconds: float) -> Written:
+    written = Written.from_plan(one.plan, [one.task.name], seconds)
+    return replace(written, status=WRITTEN) if one.is_restored else written
+
+
 def _print(
     settings: Settings, merged: Sequence[MergedTask], seconds: float, *, report: bool
 ) -> None:
-    written = [Written.from_plan(one.plan, [one.task.name], seconds) for one in merged]
-    drifts = [one.drift for one in merged if one.drift is not None]
+    written = [_written(one, seconds) for one in merged]
     if settings.json:
-        more: dict[str, object] = {"drift": [drift.as_dict() for drift in drifts]}
+        reports = [{k: v for k, v in one.report.items() if k != "head"} for one in merged]
+        more: dict[str, object] = {"drift": reports}
         verified = {one.task.name: one.verified_count for one in merged if one.verified_count}
         more |= {"verified": verified} if verified else {}
         print_written("merge", written, as_json=True, more=more)
         return
     print_written("merge", written, as_json=False)
     if report:
-        _print_report(drifts)
+        _print_report(merged)
     for one in merged:
         if one.verified_count:
             render.print_line(f"{one.task.name}: {one.verified_count:,} elements verified")
 
 
-def _print_report(drifts: Sequence[TaskDrift]) -> None:
+def _print_report(merged: Sequence[MergedTask]) -> None:
     columns = ("task", "layer", "drift", "lost", "output error")
 
-    def row(task: str, layer: str, squares: Squares) -> tuple[str, ...]:
-        figures = (squares.drift, squares.lost, squares.output_error)
-        return (task, layer, *(f"{figure:.2%}" for figure in figures))
+    def row(task: str, layer: str, figures: Mapping[str, float]) -> tuple[str, ...]:
+        shown = (figures["drift"], figures["lost"], figures["output_error"])
+        return (task, layer, *(f"{figure:.2%}" for figure in shown))
 
-    rows = [row(drift.task, "all", drift.total) for drift in drifts]
+    rows = [row(one.task.name, "all", one.report) for one in merged]
     rows += [
-        row(drift.task, module, squares)
-        for drift in drifts
-        for module, squares in drift.layers.items()
+        row(one.task.name, module, figures)
+        for one in merged
+        for module, figures in one.report["layers"].items()
     ]
     title = "drift ||D||/||W||, lost to rounding ||R||/||D||, output error ||R||/||W+D||"
     render.print_table(columns, rows, title=title, right=columns[2:])

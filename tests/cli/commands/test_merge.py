@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,37 @@ def test_the_report_names_task_and_layer(project: Path, run: Run) -> None:
     assert drift["lost"] < 1e-4
     stored = json.loads((project / "out/merged/topic/merge-report.json").read_text())
     assert stored == drift
+
+
+def test_an_up_to_date_folder_is_reported_and_verified(project: Path, run: Run) -> None:
+    """--report and --verify say the same of what is there as of what is written."""
+    written = run("merge", "--all-tasks", "--report", "--verify").stdout
+    again = run("merge", "--all-tasks", "--report", "--verify").stdout
+    assert again.count("up to date") == 3
+    assert "bert.encoder.layer.0.attention.self.query" in again
+    assert again.count("elements verified") == 3
+    assert again.partition("drift ||D||")[2] == written.partition("drift ||D||")[2]
+    document = run("merge", "--all-tasks", "--verify", "--json").json
+    assert [drift["task"] for drift in document["drift"]] == ["ads_rel", "topic", "spam"]
+    assert len(document["verified"]) == 3
+
+
+def test_lost_shared_tensors_are_told_and_written_again(project: Path, run: Run) -> None:
+    """A folder that refers to them is whole again after the same command."""
+    words = ("merge", "--all-tasks", "--layout", "shared", "--shared-by", "reference", "-o", "m")
+    assert run(*words).code == 0
+    assert run("verify", "m").code == 0
+    before = files_below(project / "m")
+    shutil.rmtree(project / "m" / "_shared")
+    damaged = run("verify", "m")
+    assert damaged.code == 7
+    assert "model-00001-of-" in damaged.stdout
+    outcome = run(*words, "--json")
+    assert statuses(outcome.json) == ["written"] * 3
+    assert "lost or changed in _shared/" in outcome.stderr
+    assert files_below(project / "m") == before
+    assert run("verify", "m").code == 0
+    assert statuses(run(*words, "--json").json) == ["up to date"] * 3
 
 
 def test_a_dtype_that_loses_much_is_warned_of(project: Path, run: Run) -> None:
