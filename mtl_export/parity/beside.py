@@ -4,6 +4,7 @@
                          step's caches are the ones that the first part hands on
     config               config.json is what the base and the checkpoint make it: label names in
                          logit order, the decoder's first token, every size
+    stored dtype         weights are stored in the dtype that is declared (``stored_dtype``)
     companions           tokenizer and generation settings are the base's, byte by byte
 
 None of it changes a logit that is compared, so no comparison of logits tells.
@@ -22,8 +23,10 @@ from mtl_export.checkpoint.base_model import companion_files
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.errors import EngineRunError, shortened
 from mtl_export.parity.report import Cell
+from mtl_export.parity.stored_dtype import folder_problem, graph_problem
 
 INTERFACE, CONFIG, COMPANIONS = "inputs and outputs", "config", "companions"
+DTYPE = "stored dtype"
 PRESENT, PAST = "present.", "past_key_values."
 WHOLE = "model.onnx"
 # What an encoder hands to its decoders; the mask only where it reads more than text.
@@ -66,6 +69,10 @@ def beside_cells(
     }
     if path.suffix == ".onnx":
         found[INTERFACE] = _interface_problems(path, dtype, outputs)
+        stored = [graph_problem(part, dtype) for part in _parts(path)]
+    else:
+        stored = [folder_problem(folder, dtype, bound.base)]
+    found[DTYPE] = [problem for problem in stored if problem]
     return [
         replace(cell, case=name, verdict="failed", reason=shortened(problems))
         if problems
@@ -75,8 +82,7 @@ def beside_cells(
 
 
 def _interface_problems(path: Path, dtype: str, outputs: Collection[str]) -> list[str]:
-    is_whole = path.name == WHOLE
-    parts = [path] if is_whole else sorted(path.parent.glob("*.onnx"))
+    is_whole, parts = path.name == WHOLE, _parts(path)
     known = {*outputs} if is_whole else {*outputs, HIDDEN, SOURCE_MASK}
     problems: list[str] = []
     begun: dict[str, set[str]] = {}
@@ -102,6 +108,11 @@ def _interface_problems(path: Path, dtype: str, outputs: Collection[str]) -> lis
             for one in sorted(read - caches)
         ]
     return problems
+
+
+def _parts(path: Path) -> list[Path]:
+    """Return the graphs of a model whose first is ``path``."""
+    return [path] if path.name == WHOLE else sorted(path.parent.glob("*.onnx"))
 
 
 def _values(path: Path) -> tuple[list[str], dict[str, int]]:
