@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,10 @@ from mtl_export_cli import render
 if TYPE_CHECKING:
     from mtl_export.parity.quantised import Quantised
     from mtl_export.parity.report import ParityReport, RecordedTask
+    from mtl_export.parity.run import Artefact
 
 REPORT = "calibration.json"
+BY_CALIBRATE = "by calibrate's --max-drop"
 METADATA = "mtl_export.quantisation"
 HALF = "fp16"
 
@@ -36,13 +39,26 @@ def read_quantised(
         artefact: Its name.
         times: Where calibrate keeps what it timed; None where nothing is kept.
     """
-    from mtl_export.parity.quantised import MAX_DROP, Quantised
+    from mtl_export.parity.quantised import Quantised
 
     if float_path is None and path.is_file():
         roots = [parent for parent in path.parents if parent.name == f"onnx-{number}"]
         float_path = roots[0].with_name("onnx") / path.relative_to(roots[0]) if roots else None
     recorded = _recorded(path, number, artefact, _latencies(path, times) if times else {})
-    return Quantised(number, float_path, recorded, MAX_DROP.get(number, 1.0))
+    return Quantised(number, float_path, recorded)
+
+
+def with_max_drop(artefacts: Sequence[Artefact], points: float) -> list[Artefact]:
+    """Return artefacts of which the quantised ones may lose so much, whatever calibrate allowed."""
+    return [
+        replace(one, quantised=replace(one.quantised, recorded={
+            task: replace(record, allowed=points, allowed_by="by --max-drop")
+            for task, record in one.quantised.recorded.items()
+        }))
+        if one.quantised is not None
+        else one
+        for one in artefacts
+    ]  # fmt: skip
 
 
 def _recorded(
@@ -59,6 +75,7 @@ def _recorded(
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
         half, found = report.get("half", {}), {}
+        allowed = float(report["gate"]["max_drop"])
         wanted = (report["data"]["calibration_sha256"], report["excluded"], report["format"])
         for task, score in report["tasks"].items():
             own = half.get(task, {})
@@ -70,7 +87,7 @@ def _recorded(
             noise = {HALF: own.get("sqnr_db"), number: score["sqnr_db"]}
             found[task] = RecordedTask(
                 artefact, task, score["rows"], score["labelled"], score["drop"],
-                _known(accuracy), _known(noise), latency_ms,
+                _known(accuracy), _known(noise), latency_ms, allowed, BY_CALIBRATE,
             )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -100,7 +117,7 @@ def print_quantised(report: ParityReport) -> None:
     numbers = list(dict.fromkeys(n for one in report.quantised for n in one.sqnr_db))
     formats = ["fp32", *numbers]
     columns = [
-        *("graph", "task", "rows", *formats, "drop"),
+        *("graph", "task", "rows", *formats, "drop", "allowed"),
         *(f"SQNR {name}" for name in numbers),
         *(f"ms {name}" for name in formats),
     ]
@@ -111,6 +128,7 @@ def print_quantised(report: ParityReport) -> None:
             f"{one.rows:,}",
             *(_number(one.accuracy.get(name), 100, 2) for name in formats),
             f"{one.drop:.2f}",
+            f"{one.allowed:g} {one.allowed_by}",
             *(_number(one.sqnr_db.get(name), 1, 1) for name in numbers),
             *(_number(one.latency_ms.get(name), 1, 1) for name in formats),
         ]

@@ -6,7 +6,8 @@
     without Q/DQ     its graph, with Q/DQ taken out and the float weights put back, keeps the
                      rule for float graphs, and its stored weights are those weights, rounded
     as calibrated    what calibrate counted for these very bytes: points of accuracy lost on
-                     labelled rows, or of decisions changed where there are no labels
+                     labelled rows, or of decisions changed where there are no labels; at most
+                     --max-drop where it is given, else what calibrate was allowed
 
 A task whose ranges are another's loses points where rows are counted, and noise here. Whether
 rows of a user's own keep their accuracy, ``parity --dataset`` tells, as for any artefact.
@@ -43,8 +44,6 @@ QUANTISED, PLAIN, RECORDED = "quantised", "without Q/DQ", "as calibrated"
 # Noise of a tenth of the signal's energy. Examples/01 in int8 has 16 dB on random tokens and 22
 # on sentences for its worst task; one task's delta left out of a layer has less than 10.
 LEAST_DB = 10.0
-# Points of accuracy that the worst task may lose, as calibrate's own gate allows.
-MAX_DROP = {"int8": 1.0, "fp8": 0.5, "int4": 1.0}
 # An error that no logit has: what is compared then is everything but the error.
 _ANY = 1e30
 
@@ -57,13 +56,11 @@ class Quantised:
         number: ``int8``, ``fp8`` or ``int4``.
         float_path: The float graph it was made from; None where it is not there.
         recorded: What calibrate counted, by task; empty where its report is not there.
-        max_drop: Points of accuracy that a task may lose.
     """
 
     number: str
     float_path: Path | None = None
     recorded: Mapping[str, RecordedTask] = field(default_factory=dict)
-    max_drop: float = 1.0
 
 
 class _Recorder:
@@ -227,11 +224,11 @@ def _recorded(artefact: Artefact, runner: Runner, tasks: Sequence[str]) -> list[
             reason = "there is no report of calibrate beside it"
             cells.append(replace(cell, verdict="not-run", reason=reason))
             continue
-        if not record.drop <= known.max_drop:
+        if not record.drop <= record.allowed:
             of = "of accuracy" if record.labelled else "of decisions"
             reason = (
                 f"it lost {record.drop:.2f} points {of} on {record.rows:,} rows; allowed is"
-                f" {known.max_drop:g}"
+                f" {record.allowed:g} {record.allowed_by}"
             )
         cells.append(replace(cell, verdict="failed" if reason else "passed", reason=reason))
     return cells

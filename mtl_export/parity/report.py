@@ -104,6 +104,8 @@ class RecordedTask:
         accuracy: By format, ``fp32``, ``fp16`` and the graph's own; empty without labels.
         sqnr_db: Of the logits against fp32, by format.
         latency_ms: In ONNX Runtime where calibrate ran last, by format; empty if unknown.
+        allowed: Points that may be lost.
+        allowed_by: Who said so.
     """
 
     artefact: str
@@ -114,6 +116,8 @@ class RecordedTask:
     accuracy: Mapping[str, float]
     sqnr_db: Mapping[str, float]
     latency_ms: Mapping[str, float] = field(default_factory=dict)
+    allowed: float = 1.0
+    allowed_by: str = "by default"
 
 
 @dataclass(frozen=True)
