@@ -8,6 +8,7 @@ receive ``Settings`` and never ask where a value came from.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,19 @@ def option(*names: str, **attributes: Any) -> Decorator:
     return decorator
 
 
+class FiniteRange(click.FloatRange):
+    """A number in a range. NaN, which compares with nothing, and infinity are refused."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number", param, ctx)
+        return number
+
+
 def _load_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """Read the configuration before any other option looks for its default."""
     config = read_config(value)
@@ -127,7 +141,7 @@ SELECTION: tuple[Decorator, ...] = (
     option("--all-tasks", is_flag=True, help="Every task of the checkpoint."),
 )
 MAX_DROP: Decorator = option(
-    "--max-drop", type=click.FloatRange(min=0.0), metavar="POINTS",
+    "--max-drop", type=FiniteRange(min=0.0), metavar="POINTS",
     help="Points the worst task may lose; by default 1, of calibrate --quantize fp8 0.5.",
 )  # fmt: skip
 LAYOUT_HELP = "single-graph (default with --all-tasks) or per-task (default with --task)."
@@ -212,6 +226,11 @@ def _resolve_selection(context: click.Context, values: dict[str, Any]) -> None:
             fix="Leave one out",
         )
     values["task"], values["all_tasks"] = (values["task"], False) if named else ((), True)
+
+
+def is_typed(name: str) -> bool:
+    """Return whether a parameter of the command at work stands in its command line."""
+    return _is_typed(click.get_current_context(), name)
 
 
 def _is_typed(context: click.Context, name: str) -> bool:
