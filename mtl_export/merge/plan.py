@@ -7,11 +7,12 @@
     engine per task       T base                     T base                 load base
     single engine         base + adapters            base + adapters        nothing: an input
 
-Bytes are exact but for headers and tokenizer files. Memory while merging is that of the
-buffers of ``stream``. Graphs are traced in float32 with the whole model in memory. Times
-rest on speeds measured on this machine by ``measure_speeds``: the longer of moving the
-bytes and of computing them on all cores. How long an engine builds cannot be told from
-shapes, and is left out.
+T are the tasks asked for; the single graph and its engine hold every task of the checkpoint,
+and are costed so. Bytes are exact but for headers and tokenizer files. Memory while merging
+is that of the buffers of ``stream``. Graphs are traced in float32 with the whole model in
+memory. Times rest on speeds measured on this machine by ``measure_speeds``: the longer of
+moving the bytes and of computing them on all cores. How long an engine builds cannot be told
+from shapes, and is left out.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def make_plan(bound: BoundModel, tasks: Sequence[Task], dtype: str | None, speed
     Args:
         bound: The adapter and its base; no weight is read.
         tasks: The tasks to deploy.
-        dtype: As for merging; engines are built in it, too.
+        dtype: As for merging; graphs and engines compute in it, too, and in fp32 if it is None.
+            The commands name it.
         speeds: What the machine does.
     """
     alone = layout_of(bound, tasks, MergeOptions(dtype=dtype))
@@ -141,25 +143,26 @@ def make_plan(bound: BoundModel, tasks: Sequence[Task], dtype: str | None, speed
     one = sum(file.size_bytes for file in alone.own[tasks[0].name])
     touched = sum(file.size_bytes for file in shared.own[tasks[0].name])
     base_bytes = sum(file.stat().st_size for file in bound.base.weight_files)
-    single = _elements(bound) * 4 + _adapter_bytes(bound, 4)
     width = {"fp16": 2, "bf16": 2}.get(dtype or "", 4)
     engine = _elements(bound) * width
+    single = engine + _adapter_bytes(bound, width)
     peak = _peak_bytes(bound, tasks)
     tracing = TRACER_BYTES + 2 * _elements(bound) * 4
 
     def strategy(
         name: str, command: str, disk: int, switch: int, seconds: float | None, memory: int
     ) -> Strategy:
-        return Strategy(name, f"mtl-export {command}", base_bytes, disk, memory, seconds, disk,
+        typed = f"mtl-export {command}" + (f" --dtype {dtype}" if dtype else "")
+        return Strategy(name, typed, base_bytes, disk, memory, seconds, disk,
                         disk, switch, disk <= speeds.free_bytes)  # fmt: skip
 
     def merging(layout: Layout) -> float:
         return _merge_s(bound, layout, base_bytes, speeds)
 
     tracing_s = (base_bytes / speeds.read_bytes_per_s) + (single / speeds.write_bytes_per_s)
-    count = len(tasks)
+    count, total = len(tasks), len(bound.adapters.tasks)
     which = "--all-tasks"
-    if count < len(bound.adapters.tasks):
+    if count < total:
         which = " ".join(f"--task {task.name}" for task in tasks)
     strategies = (
         strategy(MERGED, f"merge {which}", alone.size_bytes, one, merging(alone), peak),
@@ -168,10 +171,9 @@ def make_plan(bound: BoundModel, tasks: Sequence[Task], dtype: str | None, speed
         strategy(SINGLE_GRAPH, "onnx --all-tasks", single, 0, tracing_s + 10.0, tracing),
         strategy(ENGINES, f"trt {which} --layout per-task", engine * count, engine, None,
                  tracing + engine),
-        strategy(SINGLE_ENGINE, "trt --all-tasks", engine + _adapter_bytes(bound, width), 0,
-                 None, tracing + engine),
+        strategy(SINGLE_ENGINE, "trt --all-tasks", single, 0, None, tracing + engine),
     )  # fmt: skip
-    name, reason = _recommendation(strategies, count)
+    name, reason = _recommendation(strategies, count, total)
     return Plan(count, len(bound.adapters.layers), touched, strategies, name, reason, speeds)
 
 
@@ -279,14 +281,14 @@ def _elements(bound: BoundModel) -> int:
     )
 
 
-def _recommendation(strategies: Sequence[Strategy], count: int) -> tuple[str, str]:
+def _recommendation(strategies: Sequence[Strategy], count: int, total: int) -> tuple[str, str]:
     by_name = {strategy.name: strategy for strategy in strategies}
     if count == 1:
         return MERGED, "one task needs no routing: a plain model that everything loads"
     saved = 1 - by_name[SHARED].disk_bytes / by_name[MERGED].disk_bytes
     if by_name[SINGLE_GRAPH].fits:
         return SINGLE_GRAPH, (
-            f"one copy of the base serves all {count} tasks, also mixed in one batch, and"
+            f"one copy of the base serves all {total} tasks, also mixed in one batch, and"
             f" switching costs nothing; where a runtime wants plain models, --layout shared"
             f" takes {saved:.0%} less disk than standalone ones"
         )

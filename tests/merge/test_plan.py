@@ -105,3 +105,26 @@ def test_speeds_are_measured_and_nothing_is_left(bound: BoundModel, tmp_path: Pa
     assert min(speeds.fold_per_s, speeds.hash_bytes_per_s) > 0
     assert speeds.free_bytes > 0
     assert not (tmp_path / "not").exists()
+
+
+def test_a_dtype_halves_every_strategy_and_is_named(bound: BoundModel) -> None:
+    """Graphs too; each command, as printed, writes what is costed."""
+    wide = make_plan(bound, bound.adapters.tasks, "fp32", SPEEDS)
+    half = make_plan(bound, bound.adapters.tasks, "fp16", SPEEDS)
+    unsaid = make_plan(bound, bound.adapters.tasks, None, SPEEDS)
+    for name in (SINGLE_GRAPH, SINGLE_ENGINE):
+        assert disk(half)[name] * 2 == disk(wide)[name] == disk(unsaid)[name]
+    assert all(one.command.endswith(" --dtype fp16") for one in half.strategies)
+    assert not any("--dtype" in one.command for one in unsaid.strategies)
+
+
+def test_a_single_graph_holds_every_task_also_where_one_is_asked_for(bound: BoundModel) -> None:
+    """Its cost is that of its command, which has no graph of some tasks."""
+    some, everything = (
+        make_plan(bound, tasks, None, SPEEDS)
+        for tasks in (bound.adapters.tasks[:2], bound.adapters.tasks)
+    )
+    for name in (SINGLE_GRAPH, SINGLE_ENGINE):
+        assert disk(some)[name] == disk(everything)[name]
+    assert some.tasks == 2
+    assert "serves all 3 tasks" in some.reason
