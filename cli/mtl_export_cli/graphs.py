@@ -9,8 +9,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from mtl_export.checkpoint.model_class import has_head
 from mtl_export.checkpoint.sentence_embedding import Pooling, SentenceEmbedding
-from mtl_export.errors import UsageError
+from mtl_export.errors import GraphError, UsageError
 from mtl_export_cli import sources
 from mtl_export_cli.options import Settings
 from mtl_export_cli.render import Steps
@@ -101,6 +102,11 @@ class Form:
         return options
 
 
+def layout_or_default(settings: Settings, layout: str | None) -> str:
+    """Return ``layout``, or that of the tasks asked for: see ``wanted_graphs``."""
+    return layout or (SINGLE_GRAPH if settings.all_tasks else PER_TASK)
+
+
 def wanted_graphs(settings: Settings, layout: str | None, tasks: Sequence[Task]) -> list[Graph]:
     """Return the graphs that the options ask for.
 
@@ -115,8 +121,7 @@ def wanted_graphs(settings: Settings, layout: str | None, tasks: Sequence[Task])
         TaskNotFoundError: A name is unknown.
     """
     selected = sources.selected_tasks(settings, tasks)
-    if layout is None:
-        layout = SINGLE_GRAPH if settings.all_tasks else PER_TASK
+    layout = layout_or_default(settings, layout)
     if layout == PER_TASK:
         return [Graph((task,), PER_TASK) for task in selected]
     if len(selected) < len(tasks):
@@ -149,6 +154,51 @@ def refuse_form(layout: str | None, form: Form, dtype: str | None) -> None:
         )
 
 
+def refuse_idle(layout: str, *, scalar: bool, linked: bool = False) -> None:
+    """Refuse options that say nothing about graphs of ``layout``.
+
+    Args:
+        layout: What is to be written.
+        scalar: ``--task-input scalar`` was typed; a settings file may mean other graphs.
+        linked: ``--link-data`` was typed.
+
+    Raises:
+        UsageError: One of them would be ignored.
+    """
+    if scalar and layout == PER_TASK:
+        raise UsageError(
+            where="--task-input scalar",
+            found=f"graphs of layout {PER_TASK} beside it",
+            expected=f"--all-tasks and --layout {SINGLE_GRAPH}",
+            why="a graph with one task merged in takes no task_ids",
+            fix="Leave out --task-input, or export the single graph",
+        )
+    if linked and layout != PER_TASK:
+        raise UsageError(
+            where="--link-data",
+            found=f"a graph of layout {layout} beside it",
+            expected=f"--layout {PER_TASK}",
+            why="it is the tasks' folders that have data in common",
+            fix=f"Leave out --link-data, or pass --layout {PER_TASK}",
+        )
+
+
+def refuse_pooled_head(form: Form, model_class: str) -> None:
+    """Refuse, before anything is traced, to pool a model that gives no hidden states.
+
+    Raises:
+        GraphError: ``--pooling`` with a class that has a head.
+    """
+    if form.embedding is not None and has_head(model_class):
+        raise GraphError(
+            where="--pooling",
+            found=f"a {model_class}, which answers with its head",
+            expected="a bare encoder, such as AutoModel loads",
+            why="a sentence embedding is pooled from the tokens' hidden states",
+            fix="Leave out --pooling",
+        )
+
+
 class Exporter:
     """Writes graphs of one model; the base is traced once, when the first is needed.
 
@@ -159,6 +209,9 @@ class Exporter:
             whatever the base's files are in.
         is_linked: Tasks' folders get the data they have in common as hard links.
         form: What the graphs take and give.
+
+    Raises:
+        GraphError: The model has nothing of what ``form`` asks for.
     """
 
     def __init__(
@@ -171,6 +224,7 @@ class Exporter:
         form: Form | None = None,
     ) -> None:
         self._form = form or Form()
+        refuse_pooled_head(self._form, bound.adapters.model_class)
         self._bound, self._parent, self._is_linked = bound, parent, is_linked
         self._dtype = dtype or GRAPH_DTYPE
 

@@ -16,6 +16,7 @@ find it; transformers itself is not imported.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,8 @@ LM_HEAD_STEMS = frozenset({
 })  # fmt: skip
 # How transformers' classes end that predict next tokens.
 CAUSAL_LM_ENDINGS = ("ForCausalLM", "LMHeadModel")
+# And those that put any head on an encoder.
+HEAD_ENDING = re.compile(r"For[A-Z][A-Za-z]*$")
 # How those end that write from an encoder's states, where the config says that they have one.
 SEQ2SEQ_ENDINGS = ("ForConditionalGeneration", "MTModel")
 # What may end an architecture's name in config.json, longest first.
@@ -92,6 +95,15 @@ def is_causal_lm(model_class: str) -> bool:
     (True, False)
     """
     return model_class.endswith(CAUSAL_LM_ENDINGS)
+
+
+def has_head(model_class: str) -> bool:
+    """Return whether a transformers class of this name answers with a head's output.
+
+    >>> has_head("BertForTokenClassification"), has_head("GPT2LMHeadModel"), has_head("BertModel")
+    (True, True, False)
+    """
+    return is_causal_lm(model_class) or HEAD_ENDING.search(model_class) is not None
 
 
 def is_seq2seq(model_class: str, config: Mapping[str, Any]) -> bool:

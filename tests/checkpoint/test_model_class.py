@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import transformers
 
-from mtl_export.checkpoint.model_class import LM_HEAD_STEMS, STEMS, concrete_class
+from mtl_export.checkpoint.model_class import LM_HEAD_STEMS, STEMS, concrete_class, has_head
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 
@@ -36,6 +36,18 @@ def test_the_model_type_stands_in_for_the_architecture() -> None:
         "RobertaForSequenceClassification"
     )
     assert concrete_class(CLASSIFIER, {"model_type": "unheard_of"}) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("BertForSequenceClassification", True), ("ViTForImageClassification", True),
+        ("GPT2LMHeadModel", True), ("BertModel", False), ("FormerModel", False), ("", False),
+    ],
+)  # fmt: skip
+def test_a_class_says_whether_it_has_a_head(name: str, expected: bool) -> None:
+    """By how it ends; one that does not say is taken for bare."""
+    assert has_head(name) is expected
 
 
 def test_the_tables_name_classes_that_exist() -> None:

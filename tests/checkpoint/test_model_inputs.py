@@ -4,7 +4,13 @@ from typing import Any
 
 import pytest
 
-from mtl_export.checkpoint.model_inputs import NO_LIMIT, image_shape, longest_sequence
+from mtl_export.checkpoint.model_inputs import (
+    NO_LIMIT,
+    TABLE_POSITIONS,
+    has_position_table,
+    image_shape,
+    longest_sequence,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,3 +42,13 @@ def test_positions_may_begin_behind_the_padding(config: dict[str, Any], longest:
     """RoBERTa's positions begin after its padding token."""
     assert longest_sequence(config) == longest
     assert longest_sequence({}, unlimited=7) == 7
+
+
+def test_only_tables_of_positions_end() -> None:
+    """What rotates or counts distances runs on; the names are transformers' own."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    assert set(CONFIG_MAPPING_NAMES) >= TABLE_POSITIONS
+    assert has_position_table({"model_type": "roberta"})
+    for name in ("llama", "modernbert", "deberta-v2", "t5", "esm"):
+        assert not has_position_table({"model_type": name})

@@ -74,3 +74,10 @@ def test_lengths_need_vectors(encoder: Path, run: Run) -> None:
     outcome = run("onnx", "--all-tasks", "--normalize")
     assert outcome.code == 2
     assert "Add --pooling" in outcome.stderr
+
+
+def test_engines_of_merged_graphs_take_no_task(project: Path, run: Run) -> None:
+    """What would have no effect is refused, as onnx refuses it."""
+    outcome = run("trt", "--task", "spam", "--task-input", "scalar")
+    assert outcome.code == 2
+    assert "--task-input scalar: graphs of layout per-task beside it" in outcome.stderr

@@ -68,6 +68,11 @@ def command(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     form = graphs.Form.from_options(task_input, pooling, normalize=normalize)
     graphs.refuse_form(layout, form, settings.dtype)
+    graphs.refuse_idle(
+        graphs.layout_or_default(settings, layout),
+        scalar=task_input == "scalar" and options.is_typed("task_input"),
+        linked=link_data and options.is_typed("link_data"),
+    )
     bound = sources.open_bound(settings)
     wanted = graphs.wanted_graphs(settings, layout, bound.adapters.tasks)
     exporter = graphs.Exporter(

@@ -103,6 +103,8 @@ def command(
 
     form = graphs.Form.from_options(task_input, pooling, normalize=normalize)
     _refuse_beside_quantize(settings, quantize, form)
+    is_scalar = task_input == "scalar" and options.is_typed("task_input")
+    graphs.refuse_idle(graphs.layout_or_default(settings, layout), scalar=is_scalar)
     bound = sources.open_bound(settings)
     info = available_builder()
     choices.refuse_impossible(info.name)

@@ -204,3 +204,13 @@ def test_shared_folders_cost_less(project: Path, run: Run) -> None:
     refused = run("merge", "--task", "spam", "--max-shard-size", "much", "-o", "no")
     assert refused.code == 2
     assert "such as 500MB or 5GB" in refused.stderr
+
+
+def test_what_is_shared_must_be_asked_for(project: Path, run: Run) -> None:
+    """--shared-by reference alone would write standalone folders; a settings file may say it."""
+    outcome = run("merge", "--all-tasks", "--shared-by", "reference")
+    assert outcome.code == 2
+    assert "Add --layout shared" in outcome.stderr
+    with (project / "mtl-export.toml").open("a") as file:
+        file.write('\n[merge]\nshared_by = "reference"\n')
+    assert run("merge", "--task", "spam").code == 0

@@ -153,6 +153,41 @@ def test_adapters_as_input_from_export_to_parity(project: Path, run: Run) -> Non
     assert run("verify", str(folder)).code == 0
 
 
+IDLE = {
+    "--task-input scalar": [
+        ["--all-tasks", "--layout", "per-task", "--task-input", "scalar"],
+        ["--task", "spam", "--task-input", "scalar"],
+    ],
+    "--link-data": [
+        ["--all-tasks", "--layout", "single-graph", "--link-data"],
+        ["--all-tasks", "--link-data"],
+        ["--all-tasks", "--layout", "adapter-input", "--link-data"],
+    ],
+    "--pooling": [["--all-tasks", "--pooling", "mean"], ["--task", "spam", "--pooling", "cls"]],
+}
+
+
+@pytest.mark.parametrize("option", IDLE)
+def test_an_option_that_would_do_nothing_is_refused_before_any_work(
+    project: Path, run: Run, traces: list[object], option: str
+) -> None:
+    """What has no effect on the graphs asked for, and what a model with a head cannot give."""
+    for words in IDLE[option]:
+        outcome = run("onnx", *words)
+        assert outcome.code == (5 if option == "--pooling" else 2)
+        assert f"error: {option}: " in outcome.stderr
+    assert not traces
+    assert files_below(project / "out") == []
+
+
+def test_what_the_settings_file_says_of_other_graphs_breaks_none(exported: Path, run: Run) -> None:
+    """A default for the single graph does not stand in the way of merged ones."""
+    with (exported / "mtl-export.toml").open("a") as file:
+        file.write('\n[onnx]\ntask_input = "scalar"\n')
+    assert run("onnx", "--task", "spam", env={"MTL_EXPORT_LINK_DATA": "1"}).code == 0
+    assert run("onnx", "--task", "spam", "--task-input", "rows").code == 0
+
+
 def test_adapters_need_onnx_runtime_and_take_no_other_form(
     project: Path, run: Run, monkeypatch: pytest.MonkeyPatch, traces: list[object]
 ) -> None:
