@@ -144,7 +144,14 @@ GOOD = {"input_ids": ((1, 1), (8, 64), (32, 512)), "task_ids": ((1,), (8,), (32,
         ({"input_idz": ((1, 1), (1, 1), (1, 1))}, "input_idz is not an input"),
         ({"task_ids": None}, "task_ids is missing"),
         ({"task_ids": ((1, 1), (8, 1), (32, 1))}, "task_ids min 1x1 has not the rank"),
-        ({"task_ids": ((9,), (8,), (32,))}, "task_ids is not 0 <= min <= opt <= max"),
+        (
+            {"task_ids": ((9,), (8,), (32,))},
+            "task_ids is not 1 <= min <= opt <= max (9, 8, 32)",
+        ),
+        (
+            {"input_ids": ((0, 0), (0, 0), (0, 0))},
+            "input_ids is not 1 <= min <= opt <= max (0x0, 0x0, 0x0)",
+        ),
         (
             {"task_ids": ((1,), (8,), (64,))},
             "max of dimension batch differs: 32 in input_ids, 64 in task_ids",
@@ -165,6 +172,36 @@ def test_profiles_that_do_not_fit_are_refused(
         check_profiles(source, [Profile(GOOD), Profile(shapes)])  # type: ignore[arg-type]
     assert message in str(refusal.value)
     assert "profile 2" in refusal.value.where
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        ({"model_type": "bert", "max_position_embeddings": 512}, 512),
+        ({"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ({"model_type": "llama", "max_position_embeddings": 256}, None),
+        ({"max_position_embeddings": 256}, None),
+        (None, None),
+    ],
+)
+def test_more_tokens_than_positions_are_refused(
+    tmp_path: Path, config: dict[str, object] | None, limit: int | None
+) -> None:
+    """Where the model is known to end at them; the default never has more."""
+    path = write_routed(tmp_path)
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    source = read_source(path)
+    longest = limit or 100_000
+    task_ids = ((1,), (8,), (32,))
+    check_profiles(source, [default_profile(path)])
+    fits = Profile({"input_ids": ((1, 1), (8, 64), (32, longest)), "task_ids": task_ids})
+    check_profiles(source, [fits])
+    if limit:
+        wide = Profile({"input_ids": ((1, 1), (8, 64), (32, limit + 1)), "task_ids": task_ids})
+        reason = f"max of input_ids has {limit + 1} tokens, the model {limit} positions"
+        with pytest.raises(UsageError, match=reason):
+            check_profiles(source, [wide])
 
 
 def test_every_profile_mistake_is_reported_at_once(tmp_path: Path) -> None:

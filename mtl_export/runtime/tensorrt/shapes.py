@@ -1,10 +1,11 @@
 """Shapes on the command line or in a model -> optimization profiles.
 
 A profile gives, for each input, the smallest shape, the one to be fast at, and the
-largest. Builders miss three mistakes, so they are looked for here: a name that is no
+largest. Builders miss some mistakes, so they are looked for here: a name that is no
 input, two inputs whose dimensions share a name but not a maximum (a request that fits
-one and not the other would fail only when served), and a dimension such as ``past + 1``
-whose sizes are not one more than those of ``past``.
+one and not the other would fail only when served), a dimension such as ``past + 1``
+whose sizes are not one more than those of ``past``, and more tokens than the model has
+positions.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from mtl_export.checkpoint.model_inputs import has_position_table, longest_sequence
 from mtl_export.errors import UsageError, shortened
 from mtl_export.runtime.tensorrt.source import OnnxSource, TensorInfo, read_source
 
@@ -178,7 +180,8 @@ def check_profiles(source: OnnxSource, profiles: Sequence[Profile]) -> None:
 
     Raises:
         UsageError: A name is no input, a dynamic input is missing, a rank or fixed size
-            differs, min <= opt <= max does not hold, or equal names got unequal sizes.
+            differs, 1 <= min <= opt <= max does not hold, equal names got unequal sizes, or
+            there are more tokens than the ``config.json`` beside the model has positions.
     """
     dynamic = [tensor.name for tensor in source.inputs if tensor.is_dynamic]
     if dynamic and not profiles:
@@ -189,8 +192,9 @@ def check_profiles(source: OnnxSource, profiles: Sequence[Profile]) -> None:
             why="engines are built for a range of shapes",
             fix=f"Give {OPTIONS}",
         )
+    positions = _positions(source.path.parent)
     for number, profile in enumerate(profiles, start=1):
-        problems = _problems(source, profile)
+        problems = _problems(source, profile) or _too_long(source, profile, positions)
         if problems:
             raise UsageError(
                 where=f"profile {number} for {source.path}",
@@ -233,11 +237,27 @@ def _tensor_problems(tensor: TensorInfo, shapes: tuple[Shape, Shape, Shape]) -> 
     if not problems:
         low, middle, high = shapes
         if not all(
-            0 <= small <= good <= large
+            1 <= small <= good <= large
             for small, good, large in zip(low, middle, high, strict=True)
         ):
-            problems.append(f"{tensor.name} is not 0 <= min <= opt <= max")
+            given = ", ".join("x".join(map(str, shape)) for shape in shapes)
+            problems.append(f"{tensor.name} is not 1 <= min <= opt <= max ({given})")
     return problems
+
+
+def _too_long(source: OnnxSource, profile: Profile, positions: int | None) -> list[str]:
+    """Return which inputs may hold more tokens than the model has positions."""
+    if positions is None:
+        return []
+    return [
+        f"max of {tensor.name} has {length} tokens, the model {positions} positions"
+        for tensor in source.inputs
+        if tensor.name in profile.shapes
+        for size, length in zip(tensor.shape, profile.shapes[tensor.name][2], strict=True)
+        if isinstance(size, str)
+        and base_and_offset(size)[0] in {*SEQUENCE_NAMES, *PAST_NAMES}
+        and length > positions
+    ]
 
 
 def _unequal(named: Mapping[str, list[tuple[str, Shape]]]) -> list[str]:
@@ -268,26 +288,37 @@ def _sizes(tensor: TensorInfo, ranges: Mapping[str, tuple[int, int, int]], posit
     return tuple(sizes)
 
 
+def _positions(folder: Path) -> int | None:
+    """Return how many positions the model beside ends at; None if it has no such end."""
+    config = _json_object(folder / "config.json")
+    return longest_sequence(config) if has_position_table(config) else None
+
+
 def _token_limit(folder: Path, limit: int) -> int:
     """Return how many tokens the model beside takes, at most ``limit``."""
-    for name, keys in (
-        ("config.json", ("max_position_embeddings", "n_positions")),
-        ("tokenizer_config.json", ("model_max_length",)),
+    config = _json_object(folder / "config.json")
+    tokenizer = _json_object(folder / "tokenizer_config.json")
+    for value in (
+        config.get("max_position_embeddings"),
+        config.get("n_positions"),
+        tokenizer.get("model_max_length"),
     ):
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(
-                where=str(file),
-                found=f"it is not JSON ({error})",
-                expected="the model's largest sequence length",
-                fix="Give max_sequence, or export the graph again",
-            ) from error
-        for key in keys:
-            value = values.get(key)
-            if isinstance(value, int | float) and 0 < value < _NO_LIMIT:
-                limit = min(limit, int(value))
-    return limit
+        if isinstance(value, int | float) and 0 < value < _NO_LIMIT:
+            limit = min(limit, int(value))
+    return min(limit, _positions(folder) or limit)
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """Return what a file beside the model says; empty if there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(
+            where=str(file),
+            found=f"it is not JSON ({error})",
+            expected="the model's largest sequence length",
+            fix="Give max_sequence, or export the graph again",
+        ) from error
+    return value if isinstance(value, dict) else {}

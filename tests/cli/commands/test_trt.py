@@ -56,8 +56,9 @@ def test_other_shapes_are_another_engine(exported: Path, run: Run) -> None:
 
 @needs_builder
 def test_wrong_shapes_are_refused_before_building(exported: Path, run: Run) -> None:
-    """A name that is no input, or text that is no shape, is a usage error."""
-    for shapes in ("inputs:1x16", "input_ids:1by16", "input_ids:1"):
+    """A name that is no input, text that is no shape, or sizes that no row can have."""
+    for shapes in ("inputs:1x16", "input_ids:1by16", "input_ids:1", "input_ids:0x0",
+                   "input_ids:4x100000"):  # fmt: skip
         outcome = run("trt", "--task", "spam", "--max-shapes", shapes)
         assert outcome.code == 2, outcome.stderr
     assert not (exported / "out" / "engines").exists()
@@ -113,5 +114,5 @@ def test_defaults_are_bent_to_what_is_given(graphs: Path) -> None:
 def test_contradicting_shapes_are_refused(graphs: Path) -> None:
     """A minimum above the maximum is the user's mistake, not bent."""
     model = graphs / "out" / "onnx" / "model.onnx"
-    with pytest.raises(UsageError, match="is not 0 <= min <= opt <= max"):
+    with pytest.raises(UsageError, match="is not 1 <= min <= opt <= max"):
         profile_from_options(model, "input_ids:9x9", None, "input_ids:2x3")
