@@ -57,7 +57,8 @@ def load_rows(path: Path, task: str | None = None) -> list[Row]:
             bad line is named.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # splitlines() would also cut at U+2028 and U+0085, which JSON allows inside a text.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(
             where=str(path),

@@ -26,6 +26,7 @@ from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.errors import CalibrationError, GraphError
 from mtl_export.graph.passes.split_gemm import SplitGemmPass
 from mtl_export.parity.scores import Answers
+from mtl_export.runtime.golden import GOLDEN_FILE
 from mtl_export_calibration.cache import read_cache, versions, write_cache
 from mtl_export_calibration.deltas import APART, MERGED, DeltaSource, swallowed_layers
 from mtl_export_calibration.evaluate import (
@@ -245,9 +246,13 @@ class GraphJob:
     def _finish(self, report: GraphReport) -> None:
         """Put the report, the config and the tokenizer beside the graph."""
         for file in own_files(self._target.folder):
-            if ".onnx" not in file.name and file.parent == self._target.folder:
+            if ".onnx" in file.name or file.name == GOLDEN_FILE:
+                continue  # golden vectors are the float graph's answers
+            if file.parent == self._target.folder:
                 shutil.copyfile(file, self._folder / file.name)
-        text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False, sort_keys=True)
+        text = json.dumps(
+            report.as_dict(), indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False
+        )
         (self._folder / FILE).write_text(text + "\n", encoding="utf-8")
 
     def _report(

@@ -137,7 +137,7 @@ class GraphReport:
     def failure(self, score: TaskScore) -> str:
         """Return why a task does not pass; empty if it does."""
         cut = self.cut(score.task)
-        if score.drop > self.max_drop:
+        if not score.drop <= self.max_drop:  # nor does NaN pass
             return f"it loses {score.drop:.2f} points; allowed is {self.max_drop:g}"
         if cut.passes(self.max_cut):
             return ""

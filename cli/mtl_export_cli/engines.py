@@ -21,6 +21,7 @@ from mtl_export.errors import MtlExportError, UsageError, shortened
 from mtl_export.runtime.model_files import ENGINE_SUFFIX, WHOLE
 from mtl_export_cli import artefacts, graphs, sources
 from mtl_export_cli.options import Settings
+from mtl_export_cli.quantising import other_source
 from mtl_export_cli.written import Written
 
 if TYPE_CHECKING:
@@ -311,6 +312,7 @@ MISSING = "is missing"
 def _calibration_problem(bound: BoundModel, folder: Path) -> str:
     """Return what is wrong with a calibrated folder; "" if nothing."""
     from mtl_export.bundle.manifest import damage, read_manifest
+    from mtl_export.runtime.ort import onnx_metadata
 
     manifest = read_manifest(folder)
     if manifest is None or WHOLE not in manifest.files:
@@ -322,4 +324,8 @@ def _calibration_problem(bound: BoundModel, folder: Path) -> str:
     ):
         return "is of another checkpoint or base"
     broken = damage(folder, manifest)
-    return f"is damaged ({shortened(broken)})" if broken else ""
+    if broken:
+        return f"is damaged ({shortened(broken)})"
+    # What the folder says is what calibrate was told; the graph knows what it was traced from.
+    other = other_source(bound, onnx_metadata(folder / WHOLE))
+    return f"is {other}" if other else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +65,17 @@ def refuse_parts(bound: BoundModel, layout: str) -> None:
         )
 
 
+def other_source(bound: BoundModel, metadata: Mapping[str, str]) -> str:
+    """Return from what else than this model a graph says it was made; empty if from this."""
+    now = {"base": bound.base.sha256, "checkpoint": bound.adapters.checkpoint_sha256}
+    for name, digest in now.items():
+        found = metadata.get(f"mtl_export.{name}_sha256", "")
+        if found != digest:
+            was = f"{name} {found[:12]}..." if found else f"an unknown {name}"
+            return f"made from {was}, not from this one ({digest[:12]}...)"
+    return ""
+
+
 class _GateError(Exception):
     """Ends the block of an output folder, so that a graph that fails is not written."""
 
@@ -123,12 +134,13 @@ class Request:
             folder: Holds them; None for the output folder's, where what is missing is exported.
 
         Raises:
-            UsageError: There is none, or one without logits, or one that takes one task for
-                the whole batch.
+            UsageError: There is none, or one of another checkpoint or base, or without logits,
+                or one that takes one task for the whole batch.
         """
         parent = folder or self.settings.output_dir / "onnx"
         layouts = LAYOUTS if layout == BOTH else (layout,)
         groups = [_targets(bound, parent, one) for one in layouts]
+        _refuse_stale(bound, [target for group in groups for target in group])
         if folder is None:
             self._export(bound, parent, [target for group in groups for target in group])
         found = [[target for target in group if target.path.is_file()] for group in groups]
@@ -278,6 +290,26 @@ def _targets(bound: BoundModel, parent: Path, layout: str) -> list[Target]:
     return [Target(parent / task.name, task) for task in bound.adapters.tasks]
 
 
+def _refuse_stale(bound: BoundModel, targets: Sequence[Target]) -> None:
+    """Refuse graphs that were exported from another model.
+
+    Raises:
+        UsageError: There are some.
+    """
+    from mtl_export.runtime.ort import onnx_metadata
+
+    for target in targets:
+        other = other_source(bound, onnx_metadata(target.path)) if target.path.is_file() else ""
+        if other:
+            raise UsageError(
+                where=str(target.path),
+                found=other,
+                expected="a graph of this checkpoint and base",
+                why="what it is quantised to would be taken for this checkpoint's",
+                fix=f"Export it again: {_export_command(target.task is not None)} --force",
+            )
+
+
 def _refuse_form(target: Target) -> None:
     """Refuse a graph without logits, or in which rows do not pick their own tasks.
 
@@ -308,13 +340,14 @@ def _refuse_form(target: Target) -> None:
 
 
 def _nothing_exported(parent: Path, layout: str) -> UsageError:
-    command = "mtl-export onnx --all-tasks"
-    if layout == graphs.PER_TASK:
-        command += " --layout per-task"
     return UsageError(
         where=str(parent),
         found="no exported graph",
         expected="model.onnx, or TASK/model.onnx",
         why="it is the exported graph that is quantised",
-        fix=f"Run {command} first",
+        fix=f"Run {_export_command(layout == graphs.PER_TASK)} first",
     )
+
+
+def _export_command(per_task: bool) -> str:
+    return f"mtl-export onnx --all-tasks{' --layout per-task' if per_task else ''}"

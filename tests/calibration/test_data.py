@@ -61,6 +61,15 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
         load_rows(path)
 
 
+def test_lines_end_where_json_lines_end(tmp_path: Path) -> None:
+    """Separators that JSON allows inside a text do not cut it; a byte order mark is no text."""
+    path = tmp_path / "rows.jsonl"
+    text = "one\u2028two\u2029three\u0085four\x7f"
+    line = json.dumps({"task": "spam", "text": text}, ensure_ascii=False)
+    path.write_bytes(f"\ufeff{line}\r\n\n{line}\n".encode())
+    assert [row.text for row in load_rows(path)] == [text, text]
+
+
 def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
     """An empty file is not an empty success."""
     with pytest.raises(CalibrationError, match="no row"):

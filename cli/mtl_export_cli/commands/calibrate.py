@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,8 +42,8 @@ def _weights(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
             weights[name] = float(number)
         except ValueError:
             raise click.BadParameter(f"{value!r} is not NAME=NUMBER") from None
-        if not weights[name] >= 0.0:
-            raise click.BadParameter(f"{value!r}: a weight is not negative")
+        if not 0.0 <= weights[name] < math.inf:
+            raise click.BadParameter(f"{value!r}: a weight is finite and not negative")
     return weights
 
 
@@ -68,9 +69,9 @@ def _weights(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
 @option("--deltas", type=click.Choice(DELTAS), default="apart", show_default=True,
         help="Layers of merged graphs whose steps would swallow the task's change.")  # fmt: skip
 @options.MAX_DROP
-@option("--max-cut", type=click.FloatRange(min=0.0), default=3.0, show_default=True,
+@option("--max-cut", type=options.FiniteRange(min=0.0), default=3.0, show_default=True,
         help="Times as often as is usual that a task's values may lie beyond a range.")  # fmt: skip
-@option("--max-excluded", type=click.FloatRange(0.0, 1.0), default=0.5, show_default=True,
+@option("--max-excluded", type=options.FiniteRange(0.0, 1.0), default=0.5, show_default=True,
         help="Largest share of layers that may be left unquantised to get there.")  # fmt: skip
 @option("--onnx", type=click.Path(path_type=Path), metavar="DIR", help="ONNX graphs.")
 @option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")

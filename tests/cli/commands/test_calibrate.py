@@ -8,6 +8,8 @@ from pathlib import Path
 
 import onnx
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from mtl_export.errors import UsageError
 from mtl_export_calibration import modelopt
@@ -91,6 +93,32 @@ def test_a_task_that_loses_too_much_fails_the_gate(rows: Path, run: Run) -> None
     assert not (rows / "out" / "onnx-fp8").exists()
 
 
+def test_golden_vectors_of_the_float_graph_are_not_the_quantised_ones(rows: Path, run: Run) -> None:
+    """They would fail verify, though the quantised graph is what it should be."""
+    (rows / "out" / "onnx" / "spam" / "golden.npz").write_bytes(b"the float graph's answers")
+    words = ("--layout", "per-task", "--exclude", "attention", "-o", "quantised")
+    assert run("calibrate", *LOOSE, *words).code == 0
+    assert files_below(rows / "quantised" / "spam") == sorted(FILES)
+
+
+def test_graphs_of_another_checkpoint_are_refused(rows: Path, run: Run) -> None:
+    """Whoever trained on and did not export again is told to; nothing is relabelled."""
+    file = rows / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "np") as stored:
+        metadata = stored.metadata()
+    save_file({name: value * 1.5 for name, value in tensors.items()}, file, metadata=metadata)
+    for layout, again in (
+        ("both", "mtl-export onnx --all-tasks --force"),
+        ("per-task", "mtl-export onnx --all-tasks --layout per-task --force"),
+    ):
+        outcome = run("calibrate", *LOOSE, "--layout", layout, "--onnx", "out/onnx")
+        assert outcome.code == 2, outcome.stdout
+        assert "made from checkpoint " in outcome.stderr
+        assert f"Export it again: {again}" in outcome.stderr
+    assert not (rows / "out" / "onnx-int8").exists()
+
+
 def test_graphs_of_some_layers(rows: Path, run: Run) -> None:
     """Layers that match are kept, and what was kept is said."""
     words = ("--layout", "per-task", "--exclude", "attention", "--json", "-o", "quantised")
@@ -109,6 +137,11 @@ def test_graphs_of_some_layers(rows: Path, run: Run) -> None:
         (("--data", "rows.jsonl", "--onnx", "elsewhere"), "Run mtl-export onnx --all-tasks first"),
         (("--data", "rows.jsonl", "--weight", "spma=2"), "Did you mean --task spam"),
         (("--data", "rows.jsonl", "--weight", "spam"), "is not NAME=NUMBER"),
+        (("--data", "rows.jsonl", "--weight", "spam=inf"), "a weight is finite"),
+        (("--data", "rows.jsonl", "--max-drop", "nan"), "'nan' is no finite number"),
+        (("--data", "rows.jsonl", "--max-drop", "inf"), "'inf' is no finite number"),
+        (("--data", "rows.jsonl", "--max-cut", "nan"), "'nan' is no finite number"),
+        (("--data", "rows.jsonl", "--max-excluded", "nan"), "'nan' is no finite number"),
         (("--data", "rows.jsonl", "--exclude", "nothing"), "found in no layer's name"),
         (("--data", "rows.jsonl", "--quantize", "int4"), "no multiple of 64"),
         (("--data", "rows.jsonl", "--engine", "modelopt", "--combine", "weighted"),
@@ -184,7 +217,7 @@ def test_a_graph_of_one_task_at_a_time_is_refused(rows: Path, run: Run) -> None:
     """Batches that mix tasks cannot be fed to it; the message says what can."""
     path = rows / "out" / "onnx" / "model.onnx"
     model = onnx.load(path, load_external_data=False)
-    onnx.helper.set_model_props(model, {"mtl_export.task_input": "scalar"})
+    model.metadata_props.add(key="mtl_export.task_input", value="scalar")
     onnx.save(model, path)
     outcome = run("calibrate", *LOOSE)
     assert outcome.code == 2

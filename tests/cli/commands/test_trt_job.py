@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import helper
 
+from mtl_export.bundle.manifest import read_manifest, write_manifest
 from mtl_export.errors import EngineBuildError
 from mtl_export.runtime.tensorrt import lanes
 from tests.cli.conftest import Run, files_below
@@ -107,6 +110,19 @@ def test_engines_of_calibrated_graphs(exported: Path, run: Run) -> None:
     assert recipe["sources"]["onnx_sha256 model.onnx"] == graph
     again = run(*words, "--json")
     assert {output["status"] for output in again.json["outputs"]} == {"up to date"}
+
+    stale = Path("out/onnx-int8/spam/model.onnx")
+    kept, manifest = stale.read_bytes(), read_manifest(stale.parent)
+    assert manifest is not None
+    model = onnx.load(stale, load_external_data=False)
+    helper.set_model_props(model, {"mtl_export.base_sha256": "0" * 64})
+    onnx.save(model, stale)
+    write_manifest(stale.parent, manifest.recipe)
+    relabelled = run(*words)
+    assert relabelled.code == 2
+    assert "model.onnx is made from base 000000000000..., not from this one" in relabelled.stderr
+    stale.write_bytes(kept)
+    write_manifest(stale.parent, manifest.recipe)
 
     with Path("out/onnx-int8/topic/model.onnx").open("ab") as file:
         file.write(b"x")
