@@ -296,11 +296,11 @@ def _positions(folder: Path) -> int | None:
 
 def _token_limit(folder: Path, limit: int) -> int:
     """Return how many tokens the model beside takes, at most ``limit``."""
-    config = _json_object(folder / "config.json")
+    model = _json_object(folder / "config.json")
     tokenizer = _json_object(folder / "tokenizer_config.json")
     for value in (
-        config.get("max_position_embeddings"),
-        config.get("n_positions"),
+        model.get("max_position_embeddings"),
+        model.get("n_positions"),
         tokenizer.get("model_max_length"),
     ):
         if isinstance(value, int | float) and 0 < value < _NO_LIMIT:
