@@ -93,7 +93,9 @@ def test_a_task_that_loses_too_much_exits_4(nudged: Path, tmp_path: Path) -> Non
     assert report["counts"]["failed"] == 0
     cells = {(cell["artefact"], cell["task"]): cell for cell in report["accuracy"]["cells"]}
     assert cells["merged pytorch", TASK]["drop"] == 1.0
-    assert cells["single graph onnx", TASK]["verdict"] == "passed"
+    # It answers like the reference, on rows too few to show that it always does.
+    single = cells["single graph onnx", TASK]
+    assert (single["drop"], single["verdict"]) == (0.0, "not-run")
 
 
 def test_a_failed_comparison_exits_3_whatever_the_scores_are(nudged: Path) -> None:
