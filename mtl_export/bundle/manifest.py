@@ -21,7 +21,7 @@ is an output of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -192,13 +192,24 @@ def _entry(path: Path, known: FileEntry | None) -> FileEntry:
     return FileEntry(sha256_of_file(path), size)
 
 
-def damage(folder: Path, manifest: Manifest) -> list[str]:
-    """Return what no longer agrees with ``manifest``, one phrase per file, sorted."""
-    return changed_files(folder, {**manifest.files, **manifest.beside})
+def damage(
+    folder: Path, manifest: Manifest, hash_of: Callable[[Path], str] | None = None
+) -> list[str]:
+    """Return what no longer agrees with ``manifest``, one phrase per file, sorted.
+
+    Args:
+        folder: Its folder.
+        manifest: What was written.
+        hash_of: Returns a file's SHA-256; None to read it.
+    """
+    return changed_files(folder, {**manifest.files, **manifest.beside}, hash_of)
 
 
-def changed_files(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
+def changed_files(
+    folder: Path, files: Mapping[str, FileEntry], hash_of: Callable[[Path], str] | None = None
+) -> list[str]:
     """Return which of ``files`` are not in ``folder`` as they were, a phrase each, sorted."""
+    hash_of = hash_of or sha256_of_file
     problems = []
     for name, entry in sorted(files.items()):
         path = folder / name
@@ -206,7 +217,7 @@ def changed_files(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
             problems.append(f"{name} is missing")
         elif path.stat().st_size != entry.size_bytes:
             problems.append(f"{name} has {path.stat().st_size} bytes, not {entry.size_bytes}")
-        elif sha256_of_file(path) != entry.sha256:
+        elif hash_of(path) != entry.sha256:
             problems.append(f"{name} has changed")
     return problems
 

@@ -1,22 +1,32 @@
 """A finished folder -> is it still what was written, and does it still answer as it did?
 
-    files     every file that its manifest lists has its SHA-256, and there is no other
+    files     every file that its manifest lists has its SHA-256, there is no other, and its
+              graphs and engines name the sources that the manifest names
     golden    its models, run on the saved inputs, give the saved outputs
+    remark    what is nobody's damage: what a killed run left, the cache of ``calibrate``,
+              tasks that have no folder where others have
 
 Outputs nested in the folder (``onnx/<task>/``) are checked by their own manifests, and a
-folder that only holds outputs (``out/``) by theirs. Files need nothing to be checked and
-graphs numpy and onnxruntime, no torch. An engine needs its GPU, and torch for the memory
-there; it is ``not-run`` elsewhere, as a merged folder is, which only PyTorch runs.
+folder that only holds outputs (``out/``) by theirs. Tasks are written one by one, in any
+order and only those wanted, so nothing records which folders there were: one that was
+deleted with its manifest is a remark, and fails only who asks for all tasks. Files need
+nothing to be checked and graphs numpy and onnxruntime, no torch; where onnx is installed,
+graphs are asked for their sources. An engine needs its GPU, and torch for the memory there;
+it is ``not-run`` elsewhere, as a merged folder is, which only PyTorch runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mtl_export.bundle.manifest import MANIFEST_FILE, Manifest, damage, own_files, read_manifest
+from mtl_export.bundle.staging import is_staging
+from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.errors import (
     BackendMissingError,
     IntegrityError,
@@ -25,11 +35,18 @@ from mtl_export.errors import (
     shortened,
 )
 from mtl_export.runtime.golden import GOLDEN_FILE, Vector, read_golden
-from mtl_export.runtime.model_files import runner_of
+from mtl_export.runtime.model_files import ENGINE_SUFFIX, runner_of
+from mtl_export.runtime.ort import onnx_metadata
+from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
 
 FILES: Literal["files"] = "files"
 GOLDEN: Literal["golden"] = "golden"
+REMARK: Literal["remark"] = "remark"
 NO_VECTORS = "no golden vectors; mtl-export parity --golden saves them"
+# What mtl_export_calibration keeps, seen from any folder above: results to be read again, and
+# the graph in half precision while it is timed.
+_CACHED = re.compile(r"(.*/)?calibration/([^/]+\.(json|npz)(\.partial)?|fp16-[^/]+/[^/]+)")
+_SOURCES = ("base_sha256", "checkpoint_sha256")
 NO_TORCH = "only PyTorch runs this folder; mtl-export parity compares it"
 
 
@@ -39,27 +56,32 @@ class Check:
 
     Attributes:
         folder: The output, from where ``verify_folder`` was pointed; "." for itself.
-        kind: ``files`` or ``golden``.
-        what: Which file or vector; what the files are for ``files``.
+        kind: ``files``, ``golden`` or ``remark``.
+        what: Which file, vector or folder; how many the files are for ``files``.
         verdict: What could not run is ``not-run``, never ``passed``.
         reason: Why it failed or did not run; empty when passed.
     """
 
     folder: str
-    kind: Literal["files", "golden"]
+    kind: Literal["files", "golden", "remark"]
     what: str
     verdict: Literal["passed", "failed", "not-run"]
     reason: str = ""
 
 
 def verify_folder(
-    root: Path, *, threads: int = 0, progress: Callable[[str], None] = lambda step: None
+    root: Path,
+    *,
+    threads: int = 0,
+    all_tasks: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> list[Check]:
     """Return what was checked of ``root`` and of the outputs inside it.
 
     Args:
         root: A folder that mtl-export wrote, or one that holds such folders.
         threads: Threads of the runtime; 0 lets it decide.
+        all_tasks: A task that has no folder where others have is a failure, not a remark.
         progress: Called with the name of each output as it begins.
 
     Raises:
@@ -84,13 +106,22 @@ def verify_folder(
         )
     checks = []
     if root not in outputs:
-        strangers = [path for path in own_files(root) if path.is_symlink() or path.is_file()]
+        strangers = [path for path in _own_files(root) if path.is_symlink() or path.is_file()]
         checks += [_stranger(path.relative_to(root).as_posix()) for path in strangers]
+    hash_of = _hash_once()
+    manifests: dict[Path, Manifest] = {}
     for folder in outputs:
         name = folder.relative_to(root).as_posix()
         progress(name)
-        checks += _verify_output(folder, name, threads)
-    return checks
+        try:
+            manifest = read_manifest(folder)
+        except IntegrityError as error:
+            checks.append(Check(name, FILES, MANIFEST_FILE, "failed", str(error)))
+            continue
+        assert manifest is not None
+        manifests[folder] = manifest
+        checks += _verify_output(folder, name, manifest, threads, hash_of)
+    return [*checks, *_absent_tasks(root, manifests, all_tasks=all_tasks), *_rests(root)]
 
 
 def output_folders(root: Path) -> Iterator[Path]:
@@ -98,17 +129,15 @@ def output_folders(root: Path) -> Iterator[Path]:
     if (root / MANIFEST_FILE).is_file():
         yield root
     for child in sorted(root.iterdir()):
-        if child.is_dir() and not child.is_symlink():
+        if child.is_dir() and not child.is_symlink() and not is_staging(child.name):
             yield from output_folders(child)
 
 
-def _verify_output(folder: Path, name: str, threads: int) -> list[Check]:
-    try:
-        manifest = read_manifest(folder)
-    except IntegrityError as error:
-        return [Check(name, FILES, MANIFEST_FILE, "failed", str(error))]
-    assert manifest is not None
-    problems = damage(folder, manifest) + _extra(folder, manifest)
+def _verify_output(
+    folder: Path, name: str, manifest: Manifest, threads: int, hash_of: Callable[[Path], str]
+) -> list[Check]:
+    problems = damage(folder, manifest, hash_of) + _extra(folder, manifest)
+    problems = problems or _other_sources(folder, manifest)
     what = f"{len(manifest.files)} files"
     if problems:
         reason = shortened(problems, limit=20)
@@ -119,8 +148,98 @@ def _verify_output(folder: Path, name: str, threads: int) -> list[Check]:
     return [Check(name, FILES, what, "passed"), *_replay(folder, name, manifest, threads)]
 
 
+def _hash_once() -> Callable[[Path], str]:
+    """Return a function that hashes a file once, however many folders link or refer to it."""
+    known: dict[tuple[int, int], str] = {}
+
+    def hash_of(path: Path) -> str:
+        stat = path.stat()
+        key = (stat.st_dev, stat.st_ino)
+        if key not in known:
+            known[key] = sha256_of_file(path)
+        return known[key]
+
+    return hash_of
+
+
+def _own_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of ``folder`` that are neither a cache nor a killed run's."""
+    for path in own_files(folder):
+        below = path.relative_to(folder)
+        is_rest = any(is_staging(part) for part in below.parts[:-1])
+        if not is_rest and not _CACHED.fullmatch(below.as_posix()):
+            yield path
+
+
+def _rests(root: Path) -> Iterator[Check]:
+    """Yield a remark for everything that is neither checked nor damage."""
+    for path in _folders(root):
+        name = path.relative_to(root).as_posix()
+        if is_staging(path.name):
+            reason = "a run is writing it, or was killed; the next one there removes it"
+            yield Check(".", REMARK, name, "not-run", reason)
+        elif path.name == "calibration" and not (path / MANIFEST_FILE).is_file():
+            yield Check(".", REMARK, name, "not-run", "the cache of mtl-export calibrate")
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    for child in sorted(root.iterdir()):
+        if child.is_dir() and not child.is_symlink():
+            yield child
+            if not is_staging(child.name):
+                yield from _folders(child)
+
+
+def _absent_tasks(
+    root: Path, manifests: Mapping[Path, Manifest], *, all_tasks: bool
+) -> Iterator[Check]:
+    """Yield what is to be said of tasks that have no folder beside those of others."""
+    known: dict[Path, list[str]] = {}
+    for folder, manifest in manifests.items():
+        options = manifest.recipe.options
+        tasks = options.get("tasks")
+        # Merged folders have no layout but "shared", calibrated ones none.
+        is_single = options.get("layout") == "single-graph"
+        is_own = folder.name == options.get("task") or [folder.name] == options.get("served")
+        if folder != root and is_own and not is_single and isinstance(tasks, list):
+            known.setdefault(folder.parent, []).extend(tasks)
+    for parent, tasks in known.items():
+        absent = [task for task in dict.fromkeys(tasks) if parent / task not in manifests]
+        if absent:
+            name = parent.relative_to(root).as_posix()
+            what = f"{len(absent)} of {len({*tasks})} tasks have no folder"
+            if all_tasks:
+                yield Check(name, FILES, what, "failed", shortened(absent))
+            else:
+                yield Check(name, REMARK, what, "not-run", shortened(absent))
+
+
+def _other_sources(folder: Path, manifest: Manifest) -> list[str]:
+    """Return where graphs or engines name another base or checkpoint than the manifest."""
+    problems = []
+    for file in manifest.files:
+        named = _named_sources(folder / file)
+        for source in _SOURCES:
+            mine, others = manifest.recipe.sources.get(source), named.get(source)
+            if mine and others and mine != others:
+                problems.append(f"{MANIFEST_FILE} has {source} {mine}, {file} has {others}")
+    return problems
+
+
+def _named_sources(path: Path) -> dict[str, str]:
+    """Return the sources that a graph or engine names; empty where that cannot be told."""
+    with suppress(ImportError, MtlExportError):
+        if path.suffix == ".onnx":
+            found = onnx_metadata(path)
+            return {name: found.get(f"mtl_export.{name}", "") for name in _SOURCES}
+        if path.suffix == ENGINE_SUFFIX and manifest_path(path).is_file():
+            provenance = EngineManifest.read(manifest_path(path)).provenance
+            return {name: str(provenance.get(name, "")) for name in _SOURCES}
+    return {}
+
+
 def _extra(folder: Path, manifest: Manifest) -> list[str]:
-    found = (path.relative_to(folder).as_posix() for path in own_files(folder))
+    found = (path.relative_to(folder).as_posix() for path in _own_files(folder))
     return [f"{name} is not in the manifest" for name in found if name not in manifest.files]
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,15 +9,22 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, save
 
-from mtl_export.bundle.manifest import MANIFEST_FILE, Recipe, add_to_manifest, write_manifest
-from mtl_export.bundle.verify import NO_TORCH, NO_VECTORS, Check, verify_folder
+from mtl_export.bundle.manifest import (
+    MANIFEST_FILE,
+    OptionValue,
+    Recipe,
+    add_to_manifest,
+    write_manifest,
+)
+from mtl_export.bundle.verify import NO_TORCH, NO_VECTORS, REMARK, Check, verify_folder
+from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.errors import BackendMissingError, IntegrityError, UsageError
 from mtl_export.runtime.golden import GOLDEN_FILE, Vector, golden_bytes
 
 RECIPE = Recipe("onnx", {}, {}, "0")
 
 
-def model(path: Path, factor: float = 2.0) -> None:
+def model(path: Path, factor: float = 2.0, metadata: dict[str, str] | None = None) -> None:
     """Write a graph that multiplies by ``factor``."""
     nodes = [helper.make_node("Mul", ["x", "f"], ["logits"])]
     factors = [helper.make_tensor("f", TensorProto.FLOAT, [], [factor])]
@@ -27,6 +36,7 @@ def model(path: Path, factor: float = 2.0) -> None:
         factors,
     )  # fmt: skip
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    helper.set_model_props(made, metadata or {})
     save(made, path)
 
 
@@ -140,6 +150,85 @@ def test_a_file_among_outputs_fails(out: Path) -> None:
     assert checks[0] == Check(
         ".", "files", "notes.txt", "failed", "notes.txt belongs to no manifest"
     )
+
+
+def test_caches_and_rests_of_killed_runs_are_remarks(out: Path) -> None:
+    """What calibrate keeps and what a kill leaves is told, at any depth, and no damage."""
+    place = out.parent / "calibration"
+    (place / "fp16-x1").mkdir(parents=True)
+    for name in ("task-spam.int8.ranges.json", "task-spam.int8.rows.npz", "a.json.partial"):
+        (place / name).touch()
+    (place / "fp16-x1" / "model.onnx.data").touch()
+    for parent in (out.parent, out):
+        rest = parent / ".onnx-int8.mtl-export-0123abcd"
+        rest.mkdir()
+        write_manifest(rest, RECIPE)
+        (rest / "half").write_text("half")
+    checks = verify_folder(out.parent)
+    assert not [one for one in checks if one.verdict == "failed"]
+    assert [one.what for one in checks if one.kind == REMARK] == [
+        ".onnx-int8.mtl-export-0123abcd", "calibration", "onnx/.onnx-int8.mtl-export-0123abcd",
+    ]  # fmt: skip
+    (place / "run.sh").touch()
+    (out / ".file.mtl-export-0123abcd").touch()
+    reasons = [one.reason for one in verify_folder(out.parent) if one.verdict == "failed"]
+    assert reasons == [
+        "calibration/run.sh belongs to no manifest",
+        ".file.mtl-export-0123abcd is not in the manifest",
+    ]
+
+
+def test_a_task_without_a_folder_is_told(tmp_path: Path) -> None:
+    """Where tasks have folders of their own, one without is named; it may never have had one."""
+    options: dict[str, OptionValue] = {"tasks": ["ham", "spam"], "layout": "per-task"}
+    for task in ("ham", "spam"):
+        (tmp_path / "onnx" / task).mkdir(parents=True)
+        (tmp_path / "onnx" / task / "config.json").write_text("{}")
+        recipe = Recipe("onnx", {**options, "served": [task]}, {}, "0")
+        write_manifest(tmp_path / "onnx" / task, recipe)
+    assert not [one for one in verify_folder(tmp_path) if one.kind == REMARK]
+    assert verify_folder(tmp_path, all_tasks=True) == verify_folder(tmp_path)
+    assert len(verify_folder(tmp_path / "onnx" / "ham", all_tasks=True)) == 2
+    shutil.rmtree(tmp_path / "onnx" / "spam")
+    what = "1 of 2 tasks have no folder"
+    *_, remark = verify_folder(tmp_path)
+    assert remark == Check("onnx", REMARK, what, "not-run", "spam")
+    *_, failed = verify_folder(tmp_path, all_tasks=True)
+    assert failed == Check("onnx", "files", what, "failed", "spam")
+
+
+def test_other_sources_in_the_manifest_than_in_the_graph_fail(tmp_path: Path) -> None:
+    """An edited manifest cannot give a graph to another checkpoint."""
+    model(tmp_path / "model.onnx", metadata={"mtl_export.checkpoint_sha256": "ab" * 32})
+    found = []
+    for digest in ("ab" * 32, "cd" * 32):
+        sources = {"checkpoint_sha256": digest, "base_sha256": "ef" * 32}
+        write_manifest(tmp_path, Recipe("onnx", {}, sources, "0"))
+        found.append(verify_folder(tmp_path)[0])
+    assert [check.verdict for check in found] == ["passed", "failed"]
+    assert f"checkpoint_sha256 {'cd' * 32}, model.onnx has {'ab' * 32}" in found[1].reason
+
+
+def test_a_file_of_several_folders_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether they link to it or refer to it."""
+    read: list[str] = []
+
+    def counted(path: Path) -> str:
+        read.append(path.name)
+        return sha256_of_file(path)
+
+    for name in ("shared", "linked", "referring"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "shared" / "weights").write_bytes(b"1234")
+    os.link(tmp_path / "shared" / "weights", tmp_path / "linked" / "weights")
+    files = write_manifest(tmp_path / "shared", RECIPE).files
+    write_manifest(tmp_path / "linked", RECIPE)
+    write_manifest(tmp_path / "referring", RECIPE, beside={"../shared/weights": files["weights"]})
+    monkeypatch.setattr("mtl_export.bundle.verify.sha256_of_file", counted)
+    assert {one.verdict for one in verify_folder(tmp_path) if one.kind == "files"} == {"passed"}
+    assert read == ["weights"]
 
 
 def test_another_answer_fails_though_all_hashes_are_right(out: Path) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED, EXIT_MISSING, EXIT_DAMAGED = 3, 6, 7
 VERDICTS = ("passed", "failed", "not-run")
+WORDS = {"files": "not run:", "golden": "not run:", "remark": "remark:"}
 EPILOG = """\b
 Example:
   mtl-export verify out/onnx
@@ -30,19 +31,27 @@ Example:
 @with_settings(options.TALK)
 @option("--require-run", is_flag=True,
         help="Exit 6 unless every graph and engine was run on golden vectors.")  # fmt: skip
+@option("--require-all-tasks", is_flag=True,
+        help="Exit 7 if a task of the checkpoint has no folder where others have one.")  # fmt: skip
 @option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")
-def command(settings: Settings, folder: Path, require_run: bool, threads: int) -> int:
+def command(
+    settings: Settings, folder: Path, *, require_run: bool, require_all_tasks: bool, threads: int
+) -> int:
     """Check a finished folder again, also on the device.
 
-    Every file must have the SHA-256 of the folder's manifest, and no file may be missing or
-    added: exit code 7. Then the inputs that mtl-export parity --golden saved are run again:
+    Every file must have the SHA-256 of the folder's manifest, and no file of it may be missing
+    or added: exit code 7. Then the inputs that mtl-export parity --golden saved are run again:
     exit code 3 if an output differs. The checkpoint is not needed, and for graphs nothing but
-    numpy and onnxruntime. Folders inside are checked too.
+    numpy and onnxruntime. Folders inside are checked too, by their own manifests: a task's
+    folder that was deleted whole is only a remark, for no manifest says that it was ever
+    written; --require-all-tasks makes it exit code 7.
     """
     from mtl_export.bundle.verify import verify_folder
 
     talk = render.Talk.from_settings(settings)
-    checks = verify_folder(folder, threads=threads, progress=talk.detail)
+    checks = verify_folder(
+        folder, threads=threads, all_tasks=require_all_tasks, progress=talk.detail
+    )
     failed = {check.kind for check in checks if check.verdict == "failed"}
     code = EXIT_DAMAGED if "files" in failed else EXIT_FAILED if failed else 0
     if code == 0 and require_run and (missing := _not_run(checks)):
@@ -70,13 +79,13 @@ def _print(checks: Sequence[Check], settings: Settings, code: int) -> None:
         return
     for check in checks:
         if check.verdict != "passed":
-            word = "FAILED" if check.verdict == "failed" else "not run:"
+            word = WORDS[check.kind] if check.verdict == "not-run" else "FAILED"
             render.print_line(f"{word} {check.folder}, {check.what}: {check.reason}")
     render.print_table(
         ("folder", "files", "golden vectors"),
         [
             (folder, _summary(checks, folder, "files"), _summary(checks, folder, "golden"))
-            for folder in dict.fromkeys(check.folder for check in checks)
+            for folder in dict.fromkeys(one.folder for one in checks if one.kind != "remark")
         ],
         title=f"verify {'not-run' if code == EXIT_MISSING else 'failed' if code else 'passed'}",
     )
