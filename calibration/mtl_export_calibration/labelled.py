@@ -136,7 +136,9 @@ def _truths_of_arrays(
         if task.kind == "multi_label_classification" and own.ndim == 2:
             truths[task.name] = Truth(score, own[:, : len(task.labels)].astype(np.bool_), asked)
             continue
-        found = [_label(value.item() if own.ndim == 1 else None, task, score) for value in own]
+        found = [
+            _label(_number(value.item()) if own.ndim == 1 else None, task, score) for value in own
+        ]
         wrong += [
             f"{labels[place]!r} of task {task.name} (row {place + 1})"
             for place, label in zip(places[task.name], found, strict=True)
@@ -151,8 +153,9 @@ def _truths_of_arrays(
 def _label(label: object, task: Task, score: str) -> float | int | list[bool] | None:
     """Return a row's label as ``scores.Answers`` has it; None where it is none of the task's."""
     if task.kind == "regression" or score == RANKING:
-        is_number = isinstance(label, int | float) and np.isfinite(label)
-        return float(label) if is_number and isinstance(label, int | float) else None
+        if isinstance(label, bool) or not isinstance(label, int | float):
+            return None
+        return float(label) if np.isfinite(label) else None
     if task.kind == "multi_label_classification":
         if not isinstance(label, tuple):
             return None
@@ -164,9 +167,15 @@ def _label(label: object, task: Task, score: str) -> float | int | list[bool] | 
 def _index(label: object, task: Task) -> int | None:
     if isinstance(label, str):
         return task.labels.index(label) if label in task.labels else None
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)
-    return label if isinstance(label, int) and 0 <= label < len(task.labels) else None
+    # JSON's true is no index, though Python's is 1.
+    if isinstance(label, bool) or not isinstance(label, int):
+        return None
+    return label if 0 <= label < len(task.labels) else None
+
+
+def _number(value: float) -> float:
+    """Return what stands in an array: one of floats may hold indices beside numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _queries(queries: Sequence[object]) -> Array | None:

@@ -199,7 +199,7 @@ def _labels(rows: Sequence[Row], tasks: Sequence[Task], reference: str) -> Array
             continue
         if row.label in names:
             labels[place] = names.index(str(row.label))
-        elif isinstance(row.label, int) and 0 <= row.label < len(names):
+        elif type(row.label) is int and 0 <= row.label < len(names):  # JSON's true is no index
             labels[place] = row.label
         else:
             wrong.add(f"{row.label!r} of task {row.task}")

@@ -152,6 +152,9 @@ def test_labels_are_names_or_indices(tmp_path: Path, tokenizer_folder: Path) -> 
 
 def test_unknown_labels_are_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
     """A label of another task would be counted as an error for ever."""
+    rows = [*OBJECTS[:3], {"task": "spam", "text": "x", "label": True}]
+    with pytest.raises(CalibrationError, match="True of task spam"):  # and not index 1
+        opened(write_rows(tmp_path / "rows.jsonl", rows), tokenizer_folder)
     rows = [*OBJECTS[:3], {"task": "spam", "text": "x", "label": "yes"}]
     with pytest.raises(CalibrationError, match="'yes' of task spam"):
         opened(write_rows(tmp_path / "rows.jsonl", rows), tokenizer_folder)
