@@ -4,7 +4,8 @@ Of a language model also a batch whose tokens are fed one by one.
 
 The mixed batch ends with a task id that does not exist: that it is not answered is kept too.
 What is saved is the candidate's own output, so the same runtime gives it again exactly, and
-another one within what parity allows.
+another one within what arithmetic explains: ``FLOOR_FACTOR`` noise floors. A wider --atol or
+--rtol, which says how far the candidate may be from the reference, is cut to that.
 """
 
 from __future__ import annotations
@@ -138,8 +139,14 @@ def _vector(
     outputs = {LOGITS: outputs[LOGITS]} if LOGITS in outputs else outputs
     # A vector has one rule for all of its outputs: the widest of theirs.
     rules = [tolerance.of(output) for output in outputs]
-    atol = max(tolerance.factor * floor if one.atol is None else one.atol for one in rules)
-    return Vector(name, model, rows, outputs, atol, max(one.rtol or 0.0 for one in rules))
+    most = tolerance.factor * floor
+    atol = max(most if one.atol is None else one.atol for one in rules)
+    rtol = max(one.rtol or 0.0 for one in rules)
+    sizes = [np.abs(value[np.isfinite(value)]).max(initial=0.0) for value in outputs.values()]
+    largest = float(max(sizes, default=0.0))
+    return Vector(
+        name, model, rows, outputs, min(atol, most), min(rtol, most / largest if largest else 0.0)
+    )
 
 
 def _without_padding(rows: Mapping[str, Array]) -> Mapping[str, Array]:
