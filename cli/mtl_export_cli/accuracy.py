@@ -11,7 +11,7 @@ import click
 
 from mtl_export.errors import BackendMissingError, MtlExportError, UsageError
 from mtl_export_cli import render
-from mtl_export_cli.options import MAX_DROP, Decorator, option
+from mtl_export_cli.options import MAX_DROP, Decorator, is_typed, option
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -67,6 +67,29 @@ def gate_of(dataset: str | None, max_drop: float | None, scores: Mapping[str, st
     if dataset is None:
         return None
     return Gate(dataset, DEFAULT_MAX_DROP if max_drop is None else max_drop, scores)
+
+
+def refuse_alone(artefacts: Sequence[Artefact]) -> None:
+    """Refuse ``--max-drop`` and ``--score`` on the command line where they judge nothing.
+
+    What stands in the settings file or the environment may be meant for other runs. Without
+    labelled rows ``--max-drop`` judges what calibrate counted for quantised artefacts.
+
+    Raises:
+        UsageError: One was typed without ``--dataset``.
+    """
+    if click.get_current_context().params["dataset"] is not None:
+        return
+    judged = {"max_drop"} if any(one.quantised is not None for one in artefacts) else set()
+    for name in ("max_drop", "score"):
+        if is_typed(name) and name not in judged:
+            raise UsageError(
+                where=f"--{name.replace('_', '-')}",
+                found="it was given without --dataset",
+                expected="labelled rows to count a score on",
+                why="no score is counted without them, so nothing would be judged by it",
+                fix="Pass --dataset too, or leave it out",
+            )
 
 
 def open_gate(bound: BoundModel, gate: Gate) -> LabelledRows:

@@ -17,6 +17,7 @@ from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
 from mtl_export.checkpoint.sentence_embedding import METADATA_KEY, SentenceEmbedding
 from mtl_export.runtime.model_files import ENCODER, ENGINE_SUFFIX, PREFILL, WHOLE, runner_of
 from mtl_export_cli import quantised
+from mtl_export_cli.options import DTYPES
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -35,6 +36,7 @@ KINDS = (
     *(f"{engine} {number}" for number in NUMBERS for engine in (MERGED_ENGINE, ENGINE)),
 )
 ADAPTER_FOLDER = "adapter-input"
+NOT_EXPORTED = "not exported"
 # transformers' word in config.json -> ours
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -223,6 +225,7 @@ def _onnx(
         missing.append(_absent(name, task, "onnx"))
         return
     metadata = {} if record.defect else onnx_metadata(path)
+    dtype, defect = _checked_dtype(metadata.get("mtl_export.dtype", "fp32"), record.defect)
     runner = runner_of(path, threads=threads)
     takes_one_task = metadata.get("mtl_export.task_input") == "scalar"
     number = quantised.number_of(metadata)
@@ -232,10 +235,10 @@ def _onnx(
             kind="single-graph" if task is None else "merged",
             runner=one_task(runner) if takes_one_task else runner,
             task=task,
-            dtype=metadata.get("mtl_export.dtype", "fp32"),
+            dtype=dtype,
             checkpoint_sha256=metadata.get("mtl_export.checkpoint_sha256", ""),
             base_sha256=metadata.get("mtl_export.base_sha256", ""),
-            defect=record.defect,
+            defect=defect,
             path=path,
             embedding=SentenceEmbedding.from_json(metadata.get(METADATA_KEY, "")),
             # Also where --onnx names a folder of such graphs.
@@ -257,32 +260,79 @@ def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[
     if not record.is_there and not path.is_file():
         missing.append(_absent(name, task, "trt"))
         return
-    if path.stem != Path(WHOLE).stem and not record.defect:
+    dtype, defect = _checked_dtype(record.dtype, record.defect)
+    defect = defect or _engine_problem(path, task, dtype)
+    if path.stem != Path(WHOLE).stem and not defect:
         reason = "engines that hand on keys and values have no runner here; their graphs have"
         missing.append(Cell(name, "-", task.name if task else "*", "*", "not-run", reason))
         return
     runner = TensorRTBackend(path)
+    hashes = record.sources if record.defect else _engine_sources(path, record.sources)
     found.append(
         Artefact(
             name=name,
             kind="single-graph" if task is None else "merged",
             runner=one_task(runner) if record.takes_one_task else runner,
             task=task,
-            dtype=record.dtype,
-            checkpoint_sha256=record.sources.get("checkpoint_sha256", ""),
-            base_sha256=record.sources.get("base_sha256", ""),
-            defect=record.defect,
+            dtype=dtype,
+            checkpoint_sha256=hashes.get("checkpoint_sha256", ""),
+            base_sha256=hashes.get("base_sha256", ""),
+            defect=defect,
             path=path,
             embedding=record.embedding,
         )
     )
 
 
+def _engine_sources(path: Path, of_folder: Mapping[str, str]) -> Mapping[str, str]:
+    """Return what the graph of an engine was made from, else what its folder was."""
+    from mtl_export.errors import IntegrityError
+    from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
+
+    try:
+        return {**of_folder, **EngineManifest.read(manifest_path(path)).provenance}
+    except IntegrityError:
+        return of_folder  # an engine without a manifest is refused where it is run
+
+
+def _engine_problem(path: Path, task: Task | None, dtype: str) -> str:
+    """Return how an engine's manifest contradicts its place or dtype; "" if it does not."""
+    from mtl_export.errors import IntegrityError
+    from mtl_export.parity.stored_dtype import WORDS
+    from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
+
+    try:
+        manifest = EngineManifest.read(manifest_path(path))
+    except IntegrityError:
+        return ""  # it is refused where it is run
+    served = [one.get("name") for one in manifest.tasks]
+    if manifest.layout and (manifest.layout == "merged") != (task is not None):
+        place = f"task {task.name}'s own" if task else "that of all tasks"
+        return f"{path} is an engine of layout {manifest.layout}, not {place}"
+    if task is not None and manifest.layout and served != [task.name]:
+        return f"{path} serves {', '.join(map(str, served))}, not task {task.name}"
+    if dtype in WORDS and WORDS[dtype] not in manifest.precision:
+        return f"it declares {WORDS[dtype]}, but {path} computes in {', '.join(manifest.precision)}"
+    return ""
+
+
+def _checked_dtype(declared: str, defect: str) -> tuple[str, str]:
+    """Return a dtype that has a noise floor, and what is wrong with an artefact, if anything."""
+    if declared in DTYPES:
+        return declared, defect
+    return "fp32", defect or f"it declares the dtype {declared!r}, not one of {', '.join(DTYPES)}"
+
+
+def is_absent(cell: Cell) -> bool:
+    """Return whether a cell says that something could have been exported and was not."""
+    return cell.verdict == "not-run" and cell.reason.startswith(NOT_EXPORTED)
+
+
 def _absent(name: str, task: Task | None, verb: str) -> Cell:
     from mtl_export.parity.report import Cell
 
     options = "--all-tasks" if task is None else "--task NAME"
-    reason = f"not exported; mtl-export {verb} {options} makes it"
+    reason = f"{NOT_EXPORTED}; mtl-export {verb} {options} makes it"
     return Cell(name, "-", task.name if task else "*", "*", "not-run", reason)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtl_export.errors import MtlExportError, OutputError
+import click
+
+from mtl_export.errors import MtlExportError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from mtl_export.parity.cases import Case
@@ -69,8 +71,51 @@ def errors_reported(paths: Sequence[Path]) -> Iterator[None]:
             if isinstance(error, MtlExportError)
             else {"error": type(error).__name__, "where": "mtl-export", "found": str(error)}
         )
-        write_reports(paths, _report_of(parts))
+        write_reports(_known(paths), _report_of(parts))
         raise
+
+
+class ReportingCommand(click.Command):
+    """A command that writes it into its ``--report`` files, too, when its options are refused."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse ``args``, which click does before the command can guard its reports."""
+        words = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except (click.UsageError, MtlExportError) as error:
+            # Eager, so known, unless the words themselves could not be told apart.
+            paths = ctx.params.get("report") or _typed_reports(words)
+            if isinstance(error, MtlExportError):
+                parts = error.as_dict()
+            else:
+                found = error.format_message().rstrip(".")
+                parts = {"error": "UsageError", "where": ctx.command_path, "found": found}
+            with suppress(OutputError):
+                write_reports(_known(paths), _report_of(parts))
+            raise
+
+
+def _typed_reports(words: Sequence[str]) -> list[Path]:
+    """Return what ``--report`` names among words that could not be parsed."""
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    return [
+        Path(word.partition("=")[2] or following)
+        for word, following in pairs
+        if word == "--report" or word.startswith("--report=")
+    ]
+
+
+def _known(paths: Sequence[Path]) -> list[Path]:
+    """Return those whose suffix names a format."""
+    from mtl_export.parity.reports.formats import suffix_of
+
+    known = []
+    for path in paths:
+        with suppress(UsageError):
+            suffix_of(path)
+            known.append(path)
+    return known
 
 
 def _report_of(error: dict[str, str]) -> ParityReport:

@@ -1,9 +1,22 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from mtl_export.bundle.manifest import Recipe, write_manifest
+from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
 from mtl_export_cli.artefacts import ADAPTER_ONNX, Places, find_artefacts
+from tests.adapters import toys
 from tests.graph import language
+
+ENGINE = EngineManifest(
+    engine="model.engine", engine_sha256="a" * 64, engine_size_bytes=6, graph_sha256="b" * 64,
+    source="model.onnx", source_sha256={}, provenance={}, layout="merged", tasks=(), inputs=(),
+    outputs=(), profiles=(), precision=("float32",), tf32=False, builder="tensorrt_rtx",
+    builder_version="1.7", options={}, libraries={}, targets=("8.6",), validated=(),
+)  # fmt: skip
 
 
 def test_adapters_of_a_language_model_are_said_not_to_run(tmp_path: Path) -> None:
@@ -18,3 +31,37 @@ def test_adapters_of_a_language_model_are_said_not_to_run(tmp_path: Path) -> Non
     assert (cell.verdict, cell.task) == ("not-run", "*")
     assert "TaskSession" in cell.reason
     assert not found
+
+
+@pytest.mark.parametrize(
+    ("layout", "served", "dtype", "problem"),
+    [
+        ("merged", [0], "fp32", ""),
+        ("", [], "fp32", ""),
+        ("merged", [1], "fp32", "not task"),
+        ("single-graph", [0, 1], "fp32", "of layout single-graph, not task"),
+        ("merged", [0], "bf16", "it declares bfloat16"),
+        ("merged", [0], "junk", "it declares the dtype 'junk'"),
+    ],
+)
+def test_an_engine_is_what_its_place_and_recipe_say(
+    tmp_path: Path, layout: str, served: list[int], dtype: str, problem: str
+) -> None:
+    """Its manifest contradicts them where no GPU can run it."""
+    bound = toys.toy_bound(tmp_path)
+    names = [task.name for task in bound.adapters.tasks]
+    folder = tmp_path / "engines" / names[0]
+    folder.mkdir(parents=True)
+    (folder / "model.engine").write_bytes(b"engine")
+    tasks = tuple({"name": names[place]} for place in served)
+    replace(ENGINE, layout=layout, tasks=tasks).write(manifest_path(folder / "model.engine"))
+    write_manifest(folder, Recipe("trt", {"dtype": dtype}, {}, "0"))
+    places = Places(tmp_path / "merged", tmp_path / "onnx", tmp_path / "engines")
+    (artefact,), _ = find_artefacts(bound, places, threads=1)
+    assert artefact.dtype in {"fp32", "bf16"}
+    assert problem in artefact.defect
+    assert bool(problem) is bool(artefact.defect)
+    for file in list(folder.iterdir()):
+        file.rename(folder.parent / file.name)
+    (artefact,), _ = find_artefacts(bound, places, threads=1)
+    assert ("not that of all tasks" in artefact.defect) is (layout == "merged" and dtype != "junk")

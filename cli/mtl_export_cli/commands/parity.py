@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from mtl_export.errors import UsageError
-from mtl_export_cli import accuracy, options, render, reports, sources
+from mtl_export_cli import accuracy, coverage, options, render, reports, sources
 from mtl_export_cli.localised import print_layers, with_layers
 from mtl_export_cli.options import Settings, option, with_settings
 from mtl_export_cli.parity_table import print_document, print_report
-from mtl_export_cli.quantised import print_quantised
+from mtl_export_cli.quantised import print_quantised, with_max_drop
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.parity.presets import Preset
-    from mtl_export.parity.report import ParityReport
+    from mtl_export.parity.report import Cell, ParityReport
+    from mtl_export.parity.run import Artefact
     from mtl_export.parity.tolerance import Tolerance
     from mtl_export_cli.artefacts import Places
 
+EXIT_MISSING = 6
 EPILOG = """\b
 Example:
   mtl-export parity
   mtl-export parity --inputs rows.jsonl --report parity.json --report parity.html
   mtl-export parity --atol 1e-5 --rtol 0 --atol pooler_output:1e-4
   mtl-export parity --dataset labelled.jsonl --max-drop 0.5
+  mtl-export parity --onnx out/onnx --require-run
 """
 
 
-@click.command(short_help="Prove that exports still match PyTorch.", epilog=EPILOG)
+@click.command(
+    cls=reports.ReportingCommand,
+    short_help="Prove that exports still match PyTorch.",
+    epilog=EPILOG,
+)
 @with_settings(options.SOURCE, accuracy.OPTIONS, options.TALK)
 @option("--inputs", type=click.Path(path_type=Path), metavar="FILE",
         help="Rows to compare on: JSONL with task, text and, for pairs, text_pair; or arrays.npz"
@@ -48,7 +55,7 @@ Example:
 @option("--merged", type=click.Path(path_type=Path), metavar="DIR", help="Merged folders.")
 @option("--onnx", type=click.Path(path_type=Path), metavar="DIR", help="ONNX graphs.")
 @option("--engines", type=click.Path(path_type=Path), metavar="DIR", help="Engines.")
-@option("--report", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+@option("--report", multiple=True, is_eager=True, type=click.Path(path_type=Path), metavar="FILE",
         help="Also write the report there, as its suffix says: .json, .xml (JUnit), .sarif,"
         " .md or .html; may be repeated.")  # fmt: skip
 @option("--golden", is_flag=True,
@@ -59,6 +66,9 @@ Example:
 @option("--bisect", is_flag=True,
         help="When a graph in fp16 or bf16 failed, also say which layers must compute in"
         " fp32.")  # fmt: skip
+@option("--require-run", is_flag=True,
+        help="Exit 6 unless everything exported was run, and every task has an export in each of"
+        " --merged, --onnx and --engines that is named or holds any.")  # fmt: skip
 @option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")
 def command(
     settings: Settings,
@@ -78,6 +88,7 @@ def command(
     golden: bool,
     localise: bool,
     bisect: bool,
+    require_run: bool,
     threads: int,
 ) -> int:
     """Prove that exports still match PyTorch.
@@ -100,13 +111,18 @@ def command(
     compared too: a drop counts by its interval (paired bootstrap), so that noise neither passes
     nor fails a build. Exit code 3 when anything fails, 4 when a task's score drops by more than
     --max-drop, 2 when the rows cannot tell, 6 when nothing could be run.
+
+    A folder that mtl-export wrote and whose name is no task's fails: it was renamed or left
+    behind, and nobody compares it. With --require-run also what could not be run for want of a
+    runtime or device is exit code 6, and a task without an export (its own, or one that serves
+    all tasks) where others have one. What a preset leaves out does not count.
     """
     from mtl_export.parity.presets import preset_of
     from mtl_export.parity.tolerance import Tolerance
     from mtl_export_cli.artefacts import Places
 
-    reports.check_suffixes(report)
     with reports.errors_reported(report):
+        reports.check_suffixes(report)
         preset = preset_of(quick, full)
         tolerance = Tolerance.from_texts(atol, rtol)
         bound = sources.open_bound(settings)
@@ -120,9 +136,16 @@ def command(
         request = _Request(
             places, inputs, tolerance, gate, preset, threads, golden, localise or bisect, bisect
         )
-        result = _compare(bound, request, settings)
+        artefacts, not_there = _found(bound, request, max_drop)
+        result = _compare(bound, request, settings, artefacts, not_there)
+        code, error = accuracy.outcome(result)
+        if code == 0 and require_run:
+            tasks, named = bound.adapters.tasks, [merged, onnx, engines]
+            lacking = coverage.lacking_exports(artefacts, places, tasks, named)
+            error = coverage.refuse_not_run(result, lacking)
+            if error is not None:
+                code, result = EXIT_MISSING, replace(result, error=error.as_dict())
         reports.write_reports(report, result)
-    code, error = accuracy.outcome(result)
     if settings.json:
         print_document(result, code, error)
         return code
@@ -179,24 +202,45 @@ def _existing(name: str, folder: Path | None) -> Path | None:
     return folder
 
 
-def _compare(bound: BoundModel, request: _Request, settings: Settings) -> ParityReport:
-    """Return the report on everything that was exported."""
-    from mtl_export.parity.presets import choose
-    from mtl_export.parity.run import run_parity, step_count
-    from mtl_export.runtime.pytorch import use_threads
+def _found(
+    bound: BoundModel, request: _Request, max_drop: float | None
+) -> tuple[list[Artefact], list[Cell]]:
+    """Return what was exported, and a cell for each export that cannot be compared.
+
+    Raises:
+        UsageError: There is nothing to compare, or an option judges none of it.
+    """
     from mtl_export_cli.artefacts import find_artefacts
-    from mtl_export_cli.parity_inputs import base_of, cases_of, oracle_of
 
     places = request.places
     artefacts, not_there = find_artefacts(bound, places, threads=request.threads)
+    accuracy.refuse_alone(artefacts)
+    not_there += coverage.unclaimed_cells(places, bound.adapters.tasks)
     if not artefacts:
         raise UsageError(
             where="parity",
-            found=f"nothing under {places.merged}, {places.onnx} or {places.engines}",
+            found=f"nothing under {places.merged}, {places.onnx} or {places.engines}"
+            + "".join(f"; {cell.reason}" for cell in not_there if cell.verdict == "failed"),
             expected="at least one exported model",
             why="a check that compares nothing must not pass",
             fix="Run mtl-export merge --all-tasks or mtl-export onnx --all-tasks first",
         )
+    return artefacts if max_drop is None else with_max_drop(artefacts, max_drop), not_there
+
+
+def _compare(
+    bound: BoundModel,
+    request: _Request,
+    settings: Settings,
+    artefacts: list[Artefact],
+    not_there: list[Cell],
+) -> ParityReport:
+    """Return the report on everything that was exported."""
+    from mtl_export.parity.presets import choose
+    from mtl_export.parity.run import run_parity, step_count
+    from mtl_export.runtime.pytorch import use_threads
+    from mtl_export_cli.parity_inputs import base_of, cases_of, oracle_of
+
     use_threads(request.threads)
     cases, left_out = choose(cases_of(bound, request.inputs), request.preset)
     rows = accuracy.open_gate(bound, request.gate) if request.gate else None

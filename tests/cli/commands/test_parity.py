@@ -195,11 +195,12 @@ def write_labelled(project: Path, rows: int = 12) -> Path:
 def test_scores_on_labelled_rows(exported: Path, run: Run) -> None:
     """Each artefact and task has a row: score of both, change, interval, verdict."""
     write_labelled(exported)
-    words = ("--dataset", "labelled.jsonl", "--max-drop", "0", "--score", "topic:f1")
+    words = ("--dataset", "labelled.jsonl", "--max-drop", "25", "--score", "topic:f1")
     outcome = run("parity", *words, "--report", "parity.json")
     assert outcome.code == 0, outcome.stdout + outcome.stderr
-    assert "accuracy passed: the worst task may lose 0 points" in outcome.stdout
-    assert "+0.00 to +0.00" in outcome.stdout
+    assert "accuracy passed: the worst task may lose 25 points" in outcome.stdout
+    # Twelve rows that all agree: less than 1 - 0.05^(1/12) may be lost.
+    assert "-22.09 to +22.09" in outcome.stdout
     report = json.loads((exported / "parity.json").read_text())
     cells = report["accuracy"]["cells"]
     assert {(cell["artefact"], cell["task"]) for cell in cells} == {
@@ -221,6 +222,9 @@ def test_scores_on_labelled_rows(exported: Path, run: Run) -> None:
         (("--dataset", "gone.jsonl"), "gone.jsonl"),
         (("--dataset", "labelled.jsonl", "--score", "bleu"), "'bleu': a score is one of"),
         (("--dataset", "labelled.jsonl", "--score", "tpoic:f1"), "tpoic"),
+        (("--max-drop", "0.5"), "without --dataset"),
+        (("--score", "auc"), "without --dataset"),
+        (("--dataset", "labelled.jsonl", "--max-drop", "nan"), "max-drop"),
         (("--atol", "1e-5"), "only one of them"),
         (("--atol", "logit:1e-5", "--rtol", "logit:0"), "not compared: logit"),
     ],
@@ -233,6 +237,85 @@ def test_options_that_mean_nothing_are_refused(
     outcome = run("parity", *words, "--json")
     assert outcome.code == 2
     assert reason in str(outcome.json["error"])
+
+
+def test_a_folder_that_no_task_claims_fails_by_its_name(exported: Path, run: Run) -> None:
+    """One that was renamed, or left behind: else it would be compared by nobody."""
+    onnx = exported / "out" / "onnx"
+    shutil.rmtree(exported / "out" / "merged")
+    (onnx / "spam").rename(onnx / "spam_renamed")
+    (onnx / "notes").mkdir()
+    outcome = run("parity", "--quick", "--report", "parity.xml", "--report", "parity.html")
+    assert outcome.code == 3, outcome.stdout
+    told = "".join(outcome.stdout.split())
+    assert "FAILEDmergedonnx,taskspam_renamed" in told
+    assert "notaskiscalled'spam_renamed'" in told
+    assert "notes" not in told
+    for report in ("parity.xml", "parity.html"):
+        assert "spam_renamed" in (exported / report).read_text()
+    for name in ("ads_rel", TASK):
+        shutil.rmtree(onnx / name)
+    (onnx / "model.onnx").unlink()
+    (onnx / "mtl-export.json").unlink()
+    outcome = run("parity", "--quick", "--json")
+    assert outcome.code == 2
+    assert "spam_renamed" in outcome.json["error"]["found"]
+
+
+def test_require_run_asks_for_every_task(exported: Path, run: Run) -> None:
+    """What a preset leaves out does not count, nor a layout or engines that nobody made."""
+    onnx = exported / "out" / "onnx"
+    words = ("parity", "--quick", "--require-run")
+    shutil.rmtree(exported / "out" / "merged")
+    shutil.rmtree(onnx / "spam")
+    assert run(*words).code == 0  # the single graph serves it
+    (onnx / "model.onnx").unlink()
+    (onnx / "mtl-export.json").unlink()
+    (exported / "empty").mkdir()
+    outcome = run(*words, "--merged", "empty", "--json", "--report", "parity.json")
+    assert outcome.code == outcome.json["exit_code"] == 6
+    assert "onnx has nothing for task spam" in outcome.json["error"]["found"]
+    assert "empty has nothing for task ads_rel" in outcome.json["error"]["found"]
+    assert not outcome.json["counts"]["failed"]
+    assert json.loads((exported / "parity.json").read_text())["error"]["where"] == "--require-run"
+
+
+def test_a_wider_dtype_than_the_weights_have_is_no_tolerance(exported: Path, run: Run) -> None:
+    """Metadata that claim bf16 would hide a weight that is 2 % off; junk is no dtype at all."""
+    import onnx
+
+    from mtl_export.bundle.manifest import read_manifest, write_manifest
+
+    shutil.rmtree(exported / "out" / "merged")
+    for name, dtype in (("spam", "bf16"), (TASK, "junk")):
+        folder = exported / "out" / "onnx" / name
+        model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+        model.metadata_props.add(key="mtl_export.dtype", value=dtype)
+        onnx.save(model, str(folder / "model.onnx"))
+        manifest = read_manifest(folder)
+        assert manifest is not None
+        write_manifest(folder, manifest.recipe)
+    outcome = run("parity", "--quick", "--no-localise", "--json")
+    assert outcome.code == 3, outcome.stderr
+    failed = {c["task"]: c["reason"] for c in outcome.json["cells"] if c["verdict"] == "failed"}
+    assert "declares bfloat16, but 100% of the numbers in matrices are float32" in failed["spam"]
+    assert "the dtype 'junk', not one of fp32, fp16, bf16" in failed[TASK]
+    assert set(failed) == {"spam", TASK}
+
+
+@pytest.mark.parametrize(
+    "words", [("--max-drop", "-1"), ("--bogus",), ("--config", "gone.toml"), ("--report", "r.txt")]
+)
+def test_refused_options_end_an_old_report(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """CI would show the pass of an earlier run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.json").write_text('{"verdict": "passed"}')
+    assert run("parity", *words, "--report", "r.json").code == 2
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["verdict"] != "passed"
+    assert report["error"]["found"]
 
 
 def test_inputs_may_be_arrays(exported: Path, run: Run) -> None:
