@@ -23,9 +23,8 @@ from mtl_export.errors import CalibrationError, shortened
 from mtl_export.parity.labelled import LabelledRows, Truth
 from mtl_export.parity.scores import usual_score
 from mtl_export_calibration.data import TASK_IDS, Row, tokenize
-from mtl_export_calibration.samples import LABELS, load_data, owners_of
+from mtl_export_calibration.samples import LABELS, QUERIES, load_data, owners_of
 
-QUERIES = "queries"
 RANKING = "ndcg"
 
 

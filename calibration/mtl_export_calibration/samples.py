@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.model_inputs import PIXEL_VALUES
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CalibrationError, shortened
 from mtl_export_calibration.data import (
@@ -40,7 +41,9 @@ from mtl_export_calibration.data import (
 
 LABELS = "labels"
 NO_LABEL = -1
-MASK = "attention_mask"
+QUERIES = "queries"
+INPUT_IDS, MASK, TOKEN_TYPES = "input_ids", "attention_mask", "token_type_ids"
+TEXT = (INPUT_IDS, MASK, TOKEN_TYPES)
 _CALLABLE = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
 
 
@@ -220,7 +223,7 @@ def owners_of(
     """Return the name of each row's task.
 
     Raises:
-        CalibrationError: A row's task is unknown, or arrays are of unequal lengths.
+        CalibrationError: A row's task is unknown, or arrays are of unequal lengths or no inputs.
     """
     if not isinstance(data, dict):
         owners = [row.task for row in data]
@@ -235,6 +238,16 @@ def owners_of(
             found=f"arrays {', '.join(f'{name} {data[name].shape}' for name in sorted(data))}",
             expected=f"the model's inputs and int64 {TASK_IDS}, all with one row a sample",
             fix=f"Add {TASK_IDS} [N], or give all arrays as many rows",
+        )
+    inputs = (*TEXT, PIXEL_VALUES, TASK_IDS)
+    others = sorted(data.keys() - {*inputs, LABELS, QUERIES})
+    if others:
+        raise CalibrationError(
+            where=reference,
+            found=f"arrays that are no input: {shortened(others)}",
+            expected=f"some of {', '.join(inputs)}; {LABELS} and {QUERIES} where they are known",
+            why="an array that is not fed would change nothing",
+            fix="Leave them out, or correct their names",
         )
     unknown = sorted({int(i) for i in ids} - names.keys())
     if unknown:

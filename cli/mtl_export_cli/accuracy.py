@@ -101,6 +101,7 @@ def open_gate(bound: BoundModel, gate: Gate) -> LabelledRows:
     from mtl_export.checkpoint.checkpoint import task_named
     from mtl_export.checkpoint.model_inputs import longest_sequence
     from mtl_export_calibration.labelled import open_labelled
+    from mtl_export_calibration.model_arrays import model_arrays
 
     tasks = bound.adapters.tasks
     for name in gate.scores:
@@ -108,13 +109,15 @@ def open_gate(bound: BoundModel, gate: Gate) -> LabelledRows:
             task_named(tasks, name)
     plain = gate.scores.get("")
     scores = {task.name: plain for task in tasks} if plain else {}
-    return open_labelled(
+    rows = open_labelled(
         gate.dataset,
         tasks,
         bound.base.folder,
         max_length=longest_sequence(bound.base.config, unlimited=512),
         scores={**scores, **{name: score for name, score in gate.scores.items() if name}},
     )
+    config = bound.base.config
+    return replace(rows, inputs=model_arrays(rows.inputs, config, f"--dataset {gate.dataset}"))
 
 
 def with_accuracy(

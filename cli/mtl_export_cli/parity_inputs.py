@@ -100,12 +100,13 @@ def _arrays(
 
     Raises:
         UsageError: They are not what the model takes.
+        CalibrationError: They are beyond its limits.
     """
     import numpy as np
 
     from mtl_export.checkpoint.model_inputs import PIXEL_VALUES
-    from mtl_export_calibration.labelled import QUERIES
-    from mtl_export_calibration.samples import LABELS, load_data, owners_of
+    from mtl_export_calibration.model_arrays import model_arrays
+    from mtl_export_calibration.samples import LABELS, QUERIES, load_data, owners_of
 
     data = load_data(str(inputs))
     assert isinstance(data, dict)
@@ -122,9 +123,8 @@ def _arrays(
             why=f"{bound.adapters.model_class} takes it",
             fix="Save what the model takes, and task_ids",
         )
-    rows = {name: value for name, value in data.items() if name not in {LABELS, QUERIES}}
-    if not image:
-        rows.setdefault("attention_mask", np.ones_like(found))
+    inputs_alone = {n: value for n, value in data.items() if n not in {LABELS, QUERIES}}
+    rows = model_arrays(inputs_alone, bound.base.config, f"--inputs {inputs}")
     return {
         name: value.astype(np.float32 if value.dtype.kind == "f" else np.int64)
         for name, value in rows.items()
@@ -133,5 +133,8 @@ def _arrays(
 
 def _tokenised(bound: BoundModel, inputs: Path, longest: int) -> dict[str, Array]:
     from mtl_export_calibration.data import load_rows, tokenize
+    from mtl_export_calibration.model_arrays import model_arrays
 
-    return tokenize(load_rows(inputs), bound.base.folder, bound.adapters.tasks, max_length=longest)
+    tasks, folder = bound.adapters.tasks, bound.base.folder
+    rows = tokenize(load_rows(inputs), folder, tasks, max_length=longest)
+    return model_arrays(rows, bound.base.config, f"--inputs {inputs}")

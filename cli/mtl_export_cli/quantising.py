@@ -168,6 +168,7 @@ class Request:
         """Quantise graphs, those of one layout together."""
         from mtl_export.checkpoint.model_inputs import longest_sequence
         from mtl_export_calibration.measure import Work, measure
+        from mtl_export_calibration.model_arrays import model_arrays
         from mtl_export_calibration.samples import open_samples
 
         tasks, folder = bound.adapters.tasks, bound.base.folder
@@ -178,6 +179,13 @@ class Request:
         )
         judged, judged_counts = open_samples(
             self.judge, tasks, folder, max_length=longest, per_task=None, seed=self.seed
+        )
+        calibration, judged = (
+            replace(rows, arrays=model_arrays(rows.arrays, bound.base.config, f"{flag} {given}"))
+            for rows, flag, given in (
+                (calibration, "--data", self.data),
+                (judged, "--judge", self.judge),
+            )
         )
         for name, count in counts.items():
             repeated = f", fed {count.fed} times" if count.fed > count.used else ""

@@ -122,6 +122,7 @@ def test_an_npz_file_is_the_models_inputs(tmp_path: Path, tokenizer_folder: Path
             "task ids that the checkpoint does not have: 3",
         ),
         ({"task_ids": np.array([0, 1, 2])}, "one row a sample"),
+        ({"input_idz": np.zeros((6, 3))}, "arrays that are no input: input_idz"),
         ({"task_ids": np.zeros(6, np.int64)}, "no row for topic, spam"),
         ({"labels": np.zeros((6, 2))}, r"labels float64 \(6, 2\)"),
     ],

@@ -319,14 +319,14 @@ def test_refused_options_end_an_old_report(
 
 
 def test_inputs_may_be_arrays(exported: Path, run: Run) -> None:
-    """An npz file with the model's inputs and task_ids; without a mask nothing is padding."""
+    """An npz file with the model's inputs and task_ids; mask and types may be left out."""
     import numpy as np
 
     shutil.rmtree(exported / "out" / "merged")
     for task in ("ads_rel", "spam", TASK):
         shutil.rmtree(exported / "out" / "onnx" / task)
     ids = np.random.default_rng(0).integers(5, 50, (6, 9))
-    arrays = {"input_ids": ids, "token_type_ids": ids * 0, "task_ids": np.arange(6) % 3}
+    arrays = {"input_ids": ids, "task_ids": np.arange(6) % 3}
     np.savez(str(exported / "rows.npz"), **arrays)  # type: ignore[arg-type]
     outcome = run("parity", "--quick", "--inputs", "rows.npz", "--json")
     assert outcome.code == 0, outcome.stdout
@@ -334,6 +334,12 @@ def test_inputs_may_be_arrays(exported: Path, run: Run) -> None:
     assert len(document["sources"]["inputs_sha256"]) == 64
     left_out = {cell["reason"] for cell in document["cells"] if cell["verdict"] == "not-run"}
     assert {"left out by --quick", "left out without --full"} <= left_out
+    for option in ("--inputs", "--dataset"):
+        labels = {"labels": np.zeros(6, int)} if option == "--dataset" else {}
+        np.savez(str(exported / "rows.npz"), **{**arrays, **labels, "input_ids": ids + 1000})  # type: ignore[arg-type]
+        outcome = run("parity", "--quick", option, "rows.npz")
+        assert outcome.code == 2
+        assert f"{option} rows.npz: input_ids 10" in outcome.stderr
     kept = {"token_type_ids": ids * 0, "task_ids": arrays["task_ids"]}
     np.savez(str(exported / "rows.npz"), **kept)  # type: ignore[arg-type]
     outcome = run("parity", "--inputs", "rows.npz")
