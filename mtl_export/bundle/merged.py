@@ -22,9 +22,15 @@ from time import monotonic
 from typing import Any
 
 from mtl_export.adapters.binding import BoundModel, check_base_hash
-from mtl_export.bundle.manifest import FileEntry, Recipe, changed_files
+from mtl_export.bundle.manifest import FileEntry, Recipe
 from mtl_export.bundle.output import OutputPlan, output_folder
-from mtl_export.bundle.shared import SHARED_FOLDER, SharedFiles, remove_unused, whole_files
+from mtl_export.bundle.shared import (
+    SHARED_FOLDER,
+    SharedFiles,
+    is_whole,
+    remove_unused,
+    whole_files,
+)
 from mtl_export.bundle.staging import resumable_folder
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.merge.drift import Squares, TaskDrift
@@ -225,7 +231,7 @@ def _place_shared(
 ) -> None:
     """Have the shared files in place when ``stack`` ends, unless the same lie there already."""
     place = request.parent / shared.name
-    if changed_files(place, shared.files):
+    if not is_whole(place, shared.files):
         plan = stack.enter_context(
             output_folder(place, recipe=lambda: request.recipe(SHARED_FOLDER), force=request.force)
         )

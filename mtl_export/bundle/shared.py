@@ -84,11 +84,20 @@ def whole_files(
             files = {Path(name).name: entry for name, entry in manifest.beside.items()}
             unplaced = SharedFiles(folder, files)
             found = SharedFiles(folder.parent / unplaced.name, files)
-            if manifest.beside != unplaced.beside or changed_files(found.folder, files):
+            if manifest.beside != unplaced.beside or not is_whole(found.folder, files):
                 continue
         if found.files.keys() == {*names}:
             return found
     return None
+
+
+def is_whole(folder: Path, files: Mapping[str, FileEntry]) -> bool:
+    """Return whether ``folder`` is an output that holds these files, and no other is listed."""
+    try:
+        manifest = read_manifest(folder)
+    except IntegrityError:
+        return False
+    return manifest is not None and manifest.files == files and not changed_files(folder, files)
 
 
 def remove_unused(parent: Path) -> None:
