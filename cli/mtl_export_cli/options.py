@@ -145,6 +145,7 @@ MAX_DROP: Decorator = option(
     help="Points the worst task may lose; by default 1, of calibrate --quantize fp8 0.5.",
 )  # fmt: skip
 LAYOUT_HELP = "single-graph (default with --all-tasks) or per-task (default with --task)."
+REQUIRE_RUN_HELP = "Exit 6 unless all that should have been run was there and was run."
 NUMBERS = ("int8", "fp8", "int4")
 QUANTIZE_HELP = "What numbers the graphs are quantised to; int4: weights only."
 LAYOUT: Decorator = option("--layout", type=click.Choice(LAYOUTS), help=LAYOUT_HELP)

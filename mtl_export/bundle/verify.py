@@ -37,7 +37,6 @@ from mtl_export.errors import (
 from mtl_export.runtime.golden import GOLDEN_FILE, Vector, read_golden
 from mtl_export.runtime.model_files import ENGINE_SUFFIX, runner_of
 from mtl_export.runtime.ort import onnx_metadata
-from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
 
 FILES: Literal["files"] = "files"
 GOLDEN: Literal["golden"] = "golden"
@@ -232,7 +231,10 @@ def _named_sources(path: Path) -> dict[str, str]:
         if path.suffix == ".onnx":
             found = onnx_metadata(path)
             return {name: found.get(f"mtl_export.{name}", "") for name in _SOURCES}
-        if path.suffix == ENGINE_SUFFIX and manifest_path(path).is_file():
+        if path.suffix == ENGINE_SUFFIX:
+            # Not above: graphs are checked where nothing that engines need is installed.
+            from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
+
             provenance = EngineManifest.read(manifest_path(path)).provenance
             return {name: str(provenance.get(name, "")) for name in _SOURCES}
     return {}

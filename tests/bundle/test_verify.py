@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,14 @@ from mtl_export.errors import BackendMissingError, IntegrityError, UsageError
 from mtl_export.runtime.golden import GOLDEN_FILE, Vector, golden_bytes
 
 RECIPE = Recipe("onnx", {}, {}, "0")
+EXAMPLE_ENGINE = """{
+  "schema": "mtl-export.engine/1",
+  "engine": {"file": "model.engine", "sha256": "", "size_bytes": 6, "graph_sha256": ""},
+  "source": {"file": "model.onnx", "sha256": {}}, "provenance": {},
+  "layout": "", "tasks": [], "inputs": [], "outputs": [], "profiles": [], "precision": [],
+  "tf32": false, "builder": {"name": "tensorrt", "version": "11.0", "options": {}},
+  "libraries": {}, "targets": [], "validated": []
+}"""
 
 
 def model(path: Path, factor: float = 2.0, metadata: dict[str, str] | None = None) -> None:
@@ -207,6 +216,19 @@ def test_other_sources_in_the_manifest_than_in_the_graph_fail(tmp_path: Path) ->
         found.append(verify_folder(tmp_path)[0])
     assert [check.verdict for check in found] == ["passed", "failed"]
     assert f"checkpoint_sha256 {'cd' * 32}, model.onnx has {'ab' * 32}" in found[1].reason
+
+
+def test_other_sources_in_the_manifest_than_in_the_engine_fail(tmp_path: Path) -> None:
+    """An engine's own manifest has those of its graph; one without is not asked."""
+    (tmp_path / "model.engine").write_bytes(b"engine")
+    sources = {"checkpoint_sha256": "cd" * 32}
+    write_manifest(tmp_path, Recipe("trt", {}, sources, "0"))
+    assert verify_folder(tmp_path)[0].verdict == "passed"
+    about = json.loads(EXAMPLE_ENGINE)
+    about["provenance"]["checkpoint_sha256"] = "ab" * 32
+    (tmp_path / "model.engine.json").write_text(json.dumps(about))
+    write_manifest(tmp_path, Recipe("trt", {}, sources, "0"))
+    assert "model.engine has" in verify_folder(tmp_path)[0].reason
 
 
 def test_a_file_of_several_folders_is_read_once(

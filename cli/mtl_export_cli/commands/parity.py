@@ -67,8 +67,7 @@ Example:
         help="When a graph in fp16 or bf16 failed, also say which layers must compute in"
         " fp32.")  # fmt: skip
 @option("--require-run", is_flag=True,
-        help="Exit 6 unless everything exported was run, and every task has an export in each of"
-        " --merged, --onnx and --engines that is named or holds any.")  # fmt: skip
+        help=options.REQUIRE_RUN_HELP)  # fmt: skip
 @option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")
 def command(
     settings: Settings,

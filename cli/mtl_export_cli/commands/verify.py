@@ -30,7 +30,7 @@ Example:
 @click.argument("folder", type=click.Path(path_type=Path))
 @with_settings(options.TALK)
 @option("--require-run", is_flag=True,
-        help="Exit 6 unless every graph and engine was run on golden vectors.")  # fmt: skip
+        help=options.REQUIRE_RUN_HELP)  # fmt: skip
 @option("--require-all-tasks", is_flag=True,
         help="Exit 7 if a task of the checkpoint has no folder where others have one.")  # fmt: skip
 @option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")
@@ -41,7 +41,8 @@ def command(
 
     Every file must have the SHA-256 of the folder's manifest, and no file of it may be missing
     or added: exit code 7. Then the inputs that mtl-export parity --golden saved are run again:
-    exit code 3 if an output differs. The checkpoint is not needed, and for graphs nothing but
+    exit code 3 if an output differs, and with --require-run 6 if a graph or engine has none or
+    could not be run on them. The checkpoint is not needed, and for graphs nothing but
     numpy and onnxruntime. Folders inside are checked too, by their own manifests: a task's
     folder that was deleted whole is only a remark, for no manifest says that it was ever
     written; --require-all-tasks makes it exit code 7.
