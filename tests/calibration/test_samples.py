@@ -143,6 +143,16 @@ def test_a_pickled_npz_is_refused(tmp_path: Path) -> None:
         load_data(str(tmp_path / "rows.npz"))
 
 
+def test_an_npz_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    """Zip's own error is the file's, not a bug."""
+    path = tmp_path / "rows.npz"
+    np.savez(path, x=np.arange(9))
+    for content in (path.read_bytes()[:100], b""):
+        path.write_bytes(content)
+        with pytest.raises(CalibrationError, match="cannot be read"):
+            load_data(str(path))
+
+
 def test_labels_are_names_or_indices(tmp_path: Path, tokenizer_folder: Path) -> None:
     """Rows without one are marked; all rows are taken in order."""
     samples, counts = opened(write_rows(tmp_path / "rows.jsonl", OBJECTS), tokenizer_folder)

@@ -65,3 +65,21 @@ def test_an_engine_is_what_its_place_and_recipe_say(
         file.rename(folder.parent / file.name)
     (artefact,), _ = find_artefacts(bound, places, threads=1)
     assert ("not that of all tasks" in artefact.defect) is (layout == "merged" and dtype != "junk")
+
+
+def test_an_engine_is_of_the_checkpoint_that_its_graph_names(tmp_path: Path) -> None:
+    """A folder's recipe says what was asked for, which a stale graph is not."""
+    bound = toys.toy_bound(tmp_path)
+    folder = tmp_path / "engines"
+    folder.mkdir()
+    (folder / "model.engine").write_bytes(b"engine")
+    now = {
+        "base_sha256": bound.base.sha256,
+        "checkpoint_sha256": bound.adapters.checkpoint_sha256,
+    }
+    stale = replace(ENGINE, layout="", provenance={**now, "checkpoint_sha256": "0" * 64})
+    stale.write(manifest_path(folder / "model.engine"))
+    write_manifest(folder, Recipe("trt", {}, now, "0"))
+    (artefact,), _ = find_artefacts(bound, Places(tmp_path, tmp_path, folder), threads=1)
+    assert artefact.base_sha256 == now["base_sha256"]
+    assert artefact.checkpoint_sha256 == "0" * 64
