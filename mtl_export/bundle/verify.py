@@ -59,6 +59,7 @@ class Check:
         what: Which file, vector or folder; how many the files are for ``files``.
         verdict: What could not run is ``not-run``, never ``passed``.
         reason: Why it failed or did not run; empty when passed.
+        within: Largest error that a golden vector allows; None of what was not run.
     """
 
     folder: str
@@ -66,6 +67,7 @@ class Check:
     what: str
     verdict: Literal["passed", "failed", "not-run"]
     reason: str = ""
+    within: float | None = None
 
 
 def verify_folder(
@@ -272,7 +274,8 @@ def _replay_model(path: Path, name: str, vectors: list[Vector], threads: int) ->
             for vector in vectors:
                 reason = vector.difference(runner.infer(vector.inputs))
                 what = f"{path.name}, {vector.name}"
-                checks.append(Check(name, GOLDEN, what, "failed" if reason else "passed", reason))
+                verdict: Literal["passed", "failed"] = "failed" if reason else "passed"
+                checks.append(Check(name, GOLDEN, what, verdict, reason, vector.widest))
     except BackendMissingError as error:
         checks.append(Check(name, GOLDEN, path.name, "not-run", str(error)))
     except MtlExportError as error:

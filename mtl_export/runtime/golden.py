@@ -62,6 +62,14 @@ class Vector:
     atol: float
     rtol: float
 
+    @property
+    def widest(self) -> float:
+        """Return the largest error allowed at any value."""
+        sizes = [
+            np.abs(saved[np.isfinite(saved)]).max(initial=0.0) for saved in self.outputs.values()
+        ]
+        return self.atol + self.rtol * float(max(sizes))
+
     def difference(self, found: Mapping[str, Array]) -> str:
         """Return how ``found`` differs beyond what is allowed, or ""."""
         for name, saved in self.outputs.items():

@@ -83,6 +83,7 @@ def test_a_whole_folder_passes(out: Path) -> None:
         ("spam", "files", "passed"), ("spam", "golden", "not-run"),
     ]  # fmt: skip
     assert [one.what for one in checks[:3]] == ["3 files", "model.onnx, spam", "model.onnx, mixed"]
+    assert [one.within for one in checks] == [None, 1e-6, 1e-6, None, None]
     assert checks[-1].reason == NO_VECTORS
     assert verify_folder(out / "spam")[0].folder == "."
     above = verify_folder(out.parent)

@@ -97,4 +97,6 @@ def _summary(checks: Sequence[Check], folder: str, kind: str) -> str:
     if len(own) == 1 and (kind == "files" or own[0].verdict == "not-run"):
         return f"{own[0].what} {own[0].verdict}" if kind == "files" else own[0].verdict
     counts = {word: sum(check.verdict == word for check in own) for word in VERDICTS}
-    return ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    allowed = [check.within for check in own if check.within is not None]
+    return f"{told}, errors up to {max(allowed):.1e} allowed" if allowed else told

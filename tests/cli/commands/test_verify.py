@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mtl_export.bundle.verify import Check
 from tests.cli.conftest import Run
 
 
@@ -58,3 +59,15 @@ def test_a_graph_keeps_the_sources_it_was_made_from(graphs: Path, tmp_path: Path
     outcome = run("verify", str(folder))
     assert outcome.code == 7
     assert f"mtl-export.json has checkpoint_sha256 {'0' * 64}, model.onnx has" in outcome.stdout
+
+
+def test_what_golden_vectors_allow_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass within anything is none."""
+    checks = [
+        Check(".", "files", "3 files", "passed"),
+        Check(".", "golden", "model.onnx, spam", "passed", within=1e-6),
+        Check(".", "golden", "model.onnx, mixed", "passed", within=1e9),
+    ]
+    monkeypatch.setattr("mtl_export.bundle.verify.verify_folder", lambda *_, **__: checks)
+    assert "2 passed, errors up to 1.0e+09 allowed" in run("verify", "out").stdout
+    assert run("verify", "out", "--json").json["checks"][1]["within"] == 1e-6
