@@ -97,7 +97,8 @@ def command(
     language models also every step from the cache and the tokens they generate.
     An error passes when it is at most 8 times what the arithmetic of the artefact's dtype
     itself costs the model (or within --atol and --rtol) and no decision changes. Quantised
-    graphs are held to that without their Q/DQ; with them, to what calibrate counted.
+    graphs are held to that without their Q/DQ; with them, to what calibrate counted: it may be
+    --max-drop, else what calibrate itself was allowed.
 
     --quick compares a batch of each task and one of all tasks mixed (of language models also
     the steps and tokens that follow), and asks for ids that no task has, other tasks' tensors,
@@ -109,7 +110,9 @@ def command(
     With --dataset the scores of the reference and of every artefact on labelled rows are
     compared too: a drop counts by its interval (paired bootstrap), so that noise neither passes
     nor fails a build. Exit code 3 when anything fails, 4 when a task's score drops by more than
-    --max-drop, 2 when the rows cannot tell, 6 when nothing could be run.
+    --max-drop, 2 when the rows cannot tell, 6 when nothing could be run. --score, and --max-drop
+    where nothing is quantised, are refused on the command line without --dataset; those of the
+    settings file and of the environment then wait for a run that has it.
 
     A folder that mtl-export wrote and whose name is no task's fails: it was renamed or left
     behind, and nobody compares it. With --require-run also what could not be run for want of a
