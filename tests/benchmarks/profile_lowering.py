@@ -159,10 +159,10 @@ def seconds(linear: Linear, threads: int, rounds: int) -> dict[str, float]:
         """
         one = session(every[name], weights, linear.inputs, threads)
         feed = {given.name: rows[given.name] for given in one.get_inputs()}
-        least = float("inf")
+        y, least = one.run(None, feed)[0], float("inf")
         for _ in range(RUNS):
             began = time.perf_counter()
-            y = one.run(None, feed)[0]
+            one.run(None, feed)
             least = min(least, time.perf_counter() - began)
         return y, least
 
