@@ -63,7 +63,7 @@ def refuse_not_run(report: ParityReport, lacking: Sequence[str]) -> BackendMissi
     from mtl_export_cli.artefacts import is_absent
 
     found = [
-        f"{cell.artefact}{'' if cell.task == '*' else f' of {cell.task}'}: {cell.reason.rstrip('.')}"
+        f"{cell.artefact}{'' if cell.task == '*' else f' of {cell.task}'}: {cell.reason}".rstrip(".")
         for cell in report.cells
         if cell.verdict == "not-run" and cell.case in {"*", PLAIN} and not is_absent(cell)
     ]
