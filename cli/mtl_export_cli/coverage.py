@@ -63,7 +63,7 @@ def refuse_not_run(report: ParityReport, lacking: Sequence[str]) -> BackendMissi
     from mtl_export_cli.artefacts import is_absent
 
     found = [
-        f"{cell.artefact}{'' if cell.task == '*' else f' of {cell.task}'}: {cell.reason}".rstrip(".")
+        f"{cell.artefact}{'' if cell.task == '*' else f' of {cell.task}'}: {cell.reason}"
         for cell in report.cells
         if cell.verdict == "not-run" and cell.case in {"*", PLAIN} and not is_absent(cell)
     ]
@@ -71,7 +71,7 @@ def refuse_not_run(report: ParityReport, lacking: Sequence[str]) -> BackendMissi
         return None
     return BackendMissingError(
         where="--require-run",
-        found=shortened([*found, *lacking]),
+        found=shortened([*found, *lacking]).rstrip("."),
         expected="every export there, and a runtime and a device for it",
         why="what is not run is not proven",
         fix="Run it where that is there, or export what is missing",
