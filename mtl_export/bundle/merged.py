@@ -117,6 +117,13 @@ def merge_tasks(
         IntegrityError: The base is not the one the checkpoint was trained on, or ``verify``
             found a difference.
     """
+    results = _merged(request, tick)
+    # Also where nothing was to do: a run that was killed may have left what nobody refers to.
+    remove_unused(request.parent)
+    return results
+
+
+def _merged(request: MergeRequest, tick: Callable[[int, int], None]) -> list[MergedTask]:
     layout = layout_of(request.bound, request.tasks, request.options)
     with ExitStack() as stack:
         journal = stack.enter_context(_journal(request))
@@ -136,7 +143,6 @@ def merge_tasks(
         for result in results:
             if not result.plan.up_to_date:
                 _fill(request, layout, result, work[result.task.name], shared, written)
-    remove_unused(request.parent)
     return results
 
 

@@ -4,9 +4,9 @@
     <parent>/<task>/          its index and manifest point to ../_shared/<id>/
 
 What such a folder holds never changes: a merge that shares other tensors writes a folder of
-another name, so tasks merged before keep theirs. A merge that wrote anything ends by removing
-the folders that no output beside ``_shared`` refers to; where another run is writing at that
-moment, the next merge does. Earlier versions kept one set of files in ``_shared`` itself.
+another name, so tasks merged before keep theirs. A merge ends by removing the folders that no
+output beside ``_shared`` refers to; where another run is writing at that moment, or it is
+killed, the next merge does. Earlier versions kept one set of files in ``_shared`` itself.
 """
 
 from __future__ import annotations

@@ -159,13 +159,16 @@ cli(sys.argv[1:])
 """
 
 
+@pytest.mark.parametrize(
+    "layout", [[], ["--layout", "shared", "--shared-by", "reference"]], ids=["alone", "shared"]
+)
 def test_a_run_killed_at_20_random_moments_leaves_the_old_result_or_the_new(
-    bound: BoundModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bound: BoundModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: list[str]
 ) -> None:
     """Each folder is whole after every kill, and --resume ends where an undisturbed run does."""
     arguments = [
         "merge", "--all-tasks", "--force", "-c", str(tmp_path / "adapter"),
-        "-b", str(bound.base.folder), "-o", str(tmp_path / "out"),
+        "-b", str(bound.base.folder), "-o", str(tmp_path / "out"), *layout,
     ]  # fmt: skip
 
     # What takes a killed run up runs here: a process of its own would mostly import.
@@ -222,7 +225,9 @@ def test_a_run_killed_at_20_random_moments_leaves_the_old_result_or_the_new(
         resumed = CliRunner().invoke(cli, [*arguments, "--resume"])
         assert resumed.exit_code == 0, resumed.output
         assert hashes() == new
-        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == list(TASKS)
+        left = {path.name for path in (tmp_path / "out").iterdir()}
+        assert left == {*TASKS, *(["_shared"] if layout else [])}
+        assert not layout or len(list((tmp_path / "out" / "_shared").iterdir())) == 1
         shutil.rmtree(tmp_path / "out")
         shutil.copytree(tmp_path / "old", tmp_path / "out")
     assert cut, "no run was cut short: this proved nothing"
