@@ -6,7 +6,7 @@
     alpha = 16.0                                 # where the checkpoint does not carry it
     temperature = 0.1                            # likewise
     biases = "hidden_biases.pt"                  # likewise
-    dtype = "fp16"                               # of merged folders
+    dtype = "fp16"                               # of merged folders; of graphs: [onnx] dtype
 
     [output]
     dir = "out"                                  # holds merged/, onnx/, engines/
@@ -44,7 +44,8 @@ from mtl_export.errors import UsageError
 CONFIG_FILE = "mtl-export.toml"
 DEFAULT_OUTPUT_DIR = "out"
 PACKAGE_PREFIX = "package:"
-# Those whose result is weights in a dtype; a graph has none of its own yet.
+# Those that ``dtype`` by itself is meant for: half of a graph's activations round too, which
+# nobody asks for by saying how weights are stored. Graphs have [onnx] dtype and [trt] dtype.
 DTYPE_COMMANDS = frozenset({"merge", "plan"})
 
 # A reader turns a TOML value and the file's folder into an option value, or raises
@@ -289,6 +290,7 @@ def _chosen_scores(value: object, folder: Path) -> list[str]:
     return [f"{name}:{_text(score, folder)}" for name, score in value.items()]
 
 
+_DTYPE: Reader = _choice("fp32", "fp16", "bf16")
 OPTIONS: dict[str, Reader] = {
     "base": _base,
     "checkpoint": _path,
@@ -296,9 +298,8 @@ OPTIONS: dict[str, Reader] = {
     "alpha": _number,
     "temperature": _number,
     "biases": _path,
-    "dtype": _choice("fp32", "fp16", "bf16"),
+    "dtype": _DTYPE,
 }
-_LAYOUT: Reader = _choice("single-graph", "per-task")
 _NUMBER: Reader = _choice("int8", "fp8", "int4")
 _FORM: dict[str, Reader] = {
     "task_input": _choice("rows", "scalar"),
@@ -312,8 +313,13 @@ SECTIONS: dict[str, dict[str, Reader]] = {
         "shared_by": _choice("link", "reference"),
         "max_shard_size": _word,
     },
-    "onnx": {"layout": _choice("single-graph", "per-task", "adapter-input"), **_FORM},
+    "onnx": {
+        "dtype": _DTYPE,
+        "layout": _choice("single-graph", "per-task", "adapter-input"),
+        **_FORM,
+    },
     "trt": {
+        "dtype": _DTYPE,
         "layout": _choice("single-graph", "per-task", "both"),
         **_FORM,
         "quantize": _NUMBER,

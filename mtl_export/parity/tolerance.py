@@ -10,7 +10,7 @@ error is of the floor's size; a wrong formula's is larger by orders of magnitude
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -59,18 +59,22 @@ class Tolerance:
     def from_texts(cls, atol: Sequence[str], rtol: Sequence[str]) -> Tolerance:
         """Return what options such as ``1e-5`` and ``logits:1e-4`` mean.
 
-        A number without a name holds for every output that is not named.
+        A number without a name holds for every output that is not named, and completes those
+        that are. If only one of the two has such a number, other outputs keep the noise floor.
 
         Raises:
             UsageError: One is no number, is given twice, or has no counterpart.
         """
         absolute, relative = _by_name("--atol", atol), _by_name("--rtol", rtol)
-        plain = cls(atol=absolute.pop("", None), rtol=relative.pop("", None))
+        any_atol, any_rtol = absolute.pop("", None), relative.pop("", None)
         named = {
-            name: cls(atol=absolute.get(name, plain.atol), rtol=relative.get(name, plain.rtol))
+            name: cls(atol=absolute.get(name, any_atol), rtol=relative.get(name, any_rtol))
             for name in (*absolute, *relative)
         }
-        return replace(plain, by_output=named)
+        lacking = absolute if any_rtol is None else relative
+        if (any_atol is None) != (any_rtol is None) and named.keys() - lacking:
+            return cls(by_output=named)
+        return cls(atol=any_atol, rtol=any_rtol, by_output=named)
 
     def of(self, output: str) -> Tolerance:
         """Return what holds for an output."""

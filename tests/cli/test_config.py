@@ -89,6 +89,13 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_graphs_have_a_dtype_of_their_own(tmp_path: Path) -> None:
+    """How merged weights are stored says nothing of how a graph computes."""
+    config = read_config(config_file(tmp_path, 'dtype = "bf16"\n[onnx]\ndtype = "fp16"'))
+    found = {name: config.defaults(name).get("dtype") for name in ("merge", "plan", "onnx", "trt")}
+    assert found == {"merge": "bf16", "plan": "bf16", "onnx": "fp16", "trt": None}
+
+
 def test_every_key_of_a_section_is_an_option_of_its_command() -> None:
     """A key that no option listens to would be ignored without a word."""
     for section, keys in SECTIONS.items():

@@ -86,6 +86,17 @@ def test_outputs_may_have_a_tolerance_of_their_own() -> None:
     assert "last_hidden_state" in caught.value.expected
 
 
+def test_a_number_for_all_completes_those_for_one() -> None:
+    """Atol = { logits = 1e-4 } beside rtol = 0.0: other outputs keep the noise floor."""
+    for atol, rtol in ((["logits:1e-4"], ["0"]), (["1e-4"], ["logits:0"])):
+        tolerance = Tolerance.from_texts(atol, rtol)
+        assert (tolerance.of("logits").atol, tolerance.of("logits").rtol) == (1e-4, 0.0)
+        assert (tolerance.of("other").atol, tolerance.of("other").rtol) == (None, None)
+        assert tolerance.describe() == (
+            "|error| <= 8 x noise floor; logits: |error| <= 0.0001 + 0 * |reference|"
+        )
+
+
 @pytest.mark.parametrize(
     ("atol", "rtol", "reason"),
     [
@@ -96,6 +107,8 @@ def test_outputs_may_have_a_tolerance_of_their_own() -> None:
         (["a:1"], [], "only one of them"),
         (["a:1"], ["b:1"], "only one of them"),
         (["a:nan"], ["a:0"], "nan"),
+        (["a:1"], ["a:0", "0"], "only one of them"),
+        (["a:1", "1"], ["a:0"], "only one of them"),
     ],
 )
 def test_a_tolerance_that_means_nothing_is_refused(
