@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from mtl_export.runtime.tensorrt import (
     EngineManifest,
+    api,
     build_engine,
     default_profile,
     manifest_path,
@@ -157,3 +159,22 @@ def test_exception_in_progress_stops_the_build(
 
     with merged_and_nothing_new(tmp_path) as path, pytest.raises(problem):
         build_rtx(path, tmp_path / "model.engine", progress=stop)
+
+
+def test_ctrl_c_that_meets_the_logger_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python would raise it in the callback at work, and TensorRT would print it and go on."""
+    met: list[str] = []
+
+    def log(level: int, text: str, message: str) -> None:
+        met.append(message)
+        if len(met) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(api._LOGGER, "log", log)
+    with merged_and_nothing_new(tmp_path) as path, pytest.raises(KeyboardInterrupt):
+        build_rtx(path, tmp_path / "model.engine")
+    assert len(met) >= 3
+    assert signal.getsignal(signal.SIGINT) is before

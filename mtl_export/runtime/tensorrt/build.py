@@ -25,6 +25,7 @@ from mtl_export.runtime.tensorrt.callbacks import (
     FileSink,
     PhaseTracker,
     Progress,
+    interrupts_kept,
     progress_monitor,
     stream_writer,
 )
@@ -123,11 +124,11 @@ def build_from(
     check_profiles(source, options.profiles)
     check_options(library, options)
     partial = engine_path.with_name(f".{engine_path.name}.part")
-    with library.log.collect() as errors:
+    tracker = PhaseTracker(progress)
+    with library.log.collect() as errors, interrupts_kept(tracker):
         steps = _Steps(source, library, errors)
         builder, network, parser = steps.parse(parse)
         steps.compare_inputs_and_outputs(network)
-        tracker = PhaseTracker(progress)
         try:
             engine_path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:

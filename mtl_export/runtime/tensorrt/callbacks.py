@@ -2,16 +2,19 @@
 
 An exception that leaves a callback is printed by the bindings and lost, and the
 build then reports success over an empty file. So each callback keeps its exception,
-stops the build, and the builder raises it afterwards. That also makes Ctrl-C work:
-the monitor is installed even if nobody wants the figures.
+stops the build, and the builder raises it afterwards. Ctrl-C is kept likewise, for Python
+would raise it in whatever callback is at work, the logger too: the monitor, which is
+installed even if nobody wants the figures, then stops the build.
 """
 
 from __future__ import annotations
 
 import hashlib
+import signal
 import threading
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, ModuleType
 from typing import BinaryIO, TypeAlias
 
 from mtl_export.runtime.tensorrt.api import TrtObject
@@ -59,7 +62,7 @@ class PhaseTracker:
     from several threads.
 
     Attributes:
-        problem: The exception that ``report`` raised, if it did.
+        problem: The exception that ``report`` raised, if it did, or Ctrl-C.
     """
 
     def __init__(self, report: Progress | None) -> None:
@@ -117,6 +120,32 @@ class PhaseTracker:
                 return fraction
             current = parent
         return 0.0
+
+
+@contextmanager
+def interrupts_kept(tracker: PhaseTracker) -> Iterator[None]:
+    """Make Ctrl-C the tracker's problem while the block runs, and raise it at its end.
+
+    A second Ctrl-C is Python's own again. Outside the main thread nothing changes: Python
+    raises it there.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or before is not signal.default_int_handler:
+        yield
+        return
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        tracker.problem = KeyboardInterrupt()
+
+    signal.signal(signal.SIGINT, keep)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if isinstance(tracker.problem, KeyboardInterrupt):
+            raise tracker.problem
 
 
 def stream_writer(trt: ModuleType, sink: FileSink) -> TrtObject:
