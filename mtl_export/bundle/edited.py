@@ -1,7 +1,8 @@
 """A finished folder of single graphs with one task added, removed or renamed.
 
 All parts of the model (``prefill`` and ``decode``) change together: they are written beside
-the folder and put in its place in one step, with everything else that lay in it. The manifest
+the folder and put in its place in one step, with everything else that lay in it. The folder is
+held from reading its manifest to that step: a second edit meanwhile is refused. The manifest
 keeps its recipe and says what was done, under these options
 
     edits         one phrase for every edit
@@ -14,7 +15,7 @@ holds the folder against what parity found. Their ids follow the tasks.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from mtl_export.bundle.manifest import (
     read_manifest,
 )
 from mtl_export.bundle.output import output_folder
+from mtl_export.bundle.staging import held_alone
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import GraphError, IntegrityError, UsageError, shortened
@@ -76,28 +78,43 @@ def edit_folder(place: Path, edit: Edit, note: str, *, added: str = "", removed:
         UsageError: There is no graph.
         IntegrityError: The folder is not as it was written.
         GraphError: The graphs are not single graphs, or were changed by something else.
+        OutputError: Another run writes there, an edit among them.
     """
     is_graph = place.suffix == ".onnx" and not place.is_dir()
     folder = place.parent if is_graph else place
-    manifest = _manifest_of(folder)
-    if is_graph and place.name not in manifest.files:
-        raise UsageError(
-            where=str(place),
-            found="no graph that mtl-export wrote" if place.exists() else "no such file",
-            expected=f"one of {shortened(name for name in manifest.files if _is_graph(name))}",
-            fix=f"Pass the folder, {folder}: all its graphs change together",
-        )
+    # The graphs' weights are read as they are written: no other run may swap the folder till then.
+    with held_alone(folder.absolute().resolve()):
+        manifest = _manifest_of(folder)
+        if is_graph and place.name not in manifest.files:
+            raise UsageError(
+                where=str(place),
+                found="no graph that mtl-export wrote" if place.exists() else "no such file",
+                expected=f"one of {shortened(name for name in manifest.files if _is_graph(name))}",
+                fix=f"Pass the folder, {folder}: all its graphs change together",
+            )
+        names = dict([renamed]) if renamed[0] else {}
+        return _edited(folder, manifest, edit, note, added, removed, names)
+
+
+def _edited(
+    folder: Path,
+    manifest: Manifest,
+    edit: Edit,
+    note: str,
+    added: str,
+    removed: str,
+    renamed: Mapping[str, str],
+) -> Edited:
+    """Edit the graphs of ``folder``, which is held, and put the result in its place."""
     stems = sorted(Path(name).stem for name in manifest.files if _is_graph(name))
     models = {stem: ir.load(folder / f"{stem}.onnx") for stem in stems}
     before = task_table(models)
     after = edit(models)
-    names = {old.name: old.name for old in before if old.name != removed}
-    names |= {renamed[0]: renamed[1]} if renamed[0] else {}
+    names = {old.name: renamed.get(old.name, old.name) for old in before if old.name != removed}
     unverified = _names(manifest, "unverified")
     unverified = [names[name] for name in unverified if name in names] + ([added] if added else [])
     recipe = _recipe(manifest.recipe, models, after, note, unverified)
-    with output_folder(folder, recipe=recipe, force=True) as plan:
-        # The graphs' weights are read from the old folder while the new one is written.
+    with output_folder(folder, recipe=recipe, force=True, is_held=True) as plan:
         places, files = write_data(models, plan.folder)
         with externalised(models, places):
             for stem, model in models.items():

@@ -27,7 +27,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,6 +88,7 @@ def output_folder(
     recipe: Recipe | Callable[[], Recipe],
     force: bool = False,
     estimated_size_bytes: int = 0,
+    is_held: bool = False,
 ) -> Iterator[OutputPlan]:
     """Give a folder to write to, and make it ``target`` when the block ends well.
 
@@ -98,6 +99,7 @@ def output_folder(
             have learnt what the recipe needs (the base's hash, from reading it).
         force: Replace an old result that is different.
         estimated_size_bytes: About what will be written; checked before the first byte.
+        is_held: The caller is inside ``held_alone`` of the target.
 
     Raises:
         OutputError: The target exists and differs (without ``force``), is not a
@@ -118,7 +120,7 @@ def output_folder(
             plan = OutputPlan(target, folder, up_to_date=False)
             yield plan
             write_manifest(folder, _recipe(recipe), plan.known, plan.beside)
-            with held_alone(place):
+            with nullcontext() if is_held else held_alone(place):
                 if place.exists():
                     _carry_over(place, folder, _listed(old), target, force=force)
                 put_in_place(folder, place)

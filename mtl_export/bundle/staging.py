@@ -140,7 +140,7 @@ def held_alone(target: Path) -> Iterator[None]:
     Raises:
         OutputError: One is writing there now.
     """
-    if not target.exists():
+    if not target.is_dir():
         yield
         return
     with ExitStack() as stack:

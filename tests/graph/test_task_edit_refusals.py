@@ -10,11 +10,14 @@ import onnx_ir as ir
 import pytest
 
 from mtl_export.adapters.binding import BoundModel
+from mtl_export.bundle import edited
 from mtl_export.bundle.edited import edit_folder
+from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.errors import (
     AdapterError,
     GraphError,
     IntegrityError,
+    OutputError,
     TaskNotFoundError,
     UsageError,
 )
@@ -22,9 +25,14 @@ from mtl_export.graph.task_edit import add_task, remove_task, rename_task, task_
 from tests.adapters import toys
 from tests.graph.task_edits import (
     add,
+    assert_whole,
     bound_of,
     four_tasks,
+    rows,
+    run,
 )
+
+NAMES = ("topics", "x")
 
 
 def changed(name: str) -> dict[str, Any]:
@@ -93,6 +101,36 @@ def test_what_cannot_be_edited_is_refused(
     (served / "config.json").write_text("{}")
     with pytest.raises(IntegrityError, match=r"config\.json"):
         edit_folder(served, task_table, "")
+
+
+@pytest.mark.parametrize("moment", ["read", "written"])
+def test_a_second_edit_during_the_first_is_refused(
+    served: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Begun after the graphs were read, or before the swap: nothing of it, all of the first."""
+    refused = []
+
+    def second() -> None:
+        with pytest.raises(OutputError, match="another run is writing inside it") as caught:
+            edit_folder(served, lambda found: rename_task(found, "topics", "x"), "", renamed=NAMES)
+        refused.append(caught.value)
+
+    def first(models: dict[str, ir.Model]) -> tuple[Task, ...]:
+        after = remove_task(models, "relevance")
+        if moment == "read":
+            second()
+        return after
+
+    if moment == "written":
+        monkeypatch.setattr(edited, "_check", lambda folder, stems: second())
+    before = run(served, rows([0, 1, 1, 0]))
+    edit_folder(served, first, "remove", removed="relevance")
+    assert len(refused) == 1
+    np.testing.assert_array_equal(run(served, rows([0, 1, 1, 0])), before)
+    assert_whole(served)
+    assert [path.name for path in served.parent.iterdir()] == [served.name]
+    after = edit_folder(served, lambda found: rename_task(found, *NAMES), "", renamed=NAMES)
+    assert [task.name for task in after.after] == ["sentiment", "x"]
 
 
 def test_a_stack_of_strangers_is_refused(served: Path) -> None:
