@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mtl_export.bundle.manifest import Recipe
     from mtl_export_calibration.measure import Options, Target, Work
     from mtl_export_calibration.report import GraphReport, Measured
+    from mtl_export_calibration.samples import Samples
 
 BOTH = "both"
 
@@ -82,6 +83,23 @@ class _GateError(Exception):
     def __init__(self, report: GraphReport) -> None:
         super().__init__()
         self.report = report
+
+
+@dataclass(frozen=True)
+class Given:
+    """The data, read.
+
+    Attributes:
+        calibration: Rows to take ranges from.
+        judged: Rows to count accuracy on.
+        rows: How many of each, by task: what reports say.
+        longest: Tokens at which texts were cut.
+    """
+
+    calibration: Samples
+    judged: Samples
+    rows: dict[str, Any]
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -164,10 +182,13 @@ class Request:
                 written = exporter.write(graph, steps, force=self.settings.force)
                 talk.note(f"ONNX {written.path}: {written.status}.")
 
-    def run(self, bound: BoundModel, groups: Sequence[Sequence[Target]]) -> list[Outcome]:
-        """Quantise graphs, those of one layout together."""
+    def read(self, bound: BoundModel) -> Given:
+        """Return the rows to take ranges from, and those to count accuracy on.
+
+        Raises:
+            CalibrationError: The data cannot be used, or a task has none.
+        """
         from mtl_export.checkpoint.model_inputs import longest_sequence
-        from mtl_export_calibration.measure import Work, measure
         from mtl_export_calibration.model_arrays import model_arrays
         from mtl_export_calibration.samples import open_samples
 
@@ -198,22 +219,33 @@ class Request:
             }
             for task in tasks
         }
+        return Given(calibration, judged, rows, longest)
+
+    def run(
+        self, bound: BoundModel, groups: Sequence[Sequence[Target]], given: Given
+    ) -> list[Outcome]:
+        """Quantise graphs, those of one layout together."""
+        from mtl_export_calibration.measure import Work, measure
+
         outcomes = []
+        talk = render.Talk.from_settings(self.settings)
         for group in groups:
             with talk.steps(1) as steps:
                 meter = _Meter(steps)
                 work = Work(
                     bound=bound,
                     targets=tuple(group),
-                    calibration=calibration,
-                    judged=judged,
+                    calibration=given.calibration,
+                    judged=given.judged,
                     options=self.options,
                     cache=self.settings.output_dir / "calibration",
                     progress=meter,
-                    longest=longest,
+                    longest=given.longest,
                 )
                 measured = measure(work)
-                outcomes += [self._graph(work, one, measured[one.name], rows) for one in group]
+                outcomes += [
+                    self._graph(work, one, measured[one.name], given.rows) for one in group
+                ]
         return outcomes
 
     def _graph(

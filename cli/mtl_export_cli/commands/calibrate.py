@@ -130,6 +130,7 @@ def command(
     refuse_parts(bound, layout)
     for name in weight:
         task_named(bound.adapters.tasks, name)
-    outcomes = request.run(bound, request.graphs(bound, layout, onnx))
+    given = request.read(bound)  # before graphs are exported for nothing
+    outcomes = request.run(bound, request.graphs(bound, layout, onnx), given)
     print_outcomes(outcomes, chosen, as_json=settings.json)
     return 0 if all(outcome.report.passed for outcome in outcomes) else EXIT_FAILED

@@ -224,6 +224,18 @@ def test_a_graph_of_one_task_at_a_time_is_refused(rows: Path, run: Run) -> None:
     assert "--task-input rows" in outcome.stderr
 
 
+@pytest.mark.parametrize("option", ["--data", "--judge"])
+def test_data_that_are_not_there_are_told_before_any_work(
+    rows: Path, run: Run, option: str
+) -> None:
+    """A misspelt file shall not cost the export of every graph."""
+    shutil.rmtree(rows / "out")
+    outcome = run("calibrate", "--data", "rows.jsonl", option, "nope.jsonl")
+    assert outcome.code == 2
+    assert "nope.jsonl" in outcome.stderr
+    assert not (rows / "out").exists()
+
+
 def test_what_was_not_exported_is_exported_first(rows: Path, run: Run) -> None:
     """Both layouts by default; graphs that are there are taken as they are."""
     graphs = rows / "out" / "onnx"
