@@ -13,6 +13,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint import sentence_embedding
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
+from mtl_export.graph import shared_tensors
 from mtl_export.graph.adapter_parameters import Parameter
 from mtl_export.graph.passes.adapter_input import AdapterInputPass
 from mtl_export.graph.passes.composed_up import ComposedUpPass
@@ -84,6 +85,7 @@ def routed_graph(
     """
     metadata = _metadata(bound, LAYOUT_SINGLE, bound.adapters.tasks)
     metadata[TASK_INPUT_KEY] = task_input
+    metadata[shared_tensors.METADATA] = shared_tensors.replaced_json(bound.adapters)
     # Embeddings first: they may widen what linear layers take from [1, S, I] to [B, S, I].
     passes: list[ir.passes.InPlacePass] = [
         RouteEmbeddingsPass(bound, task_input),

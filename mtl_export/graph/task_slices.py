@@ -18,6 +18,7 @@ from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, IntegrityError, shortened
 from mtl_export.graph import names
 from mtl_export.graph.passes.stacks import absences
+from mtl_export.graph.shared_tensors import is_same, is_stacked, replaced_otherwise
 from mtl_export.graph.stacks_on_disk import Stack, as_stored
 
 _EXPORT = "Export the graph again with the new task in the checkpoint"
@@ -107,8 +108,8 @@ def refuse_misfit(
     family = model.metadata_props.get("mtl_export.family", "")
     problems = [] if adapters.family == family else [f"family {adapters.family}, not {family}"]
     places = {(stack.module, stack.part) for stacks in by_stem.values() for stack in stacks}
-    problems += _without_place(adapters, task, {module for module, _ in places})
-    problems += _altered(adapters, models, {module for module, _ in places})
+    problems += _without_place(adapters, task, places)
+    problems += replaced_otherwise(adapters, models, places)
     for stem, stacks in by_stem.items():
         initializers = models[stem].graph.initializers
         for stack in stacks:
@@ -145,43 +146,27 @@ def refuse_other_base(models: Mapping[str, ir.Model], sha256: str) -> None:
         )
 
 
-def _without_place(adapters: AdapterSet, task: Task, modules: set[str]) -> Iterator[str]:
+def _without_place(adapters: AdapterSet, task: Task, places: set[tuple[str, str]]) -> Iterator[str]:
+    modules = {module for module, _ in places}
     for module, layer in adapters.layers.items():
         factors = layer.factors(task.index)
-        if module not in modules and factors is not None and factors.core.any():
+        is_adapted = bool({(module, "core"), (module, "downs")} & places)
+        if not is_adapted and factors is not None and factors.core.any():
             yield f"layer {module}, which no task of the graph adapts"
+        has_gain = layer.gain is not None and (layer.gain[task.index] != 1).any()
+        if has_gain and (module, "gain") not in places:
+            yield f"gains of {module}, which no task of the graph has"
+        if layer.bias is not None and (module, "biases") not in places:
+            yield f"its own bias of {module}, which the graph's tasks share"
     for module in adapters.heads:
         if module not in modules:
             yield f"head {module}, which the graph does not have"
     for name in adapters.own_tensors:
         whole = adapters.task_replaced.get(name)
-        has_own = (whole and whole[task.index] is not None) or name in adapters.rows
-        if has_own and name.rpartition(".")[0] not in modules:
+        rows = adapters.own_rows(name, task.index)
+        has_own = (whole and whole[task.index] is not None) or rows is not None
+        if has_own and not is_stacked(name, places):
             yield f"its own {name}, which the graph's tasks share"
-
-
-def _altered(
-    adapters: AdapterSet, models: Mapping[str, ir.Model], modules: set[str]
-) -> Iterator[str]:
-    """Yield the trained tensors all tasks share that the graphs do not hold so."""
-    for name, values in adapters.replaced.items():
-        if name.rpartition(".")[0] in modules:
-            continue  # a slice of a stack
-        keys = (name, names.weight_t(name.removesuffix(".weight")))
-        found = [
-            value.const_value
-            for model in models.values()
-            for key in keys
-            if (value := model.graph.initializers.get(key)) and value.const_value is not None
-        ]
-        if not found:
-            yield f"its own {name}, which the graph's tasks share"
-        elif not all(_is_same(t, values) or _is_same(t, values.T) for t in found):
-            yield f"{name} with other values"
-
-
-def _is_same(stored: ir.TensorProtocol, values: Array) -> bool:
-    return np.array_equal(stored.numpy(), as_stored(values, stored.dtype))
 
 
 def _factors_differ(
@@ -194,7 +179,7 @@ def _factors_differ(
     for name, own in (("down", layer.down.T), ("up", layer.up.T)):
         value = initializers.get(names.part(stack.module, name))
         tensor = None if value is None else value.const_value
-        if tensor is None or not _is_same(tensor, own):
+        if tensor is None or not is_same(tensor, own):
             yield f"another {name}-projection of {stack.module}"
 
 

@@ -237,7 +237,9 @@ def test_the_file_says_what_it_is(bound: BoundModel, traced: TracedModel) -> Non
             for key in (
                 "version", "layout", "family", "tasks", "base_sha256", "checkpoint_sha256", "sizes",
             )
-        } | ({"mtl_export.task_input"} if model is routed else set())  # fmt: skip
+        } | (
+            {"mtl_export.task_input", "mtl_export.replaced"} if model is routed else set()
+        )  # fmt: skip
         assert metadata["mtl_export.version"] == VERSION
         assert metadata["mtl_export.layout"] == layout == model.graph.name
         assert metadata["mtl_export.family"] == "mtl_lora"

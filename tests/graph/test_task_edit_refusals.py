@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from mtl_export.adapters.binding import BoundModel
+from mtl_export.adapters.normal_form import AdapterSet
 from mtl_export.bundle import edited
 from mtl_export.bundle.edited import edit_folder
 from mtl_export.checkpoint.checkpoint import Task
@@ -21,7 +24,9 @@ from mtl_export.errors import (
     TaskNotFoundError,
     UsageError,
 )
+from mtl_export.graph.lower import routed_graph
 from mtl_export.graph.task_edit import add_task, remove_task, rename_task, task_table
+from mtl_export.graph.trace import TracedModel
 from tests.adapters import toys
 from tests.graph.task_edits import (
     add,
@@ -70,6 +75,63 @@ def test_a_task_that_does_not_share_the_projections_is_refused(
         add(served, other.adapters)
     assert found in caught.value.found
     assert {path.name: path.read_bytes() for path in served.iterdir()} == before
+
+
+POOLER = "bert.pooler.dense.bias"
+NORM = "bert.encoder.layer.1.output.LayerNorm.weight"
+
+
+def trained(adapters: AdapterSet, *, seed: int = 0, **parts: Any) -> AdapterSet:
+    """Return the checkpoint with a norm and a bias that its training changed for all tasks."""
+    generator = np.random.default_rng(seed)
+    values = {name: generator.normal(size=12).astype(np.float32) for name in (POOLER, NORM)}
+    return dataclasses.replace(adapters, replaced=MappingProxyType(values), **parts)
+
+
+def test_tensors_that_all_tasks_of_the_graph_trained_must_be_the_new_checkpoints_too(
+    bound: BoundModel, traced: TracedModel, four: BoundModel
+) -> None:
+    """The base's own or other values are refused; of an older graph it cannot be told."""
+
+    def graph() -> dict[str, ir.Model]:
+        source = dataclasses.replace(bound, adapters=trained(bound.adapters))
+        return {"model": routed_graph(traced, source)}
+
+    models, plain = graph(), four.adapters
+    with pytest.raises(AdapterError) as caught:
+        add_task(models, plain, plain.tasks[3], "intent")
+    assert f"{POOLER} of the base, which the graph's tasks trained" in caught.value.found
+    other = trained(plain, seed=1)
+    with pytest.raises(AdapterError, match=f"{NORM} with other values"):
+        add_task(models, other, other.tasks[3], "intent")
+    assert len(task_table(models)) == 3
+    same = trained(plain)
+    assert add_task(models, same, same.tasks[3], "intent")[3].name == "intent"
+    older = graph()
+    del older["model"].metadata_props["mtl_export.replaced"]
+    assert add_task(older, plain, plain.tasks[3], "intent")
+
+
+def test_what_the_new_task_has_and_the_graph_shares_is_refused(
+    bound: BoundModel, traced: TracedModel, four: BoundModel
+) -> None:
+    """Gains, a bias and a norm's weight of its own."""
+    module = next(iter(toys.MODULES))
+    layer = four.adapters.layers[module]
+    own = np.full((4, 12), 1.5)
+    models = {"model": routed_graph(traced, bound)}
+    for parts, found in (
+        ({"layers": {**four.adapters.layers, module: dataclasses.replace(layer, gain=own)}},
+         f"gains of {module}, which no task of the graph has"),
+        ({"layers": {**four.adapters.layers, module: dataclasses.replace(layer, bias=own)}},
+         f"its own bias of {module}, which the graph's tasks share"),
+        ({"task_replaced": {NORM: (None, None, None, own[0])}},
+         f"its own {NORM}, which the graph's tasks share"),
+    ):  # fmt: skip
+        adapters = dataclasses.replace(four.adapters, **parts)
+        with pytest.raises(AdapterError) as caught:
+            add_task(models, adapters, adapters.tasks[3], "intent")
+        assert found in caught.value.found
 
 
 def test_what_cannot_be_edited_is_refused(
