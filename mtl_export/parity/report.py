@@ -10,6 +10,8 @@ from mtl_export.parity.layer_errors import Finding, Localisation
 
 Verdict = Literal["passed", "failed", "not-run"]
 SCHEMA = "mtl-export.parity/1"
+# The case of a cell that is about the whole artefact.
+WHOLE = "*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,7 @@ class ParityReport:
         absent = {
             (cell.artefact, cell.task)
             for cell in self.cells
-            if cell.verdict == "not-run" and cell.case == "*"
+            if cell.verdict == "not-run" and cell.case == WHOLE
         }
         ran = (cell for cell in self.cells if (cell.artefact, cell.task) not in absent)
         return "passed" if any(cell.verdict == "passed" for cell in ran) else "not-run"
@@ -273,14 +275,16 @@ def worst(cells: list[Cell]) -> Cell:
     """Return the cell that speaks for ``cells``: a failure, else the largest share of its limit.
 
     Of a quantised artefact that passed, it is the one with its noise. A cell that did not run
-    speaks only when none ran.
+    speaks only when none ran, or when it is the whole artefact that did not: what is known of
+    its files passes nothing then.
     """
 
     def rank(cell: Cell) -> tuple[int, bool, float]:
-        severity = {"failed": 2, "passed": 1, "not-run": 0}[cell.verdict]
+        severity = {"failed": 3, "passed": 1, "not-run": 2 if cell.case == WHOLE else 0}
         is_noise = cell.sqnr_db is not None
-        if cell.max_abs_error is None or not cell.limit:
-            return severity, is_noise, 0.0
-        return severity, is_noise, cell.max_abs_error / cell.limit
+        share = 0.0
+        if cell.max_abs_error is not None and cell.limit:
+            share = cell.max_abs_error / cell.limit
+        return severity[cell.verdict], is_noise, share
 
     return max(cells, key=rank)

@@ -97,6 +97,16 @@ def test_the_worst_cell_speaks_for_all(cells: list[Cell], expected: int) -> None
     assert worst(cells) is cells[expected]
 
 
+def test_files_alone_speak_for_no_artefact() -> None:
+    """Of one that could not be run they tell what is wrong, never that it passed."""
+    whole = Cell("graph", "onnxruntime", "*", "*", "not-run", "onnxruntime is not installed")
+    beside = Cell("graph", "onnxruntime", "*", "tokenizer", "passed")
+    wrong = replace(beside, verdict="failed", reason="another tokenizer")
+    assert worst([beside, whole]) is whole
+    assert worst([whole, wrong, beside]) is wrong
+    assert facts.matrix(replace(report("passed"), cells=(beside, whole)))["t"]["graph"] is whole
+
+
 def test_the_noise_of_a_quantised_artefact_speaks_for_it_unless_it_failed() -> None:
     """Not the error of its graph without Q/DQ, which says little of what ships."""
     noise = Cell("single graph int8", "onnxruntime", "a", "quantised", "passed", sqnr_db=19.5)
