@@ -29,6 +29,7 @@ from mtl_export.graph import names
 from mtl_export.graph.export import ONE_MORE, exported
 from mtl_export.graph.marking import mark, unmark
 from mtl_export.graph.row_order import note_row_orders
+from mtl_export.graph.sampling import sample_pass, vocabulary
 from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE, TracedModel, checked_trace
 
 PREFILL, DECODE = "prefill", "decode"
@@ -51,7 +52,7 @@ def trace_causal_lm(bound: BoundModel) -> tuple[TracedModel, TracedModel]:
     """
     model = base_model(bound, torch.float32)
     original = model.forward
-    ids, mask = _sample_prompts(int(model.config.vocab_size))
+    ids, mask = _sample_prompts(vocabulary(model))
     cache = _sample_cache(model, ids, mask)
     originals = mark(model, bound)
     model.forward = _with_cache(original)
@@ -99,7 +100,7 @@ def _sample_cache(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> States:
     """Return keys and values of each layer after these prompts, by layer."""
     states: States = {}
     if "past_key_values" in inspect.signature(model.forward).parameters:
-        with torch.no_grad(), contextlib.suppress(AttributeError, IndexError, TypeError):
+        with sample_pass(model), contextlib.suppress(AttributeError, IndexError, TypeError):
             # Models with another kind of state trip over this one, each in its own way.
             states = _with_cache(model.forward)(ids, mask)["present"]
     length = mask.shape[1]

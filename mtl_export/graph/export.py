@@ -25,6 +25,7 @@ import torch
 from mtl_export.adapters.modules.base import quiet_transformers
 from mtl_export.errors import GraphError, shortened
 from mtl_export.graph import names
+from mtl_export.graph.sampling import reason_of
 
 OPSET = 20
 # No batch is larger, and no sequence longer where the model says nothing.
@@ -84,7 +85,7 @@ def exported(
         # torch.export and torch.onnx raise many unrelated types; all mean the same to the user.
         raise GraphError(
             where=type(model).__name__,
-            found=f"the ONNX exporter gave up: {str(error).strip().splitlines()[0]}",
+            found=f"the ONNX exporter gave up: {reason_of(error)}",
             expected="a model that torch.export can trace with a dynamic batch and sequence",
             fix="Merge per task instead (mtl-export merge), or report the model class",
         ) from error

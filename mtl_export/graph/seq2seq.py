@@ -38,6 +38,7 @@ from mtl_export.graph.export import Axes, exported
 from mtl_export.graph.marking import mark, marked_modules, unmark
 from mtl_export.graph.passes.markers import markers, module_of
 from mtl_export.graph.row_order import note_row_orders
+from mtl_export.graph.sampling import sample_pass, vocabulary
 from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE, TracedModel
 
 ENCODER, DECODER, WITH_PAST = "encoder", "decoder", "decoder_with_past"
@@ -108,6 +109,14 @@ def _refuse_other_inputs(model: Any) -> None:
             why="encoder-decoders are exported for text",
             fix="Merge its tasks instead: mtl-export merge",
         )
+    if getattr(model.config, "attention_type", "") == "block_sparse":
+        raise GraphError(
+            where=f"model class {type(model).__name__}",
+            found="attention_type block_sparse in its config",
+            expected="attention that is computed alike for texts of every length",
+            why="it is full for short texts and sparse, at random, for long ones",
+            fix="Merge its tasks instead: mtl-export merge",
+        )
 
 
 def _parts(model: Any, bound: BoundModel) -> list[_Part]:
@@ -115,7 +124,7 @@ def _parts(model: Any, bound: BoundModel) -> list[_Part]:
     text, axes = _encoder_inputs(model, bound)
     encode = getattr(model, "encoded", None) or _encode(model)
     decode, step = _decode(model), _step(model)
-    with torch.no_grad():
+    with sample_pass(model):
         encoded = encode(**text)
         mask = encoded.get("encoder_attention_mask", text["attention_mask"])
         tokens = _ids(model, SAMPLE_TOKENS, seed=1)
@@ -158,7 +167,7 @@ def _encoder_inputs(model: Any, bound: BoundModel) -> tuple[dict[str, torch.Tens
 def _ids(model: Any, length: int, *, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     shape = (SAMPLE_BATCH, length)
-    return torch.randint(0, int(model.config.vocab_size), shape, generator=generator)
+    return torch.randint(0, vocabulary(model), shape, generator=generator)
 
 
 def _encode(model: Any) -> Callable[..., dict[str, torch.Tensor]]:

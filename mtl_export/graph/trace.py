@@ -22,6 +22,7 @@ from mtl_export.graph.export import exported
 from mtl_export.graph.marking import mark, marked_modules, unmark
 from mtl_export.graph.passes.markers import markers, module_of
 from mtl_export.graph.row_order import note_row_orders
+from mtl_export.graph.sampling import vocabulary
 
 # Lengths that no model has by accident, so that no size is mistaken for a constant.
 SAMPLE_BATCH, SAMPLE_SEQUENCE = 3, 11
@@ -77,7 +78,7 @@ def _sample_inputs(model: Any) -> dict[str, torch.Tensor]:
     mask = torch.ones(shape, dtype=torch.int64)
     mask[1, -3:] = 0
     candidates = {
-        "input_ids": torch.randint(0, int(config.vocab_size), shape, generator=generator),
+        "input_ids": torch.randint(0, vocabulary(model), shape, generator=generator),
         "attention_mask": mask,
         "token_type_ids": torch.zeros(shape, dtype=torch.int64),
     }

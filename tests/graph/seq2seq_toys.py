@@ -77,7 +77,11 @@ MODELS = {"t5": t5, "bart": bart}
 
 def bound_toy(kind: str, folder: Path) -> BoundModel:
     """Return the toy ``kind`` with its adapter, both written below ``folder``."""
-    model = MODELS[kind]()
+    return bound_model(MODELS[kind](), folder)
+
+
+def bound_model(model: Any, folder: Path) -> BoundModel:
+    """Return ``model`` with an adapter in every linear layer, both written below ``folder``."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
