@@ -109,7 +109,7 @@ def add_task(
         adapters: The checkpoint that has the new task.
         source: Which of its tasks.
         name: What it is to be called.
-        base_sha256: The base that checkpoint names; empty if it names none.
+        base_sha256: The base that checkpoint was read with, or names; empty if unknown.
 
     Raises:
         UsageError: ``name`` is taken or no name.

@@ -56,12 +56,12 @@ def add(settings: Settings, graph: Path, name: str, from_name: str | None) -> No
 
     checkpoint = sources.open_settings_checkpoint(settings)
     source = _source(checkpoint.tasks, name, from_name)
-    adapters = _adapters(settings, checkpoint)
+    adapters, base_sha256 = _adapters(settings, checkpoint)
     of = f" of {source.name}" if source.name != name else ""
     note = f"add {name}{of} from {adapters.checkpoint_sha256}"
     edited = edit_folder(
         graph,
-        lambda models: add_task(models, adapters, source, name, checkpoint.base.sha256),
+        lambda models: add_task(models, adapters, source, name, base_sha256),
         note,
         added=name,
     )
@@ -105,16 +105,20 @@ def rename(settings: Settings, graph: Path, old: str, new: str) -> None:
     _print(settings, "rename", edited)
 
 
-def _adapters(settings: Settings, checkpoint: Checkpoint) -> AdapterSet:
-    """Return the new checkpoint in normal form; bound to its base, if that is given."""
+def _adapters(settings: Settings, checkpoint: Checkpoint) -> tuple[AdapterSet, str]:
+    """Return the new checkpoint in normal form, and its base's hash as far as it is known.
+
+    It is bound to its base, if that is given; else the checkpoint may name it.
+    """
     from mtl_export.adapters.binding import bind
     from mtl_export.adapters.family import read_adapters
     from mtl_export_cli import sources
 
     if settings.base is None:
-        return read_adapters(checkpoint)
+        return read_adapters(checkpoint), checkpoint.base.sha256
     base = sources.open_settings_base(settings, checkpoint)
-    return bind(checkpoint, read_adapters(checkpoint, base), base).adapters
+    bound = bind(checkpoint, read_adapters(checkpoint, base), base)
+    return bound.adapters, bound.base.sha256
 
 
 def _source(tasks: tuple[Task, ...], name: str, from_name: str | None) -> Task:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from tests.cli.conftest import Run, files_below
-from tests.factories import TASKS, toy_checkpoint
+from tests.factories import TASKS, toy_base, toy_checkpoint
 
 GRAPH = "out/onnx"
 
@@ -90,3 +90,16 @@ def test_a_file_that_is_not_there_is_not_taken_for_its_folder(exported: Path, ru
     outcome = run("tasks", "add", f"{GRAPH}/own.onnx", "copy", "-c", "adapter", "--from", "spam")
     assert outcome.code == 2
     assert "own.onnx: no graph that mtl-export wrote" in outcome.stderr
+
+
+def test_another_base_beside_a_checkpoint_that_names_none_is_refused(
+    exported: Path, run: Run
+) -> None:
+    """The graph knows its base: --base is held against that too."""
+    toy_checkpoint(exported / "nameless")
+    toy_base(exported / "base2", seed=99)
+    words = ("tasks", "add", GRAPH, "new", "-c", "nameless", "--from", "spam", "--base")
+    outcome = run(*words, "base2")
+    assert outcome.code == 7
+    assert "the base of the graph" in outcome.stderr
+    assert run(*words, "base").code == 0
