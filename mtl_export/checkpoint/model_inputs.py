@@ -45,6 +45,17 @@ def has_position_table(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in TABLE_POSITIONS
 
 
+def placed_by(config: Mapping[str, Any]) -> str:
+    """Return the input that positions are counted from, so that its padding takes none.
+
+    "" where every place of a row has its position, padding too.
+    """
+    model_type = config.get("model_type")
+    if model_type == "opt":
+        return "attention_mask"
+    return "input_ids" if model_type in OFFSET_POSITIONS else ""
+
+
 def longest_sequence(config: Mapping[str, Any], unlimited: int = NO_LIMIT) -> int:
     """Return how many tokens a model takes; ``unlimited`` if its config does not say."""
     positions = int(config.get("max_position_embeddings") or 0)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.errors import EngineRunError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +39,8 @@ class Answer:
 
     Attributes:
         task: The row's task.
-        outputs: The row's own part of every output, without padding.
+        outputs: The row's own part of every output, without padding; of an encoder that reads
+            more than text, what its ``encoder_attention_mask`` counts.
         logits: ``[L]``, or ``[S, L]`` where every token is labelled; L are the task's own
             labels. None where the model has no such output.
         probabilities: As ``logits``; None where the kind of task has none.
@@ -57,7 +59,9 @@ class Answer:
         return self.task.labels
 
 
-def answer_of(task: Task, outputs: Mapping[str, Array], logits_name: str = LOGITS) -> Answer:
+def answer_of(
+    task: Task, outputs: Mapping[str, Array], logits_name: str = LOGITS, *, row: int = 0
+) -> Answer:
     """Return the answer that one row's ``outputs`` give under ``task``.
 
     Args:
@@ -65,6 +69,11 @@ def answer_of(task: Task, outputs: Mapping[str, Array], logits_name: str = LOGIT
         outputs: By name, ``[...]``: the row's own, without padding.
         logits_name: The output that holds the task's logits, ``[..., W]`` with W >= L, where
             the task does not say.
+        row: Its place in the batch, for messages.
+
+    Raises:
+        EngineRunError: The task's logits or probabilities are NaN, which would otherwise look
+            like its first label, or like no label.
     """
     logits_name = task.output or logits_name
     if task.kind == HEADLESS and task.output:
@@ -78,6 +87,16 @@ def answer_of(task: Task, outputs: Mapping[str, Array], logits_name: str = LOGIT
     logits = logits[..., : len(task.labels)] if task.labels else logits
     labels = task.labels or tuple(map(str, range(logits.shape[-1])))
     probabilities = probabilities_of(task, logits)
+    if np.isnan(logits).any() or (probabilities is not None and np.isnan(probabilities).any()):
+        raise EngineRunError(
+            where=f"row {row} of task {task.name!r}",
+            found=f"its {logits_name} are NaN"
+            if np.isnan(logits).any()
+            else f"its {logits_name} are infinite",
+            expected="numbers",
+            why="their largest is none, and would look like a decision",
+            fix="Check the row's inputs for NaN; if there is none, export with --dtype fp32",
+        )
     return Answer(
         task, outputs, logits, probabilities, _decided(probabilities, logits, labels, task)
     )
@@ -87,7 +106,8 @@ def probabilities_of(task: Task, logits: Array) -> Array | None:
     """Return the probabilities of ``logits`` ``[..., L]``, at least float32."""
     wide = logits.astype(np.promote_types(logits.dtype, np.float32))
     if task.kind == SINGLE_LABEL:
-        powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
+        with np.errstate(invalid="ignore"):  # infinity less infinity: answer_of refuses it
+            powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
         softmax: Array = powers / powers.sum(axis=-1, keepdims=True)
         return softmax
     if task.kind == MULTI_LABEL:

@@ -1,8 +1,9 @@
-"""Numbers that callers pass -> whole numbers, or one clear error."""
+"""Numbers and lists that callers pass -> whole numbers and lists, or one clear error."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Set
 from typing import Any
 
 from mtl_export.errors import UsageError
@@ -17,6 +18,19 @@ def whole_number(value: Any) -> int | None:
         return None
     try:
         return operator.index(value)
+    except TypeError:
+        return None
+
+
+def listed(value: Any) -> list[Any] | None:
+    """Return the entries of ``value`` in their order, of numpy or torch too; None if it has none.
+
+    Texts and bytes have none here, nor have sets; those of a mapping are its names.
+    """
+    if isinstance(value, str | bytes | bytearray | Set | Mapping):
+        return None
+    try:
+        return list(value)
     except TypeError:
         return None
 

@@ -91,8 +91,8 @@ class Decoding:
 class GreedyDecoder:
     """Greedy generation over the two graphs of a causal language model.
 
-    The tokens are those of transformers' ``generate(do_sample=False)`` on left-padded
-    prompts, with the settings that ``rules`` hold.
+    The tokens are those of transformers' ``generate(do_sample=False, num_beams=1)`` on
+    left-padded prompts, with the settings that ``rules`` hold.
 
     Args:
         prefill: Runs the prompts.
@@ -165,14 +165,8 @@ class GreedyDecoder:
             decoding.feed(tokens)
 
     def _refuse_lengths(self, mask: Array, max_new_tokens: int) -> None:
+        refuse_empty(mask, "the first new token follows from the prompt's last")
         lengths = mask.sum(axis=1)
-        if mask.size == 0 or lengths.min() == 0:
-            raise UsageError(
-                where="prompts",
-                found="none" if mask.size == 0 else f"row {int(lengths.argmin())} has no token",
-                expected="at least one token in every row",
-                why="the first new token follows from the prompt's last",
-            )
         longest = int(lengths.max()) + max_new_tokens
         if self._max_length is not None and longest > self._max_length:
             raise UsageError(
@@ -182,6 +176,22 @@ class GreedyDecoder:
                 why="the model has no more positions",
                 fix="Ask for fewer tokens or shorten the prompt",
             )
+
+
+def refuse_empty(attention_mask: Array, why: str) -> None:
+    """Refuse prompts ``[B, S]`` of which one is padding only.
+
+    Raises:
+        UsageError: One is, or there are none.
+    """
+    empty = np.flatnonzero(~(attention_mask != 0).any(axis=1))
+    if attention_mask.size == 0 or empty.size:
+        raise UsageError(
+            where="prompts",
+            found=f"row {int(empty[0])} has no token" if attention_mask.size else "none",
+            expected="at least one token in every row",
+            why=why,
+        )
 
 
 def left_padded(input_ids: Array, attention_mask: Array) -> tuple[Array, Array]:

@@ -13,11 +13,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtl_export.errors import UsageError, shortened
+
 if TYPE_CHECKING:
     from mtl_export.runtime.runner import Runner
 
 WHOLE, PREFILL, ENCODER = "model.onnx", "prefill.onnx", "encoder.onnx"
 ENGINE_SUFFIX = ".engine"
+# What a folder of ONNX graphs is opened by, and the graphs beside it that generation needs.
+PARTS = {
+    WHOLE: (),
+    PREFILL: ("decode.onnx",),
+    ENCODER: ("decoder.onnx", "decoder_with_past.onnx"),
+}
 
 
 def runner_of(path: Path, *, threads: int = 0) -> Runner:
@@ -46,3 +54,26 @@ def runner_of(path: Path, *, threads: int = 0) -> Runner:
     from mtl_export.runtime.ort import OrtRunner
 
     return OrtRunner(path, threads=threads)
+
+
+def graph_file(path: Path) -> Path:
+    """Return the graph to open: the file itself, or the first of a folder's.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if path.is_file():
+        first = next((name for name, rest in PARTS.items() if path.name in rest), path.name)
+        return path.with_name(first)
+    for name in PARTS:
+        if (path / name).is_file():
+            return path / name
+    inside = sorted({str(file.parent) for name in PARTS for file in path.glob(f"*/{name}")})
+    raise UsageError(
+        where=str(path),
+        found=f"none of {', '.join(PARTS)} there",
+        expected="a folder that mtl-export onnx wrote",
+        fix=f"One of these is: {shortened(inside)}"
+        if inside
+        else "Run mtl-export onnx --all-tasks",
+    )

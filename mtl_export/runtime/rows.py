@@ -3,7 +3,8 @@
     [[5, 9, 7], [5, 3]]  ->  input_ids [[5, 9, 7], [5, 3, PAD]]
                              attention_mask [[1, 1, 1], [1, 1, 0]]
 
-B rows, S tokens of the longest.
+B rows, S tokens of the longest. Only what a mask can leave out is padded: a dimension that no mask
+has, such as an image's height, is the same in every row.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mtl_export.errors import EngineRunError, shortened
+from mtl_export.errors import UsageError, shortened
+from mtl_export.runtime.arguments import listed
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
 
 INPUT_IDS, ATTENTION_MASK, TOKEN_TYPES = "input_ids", "attention_mask", "token_type_ids"
 TASK_IDS = "task_ids"
+# What an encoder of more than text says of its states: which of them count.
+SOURCE_MASK = "encoder_attention_mask"
 # What a graph looks up in tables.
 IDS = frozenset({INPUT_IDS, TOKEN_TYPES})
-SEQUENCE = "sequence"
+SEQUENCE, MASK = "sequence", "mask"
 # ONNX Runtime's words for what numpy can hold.
 _DTYPES = {
     "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_,
@@ -71,13 +75,13 @@ class Rows:
     Attributes:
         fields: The graph's inputs, without ``task_ids``.
         values: By input, one array for each row.
-        lengths: Tokens of each row; empty for a model that takes no tokens.
+        sizes: Of each row, its named dimensions; ``sequence`` is its tokens.
         padding: By input, what fills the rows up; 0 where nothing is said.
     """
 
     fields: tuple[Field, ...]
     values: Mapping[str, list[Array]]
-    lengths: tuple[int, ...]
+    sizes: tuple[Mapping[str, int], ...]
     padding: Mapping[str, int]
 
     @property
@@ -100,6 +104,7 @@ def rows_from(
     pad_token_id: int,
     where: str,
     longest: int | None = None,
+    placed_by: str = "",
 ) -> Rows:
     """Return ``inputs`` as rows that the graph takes.
 
@@ -109,41 +114,70 @@ def rows_from(
         fields: The graph's inputs, without ``task_ids``.
         pad_token_id: Fills ``input_ids``.
         where: The graph, for messages.
-        longest: Most tokens that a row may have, padding not counted; None: no limit.
+        longest: Most tokens that a row may have; None: no limit.
+        placed_by: The input whose padding takes no position and does not count: ``input_ids``
+            or ``attention_mask``; "": all of a row counts.
 
     Raises:
-        EngineRunError: An input is unknown, missing, empty, of another type or length, a row
-            is too long, or an id is negative.
+        UsageError: ``inputs`` are not by name, or one is unknown, missing, empty, of another
+            type or shape, a row is too long, or an id is negative.
     """
     known = {field.name: field for field in fields}
+    given = _given(inputs, known, where)
     unknown = [name for name in inputs if name not in known]
-    given = {name: _rows(known[name], inputs[name]) for name in inputs if name in known}
     derived = _derived(given, known)
     missing = [name for name in known if name not in given and name not in derived]
     problems = [f"{name} is no input" for name in unknown]
     problems += [f"{name} is missing" for name in missing]
     rows = {**given, **derived}
-    problems += _misfits(given, known) or _uneven(rows, known)
+    problems += _misfits(given, known)
+    if not problems:
+        problems = _uneven(rows, known) or _unlike(rows, known)
     if not problems and longest is not None and INPUT_IDS in rows:
-        problems = _too_long(rows[INPUT_IDS], pad_token_id, longest)
+        problems = _too_long(rows, placed_by, pad_token_id, longest)
     if problems:
-        raise EngineRunError(
-            where=where,
-            found=shortened(problems),
-            expected=f"{', '.join(known)}, each with one entry per row",
-            fix="Give exactly these; attention_mask and token_type_ids may be left out",
-        )
-    tokens = next((name for name in rows if known[name].is_sequence), None)
-    lengths = tuple(len(row) for row in rows[tokens]) if tokens else ()
-    return Rows(tuple(fields), rows, lengths, {INPUT_IDS: pad_token_id})
+        raise _refused(problems, known, where)
+    count = len(next(iter(rows.values()), []))
+    sizes = tuple(_sizes(rows, known, number) for number in range(count))
+    own = tuple({dim: found[0][1] for dim, found in one.items()} for one in sizes)
+    return Rows(tuple(fields), rows, own, {INPUT_IDS: pad_token_id})
 
 
-def _rows(field: Field, values: Any) -> list[Array]:
-    """Return each row in the graph's dtype; one of another kind stays as it is, to be refused."""
+def _refused(problems: Sequence[str], known: Mapping[str, Field], where: str) -> UsageError:
+    return UsageError(
+        where=where,
+        found=shortened(problems),
+        expected=f"{', '.join(known)}, each with one entry per row",
+        fix="Give exactly these; attention_mask and token_type_ids may be left out",
+    )
+
+
+def _given(
+    inputs: Mapping[str, Any], known: Mapping[str, Field], where: str
+) -> dict[str, list[Array]]:
+    """Return the inputs that are known, row by row."""
+    if not isinstance(inputs, Mapping):
+        raise _refused([f"{type(inputs).__name__} in place of inputs by name"], known, where)
+    entries = {name: listed(inputs[name]) for name in inputs if name in known}
+    problems = [
+        f"{name} is {type(inputs[name]).__name__}, not rows"
+        for name, rows in entries.items()
+        if rows is None
+    ]
+    if problems:
+        raise _refused(problems, known, where)
+    return {name: [_row(known[name], row) for row in rows or ()] for name, rows in entries.items()}
+
+
+def _row(field: Field, values: Any) -> Array:
+    """Return a row in the graph's dtype; one of another kind stays as it is, to be refused."""
     wanted = np.dtype(field.dtype)
-    arrays = [np.asarray(row) for row in values]
+    try:
+        row = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):  # numpy's and torch's words for no array
+        return np.empty((), np.object_)
     allowed = "biu" if wanted.kind in "biu" else "biuf"
-    return [row.astype(wanted) if row.dtype.kind in allowed else row for row in arrays]
+    return row.astype(wanted) if row.dtype.kind in allowed else row
 
 
 def _derived(
@@ -162,7 +196,7 @@ def _derived(
 def _misfits(given: Mapping[str, list[Array]], known: Mapping[str, Field]) -> list[str]:
     """Return what is wrong with single rows of what was given, or with how many there are."""
     counts = {name: len(values) for name, values in given.items()}
-    if not counts or min(counts.values()) == 0:
+    if counts and min(counts.values()) == 0:
         return ["no rows"]
     if len(set(counts.values())) > 1:
         return [f"{name} has {count} rows" for name, count in counts.items()]
@@ -175,35 +209,76 @@ def _misfits(given: Mapping[str, list[Array]], known: Mapping[str, Field]) -> li
 
 
 def _misfit(row: Array, field: Field) -> str:
-    wanted = np.dtype(field.dtype)
-    if row.ndim == len(field.dims) - 1 and not row.size:
+    wanted, dims = np.dtype(field.dtype), field.dims[1:]
+    if row.dtype.kind == "O":
+        return f"is no array, or its numbers are too large for {wanted.name} {list(dims)}"
+    if row.ndim == len(dims) and not row.size:
         return "has no tokens" if field.is_sequence else "is empty"
-    if row.dtype != wanted or row.ndim != len(field.dims) - 1:
-        return f"is {row.dtype.name} {list(row.shape)}, not {wanted.name} {list(field.dims[1:])}"
+    fits = row.ndim == len(dims) and all(
+        size == dim for size, dim in zip(row.shape, dims, strict=True) if isinstance(dim, int)
+    )
+    if row.dtype != wanted or not fits:
+        return f"is {row.dtype.name} {list(row.shape)}, not {wanted.name} {list(dims)}"
     # A graph's Gather counts negative ids from the table's end: an answer like any other.
     if field.name in IDS and row.min() < 0:
         return f"holds {row.min()}, and ids are 0 or more"
     return ""
 
 
+def _sizes(
+    rows: Mapping[str, list[Array]], known: Mapping[str, Field], number: int
+) -> dict[str, list[tuple[str, int]]]:
+    """Return the sizes of one row's named dimensions, and the inputs that have them."""
+    sizes: dict[str, list[tuple[str, int]]] = {}
+    for name, values in rows.items():
+        for dim, size in zip(known[name].dims[1:], values[number].shape, strict=True):
+            if isinstance(dim, str):
+                sizes.setdefault(dim, []).append((name, size))
+    return sizes
+
+
 def _uneven(rows: Mapping[str, list[Array]], known: Mapping[str, Field]) -> list[str]:
-    problems = []
-    tokens = [name for name in rows if known[name].is_sequence]
-    for number in range(len(rows[tokens[0]]) if tokens else 0):
-        lengths = {name: len(rows[name][number]) for name in tokens}
-        if len(set(lengths.values())) > 1:
-            problems.append(f"row {number} has {lengths} values")
-    return problems
-
-
-def _too_long(rows: Sequence[Array], pad_token_id: int, longest: int) -> list[str]:
-    """Return which rows the model has no positions for; padding may take none."""
-    counts = [int((row != pad_token_id).sum()) for row in rows]
+    """Return which rows have a dimension of one name in several sizes."""
     return [
-        f"row {number} has {count} tokens, and the model takes at most {longest}"
-        for number, count in enumerate(counts)
-        if count > longest
+        f"row {number} has {dim} " + ", ".join(f"{size} in {name}" for name, size in found)
+        for number in range(len(next(iter(rows.values()))))
+        for dim, found in _sizes(rows, known, number).items()
+        if len({size for _, size in found}) > 1
     ]
+
+
+def _unlike(rows: Mapping[str, list[Array]], known: Mapping[str, Field]) -> list[str]:
+    """Return which rows differ from the first where no mask could say what is padding."""
+    masked = {dim for name in rows if name.endswith(MASK) for dim in known[name].dims[1:]}
+    return [
+        f"row {number} of {name} is {list(row.shape)}, and row 0 is {list(values[0].shape)}"
+        for name, values in rows.items()
+        for number, row in enumerate(values)
+        if any(
+            size != first and dim not in masked
+            for dim, size, first in zip(
+                known[name].dims[1:], row.shape, values[0].shape, strict=True
+            )
+        )
+    ]
+
+
+def _too_long(
+    rows: Mapping[str, list[Array]], placed_by: str, pad_token_id: int, longest: int
+) -> list[str]:
+    """Return which rows the model has no positions for."""
+    padding = {INPUT_IDS: pad_token_id, ATTENTION_MASK: 0}
+    name = placed_by if placed_by in rows else INPUT_IDS
+    problems = []
+    for number, row in enumerate(rows[name]):
+        tokens = int((row != padding[name]).sum())
+        more = 0 if placed_by else len(row) - tokens
+        if tokens + more > longest:
+            beside = f" and {more} of padding" if more else ""
+            problems.append(
+                f"row {number} has {tokens} tokens{beside}, and the model takes at most {longest}"
+            )
+    return problems
 
 
 def _padded(rows: Sequence[Array], fill: int) -> Array:
@@ -214,12 +289,24 @@ def _padded(rows: Sequence[Array], fill: int) -> Array:
     return padded
 
 
-def own_part(value: Array, field: Field, length: int | None) -> Array:
-    """Return one row's output without the padding of its sequence dimensions."""
-    if length is None:
-        return value
-    cut = tuple(slice(length if dim == SEQUENCE else None) for dim in field.dims[1:])
-    return value[cut]
+def own_part(
+    value: Array, field: Field, sizes: Mapping[str, int], counted: Mapping[str, Array]
+) -> Array:
+    """Return one row's output without padding.
+
+    Args:
+        value: ``[...]``, as the batch gave it.
+        field: The output.
+        sizes: The row's named dimensions.
+        counted: By dimension that is none of these, such as ``regions + sequence``: a mask, 0
+            for padding.
+    """
+    for axis, dim in enumerate(field.dims[1:]):
+        if dim in counted:
+            value = np.compress(counted[str(dim)] != 0, value, axis)
+        elif dim in sizes:
+            value = value[(slice(None),) * axis + (slice(sizes[str(dim)]),)]
+    return value
 
 
 def joined(parts: Sequence[tuple[Sequence[int], Array]]) -> Array:

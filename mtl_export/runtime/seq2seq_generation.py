@@ -20,7 +20,7 @@ import numpy as np
 
 from mtl_export.errors import UsageError
 from mtl_export.runtime.arguments import count_of
-from mtl_export.runtime.generation import LOGITS, PAST, PRESENT, Part, next_tokens
+from mtl_export.runtime.generation import LOGITS, PAST, PRESENT, Part, next_tokens, refuse_empty
 from mtl_export.runtime.token_rules import TokenRules
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Seq2SeqGreedyDecoder:
             A row keeps the token that ended it; padding follows.
 
         Raises:
-            UsageError: More tokens are asked for than the model has positions, or
+            UsageError: A text without tokens, or more new ones than the model has positions, or
                 ``max_new_tokens`` is no whole number of at least 1.
             EngineRunError: A row's logits are NaN: no task has its id.
         """
@@ -146,6 +146,8 @@ class Seq2SeqGreedyDecoder:
         max_new_tokens = count_of(
             "max_new_tokens", max_new_tokens, self._max_length, "the decoder has no more positions"
         )
+        if MASK in inputs:
+            refuse_empty(inputs[MASK], "what is said follows from what was read")
         said = np.full((len(inputs["input_ids"]), 1), self._start, np.int64)
         decoding = Seq2SeqDecoding(self._parts, inputs, task_ids, said)
         ended = np.zeros(len(said), np.bool_)

@@ -9,7 +9,7 @@ onnxruntime; neither torch nor onnx is imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,13 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.errors import TaskNotFoundError, UsageError, shortened
 from mtl_export.runtime.answers import Answer, answer_of
-from mtl_export.runtime.arguments import count_of, whole_number
+from mtl_export.runtime.arguments import count_of, listed, whole_number
+from mtl_export.runtime.model_files import PARTS, PREFILL, graph_file
 from mtl_export.runtime.ort import OrtPart, metadata_of, open_session, run_session, task_table
 from mtl_export.runtime.rows import (
     ATTENTION_MASK,
     INPUT_IDS,
+    SOURCE_MASK,
     TASK_IDS,
     Rows,
     fields_of,
@@ -38,12 +40,6 @@ if TYPE_CHECKING:
     from mtl_export.runtime.onnx_adapters import ActiveAdapter
     from mtl_export.runtime.token_rules import TokenRules
 
-# What a folder is opened by, and the graphs beside it that generation needs.
-PARTS = {
-    "model.onnx": (),
-    "prefill.onnx": ("decode.onnx",),
-    "encoder.onnx": ("decoder.onnx", "decoder_with_past.onnx"),
-}
 PRESENT, ADAPTER_INPUT = "present.", "adapter-input"
 TaskLike = str | int | np.integer[Any]
 
@@ -100,7 +96,7 @@ class TaskSession:
     def __init__(
         self, path: str | Path, *, providers: Sequence[str] | None = None, threads: int = 0
     ) -> None:
-        self._path = _graph_file(Path(path))
+        self._path = graph_file(Path(path))
         self._session = open_session(self._path, providers=providers, threads=threads)
         metadata = metadata_of(self._session)
         self.tasks = tuple(Task.from_entry(entry) for entry in task_table(metadata))
@@ -128,18 +124,23 @@ class TaskSession:
         ]
         self._adapters = {task.index: self._active(task) for task in self.tasks}
 
-    def encode(self, texts: Sequence[str | tuple[str, str]]) -> dict[str, list[list[int]]]:
+    def encode(
+        self, texts: Sequence[str | tuple[str, str]], *, truncate: bool = False
+    ) -> dict[str, list[list[int]]]:
         """Return the inputs of texts, or pairs of texts, by the folder's own tokenizer.
 
         Args:
             texts: A list with one for each row; two texts in a tuple are a pair, one row.
+            truncate: Cut rows to the most tokens that the tokenizer states, else to the model's
+                positions; without it, longer rows are refused.
 
         Raises:
             BackendMissingError: The package tokenizers is not installed.
-            UsageError: The folder has no ``tokenizer.json``, or a single text was passed.
+            UsageError: The folder has no ``tokenizer.json``, a single text was passed, or a row
+                is too long.
         """
         taken = {field.name for field in self._inputs}
-        encoded = self._texts.encode(texts)
+        encoded = self._texts.encode(texts, truncate=truncate)
         return {name: rows for name, rows in encoded.items() if name in taken}
 
     def run(
@@ -152,17 +153,19 @@ class TaskSession:
         """Return the answers to a batch whose rows may be of any tasks and lengths.
 
         Args:
-            inputs: By name, an array or a sequence of rows; rows of tokens may differ in length.
-                A missing attention mask is ones, missing token types are zeros. A row whose mask
-                is all zeros is computed like any other, and its answer is that of no text.
+            inputs: By name, an array or a sequence of rows; rows of tokens may differ in length,
+                images may not. A missing attention mask is ones, missing token types are zeros.
+                A row whose mask is all zeros is computed like any other, and its answer is that
+                of no text.
             tasks: A name or id for each row, or one for all; None where there is one task only.
             max_batch: Split into batches of at most so many rows.
 
         Raises:
             TaskNotFoundError: A name or id is unknown.
-            UsageError: There are not as many tasks as rows, or ``max_batch`` is no whole number
-                of at least 1.
-            EngineRunError: The inputs do not fit the graph, or it failed.
+            UsageError: The inputs do not fit the graph, there are not as many tasks as rows, or
+                ``max_batch`` is no whole number of at least 1.
+            EngineRunError: The graph failed, on an id beyond the vocabulary too, or a row's
+                logits are NaN, which is no answer.
         """
         rows = self._rows(inputs, self._texts.pad_token_id)
         served = self._served(tasks, rows.count)
@@ -174,7 +177,7 @@ class TaskSession:
                 parts.setdefault(name, []).append((chosen, value))
             for position, row in enumerate(chosen):
                 own = {name: value[position] for name, value in values.items()}
-                answers[row] = self._answer(served[row], rows, row, own)
+                answers[row] = self._answer(served[row], rows.sizes[row], row, own)
         outputs = {name: joined(found) for name, found in parts.items()}
         return TaskOutputs(outputs, tuple(answers[row] for row in range(rows.count)))
 
@@ -189,7 +192,8 @@ class TaskSession:
         """Return the new tokens of each row, the one that ended it included.
 
         Decoding is greedy, by the settings in the folder's ``generation_config.json``: the
-        tokens of transformers' ``generate(do_sample=False)``.
+        tokens of transformers' ``generate(do_sample=False, num_beams=1)``. Beams that the
+        settings ask for are not searched.
 
         Args:
             inputs: The prompts' token ids, or inputs by name as for ``run``.
@@ -198,11 +202,11 @@ class TaskSession:
             max_batch: Split into batches of at most so many rows.
 
         Raises:
-            UsageError: The folder holds no language model, a prompt is masked as a whole or too
-                long, a number is none of at least 1, or its settings ask for what is not done
-                here.
+            UsageError: The folder holds no language model, the inputs do not fit it, a prompt is
+                masked as a whole or too long, a number is none of at least 1, or its settings ask
+                for what is not done here.
             TaskNotFoundError: A name or id is unknown.
-            EngineRunError: The inputs do not fit the graph, or it failed.
+            EngineRunError: The graph failed, or a row's logits are NaN.
         """
         if len(self._files) == 1:
             raise UsageError(
@@ -250,13 +254,15 @@ class TaskSession:
         )
 
     def _rows(self, inputs: Mapping[str, Any], pad_token_id: int) -> Rows:
-        where = str(self._path)
+        # A language model's graphs count positions from the mask.
+        is_counted = self._path.name == PREFILL
         return rows_from(
             inputs,
             self._inputs,
             pad_token_id=pad_token_id,
-            where=where,
+            where=str(self._path),
             longest=self._texts.most_tokens,
+            placed_by=ATTENTION_MASK if is_counted else self._texts.placed_by,
         )
 
     def _served(
@@ -267,13 +273,16 @@ class TaskSession:
         one: Any = tasks
         if getattr(tasks, "ndim", None) == 0:
             one = one.item()  # of numpy or torch
-        if isinstance(one, str) or not isinstance(one, Iterable | None):
+        entries = [] if one is None else listed(one)
+        if entries is None and (isinstance(one, str) or not hasattr(one, "__iter__")):
             return (self.task(one),) * count
-        named = tuple(self.task(task) for task in (() if one is None else one))
-        if len(named) != count:
+        named = tuple(self.task(task) for task in entries or ())
+        if entries is None or len(named) != count:
             raise UsageError(
                 where="tasks",
-                found=f"{len(named)} for {count} rows",
+                found=f"{len(named)} for {count} rows"
+                if entries is not None
+                else f"{type(one).__name__}, which has no order of rows",
                 expected="a task for each row, or one for all",
                 why=f"{self._path} serves {shortened(task.name for task in self.tasks)}",
                 fix="Pass as many tasks as rows",
@@ -333,7 +342,7 @@ class TaskSession:
         from mtl_export.runtime.seq2seq_generation import Seq2SeqGreedyDecoder, Seq2SeqParts
 
         task_ids = None if self._task_input is None else ids
-        limit = self._texts.positions
+        limit = self._texts.most_tokens
         if len(parts) == 3:
             seq2seq = Seq2SeqGreedyDecoder(Seq2SeqParts(*parts), rules, max_length=limit)
             tokens = seq2seq.generate(inputs, task_ids=task_ids, max_new_tokens=max_new_tokens)
@@ -354,33 +363,20 @@ class TaskSession:
         listed: list[list[int]] = tokens.tolist()
         return listed
 
-    def _answer(self, task: Task, rows: Rows, row: int, values: Mapping[str, Array]) -> Answer:
-        length = rows.lengths[row] if rows.lengths else None
+    def _answer(
+        self, task: Task, sizes: Mapping[str, int], row: int, values: Mapping[str, Array]
+    ) -> Answer:
+        counted = {
+            str(field.dims[1]): values[field.name]
+            for field in self._outputs
+            if field.name == SOURCE_MASK
+        }
         own = {
-            field.name: own_part(values[field.name], field, length)
+            field.name: own_part(values[field.name], field, sizes, counted)
             for field in self._outputs
             if task.output in {"", field.name}
         }
-        return answer_of(task, own)
-
-
-def _graph_file(path: Path) -> Path:
-    """Return the graph to open: the file itself, or the first of a folder's."""
-    if path.is_file():
-        first = next((name for name, rest in PARTS.items() if path.name in rest), path.name)
-        return path.with_name(first)
-    for name in PARTS:
-        if (path / name).is_file():
-            return path / name
-    inside = sorted({str(file.parent) for name in PARTS for file in path.glob(f"*/{name}")})
-    raise UsageError(
-        where=str(path),
-        found=f"none of {', '.join(PARTS)} there",
-        expected="a folder that mtl-export onnx wrote",
-        fix=f"One of these is: {shortened(inside)}"
-        if inside
-        else "Run mtl-export onnx --all-tasks",
-    )
+        return answer_of(task, own, row=row)
 
 
 def _ended(tokens: list[int], ends: Sequence[int]) -> list[int]:

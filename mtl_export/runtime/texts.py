@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mtl_export.checkpoint.model_inputs import has_position_table, longest_sequence
-from mtl_export.errors import BackendMissingError, EngineRunError, UsageError
+from mtl_export.checkpoint.model_inputs import has_position_table, longest_sequence, placed_by
+from mtl_export.errors import BackendMissingError, EngineRunError, UsageError, shortened
 
 TOKENIZER_FILE = "tokenizer.json"
 # transformers writes 1e30 for "no limit".
@@ -61,15 +61,24 @@ class TextFiles:
         """
         return self.positions if has_position_table(self._config) else None
 
-    def encode(self, texts: Sequence[str | tuple[str, str]]) -> dict[str, list[list[int]]]:
+    @property
+    def placed_by(self) -> str:
+        """Return the input whose padding takes no position, "" if all padding takes some."""
+        return placed_by(self._config)
+
+    def encode(
+        self, texts: Sequence[str | tuple[str, str]], *, truncate: bool = False
+    ) -> dict[str, list[list[int]]]:
         """Return ``input_ids``, ``attention_mask`` and ``token_type_ids``, not padded.
 
         Args:
-            texts: A text, or a pair of texts, for each row; cut to ``longest`` tokens.
+            texts: A text, or a pair of texts, for each row.
+            truncate: Cut rows to ``longest`` tokens; else longer ones are refused.
 
         Raises:
             BackendMissingError: ``tokenizers`` is not installed.
-            UsageError: The folder has no ``tokenizer.json``, or ``texts`` is a single text.
+            UsageError: The folder has no ``tokenizer.json``, ``texts`` is a single text, or a
+                row is too long.
         """
         if isinstance(texts, str):
             raise UsageError(
@@ -79,7 +88,9 @@ class TextFiles:
                 why="a text is a sequence too: each of its letters would be a row",
                 fix="Pass [text]",
             )
-        encodings = self._tokenizer.encode_batch(list(texts))
+        tokenizer = self._cutting_tokenizer if truncate else self._tokenizer
+        encodings = tokenizer.encode_batch(list(texts))
+        self._refuse_longer([len(encoding.ids) for encoding in encodings])
         return {
             "input_ids": [encoding.ids for encoding in encodings],
             "attention_mask": [encoding.attention_mask for encoding in encodings],
@@ -90,6 +101,27 @@ class TextFiles:
         """Return the texts of rows of tokens, special tokens left out."""
         texts: list[str] = self._tokenizer.decode_batch([list(row) for row in tokens])
         return texts
+
+    def _refuse_longer(self, lengths: Sequence[int]) -> None:
+        longest = self.longest
+        if longest is None or max(lengths, default=0) <= longest:
+            return
+        longer = [f"row {at} has {n} tokens" for at, n in enumerate(lengths) if n > longest]
+        raise UsageError(
+            where="texts",
+            found=shortened(longer),
+            expected=f"at most {longest}",
+            why=f"the tokenizer or the config in {self.folder} says so",
+            fix="Shorten them, or pass truncate=True to lose what is beyond",
+        )
+
+    @cached_property
+    def _cutting_tokenizer(self) -> Any:
+        # One of its own: sessions are shared by threads, and the setting is the tokenizer's.
+        tokenizer = type(self._tokenizer).from_str(self._tokenizer.to_str())
+        if self.longest is not None:
+            tokenizer.enable_truncation(self.longest)
+        return tokenizer
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -114,8 +146,6 @@ class TextFiles:
         # The file carries the settings of whoever last used it.
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        if self.longest is not None:
-            tokenizer.enable_truncation(self.longest)
         return tokenizer
 
     @cached_property

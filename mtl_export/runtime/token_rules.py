@@ -3,13 +3,14 @@
     logits [B, L], tokens so far [B, N]  ->  logits [B, L] that greedy decoding picks from
 
 B rows, L vocabulary. The settings are those of ``generation_config.json``, else those that
-older models keep in ``config.json``, and mean what they mean to transformers' ``generate``.
+older models keep in ``config.json``, and mean what they mean to transformers' ``generate`` with
+``do_sample=False, num_beams=1``: what is about sampling and beams is not used.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,8 @@ class TokenRules:
 
         Args:
             settings: By their transformers names.
-            config: Names the special tokens where ``settings`` do not.
+            config: Names the tokens that begin and pad where ``settings`` do not. What ends a
+                row, ``settings`` alone say.
 
         Raises:
             UsageError: A setting is on that is not done here.
@@ -85,10 +87,10 @@ class TokenRules:
                 why="tokens would differ from those of transformers' generate",
                 fix=f"Remove them from {GENERATION_FILE}, or generate with transformers",
             )
-        tokens = {**(config or {}), **{k: v for k, v in settings.items() if v is not None}}
-        eos = _ids(tokens.get("eos_token_id"))
-        start = tokens.get("decoder_start_token_id", tokens.get("bos_token_id"))
-        pad = tokens.get("pad_token_id")
+        eos = _ids(settings.get("eos_token_id"))
+        starts = ("decoder_start_token_id", "bos_token_id")
+        start = _named(starts, settings, config or {})
+        pad = _named(("pad_token_id",), settings, config or {})
         begin_shift = _ids(settings.get("begin_suppress_tokens"))
         return cls(
             start=_first(start),
@@ -183,6 +185,12 @@ def _ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(int(one) for one in value) if isinstance(value, list | tuple) else (int(value),)
+
+
+def _named(names: Sequence[str], *sources: Mapping[str, Any]) -> Any:
+    """Return what the first of ``sources`` that says one of ``names`` says; None if none does."""
+    said = (source.get(name) for source in sources for name in names)
+    return next((value for value in said if value is not None), None)
 
 
 def _first(value: Any) -> int | None:

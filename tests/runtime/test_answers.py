@@ -5,6 +5,7 @@ import pytest
 
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import EngineRunError
 from mtl_export.runtime.answers import answer_of
 
 SINGLE = Task("single", 0, ("a", "b", "c"), "single_label_classification")
@@ -67,3 +68,28 @@ def test_labels_without_names_are_numbers() -> None:
     """A task whose labels nobody named still decides."""
     nameless = Task("nameless", 0, (), "single_label_classification")
     assert answer_of(nameless, {"logits": WIDE[:3]}).decision == "0"
+
+
+@pytest.mark.parametrize("task", [SINGLE, MULTI, SCORE, PAIR])
+def test_nan_is_no_answer(task: Task) -> None:
+    """Neither the first label, nor no label, nor a number; row and task are named."""
+    logits = np.array([1.0, np.nan, 2.0, np.nan], np.float32)
+    logits = logits[::-1].copy() if task is SCORE else logits
+    for value in (logits, np.stack([WIDE, logits])):
+        with pytest.raises(EngineRunError, match=f"row 3 of task '{task.name}': its logits are"):
+            answer_of(task, {"logits": value}, row=3)
+
+
+def test_labels_that_others_lack_may_be_nan() -> None:
+    """Only the task's own columns are its answer."""
+    logits = np.array([1.0, -2.0, 0.5, np.nan], np.float32)
+    assert answer_of(SINGLE, {"logits": logits}).decision == "a"
+    assert answer_of(SCORE, {"logits": logits}).decision == 1.0
+
+
+def test_an_overflow_is_no_answer() -> None:
+    """The softmax of infinity is NaN; its sigmoid is a probability."""
+    logits = np.array([np.inf, 1.0, 0.0], np.float32)
+    with pytest.raises(EngineRunError, match="its logits are infinite"):
+        answer_of(SINGLE, {"logits": logits})
+    assert answer_of(MULTI, {"logits": logits}).decision == ("a", "b", "c")

@@ -114,3 +114,11 @@ def test_a_decoder_must_know_how_to_begin() -> None:
     """Without a first token there is nothing to generate from."""
     with pytest.raises(UsageError, match="decoder_start_token_id"):
         Seq2SeqGreedyDecoder(Graphs().parts(), TokenRules())
+
+
+def test_a_text_of_padding_is_refused() -> None:
+    """As by causal language models: there is nothing to answer."""
+    decoder = Seq2SeqGreedyDecoder(Graphs().parts(), TokenRules(start=START))
+    masked = {**ROWS, "attention_mask": np.array([[1, 1], [0, 0], [0, 1]])}
+    with pytest.raises(UsageError, match="prompts: row 1 has no token"):
+        decoder.generate(masked, task_ids=np.zeros(3, int), max_new_tokens=2)

@@ -170,26 +170,35 @@ def test_as_many_tasks_as_rows(session: TaskSession, tasks: list[str] | None) ->
         session.run({"input_ids": ROWS}, tasks)
 
 
-WRONG_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
+WRONG_INPUTS: dict[str, tuple[Any, str]] = {
     "unknown input": ({"input_ids": ROWS, "pixels": ROWS}, "pixels is no input"),
     "missing input": ({"attention_mask": ROWS}, "input_ids is missing"),
     "no rows": ({"input_ids": []}, "no rows"),
     "an empty row": ({"input_ids": [*ROWS[:4], []]}, "found=row 4 of input_ids has no tokens$"),
     "fractions": ({"input_ids": [[1.5, 2.0]]}, "is float64"),
     "text": ({"input_ids": ["who", "what"]}, r"row 0 of input_ids is str96 \[\]"),
+    "nothing": ({"input_ids": ROWS, "attention_mask": None}, "attention_mask is NoneType"),
+    "a number": ({"input_ids": 5}, "found=input_ids is int, not rows$"),
+    "no order": ({"input_ids": {(2, 3), (2, 4)}}, "input_ids is set"),
+    "ragged rows": ({"input_ids": [[2, [3, 4]]]}, "row 0 of input_ids is no array"),
+    "too large": ({"input_ids": [[2**70]]}, "row 0 of input_ids is no array"),
     "no batch": ({"input_ids": [2, 3]}, r"row 0 of input_ids is int64 \[\]"),
     "unequal counts": ({"input_ids": ROWS, "attention_mask": [[1]]}, "attention_mask has 1 rows"),
     "unequal lengths": (
         {"input_ids": [[2, 3]], "attention_mask": [[1, 1, 1]]},
-        "row 0 has {'input_ids': 2, 'attention_mask': 3",
+        "row 0 has sequence 2 in input_ids, 3 in attention_mask",
     ),
-    "outside the vocabulary": ({"input_ids": [[2, 5000]]}, "cannot run it"),
     "below 0": ({"input_ids": [[2, 3], [2, -100, 3]]}, "found=row 1 of input_ids holds -100, "),
     "types below 0": (
         {"input_ids": [[2, 3]], "token_type_ids": [[0, -1]]},
         "row 0 of token_type_ids holds -1, ",
     ),
     "too long": ({"input_ids": [[2] * 40, [2] * 41]}, "row 1 has 41 tokens, .* at most 40"),
+    "padded too long": (
+        {"input_ids": [[2] * 38 + [0] * 5]},
+        "row 0 has 38 tokens and 5 of padding, .* at most 40",
+    ),
+    "by no name": ([[2, 3]], "list in place of inputs by name"),
 }
 
 
@@ -197,9 +206,22 @@ WRONG_INPUTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_inputs_that_do_not_fit_are_refused(session: TaskSession, fault: str) -> None:
     """Nothing is cast, cut or filled in without a word."""
     inputs, message = WRONG_INPUTS[fault]
-    with pytest.raises(EngineRunError) as caught:
+    with pytest.raises(UsageError) as caught:
         session.run(inputs, "spam")
     assert re.search(message, f"found={caught.value.found}")
+
+
+def test_an_id_outside_the_vocabulary_is_refused(session: TaskSession) -> None:
+    """By ONNX Runtime: the folder does not say how many there are."""
+    with pytest.raises(EngineRunError, match="cannot run it"):
+        session.run({"input_ids": [[2, 5000]]}, "spam")
+
+
+@pytest.mark.parametrize("tasks", [{"spam", "topic"}, b"\x00\x01", {"spam": 0, "topic": 1}])
+def test_tasks_have_the_order_of_rows(session: TaskSession, tasks: Any) -> None:
+    """A set has none, bytes are no ids, and neither is taken for tasks."""
+    with pytest.raises(UsageError, match=r"tasks: (set|bytes|dict), which has no order of rows"):
+        session.run({"input_ids": ROWS[:2]}, tasks)
 
 
 def test_a_row_that_is_all_padding_has_an_answer(session: TaskSession) -> None:
@@ -211,6 +233,15 @@ def test_a_row_that_is_all_padding_has_an_answer(session: TaskSession) -> None:
     assert np.isfinite(logits[4]).all()
     for own, other in zip(logits[:4], whole.answers, strict=False):
         np.testing.assert_allclose(own, np.asarray(other.logits), atol=1e-5)
+
+
+def test_nan_is_refused_with_its_row(session: TaskSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not answered with the first label."""
+    logits = np.zeros((2, max(WIDTHS)), np.float32)
+    logits[1, 0] = np.nan
+    monkeypatch.setattr(session_module, "run_session", lambda *_: {"logits": logits})
+    with pytest.raises(EngineRunError, match="row 1 of task 'spam': its logits are NaN"):
+        session.run({"input_ids": ROWS[:2]}, ["topic", "spam"])
 
 
 def test_a_single_text_is_refused(session: TaskSession) -> None:
@@ -233,14 +264,18 @@ def test_many_threads_share_one_session(session: TaskSession) -> None:
 
 
 def test_texts_become_the_tokens_of_the_base(session: TaskSession, exported: Path) -> None:
-    """As AutoTokenizer gives them, pairs and the length limit included."""
+    """As AutoTokenizer gives them, pairs included; cut at the length limit only where asked to."""
     from transformers import AutoTokenizer
 
     texts = ["Free money ?", "who " * 60]
     tokenizer = AutoTokenizer.from_pretrained(exported / "base")
     expected = tokenizer(texts, truncation=True)
-    assert session.encode(texts) == {name: expected[name] for name in session.encode(texts)}
-    assert len(session.encode(texts)["input_ids"][1]) == 40
+    cut = session.encode(texts, truncate=True)
+    assert cut == {name: expected[name] for name in cut}
+    assert len(cut["input_ids"][1]) == 40
+    assert session.encode(texts[:1])["input_ids"] == cut["input_ids"][:1]
+    with pytest.raises(UsageError, match=r"row 1 has 62 tokens\. Expected at most 40,.* truncate"):
+        session.encode(texts)
     pair = tokenizer([["night shift", "nurse"]])
     assert session.encode([("night shift", "nurse")]) == {name: pair[name] for name in pair}
 

@@ -14,7 +14,7 @@ import torch
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.base import quiet_transformers
-from mtl_export.errors import EngineRunError, TaskNotFoundError, UsageError
+from mtl_export.errors import TaskNotFoundError, UsageError
 from mtl_export.runtime import TaskSession
 from mtl_export.runtime.pytorch import oracle_model
 from tests.adapters import toys
@@ -44,7 +44,7 @@ def session(onnx: Path) -> TaskSession:
     return TaskSession(onnx, threads=1)
 
 
-def expected(bound: BoundModel, **settings: Any) -> list[list[int]]:
+def expected(bound: BoundModel, new: int = NEW, **settings: Any) -> list[list[int]]:
     """Return what transformers generates for the prompts under their tasks."""
     from transformers import GenerationConfig
 
@@ -57,7 +57,7 @@ def expected(bound: BoundModel, **settings: Any) -> list[list[int]]:
     config = GenerationConfig(eos_token_id=2, pad_token_id=2, do_sample=False, **settings)
     own.generation_config = config
     with torch.inference_mode(), quiet_transformers():
-        tokens = own.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW)
+        tokens = own.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new)
     rows = tokens[:, longest:].tolist()
     return [row[: row.index(2) + 1] if 2 in row else row for row in rows]
 
@@ -81,6 +81,36 @@ def test_tokens_are_those_of_transformers(
     path.write_text(json.dumps(json.loads(path.read_text()) | SETTINGS[name]))
     tokens = TaskSession(folder, threads=1).generate(PROMPTS, TASKS, max_new_tokens=NEW)
     assert tokens == expected(bound, **SETTINGS[name])
+
+
+def test_positions_that_are_computed_do_not_end(bound: BoundModel, session: TaskSession) -> None:
+    """A model that rotates goes on beyond those of its config, as transformers does."""
+    new = POSITIONS + 3
+    with quiet_transformers():
+        wanted = expected(bound, new, min_new_tokens=0)
+    assert session.generate(PROMPTS, TASKS, max_new_tokens=new) == wanted
+    assert len(max(wanted, key=len)) == new
+
+
+def test_a_table_of_positions_does(onnx: Path, tmp_path: Path) -> None:
+    """What has no row for a position is refused."""
+    folder = tmp_path / "onnx"
+    shutil.copytree(onnx, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "gpt2"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=f"at most {POSITIONS} together"):
+        TaskSession(folder, threads=1).generate(PROMPTS, TASKS, max_new_tokens=POSITIONS)
+
+
+def test_beams_are_not_searched(onnx: Path, session: TaskSession, tmp_path: Path) -> None:
+    """The documentation says so: the same tokens with and without."""
+    folder = tmp_path / "onnx"
+    shutil.copytree(onnx, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_beams": 4}))
+    tokens = TaskSession(folder, threads=1).generate(PROMPTS, TASKS, max_new_tokens=NEW)
+    assert tokens == session.generate(PROMPTS, TASKS, max_new_tokens=NEW)
+    assert "num_beams=1" in str(TaskSession.generate.__doc__)
 
 
 def test_batches_and_tasks_do_not_matter(session: TaskSession, onnx: Path) -> None:
@@ -122,12 +152,12 @@ def test_run_gives_the_prompts_logits(session: TaskSession) -> None:
 
 
 def test_what_cannot_be_generated_is_refused(session: TaskSession) -> None:
-    """An unknown task, an empty prompt, no new tokens, too many, an id below 0."""
+    """An unknown task, no new tokens, an id below 0, rows that are none."""
     with pytest.raises(TaskNotFoundError, match="one of summary"):
         session.generate(PROMPTS, "title2", max_new_tokens=3)
-    with pytest.raises(UsageError, match=f"at most {POSITIONS} together"):
-        session.generate(PROMPTS, TASKS, max_new_tokens=POSITIONS)
     with pytest.raises(UsageError, match="1 or more"):
         session.generate(PROMPTS, TASKS, max_new_tokens=0)
-    with pytest.raises(EngineRunError, match="row 1 of input_ids holds -1"):
+    with pytest.raises(UsageError, match="row 1 of input_ids holds -1"):
         session.generate([[5, 9], [-1, 7]], "title", max_new_tokens=2)
+    with pytest.raises(UsageError, match="input_ids is int"):
+        session.generate(5, "title", max_new_tokens=2)  # type: ignore[arg-type]

@@ -89,7 +89,10 @@ def test_what_is_not_done_is_refused(setting: dict[str, Any]) -> None:
 
 
 def test_settings_come_from_their_own_file_first(tmp_path: Path) -> None:
-    """generation_config.json decides; special tokens it lacks come from config.json."""
+    """generation_config.json decides; what begins and pads may come from config.json.
+
+    What ends a row does not, where it is there: transformers goes on, too.
+    """
     config = {"no_repeat_ngram_size": 3, "eos_token_id": 2, "pad_token_id": 1,
               "decoder_start_token_id": 5}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -99,6 +102,9 @@ def test_settings_come_from_their_own_file_first(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(own))
     rules = TokenRules.from_folder(tmp_path)
     assert (rules.no_repeat_ngram_size, rules.start, rules.eos, rules.pad) == (0, 5, (6, 7), 1)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"bos_token_id": 8}))
+    rules = TokenRules.from_folder(tmp_path)
+    assert (rules.start, rules.eos, rules.pad) == (8, (), 1)
 
 
 def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
