@@ -4,8 +4,8 @@
 A test holds the short helps below against the commands' own.
 
 What a human sees is decided here and nowhere else: our errors become one message on
-stderr (with ``--json``, an object on stdout) and the exit code of ``EXIT_CODES``;
-everything else is a bug and keeps its traceback.
+stderr (with ``--json``, an object on stdout) and the exit code of ``EXIT_CODES``; so do
+files that the system refuses. Everything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -29,10 +30,18 @@ from mtl_export.errors import (
     GraphError,
     IntegrityError,
     MtlExportError,
+    OutputError,
     ParityError,
     UsageError,
 )
 from mtl_export.version import VERSION
+from mtl_export_cli.system_errors import (
+    is_of_stream,
+    open_closed_streams,
+    refusal_of,
+    silence,
+    unwritable_streams,
+)
 
 # name -> module, short help; in the order of the work
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -107,16 +116,11 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; a reader of the pipe that has gone is nobody's fault."""
+        """Run the command; where its reader has gone, click would end this with code 1."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
             _leave_broken_pipe()
-        except SystemExit as end:
-            # rich exits 1 then, as click would outside of here, and 1 means a bug.
-            if isinstance(end.__context__, BrokenPipeError):
-                _leave_broken_pipe()
-            raise
 
     def main(
         self,
@@ -127,27 +131,30 @@ class LazyGroup(click.Group):
         **extra: Any,
     ) -> Any:
         """Run the command line and exit with its code."""
+        open_closed_streams()
         arguments = list(sys.argv[1:] if args is None else args)
         run = super().main
-        try:
+
+        def result() -> Any:
             with warnings.catch_warnings():
                 if not sys.warnoptions:
                     # Libraries warn developers; python -W default shows it to those.
                     warnings.simplefilter("ignore")
-                code = run(arguments, "mtl-export", complete_var, standalone_mode=False, **extra)
+                return run(arguments, "mtl-export", complete_var, standalone_mode=False, **extra)
+
+        try:
+            code = _code_of(result, arguments)
             sys.stdout.flush()
-        except MtlExportError as error:
-            _fail(error, arguments)
-        except click.ClickException as error:
-            _fail(_translated(error), arguments)
-        except click.Abort:
-            click.echo("Interrupted.", err=True)
-            sys.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:
             _leave_broken_pipe()
-        except Exception as error:
-            _report_bug(error, arguments)
-        sys.exit(code if isinstance(code, int) else EXIT_DONE)
+        except SystemExit as end:
+            # rich exits 1 then, and 1 means a bug.
+            if isinstance(end.__context__, BrokenPipeError):
+                _leave_broken_pipe()
+            raise
+        except OSError as error:
+            _leave_unwritable(error)
+        sys.exit(code)
 
 
 @click.group(
@@ -180,10 +187,49 @@ def main() -> NoReturn:
     sys.exit(cli())
 
 
+def _code_of(run: Callable[[], Any], arguments: list[str]) -> int:
+    """Return the exit code of ``run``; what it raises is said and has one too."""
+    try:
+        code = run()
+    except MtlExportError as error:
+        return _fail(error, arguments)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return EXIT_USAGE
+    except click.ClickException as error:
+        return _fail(_translated(error), arguments)
+    except click.Abort:
+        click.echo("Interrupted.", err=True)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) or is_of_stream(error):
+            raise
+        refusal = refusal_of(error)
+        return _report_bug(error, arguments) if refusal is None else _fail(refusal, arguments)
+    return code if isinstance(code, int) else EXIT_DONE
+
+
 def _leave_broken_pipe() -> NoReturn:
-    # Keeps Python from complaining about what it cannot flush at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Exit as what is killed by the pipe: a reader that has gone is nobody's fault."""
+    for stream in (sys.stdout, *unwritable_streams().values()):
+        silence(stream)
     sys.exit(EXIT_BROKEN_PIPE)
+
+
+def _leave_unwritable(error: OSError) -> NoReturn:
+    """Exit as after any place that cannot be written; say so where somebody can read it."""
+    closed = unwritable_streams()
+    for stream in closed.values():
+        silence(stream)
+    refusal = OutputError(
+        where=" and ".join(closed) or "stdout, stderr or a temporary file",
+        found=f"it cannot be written ({error.strerror})",
+        expected="a file or device that takes the result",
+        fix="Send it elsewhere",
+    )
+    with suppress(OSError):
+        click.echo(f"error: {refusal}", err=True)
+    sys.exit(exit_code(refusal))
 
 
 def _wants_json(arguments: list[str]) -> bool:
@@ -200,7 +246,7 @@ def _translated(error: click.ClickException) -> UsageError:
     )
 
 
-def _fail(error: MtlExportError, arguments: list[str]) -> NoReturn:
+def _fail(error: MtlExportError, arguments: list[str]) -> int:
     from mtl_export_cli import render
 
     code = exit_code(error)
@@ -208,10 +254,10 @@ def _fail(error: MtlExportError, arguments: list[str]) -> NoReturn:
         render.print_json({"ok": False, "error": error.as_dict(), "exit_code": code})
     else:
         render.print_error(str(error))
-    sys.exit(code)
+    return code
 
 
-def _report_bug(error: Exception, arguments: list[str]) -> NoReturn:
+def _report_bug(error: Exception, arguments: list[str]) -> int:
     traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
     fix = "Please report it with the lines above"
     click.echo(f"This is a bug in mtl-export {VERSION}. {fix}.", err=True)
@@ -221,4 +267,4 @@ def _report_bug(error: Exception, arguments: list[str]) -> NoReturn:
         parts = {"error": "Bug", "where": "mtl-export", "found": f"{type(error).__name__}: {error}"}
         report = {**parts, "expected": "", "why": "", "fix": "Please report it"}
         render.print_json({"ok": False, "error": report, "exit_code": EXIT_BUG})
-    sys.exit(EXIT_BUG)
+    return EXIT_BUG

@@ -43,9 +43,12 @@ def open_safetensors(path: Path) -> SafetensorsFile:
     Raises:
         CheckpointError: The file is truncated, not safetensors, or holds a dtype
             that no base model or adapter uses.
+        OSError: The system refuses to open it.
     """
     from safetensors import SafetensorError, safe_open
 
+    if path.is_file():
+        path.open("rb").close()  # of one that it may not read the library says there is none
     try:
         # The library checks sizes, overlaps and the header; what follows only reads offsets.
         with safe_open(str(path), framework="numpy") as handle:

@@ -118,6 +118,13 @@ def test_no_command_shows_help_as_a_usage_error(run: Run) -> None:
     assert "Commands:" in outcome.stderr
 
 
+def test_a_group_alone_explains_itself_too(run: Run) -> None:
+    """A bare mtl-export tasks is like a bare mtl-export: help, not an error made of help."""
+    outcome = run("tasks")
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert outcome.stderr.startswith("Usage: mtl-export tasks ")
+
+
 @pytest.mark.parametrize(
     ("words", "fragment"),
     [
