@@ -38,6 +38,7 @@ def convert(
         form: A member of ``FORMATS``.
 
     Raises:
+        UsageError: ``target`` lies in the checkpoint or base.
         HyperparameterError: A number is still missing: the folder would need a flag again.
         BaseModelError: The base does not fit, or PEFT's format needs one.
         IntegrityError: The checkpoint was trained on another base.
@@ -48,12 +49,15 @@ def convert(
     from mtl_export.merge.peft_folders import write_peft_folders
 
     started = perf_counter()
+    where, fix = f"--convert {target}", "Pass another folder to --convert"
+    sources.refuse_in_source(target, checkpoint, base, where=where, fix=fix)
     checkpoint, adapters = _checked(checkpoint, base, needs_adapters=form == PEFT)
     with output_folder(
         target,
         recipe=_recipe(checkpoint, base, form),
         force=settings.force,
         estimated_size_bytes=_size_bytes(checkpoint),
+        option="--convert",
     ) as plan:
         if plan.up_to_date:
             pass

@@ -229,6 +229,12 @@ def _resolve_selection(context: click.Context, values: dict[str, Any]) -> None:
     values["task"], values["all_tasks"] = (values["task"], False) if named else ((), True)
 
 
+def reads_file() -> bool:
+    """Return whether the command at work takes values from ``mtl-export.toml``."""
+    context = click.get_current_context(silent=True)
+    return context is not None and _CONFIG_KEY in context.meta
+
+
 def is_typed(name: str) -> bool:
     """Return whether a parameter of the command at work stands in its command line."""
     return _is_typed(click.get_current_context(), name)

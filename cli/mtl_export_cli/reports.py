@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING
 import click
 
 from mtl_export.errors import MtlExportError, OutputError, UsageError
+from mtl_export_cli.options import Settings
+from mtl_export_cli.sources import lies_in
+from mtl_export_cli.system_errors import refusal_of
 
 if TYPE_CHECKING:
     from mtl_export.parity.cases import Case
     from mtl_export.parity.report import ArtefactFiles, ParityReport
     from mtl_export.parity.run import Artefact
 
-
-def check_suffixes(paths: Sequence[Path]) -> None:
-    """Refuse a report in an unknown format before anything is compared.
-
-    Raises:
-        UsageError: A suffix names no format.
-    """
-    from mtl_export.parity.reports.formats import suffix_of
-
-    for path in paths:
-        suffix_of(path)
+# Stands in the reports until the comparison has ended.
+_UNFINISHED = {
+    "error": "Unfinished",
+    "where": "mtl-export parity",
+    "found": "it is at work, or was interrupted",
+    "expected": "a comparison that has ended",
+    "fix": "Run it again",
+}
 
 
 def write_reports(paths: Sequence[Path], report: ParityReport) -> None:
@@ -43,12 +43,14 @@ def write_reports(paths: Sequence[Path], report: ParityReport) -> None:
 
     for path in paths:
         text = report_text(report, path)
+        partial = path.with_name(f"{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f"{path.name}.partial")
             partial.write_text(text, encoding="utf-8")
             partial.replace(path)
         except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise OutputError(
                 where=str(path),
                 found=f"it cannot be written ({error.strerror})",
@@ -58,20 +60,34 @@ def write_reports(paths: Sequence[Path], report: ParityReport) -> None:
 
 
 @contextmanager
-def errors_reported(paths: Sequence[Path]) -> Iterator[None]:
-    """Write what ends the block into the reports too.
+def errors_reported(paths: Sequence[Path], settings: Settings | None = None) -> Iterator[None]:
+    """Let no report of an earlier run, which may have passed, outlive this one.
 
-    Else CI would show the report of an earlier run, which may have passed.
+    That this one has not ended stands in the reports while the block is at work, so that a
+    kill leaves that; and then what ended it, unless it writes them itself.
+
+    Args:
+        paths: The reports.
+        settings: What is compared: no report is written into its sources.
+
+    Raises:
+        UsageError: The suffix of a path names no format.
+        OutputError: A path lies in what is read or was exported, or cannot be written.
     """
+    told = [path for path in paths if _is_written(path, settings)]
+    write_reports(told, _report_of(_UNFINISHED))
     try:
+        for path in paths:
+            _refuse_report(path, settings)
         yield
     except Exception as error:
+        ours = error if isinstance(error, MtlExportError) else refusal_of(error)
         parts = (
-            error.as_dict()
-            if isinstance(error, MtlExportError)
+            ours.as_dict()
+            if ours
             else {"error": type(error).__name__, "where": "mtl-export", "found": str(error)}
         )
-        write_reports(_known(paths), _report_of(parts))
+        write_reports(told, _report_of(parts))
         raise
 
 
@@ -85,14 +101,15 @@ class ReportingCommand(click.Command):
             return super().parse_args(ctx, args)
         except (click.UsageError, MtlExportError) as error:
             # Eager, so known, unless the words themselves could not be told apart.
-            paths = ctx.params.get("report") or _typed_reports(words)
+            typed = ctx.params.get("report") or _typed_reports(words)
+            paths = [path for path in typed if _is_written(path)]
             if isinstance(error, MtlExportError):
                 parts = error.as_dict()
             else:
                 found = error.format_message().rstrip(".")
                 parts = {"error": "UsageError", "where": ctx.command_path, "found": found}
             with suppress(OutputError):
-                write_reports(_known(paths), _report_of(parts))
+                write_reports(paths, _report_of(parts))
             raise
 
 
@@ -106,16 +123,54 @@ def _typed_reports(words: Sequence[str]) -> list[Path]:
     ]
 
 
-def _known(paths: Sequence[Path]) -> list[Path]:
-    """Return those whose suffix names a format."""
+def _refuse_report(path: Path, settings: Settings | None = None) -> None:
+    """Refuse a report in an unknown format, or in place of what is kept.
+
+    Raises:
+        UsageError: The suffix names no format.
+        OutputError: It is a folder, or lies in a source or in an exported folder.
+    """
     from mtl_export.parity.reports.formats import suffix_of
 
-    known = []
-    for path in paths:
-        with suppress(UsageError):
-            suffix_of(path)
-            known.append(path)
-    return known
+    suffix_of(path)
+    found = "it is a folder" if path.is_dir() else _holder(path.parent, settings)
+    if found:
+        raise OutputError(
+            where=f"--report {path}",
+            found=found,
+            expected="a file elsewhere",
+            why="what is read or was exported is never written to",
+            fix="Pass another file to --report",
+        )
+
+
+def _holder(folder: Path, settings: Settings | None) -> str:
+    """Return what ``folder`` is a part of that must stay as it is, as a phrase; empty if none."""
+    from mtl_export.bundle.manifest import MANIFEST_FILE
+
+    if settings is not None:
+        base = Path(settings.base) if settings.base else None
+        found = lies_in(folder, {"checkpoint": settings.checkpoint, "base": base})
+        if found:
+            return found
+    place = folder.resolve()
+    for outer in (place, *place.parents):
+        if (outer / MANIFEST_FILE).is_file():
+            return f"it lies in {outer}, which mtl-export wrote"
+        # Options that are refused name no source yet, and a base may lie in a package.
+        if (outer / "adapter_config.json").is_file() or (
+            (outer / "config.json").is_file() and any(outer.glob("*.safetensors"))
+        ):
+            return f"it lies in {outer}, which holds a model"
+    return ""
+
+
+def _is_written(path: Path, settings: Settings | None = None) -> bool:
+    try:
+        _refuse_report(path, settings)
+    except (UsageError, OSError):
+        return False
+    return True
 
 
 def _report_of(error: dict[str, str]) -> ParityReport:

@@ -5,11 +5,12 @@ Nothing heavy is imported at the top: commands import this file for their ``--he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl_export.errors import UsageError, shortened
-from mtl_export_cli.options import Settings
+from mtl_export_cli.options import Settings, reads_file
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -27,11 +28,12 @@ def open_settings_checkpoint(settings: Settings) -> Checkpoint:
     from mtl_export.checkpoint.reader import open_checkpoint
 
     if settings.checkpoint is None:
+        in_file = ", or set checkpoint in mtl-export.toml" if reads_file() else ""
         raise UsageError(
             where="--checkpoint",
             found="no checkpoint was given",
             expected="the trained adapter: a file or folder",
-            fix="Pass --checkpoint PATH, or set checkpoint in mtl-export.toml",
+            fix=f"Pass --checkpoint PATH{in_file}",
         )
     return open_checkpoint(
         settings.checkpoint,
@@ -62,12 +64,18 @@ def open_settings_base(settings: Settings, checkpoint: Checkpoint) -> BaseModel:
     return open_base(settings.base)
 
 
-def open_bound(settings: Settings, *, check_hash: bool = True) -> BoundModel:
+def open_bound(
+    settings: Settings, *, check_hash: bool = True, targets: Sequence[Path] | None = None
+) -> BoundModel:
     """Return the checkpoint bound to its base, every shape checked.
 
     Args:
         settings: Name both.
         check_hash: Check the base's hash as well, if the checkpoint names one.
+        targets: Where the command writes; None: to ``--output`` and to the output folder.
+
+    Raises:
+        UsageError: A target lies in the checkpoint or base.
     """
     from mtl_export.adapters.binding import bind
     from mtl_export.adapters.family import read_adapters
@@ -75,7 +83,19 @@ def open_bound(settings: Settings, *, check_hash: bool = True) -> BoundModel:
     checkpoint = open_settings_checkpoint(settings)
     _refuse_unknown(settings, checkpoint.tasks)
     base = open_settings_base(settings, checkpoint)
-    _refuse_output_in_source(settings, checkpoint, base)
+    if targets is None:
+        targets = [settings.output_dir, *([settings.output] if settings.output else [])]
+    for target in targets:
+        is_output = target == settings.output
+        refuse_in_source(
+            target,
+            checkpoint,
+            base,
+            where=f"--output {target}" if is_output else f"output folder {target}",
+            fix="Pass another folder to --output"
+            if is_output
+            else "Set another dir under [output] in mtl-export.toml, or pass --output",
+        )
     return bind(checkpoint, read_adapters(checkpoint, base), base, check_hash=check_hash)
 
 
@@ -133,21 +153,35 @@ def hyper_parameters(checkpoint: Checkpoint) -> dict[str, float | None]:
     return {name: next(iter(v)) if len(v) == 1 else None for name, v in found.items()}
 
 
-def _refuse_output_in_source(settings: Settings, checkpoint: Checkpoint, base: BaseModel) -> None:
-    """Refuse to write into what is read."""
-    if settings.output is None:
-        return
-    target = settings.output.resolve()
-    for name, source in (("checkpoint", checkpoint.path), ("base", base.folder)):
-        folder = source.resolve()
-        if folder.is_dir() and target.is_relative_to(folder):
-            raise UsageError(
-                where=f"--output {settings.output}",
-                found=f"it lies in the {name}, {source}",
-                expected="another folder",
-                why="sources are never written to",
-                fix="Pass another folder to --output",
-            )
+def refuse_in_source(
+    target: Path, checkpoint: Checkpoint, base: BaseModel | None, *, where: str, fix: str
+) -> None:
+    """Refuse to write into what is read.
+
+    Args:
+        target: What would be written.
+        checkpoint: One source.
+        base: The other, if there is one.
+        where: Who asked for ``target``.
+        fix: What to do.
+
+    Raises:
+        UsageError: ``target`` is one of them, or lies in it.
+    """
+    folders = {"checkpoint": checkpoint.path, "base": base.folder if base else None}
+    found = lies_in(target, folders)
+    if found:
+        why = "sources are never written to"
+        raise UsageError(where=where, found=found, expected="another folder", why=why, fix=fix)
+
+
+def lies_in(place: Path, folders: Mapping[str, Path | None]) -> str:
+    """Return in which of ``folders`` a place is or lies, as a phrase; empty if in none."""
+    there = {name: folder for name, folder in folders.items() if folder and folder.is_dir()}
+    for name, folder in there.items():
+        if place.resolve().is_relative_to(folder.resolve()):
+            return f"it lies in the {name}, {folder}"
+    return ""
 
 
 def _refuse_unknown(settings: Settings, tasks: Sequence[Task]) -> None:

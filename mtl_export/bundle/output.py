@@ -89,6 +89,7 @@ def output_folder(
     force: bool = False,
     estimated_size_bytes: int = 0,
     is_held: bool = False,
+    option: str = "--output",
 ) -> Iterator[OutputPlan]:
     """Give a folder to write to, and make it ``target`` when the block ends well.
 
@@ -100,6 +101,7 @@ def output_folder(
         force: Replace an old result that is different.
         estimated_size_bytes: About what will be written; checked before the first byte.
         is_held: The caller is inside ``held_alone`` of the target.
+        option: What names another target, for messages.
 
     Raises:
         OutputError: The target exists and differs (without ``force``), is not a
@@ -125,10 +127,13 @@ def output_folder(
                     _carry_over(place, folder, _listed(old), target, force=force)
                 put_in_place(folder, place)
     except OutputError as error:
-        if not any(is_staging(part) for part in Path(error.where).parts):
-            raise
+        is_staged = any(is_staging(part) for part in Path(error.where).parts)
         raise OutputError(
-            where=str(target), found=error.found, expected=error.expected, fix=error.fix
+            where=str(target) if is_staged else error.where,
+            found=error.found,
+            expected=error.expected,
+            why=error.why,
+            fix=error.fix.replace("--output", option),
         ) from error
     except MtlExportError:
         raise
@@ -140,7 +145,7 @@ def output_folder(
             where=str(target),
             found=f"{failure[0]}; nothing was changed there",
             expected="a folder that can be written",
-            fix=failure[1],
+            fix=failure[1].replace("--output", option),
         ) from error
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 from mtl_export.errors import CheckpointError, OutputError, UsageError
 from mtl_export.parity.cases import Case
 from mtl_export_cli.config import read_config
-from mtl_export_cli.reports import cases_sha256, check_suffixes, errors_reported, write_reports
+from mtl_export_cli.options import Settings
+from mtl_export_cli.reports import cases_sha256, errors_reported, write_reports
+from tests.cli.conftest import Run, files_below
 from tests.parity.reports.samples import failing, passing
 
 
@@ -51,10 +54,76 @@ def test_a_report_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         write_reports([tmp_path / "file" / "p.json"], passing())
 
 
-def test_an_unknown_suffix_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    """One wrong name among several stops all."""
-    with pytest.raises(UsageError, match="names no format"):
-        check_suffixes([tmp_path / "a.json", tmp_path / "a.pdf"])
+def test_a_write_that_fails_leaves_no_partial_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk leaves the old report, and nothing beside it."""
+    path = tmp_path / "p.json"
+    path.write_text("old")
+
+    def fill_up(partial: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fill_up)
+    with pytest.raises(OutputError, match="No space left"):
+        write_reports([path], passing())
+    assert files_below(tmp_path) == ["p.json"]
+
+
+def test_an_unknown_suffix_is_refused_before_anything_is_compared(tmp_path: Path) -> None:
+    """One wrong name among several stops all, and the others say so."""
+    paths = [tmp_path / "a.json", tmp_path / "a.pdf"]
+    with pytest.raises(UsageError, match="names no format"), errors_reported(paths):
+        raise AssertionError
+    assert files_below(tmp_path) == ["a.json"]
+    assert "names no format" in paths[0].read_text()
+
+
+def test_an_old_pass_does_not_outlive_an_interruption(tmp_path: Path) -> None:
+    """From the start the report says that nothing has ended, so Ctrl-C and kill -9 leave that."""
+    path = tmp_path / "p.json"
+    write_reports([path], passing())
+    with pytest.raises(KeyboardInterrupt), errors_reported([path]):
+        raise KeyboardInterrupt
+    document = json.loads(path.read_text())
+    assert (document["verdict"], document["error"]["error"]) == ("not-run", "Unfinished")
+    assert "interrupted" in document["error"]["found"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("adapter/adapter_config.json", "it lies in the checkpoint, adapter"),
+        ("base/deep/new.json", "it lies in the base, base"),
+        ("./link/config.json", "it lies in the base, base"),
+        ("out/onnx/mtl-export.json", "which mtl-export wrote"),
+        ("out/onnx/topic/p.html", "which mtl-export wrote"),
+        ("folder.html", "it is a folder"),
+    ],
+)
+@pytest.mark.parametrize("wrong", [[], ["-c", "nowhere"], ["--qick"]])
+def test_no_report_takes_the_place_of_what_is_kept(
+    exported: Path, run: Run, name: str, said: str, wrong: list[str]
+) -> None:
+    """Neither the result nor an error is written into a source or an export."""
+    (exported / "folder.html").mkdir()
+    (exported / "link").symlink_to("base")
+    before = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
+    outcome = run("parity", "--quick", "--report", name, *wrong)
+    assert outcome.code == 2
+    if not wrong:
+        assert f"--report {Path(name)}: " in outcome.stderr
+        assert said in outcome.stderr
+    assert {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()} == before
+
+
+def test_reports_beside_sources_and_exports_are_written(exported: Path, run: Run) -> None:
+    """Only what is inside is kept; a checkpoint that is a file keeps no folder to itself."""
+    settings = Settings(checkpoint=exported / "adapter/adapter_model.safetensors", base="org/name")
+    paths = [exported / "p.json", exported / "out" / "p.json"]
+    with errors_reported(paths, settings):
+        write_reports(paths, passing())
+    assert all(json.loads(path.read_text())["verdict"] == "passed" for path in paths)
 
 
 def test_what_ends_the_comparison_is_reported(tmp_path: Path) -> None:

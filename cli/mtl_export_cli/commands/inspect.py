@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mtl_export.errors import UsageError
 from mtl_export_cli import options, render, sources
 from mtl_export_cli.conversion import FORMATS, OWN, convert
 from mtl_export_cli.options import Settings, option, with_settings
@@ -65,6 +66,8 @@ def command(settings: Settings, *, ledger: bool, target: Path | None, target_for
     """
     from mtl_export.checkpoint.base_model import open_base
 
+    if target is None:
+        _refuse_idle()
     checkpoint = sources.open_settings_checkpoint(settings)
     base = open_base(settings.base) if settings.base else None
     report = _report(settings, checkpoint, base)
@@ -83,6 +86,18 @@ def command(settings: Settings, *, ledger: bool, target: Path | None, target_for
     _print(report)
     if outputs:
         print_written("inspect", outputs, as_json=False)
+
+
+def _refuse_idle() -> None:
+    """Refuse options of ``--convert`` that are typed without it."""
+    for name, flag in (("force", "--force"), ("target_format", "--convert-format")):
+        if options.is_typed(name):
+            raise UsageError(
+                where=flag,
+                found="nothing is converted",
+                expected="--convert beside it",
+                fix=f"Add --convert OUT, or leave out {flag}",
+            )
 
 
 def _report(settings: Settings, checkpoint: Checkpoint, base: BaseModel | None) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def command(
             why="standalone folders share nothing",
             fix="Add --layout shared, or leave out --shared-by",
         )
-    bound = sources.open_bound(settings, check_hash=False)
+    bound = sources.open_bound(settings, check_hash=False, targets=[settings.folder("merged")])
     tasks = sources.selected_tasks(settings, bound.adapters.tasks)
     merge_options = MergeOptions(
         dtype=settings.dtype,

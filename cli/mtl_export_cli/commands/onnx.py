@@ -73,7 +73,7 @@ def command(
         scalar=task_input == "scalar" and options.is_typed("task_input"),
         linked=link_data and options.is_typed("link_data"),
     )
-    bound = sources.open_bound(settings)
+    bound = sources.open_bound(settings, targets=[settings.folder("onnx")])
     wanted = graphs.wanted_graphs(settings, layout, bound.adapters.tasks)
     exporter = graphs.Exporter(
         bound, settings.folder("onnx"), dtype=settings.dtype, is_linked=link_data, form=form

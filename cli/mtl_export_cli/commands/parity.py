@@ -123,11 +123,10 @@ def command(
     from mtl_export.parity.tolerance import Tolerance
     from mtl_export_cli.artefacts import Places
 
-    with reports.errors_reported(report):
-        reports.check_suffixes(report)
+    with reports.errors_reported(report, settings):
         preset = preset_of(quick, full)
         tolerance = Tolerance.from_texts(atol, rtol)
-        bound = sources.open_bound(settings)
+        bound = sources.open_bound(settings, targets=())
         places = Places(
             _existing("--merged", merged) or settings.output_dir / "merged",
             _existing("--onnx", onnx) or settings.output_dir / "onnx",

@@ -31,11 +31,12 @@ def command(settings: Settings) -> None:
     """
     from mtl_export.merge.plan import make_plan, measure_speeds
 
-    bound = sources.open_bound(settings, check_hash=False)
+    place = settings.output or settings.output_dir
+    bound = sources.open_bound(settings, check_hash=False, targets=[place])
     tasks = bound.adapters.tasks
     if settings.task:
         tasks = sources.selected_tasks(settings, tasks)
-    speeds = measure_speeds(bound, settings.output or settings.output_dir)
+    speeds = measure_speeds(bound, place)
     plan = make_plan(bound, tasks, settings.dtype, speeds)
     if settings.json:
         render.print_json(_document(plan))

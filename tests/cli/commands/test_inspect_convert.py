@@ -80,6 +80,41 @@ def test_converting_is_repeatable_and_careful(project: Path, run: Run) -> None:
     assert run("inspect", "-c", "own", "--json").json["alpha"] == 9.0
 
 
+@pytest.mark.parametrize("target", ["adapter", "adapter/own", "base/own"])
+def test_a_source_is_not_converted_into(project: Path, run: Run, target: str) -> None:
+    """Neither the checkpoint nor the base is written to, with --force either."""
+    before = files_below(project)
+    refused = run("inspect", "--convert", target, "--force", "--json")
+    assert refused.code == 2
+    error = refused.json["error"]
+    assert (error["where"], error["fix"]) == (
+        f"--convert {target}", "Pass another folder to --convert",
+    )  # fmt: skip
+    assert "it lies in the" in error["found"]
+    assert files_below(project) == before
+
+
+@pytest.mark.parametrize("target", ["theirs", "mtl-export.toml", "mtl-export.toml/x", "."])
+def test_what_is_refused_names_the_option_there_is(project: Path, run: Run, target: str) -> None:
+    """Inspect has --convert and no --output."""
+    (project / "theirs").mkdir()
+    (project / "theirs" / "thesis.tex").write_text("mine")
+    refused = run("inspect", "--convert", target)
+    assert refused.code == 2
+    assert "--convert" in refused.stderr
+    assert "--output" not in refused.stderr
+
+
+@pytest.mark.parametrize("words", [["--force"], ["--convert-format", "peft"]])
+def test_options_of_converting_need_it(project: Path, run: Run, words: list[str]) -> None:
+    """Alone they would be ignored; of the environment they wait for a run that converts."""
+    refused = run("inspect", *words)
+    assert refused.code == 2
+    assert f"{words[0]}: nothing is converted" in refused.stderr
+    name = f"MTL_EXPORT_{words[0][2:].replace('-', '_').upper()}"
+    assert run("inspect", env={name: words[-1] if words[1:] else "1"}).code == 0
+
+
 def test_the_base_given_is_written_in(project: Path, run: Run) -> None:
     """A checkpoint that names no base learns its hash; a wrong base is refused."""
     edit_config(project / "adapter", base_sha256="", base_model_name_or_path="")
