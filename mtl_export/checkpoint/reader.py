@@ -6,6 +6,7 @@ Adding a format means one file here and one row in ``FORMATS``.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,7 @@ def open_checkpoint(
             checkpoint = with_hyper(checkpoint, {"alpha": alpha, "temperature": temperature})
             checkpoint = _with_task_names(checkpoint, task_names)
             return checkpoint if biases is None else with_biases(checkpoint, biases)
+    _refuse_broken_config(path)
     refuse_code(path)
     seen = sorted(child.name for child in path.iterdir()) if path.is_dir() else [path.name]
     raise CheckpointError(
@@ -147,6 +149,29 @@ def open_checkpoint(
         expected=f"{' or '.join(entry.looks_for for entry in FORMATS)}",
         fix="Point --checkpoint at the folder that the trainer wrote",
     )
+
+
+def _refuse_broken_config(path: Path) -> None:
+    """Refuse a folder whose config, or that of a folder in it, is no JSON object.
+
+    Every format asks the config what it is, so that none takes a broken one for its own.
+    """
+    name = peft_config.CONFIG_FILE
+    configs = [path / name, *sorted(path.glob(f"*/{name}"))] if path.is_dir() else []
+    for config in filter(Path.is_file, configs):
+        try:
+            parsed = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            parsed = error
+        if not isinstance(parsed, dict):
+            reason = f" ({parsed})" if isinstance(parsed, ValueError) else ""
+            raise CheckpointError(
+                where=str(config),
+                found=f"no JSON object{reason}",
+                expected="what the trainer wrote",
+                why="it says what the checkpoint is",
+                fix="Copy or save the checkpoint again",
+            )
 
 
 def with_hyper(checkpoint: Checkpoint, given: dict[str, float | None]) -> Checkpoint:

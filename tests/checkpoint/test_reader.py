@@ -35,7 +35,7 @@ def test_a_path_to_nothing_is_refused(tmp_path: Path) -> None:
     assert "--checkpoint" in caught.value.fix
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": "other"}', "\xff"])
+@pytest.mark.parametrize("content", ["{}", '{"format": "other"}'])
 def test_a_folder_of_an_unknown_kind_lists_what_it_holds(tmp_path: Path, content: str) -> None:
     """When no format fits, the message says what is there and what each format looks for."""
     (tmp_path / "adapter_config.json").write_text(content, encoding="latin-1")
@@ -46,6 +46,23 @@ def test_a_folder_of_an_unknown_kind_lists_what_it_holds(tmp_path: Path, content
         caught.value, where=str(tmp_path), found="adapter_config.json, notes.txt",
         expected=FORMATS[0].looks_for,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "(Expecting"), ("", "(Expecting"), ("\xff", "can't decode"), ("[]", "")],
+)
+@pytest.mark.parametrize("name", ["adapter_config.json", "spam/adapter_config.json"])
+def test_a_config_that_is_not_json_is_named(
+    tmp_path: Path, name: str, text: str, said: str
+) -> None:
+    """No format takes it for its own, and what is wrong is not that none is known."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    assert_whole(caught.value, where=name, found="no JSON object")
+    assert said in caught.value.found
 
 
 def test_a_file_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
