@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mtl_export.errors import BackendMissingError, EngineRunError, shortened
+from mtl_export.errors import BackendMissingError, EngineRunError, UsageError, shortened
+from mtl_export.runtime.arguments import whole_number
 from mtl_export.runtime.task_batches import TASK_IDS, by_task
 
 if TYPE_CHECKING:
@@ -26,28 +27,32 @@ EXTRA = "pip install 'mtl-export[cpu]'"
 EXTRA_CUDA = "pip uninstall -y onnxruntime, then pip install 'mtl-export[gpu]'"
 
 
-def open_session(path: Path, *, providers: Sequence[str] | None = None, threads: int = 0) -> Any:
+def open_session(
+    path: Path, *, providers: str | Sequence[str] | None = None, threads: int = 0
+) -> Any:
     """Return an ``onnxruntime.InferenceSession`` on exactly the providers asked for.
 
     Args:
         path: An ONNX file, its external data beside it.
-        providers: ``cpu``, ``cuda``, or ONNX Runtime's own names, the best first; None: cpu.
-            What a provider cannot compute, the CPU does.
+        providers: ``cpu``, ``cuda``, or ONNX Runtime's own names, the best first; one name
+            alone, too; None: cpu. What a provider cannot compute, the CPU does.
         threads: Threads inside one operator; 0 lets ONNX Runtime decide.
 
     Raises:
+        UsageError: ``providers`` holds something else than names, or ``threads`` is no whole
+            number of at least 0.
         BackendMissingError: onnxruntime is not installed, or lacks a provider or its device.
         EngineRunError: onnxruntime refuses the file.
     """
     onnxruntime = load_onnxruntime()
-    wanted = [PROVIDERS.get(name.lower(), name) for name in providers or (CPU,)]
+    wanted = _provider_names(providers)
     there = onnxruntime.get_available_providers()
     absent = [name for name in wanted if name not in there]
     if absent:
         found = f"{', '.join(absent)} not in this build, which has {', '.join(there)}"
         raise _no_provider(found, absent)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = _thread_count(threads)
     options.log_severity_level = 3  # errors only: warnings about constant folding are no news
     names = list(dict.fromkeys([*wanted, CPU]))
 
@@ -74,6 +79,33 @@ def open_session(path: Path, *, providers: Sequence[str] | None = None, threads:
         found = f"{', '.join(lost)} could not be started; its device or libraries are missing"
         raise _no_provider(found, lost)
     return session
+
+
+def _provider_names(providers: str | Sequence[str] | None) -> list[str]:
+    """Return ONNX Runtime's names of what callers ask for."""
+    asked = [providers] if isinstance(providers, str) else list(providers or (CPU,))
+    others = [name for name in asked if not isinstance(name, str)]
+    if others:
+        raise UsageError(
+            where="providers",
+            found=repr(others[0]),
+            expected=f"names: {', '.join(PROVIDERS)} or ONNX Runtime's own",
+            why="sessions are opened without options of providers",
+            fix='Pass names, such as providers=["cuda"]',
+        )
+    return [PROVIDERS.get(name.lower(), name) for name in asked]
+
+
+def _thread_count(threads: object) -> int:
+    count = whole_number(threads)
+    if count is None or count < 0:
+        raise UsageError(
+            where="threads",
+            found=repr(threads),
+            expected="a whole number, 0 or more",
+            fix="Pass another number; 0 lets ONNX Runtime decide",
+        )
+    return count
 
 
 def load_onnxruntime() -> Any:
@@ -104,7 +136,7 @@ class OrtRunner:
     """
 
     def __init__(
-        self, path: Path, *, threads: int = 0, providers: Sequence[str] | None = None
+        self, path: Path, *, threads: int = 0, providers: str | Sequence[str] | None = None
     ) -> None:
         self.name = "onnxruntime"
         self._path = path

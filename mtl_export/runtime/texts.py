@@ -15,6 +15,7 @@ from typing import Any
 
 from mtl_export.checkpoint.model_inputs import has_position_table, longest_sequence, placed_by
 from mtl_export.errors import BackendMissingError, EngineRunError, UsageError, shortened
+from mtl_export.runtime.arguments import listed
 
 TOKENIZER_FILE = "tokenizer.json"
 # transformers writes 1e30 for "no limit".
@@ -77,19 +78,12 @@ class TextFiles:
 
         Raises:
             BackendMissingError: ``tokenizers`` is not installed.
-            UsageError: The folder has no ``tokenizer.json``, ``texts`` is a single text, or a
-                row is too long.
+            UsageError: The folder has no ``tokenizer.json``, ``texts`` is a single text or holds
+                something else than texts and pairs, or a row is too long.
         """
-        if isinstance(texts, str):
-            raise UsageError(
-                where="texts",
-                found=f"one text, {texts[:40]!r}",
-                expected="a list with a text, or a pair of texts, for each row",
-                why="a text is a sequence too: each of its letters would be a row",
-                fix="Pass [text]",
-            )
+        entries = _text_rows(texts)
         tokenizer = self._cutting_tokenizer if truncate else self._tokenizer
-        encodings = tokenizer.encode_batch(list(texts))
+        encodings = tokenizer.encode_batch(entries)
         self._refuse_longer([len(encoding.ids) for encoding in encodings])
         return {
             "input_ids": [encoding.ids for encoding in encodings],
@@ -178,3 +172,36 @@ class TextFiles:
                 fix="Export again with --force",
             ) from error
         return document if isinstance(document, dict) else {}
+
+
+def _text_rows(texts: Any) -> list[str | tuple[str, str]]:
+    """Return what callers pass, a text or a pair for each row."""
+    expected = "a list with a text, or a pair of texts, for each row"
+    if isinstance(texts, str):
+        raise UsageError(
+            where="texts",
+            found=f"one text, {texts[:40]!r}",
+            expected=expected,
+            why="a text is a sequence too: each of its letters would be a row",
+            fix="Pass [text]",
+        )
+    entries = listed(texts)
+    if entries is None:
+        raise UsageError(
+            where="texts", found=type(texts).__name__, expected=expected, fix="Pass a list"
+        )
+    others = [(at, entry) for at, entry in enumerate(entries) if not _is_text_row(entry)]
+    if others:
+        raise UsageError(
+            where="texts",
+            found=shortened(f"row {at} is {repr(entry)[:80]}" for at, entry in others),
+            expected=expected,
+            fix="Pass texts, and pairs as tuples of two",
+        )
+    return entries
+
+
+def _is_text_row(entry: object) -> bool:
+    if isinstance(entry, tuple | list):
+        return len(entry) == 2 and all(isinstance(text, str) for text in entry)
+    return isinstance(entry, str)

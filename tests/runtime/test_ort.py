@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from mtl_export.errors import BackendMissingError, EngineRunError
-from mtl_export.runtime.ort import OrtRunner, onnx_metadata, task_table
+from mtl_export.errors import BackendMissingError, EngineRunError, UsageError
+from mtl_export.runtime.ort import CPU, OrtRunner, onnx_metadata, open_session, task_table
 
 TASKS = [{"name": "a", "index": 0, "labels": ["x"], "kind": "regression"}]
 GRAPH = """
@@ -38,6 +38,27 @@ def inputs(rows: int) -> dict[str, np.ndarray]:
     """Return inputs of ``rows`` rows."""
     x = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)
     return {"x": x, "task_ids": np.arange(rows)}
+
+
+@pytest.mark.parametrize("providers", [None, [], "cpu", "CPU", ["cpu"], CPU, (CPU, "cpu")])
+def test_one_provider_alone_is_a_name(model: Path, providers: str | list[str] | None) -> None:
+    """A text is not taken for a list of its letters."""
+    assert open_session(model, providers=providers).get_providers() == [CPU]
+
+
+@pytest.mark.parametrize("providers", [[("cuda", {})], [None], [1]])
+def test_what_is_no_providers_name_is_refused(model: Path, providers: list[str]) -> None:
+    """Options of a provider too, which ONNX Runtime itself takes."""
+    with pytest.raises(UsageError, match="providers: "):
+        open_session(model, providers=providers)
+
+
+@pytest.mark.parametrize("threads", ["2", -1, 1.0, True, None])
+def test_threads_that_are_no_number_are_refused(model: Path, threads: int) -> None:
+    """With what was passed."""
+    with pytest.raises(UsageError) as caught:
+        open_session(model, threads=threads)
+    assert (caught.value.where, caught.value.found) == ("threads", repr(threads))
 
 
 @pytest.mark.parametrize("threads", [0, 1])

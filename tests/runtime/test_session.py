@@ -250,6 +250,22 @@ def test_a_single_text_is_refused(session: TaskSession) -> None:
         session.encode("hello")
 
 
+@pytest.mark.parametrize("entry", [None, 1, b"x", ("a", "b", "c"), ("a",), ("a", None)])
+def test_what_is_neither_text_nor_pair_is_refused(session: TaskSession, entry: Any) -> None:
+    """With the row and what stands there."""
+    with pytest.raises(UsageError) as caught:
+        session.encode(["fine", entry])
+    assert (caught.value.where, caught.value.found) == ("texts", f"row 1 is {entry!r}")
+    assert session.encode([["night", "shift"]]) == session.encode([("night", "shift")])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("texts", [None, 1, b"x", {"x"}])
+def test_what_holds_no_rows_of_text_is_refused(session: TaskSession, texts: Any) -> None:
+    """Sets as well: they have no order."""
+    with pytest.raises(UsageError, match=f"texts: {type(texts).__name__}"):
+        session.encode(texts)
+
+
 def test_many_threads_share_one_session(session: TaskSession) -> None:
     """Forty calls on eight threads give what one thread gives."""
 
