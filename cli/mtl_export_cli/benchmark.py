@@ -35,11 +35,13 @@ class Lineup:
         subjects: In the order of the table; the merged graph, if there, first.
         files: What each subject's weights take on disk, by its name.
         not_run: Form and reason.
+        is_generating: Some of them generate tokens.
     """
 
     subjects: tuple[Subject, ...]
     files: Mapping[str, int]
     not_run: tuple[tuple[str, str], ...]
+    is_generating: bool
 
 
 def lineup(
@@ -96,7 +98,7 @@ def lineup(
     _refuse_nothing(subjects, not_run, onnx, engines)
     if with_eager:
         subjects.append(_eager(settings, threads, new_tokens if is_generating else 0))
-    return Lineup(tuple(subjects), files, tuple(not_run))
+    return Lineup(tuple(subjects), files, tuple(not_run), is_generating)
 
 
 def _graph(folder: Path) -> str:

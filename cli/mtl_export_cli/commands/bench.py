@@ -62,7 +62,7 @@ def command(
     from mtl_export_cli.benchmark import conditions, lineup, machine, refuse_longer
 
     wanted = parse_shapes(shapes)
-    bound = sources.open_bound(settings)
+    bound = sources.open_bound(settings, targets=())
     refuse_longer(wanted, new_tokens, bound)
     tasks = bound.adapters.tasks
     if settings.task:
@@ -76,6 +76,13 @@ def command(
         new_tokens=new_tokens,
         with_eager=not no_eager,
     )
+    if options.is_typed("new_tokens") and not found.is_generating:
+        raise UsageError(
+            where=f"--new-tokens {new_tokens}",
+            found="nothing that was exported generates",
+            expected="the graphs of a language model",
+            fix="Leave out --new-tokens",
+        )
     before = machine()
     measured = _measured(settings, bound, found, wanted, tasks, rounds=rounds)
     facts = conditions(before, threads, rounds, tasks)

@@ -101,6 +101,16 @@ def test_rows_longer_than_the_model_are_refused(exported: Path, run: Run) -> Non
     assert "--shapes 2x41: 41 tokens. Expected at most 40" in outcome.stderr
 
 
+def test_new_tokens_are_for_language_models(exported: Path, run: Run) -> None:
+    """Typed for a classifier they are refused; of the environment they wait for a model."""
+    outcome = run(*QUICK, "--new-tokens", "3")
+    assert outcome.code == 2
+    assert "--new-tokens 3: nothing that was exported generates" in outcome.stderr
+    shutil.rmtree(exported / "out" / "onnx" / "topic")
+    words = ("bench", "--shapes", "1x7", "--rounds", "1", "--no-eager", "--task", "topic")
+    assert run(*words, env={"MTL_EXPORT_NEW_TOKENS": "3"}).code == 0
+
+
 def test_a_busy_machine_is_told() -> None:
     """Half the cores at work before the first call is worth a word."""
     from mtl_export_cli.benchmark import why_disturbed
