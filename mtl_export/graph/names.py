@@ -12,6 +12,7 @@ Initializers of the base keep their state-dict names. What we add:
                         (embeddings of V entries, whose downs are [(T + 1) V, R])
     <module>.absent     [T + 1, 1]       (an output of some tasks: 0 for these, else -inf)
     <module>/<step>     values between nodes
+    <module>@2/<step>   the same where the model uses the module for the second time
 
 Row T of every per-task stack is NaN: see ``passes.route_tasks``.
 """
@@ -29,6 +30,8 @@ MODULE_ATTRIBUTE = "module"
 # The step that lets an output through for the tasks whose answer it is.
 ANSWERS = "answers"
 ROWS_ATTRIBUTE = "rows"
+# Which use of a module this is, and of how many; on modules that a model runs several times.
+USE_ATTRIBUTE = "use"
 TASK_IDS = "task_ids"
 BATCH = "batch"
 SEQUENCE = "sequence"
@@ -47,6 +50,11 @@ def bias(module: str) -> str:
 def part(module: str, name: str) -> str:
     """Return the name of one of our initializers of ``module``."""
     return f"{module}.{name}"
+
+
+def used(module: str, use: int) -> str:
+    """Return the name of one use of a module: its own, then ``module@2`` and so on."""
+    return module if use == 1 else f"{module}@{use}"
 
 
 def value(module: str, step: str) -> str:

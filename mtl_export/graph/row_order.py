@@ -26,7 +26,15 @@ from torch import nn
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph import names
 from mtl_export.graph.export import nested
-from mtl_export.graph.passes.markers import input_of, is_batch_first, markers, module_of, rank
+from mtl_export.graph.passes.markers import (
+    input_of,
+    is_batch_first,
+    layer_of,
+    markers,
+    module_of,
+    rank,
+    use_of,
+)
 
 RowOrder = Literal["batch", "repeated", "tiled", "second"]
 # Rows count as changed beyond this part of the largest value: products of equal numbers may
@@ -53,16 +61,17 @@ def note_row_orders(
         modules: Its modules that the markers stand for, by the markers' names.
         inputs: Sample inputs of at least ``max(BATCHES)`` rows, named as the graph's.
     """
-    unclear = {
-        module_of(node): node
+    unclear = [
+        node
         for node in markers(graph)
         if not is_batch_first(input_of(node)) and not _is_shared(input_of(node))
-    }
+    ]
     if not unclear:
         return
-    orders = probed_orders(model, {name: modules[name] for name in unclear}, inputs)
-    for name, node in unclear.items():
-        order = orders[name]
+    uses = {module_of(node): use_of(node)[1] for node in unclear}
+    orders = probed_orders(model, {name: modules[name] for name in uses}, inputs, uses)
+    for node in unclear:
+        order = orders[layer_of(node)]
         if order is not None and _follows_batch(input_of(node), order):
             node.attributes[names.ROWS_ATTRIBUTE] = ir.AttrString(names.ROWS_ATTRIBUTE, order)
 
@@ -73,18 +82,31 @@ def _is_shared(x: ir.Value) -> bool:
 
 
 def probed_orders(
-    model: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    inputs: Mapping[str, torch.Tensor],
+    uses: Mapping[str, int] | None = None,
 ) -> dict[str, RowOrder | None]:
-    """Return the order of the rows that each module takes, None where it cannot be told."""
+    """Return the order of the rows that each module takes, None where it cannot be told.
+
+    Args:
+        model: The model.
+        modules: Its modules, by name.
+        inputs: Sample inputs.
+        uses: How often each module is used, once where it is left out; each use has an order,
+            by ``names.used``.
+    """
+    layers = {name: (uses or {}).get(name, 1) for name in modules}
+    every = [names.used(name, one + 1) for name, count in layers.items() for one in range(count)]
     found: list[dict[str, RowOrder | None]] = []
     for batch in BATCHES:
         rows = {name: value[:batch] for name, value in inputs.items()}
-        before = _taken(model, modules, rows)
-        after = [_taken(model, modules, _changed(rows, row)) for row in range(batch)]
+        before = _taken(model, modules, rows, layers)
+        after = [_taken(model, modules, _changed(rows, row), layers) for row in range(batch)]
         found.append(
             {
                 name: _order([_differences(before.get(name), one.get(name)) for one in after])
-                for name in modules
+                for name in every
             }
         )
     first, second = found
@@ -92,9 +114,12 @@ def probed_orders(
 
 
 def _taken(
-    model: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    inputs: Mapping[str, torch.Tensor],
+    uses: Mapping[str, int],
 ) -> dict[str, torch.Tensor]:
-    """Return what each module is called with; one that is called twice is left out."""
+    """Return what each use of a module is given; one that is called another time is left out."""
     taken: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
 
     def hook(name: str) -> Any:
@@ -109,7 +134,12 @@ def _taken(
             handle = module.register_forward_pre_hook(hook(name), with_kwargs=True)
             hooks.callback(handle.remove)
         model(**nested(inputs))
-    return {name: calls[0] for name, calls in taken.items() if len(calls) == 1}
+    return {
+        names.used(name, number): x
+        for name, calls in taken.items()
+        if len(calls) == uses[name]
+        for number, x in enumerate(calls, start=1)
+    }
 
 
 def _changed(inputs: Mapping[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:

@@ -45,8 +45,10 @@ def owner(node: ir.Node) -> str:
 
 
 def layer_taps(model: ir.Model, modules: Iterable[str]) -> tuple[Tap, ...]:
-    """Return the taps of those of ``modules`` that ``model`` has, in the order they run."""
-    wanted = set(modules)
+    """Return the taps of those of ``modules`` that ``model`` uses once, in the order they run."""
+    again = (node.name.partition("/")[0].partition("@") for node in model.graph if node.name)
+    # Of a layer that is used several times, it is not said which use a finding is about.
+    wanted = set(modules).difference(module for module, several, _ in again if several)
     kernels: dict[str, tuple[int, int, ir.Node]] = {}
     for place, node in enumerate(model.graph):
         module, _, step = (node.name or "").partition("/")

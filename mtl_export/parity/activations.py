@@ -94,13 +94,21 @@ class OracleLayers:
 
 @contextmanager
 def captured(layers: Mapping[str, nn.Module]) -> Iterator[Activations]:
-    """Record what each module is given and makes in the forward pass inside the block."""
+    """Record what each module is given and makes in the forward pass inside the block.
+
+    One that runs several times is left out.
+    """
     found: Activations = {}
+    seen: set[str] = set()
 
     def hook(name: str) -> Any:
         def record(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any], y: Any) -> None:
             x = args[0] if args else next(iter(named.values()))
-            found[name] = Activation(_array(x), _array(y))
+            if name in seen:
+                found.pop(name, None)
+            else:
+                found[name] = Activation(_array(x), _array(y))
+            seen.add(name)
 
         return record
 

@@ -72,6 +72,11 @@ class Kind:
 
 
 BERT = TEXT | {"type_vocab_size": 2}
+DEBERTA = TEXT | {
+    "type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+    "position_biased_input": False, "pooler_hidden_size": 12,
+}  # fmt: skip
 ROBERTA = TEXT | {"type_vocab_size": 1, "pad_token_id": 1, "max_position_embeddings": POSITIONS + 2}
 KINDS = (
     Kind("bert tokens", "BertForTokenClassification", BERT,
@@ -85,10 +90,11 @@ KINDS = (
           "max_position_embeddings": POSITIONS},
          r"q_lin|1\.ffn\.lin2|pre_classifier", ["classifier"]),
     Kind("deberta-v2", "DebertaV2ForSequenceClassification",
-         TEXT | {"type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
-                 "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True,
-                 "position_biased_input": False, "pooler_hidden_size": 12},
-         r"value_proj|1\.output\.dense|pooler\.dense", ["classifier"]),
+         DEBERTA, r"value_proj|1\.output\.dense|pooler\.dense", ["classifier"]),
+    # One layer, run as often as the config says.
+    Kind("albert", "AlbertForSequenceClassification",
+         TEXT | {"type_vocab_size": 2, "embedding_size": 6},
+         r"attention\.query|attention\.dense|\.ffn$|mapping_in", ["classifier"]),
     Kind("modernbert", "ModernBertForSequenceClassification",
          TEXT | {"local_attention": 6, "global_attn_every_n_layers": 2, "pad_token_id": 0,
                  "num_attention_heads": 2, "bos_token_id": 1, "eos_token_id": 2,

@@ -34,6 +34,19 @@ class Arranged(nn.Module):
         return results[-1]
 
 
+class Twice(Arranged):
+    """A layer that is given texts sequence first, then row by row."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: x.transpose(0, 1))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return the second result."""
+        first: torch.Tensor = super().forward(input_ids, attention_mask)
+        second: torch.Tensor = self.linear(first.transpose(0, 1))
+        return second
+
+
 def windows(x: torch.Tensor) -> torch.Tensor:
     """Return pairs of tokens, shifted by one as Swin shifts its windows."""
     return x.roll(1, dims=1).reshape(-1, 2, H)
@@ -71,6 +84,15 @@ def test_a_layer_that_is_called_twice_has_no_order() -> None:
     """Its two inputs may come in two orders."""
     model = Arranged(lambda x: x, calls=2)
     assert probed_orders(model, {"linear": model.linear}, INPUTS) == {"linear": None}
+
+
+def test_each_use_of_a_layer_has_its_order() -> None:
+    """As many as the graph has; where PyTorch calls it more often, none is guessed."""
+    model = Twice()
+    layer, other = {"linear": model.linear}, {"linear": None, "linear@2": None, "linear@3": None}
+    found = probed_orders(model, layer, INPUTS, {"linear": 2})
+    assert found == {"linear": "second", "linear@2": "batch"}
+    assert probed_orders(model, layer, INPUTS, {"linear": 3}) == other
 
 
 def test_the_hooks_are_gone_afterwards() -> None:

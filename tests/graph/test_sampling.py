@@ -42,7 +42,10 @@ def test_a_model_that_a_sample_changes_is_refused() -> None:
 def test_a_model_that_fails_on_a_sample_is_one_message() -> None:
     """Whatever it raises becomes a GraphError with the cause; ours stay what they are."""
     model = nn.Linear(2, 2)
-    with pytest.raises(GraphError, match=r"Linear: it fails .*: mat1") as caught, sample_pass(model):
+    with (
+        pytest.raises(GraphError, match=r"Linear: it fails .*: mat1") as caught,
+        sample_pass(model),
+    ):
         model(torch.ones(3, 5))
     assert isinstance(caught.value.__cause__, RuntimeError)
     ours = GraphError(where="here", found="something")

@@ -83,6 +83,8 @@ class AdapterInputPass(ir.passes.InPlacePass):
 
     def _input(self, graph: ir.Graph, parameter: Parameter) -> ir.Value:
         value = add_initializer(graph, parameter.name, parameter.shape, parameter.default)
+        if value.is_graph_input():
+            return value  # of an earlier use of the module
         graph.inputs.append(value)
         self.parameters.append(parameter)
         return value

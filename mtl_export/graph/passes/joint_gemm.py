@@ -61,9 +61,10 @@ class JointGemmPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite what matches."""
         ones: dict[tuple[str, ...], ir.Value] = {}
+        stacked: dict[tuple[ir.Value | None, ...], ir.Value] = {}
         found = [layer for node in calls(model, functions.TASK_UP) if (layer := _match(node))]
         for layer in found:
-            _rewrite(layer, ones)
+            _rewrite(layer, ones, stacked)
             declare(model, functions.TASK_JOIN if layer.bias is None else functions.TASK_JOIN_BIAS)
         if found:
             drop_uncalled(model)
@@ -107,25 +108,40 @@ def _foldable_bias(after: ir.Node | None, y: ir.Value, outputs: int) -> ir.Value
     return others[0] if others[0].const_value.shape.numpy() == (outputs,) else None
 
 
-def _rewrite(layer: _Layer, ones: dict[tuple[str, ...], ir.Value]) -> None:
+def _rewrite(
+    layer: _Layer,
+    ones: dict[tuple[str, ...], ir.Value],
+    stacked: dict[tuple[ir.Value | None, ...], ir.Value],
+) -> None:
     z, cores, up = inputs_of(layer.call)
     x, weight = inputs_of(layer.product)
     module = module_of_call(layer.call)
     ops = tape.Tape(layer.call.graph)
-    rows, inputs, function = [weight, up], [x, z, cores], functions.TASK_JOIN
+    inputs, function = [x, z, cores], functions.TASK_JOIN
     if layer.bias is not None:
         function = functions.TASK_JOIN_BIAS
         inputs.append(_ones(x, layer.product, ones))
-        axis = ops.op("Constant", [], {"value_ints": [0]}, name=names.value(module, "bias_axis"))
-        rows.append(ops.op("Unsqueeze", [layer.bias, axis], name=names.value(module, "bias_row")))
-    stacked = ops.op("Concat", rows, {"axis": 0}, name=names.value(module, "joint_weight"))
+    key = (weight, up, layer.bias)
+    if key not in stacked:  # a module that is used several times has one weight
+        stacked[key] = _stacked(weight, up, layer.bias, module, ops)
     joined = ops.op(function, inputs, domain=names.DOMAIN, name=names.value(module, "join"))
-    y = ops.op("MatMul", [joined, stacked], name=names.value(module, "joint"))
+    y = ops.op("MatMul", [joined, stacked[key]], name=names.value(module, "joint"))
     graph = layer.call.graph
     replace(layer.last, ops, y)
     for node in (layer.last, _add_of(layer), layer.product, layer.call):
         if graph is not None and node.graph is graph:
             graph.remove(node, safe=True)
+
+
+def _stacked(
+    weight: ir.Value, up: ir.Value, bias: ir.Value | None, module: str, ops: tape.Tape
+) -> ir.Value:
+    """Return weight, up and bias below each other."""
+    rows = [weight, up]
+    if bias is not None:
+        axis = ops.op("Constant", [], {"value_ints": [0]}, name=names.value(module, "bias_axis"))
+        rows.append(ops.op("Unsqueeze", [bias, axis], name=names.value(module, "bias_row")))
+    return ops.op("Concat", rows, {"axis": 0}, name=names.value(module, "joint_weight"))
 
 
 def _add_of(layer: _Layer) -> ir.Node:

@@ -19,7 +19,14 @@ from onnx_ir import tape
 
 from mtl_export.errors import GraphError
 from mtl_export.graph import names
-from mtl_export.graph.passes.markers import input_of, is_batch_first, module_of, rank
+from mtl_export.graph.passes.markers import (
+    input_of,
+    is_batch_first,
+    layer_of,
+    module_of,
+    rank,
+    use_of,
+)
 
 
 class RowView:
@@ -38,7 +45,7 @@ class RowView:
     """
 
     def __init__(self, node: ir.Node, ids: ir.Value, ops: tape.Tape) -> None:
-        self._ids, self._ops, self._module = ids, ops, module_of(node)
+        self._ids, self._ops, self._layer = ids, ops, layer_of(node)
         self._has_features = node.op_type != names.MARKER_EMBEDDING
         self._undo: list[Callable[[ir.Value], ir.Value]] = []
         x, order = input_of(node), _order(node)
@@ -57,7 +64,7 @@ class RowView:
         last = [_size(input_of(node))] if self._has_features else []
         self.x = self._reshaped(x, [batch, self._numbers(-1, *last)], "by_row")
         # A name of its own: sizes that other passes find alike must be alike.
-        self.x.shape = ir.Shape([names.BATCH, names.value(self._module, "by_row"), *last])
+        self.x.shape = ir.Shape([names.BATCH, names.value(self._layer, "by_row"), *last])
         self.x.type = input_of(node).type
 
     def back(self, y: ir.Value) -> ir.Value:
@@ -99,7 +106,7 @@ class RowView:
         step: str,
         **attributes: int | list[int],
     ) -> ir.Value:
-        return self._ops.op(op_type, inputs, attributes, name=names.value(self._module, step))
+        return self._ops.op(op_type, inputs, attributes, name=names.value(self._layer, step))
 
 
 def _order(node: ir.Node) -> str:
@@ -109,14 +116,23 @@ def _order(node: ir.Node) -> str:
         return noted.as_string()
     if rank(x) > 1 and is_batch_first(x):
         return "batch"
+    use, count = use_of(node)
+    which = f"use {use} of {count}: its input" if count > 1 else "its input"
+    expected, why = (
+        f"rows in an order that follows the batch: [{names.BATCH}, ...], a multiple of"
+        f" it, or [..., {names.BATCH}, ...] with the batch second",
+        "every row must be told its task, and trying inputs did not tell whose row is whose",
+    )
+    if rank(x) > 1 and x.shape is not None and x.shape[0] == 1:
+        expected = "an input of its own for every row of the batch"
+        why = "what follows takes one result for all rows, and each row's task makes another"
     raise GraphError(
         where=module_of(node),
-        found=f"its input has shape {x.shape}",
-        expected=f"rows in an order that follows the batch: [{names.BATCH}, ...], a multiple of"
-        f" it, or [..., {names.BATCH}, ...] with the batch second",
-        why="every row must be told its task, and trying inputs did not tell whose row is whose",
+        found=f"{which} has shape {x.shape}",
+        expected=expected,
+        why=why,
         fix="Export this model per task (--layout per-task), or with one task for the whole"
-        " batch (--task-input scalar)",
+        " batch (--task-input scalar), or merge its tasks (mtl-export merge)",
     )
 
 

@@ -43,7 +43,8 @@ class SharedCoresPass(ir.passes.InPlacePass):
 
 
 def _share(ids: ir.Value, gathers: list[ir.Node], name: str) -> None:
-    cores = [inputs_of(gather)[0] for gather in gathers]
+    # A module that is used several times has one core.
+    cores = list(dict.fromkeys(inputs_of(gather)[0] for gather in gathers))
     ops = tape.Tape(gathers[0].graph)
     beside = ops.op("Concat", cores, {"axis": 2}, name=f"{name}/all")
     picked = ops.op("Gather", [beside, ids], {"axis": 0}, name=f"{name}/own")
@@ -53,7 +54,8 @@ def _share(ids: ir.Value, gathers: list[ir.Node], name: str) -> None:
         "Split", [picked, sizes], {"axis": -1}, num_outputs=len(cores), name=f"{name}/split"
     )
     insert_before(gathers[0], ops)
-    for gather, part in zip(gathers, parts, strict=True):
-        gather.outputs[0].replace_all_uses_with(part)
+    own = dict(zip(cores, parts, strict=True))
+    for gather in gathers:
+        gather.outputs[0].replace_all_uses_with(own[inputs_of(gather)[0]])
         if gather.graph is not None:
             gather.graph.remove(gather, safe=True)

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from mtl_export.checkpoint.tensors import Array
 
 _COMMON = "mtl_export.common"
+_ADDED = "mtl_export.added"
 _MARKABLE = (ir.Tensor, ir.LazyTensor, ir.ExternalTensor)
 
 
@@ -26,7 +27,9 @@ def add_initializer(
     *,
     common: bool = False,
 ) -> ir.Value:
-    """Return a new initializer of ``graph`` whose values are computed on use.
+    """Return an initializer of ``graph`` whose values are computed on use.
+
+    One that was added under this name before, for another use of its module, is returned again.
 
     Args:
         graph: The graph.
@@ -36,6 +39,9 @@ def add_initializer(
         dtype: FLOAT or INT64.
         common: Every task's graph has the same values under this name.
     """
+    known = graph.initializers.get(name)
+    if known is not None and known.meta.get(_ADDED):
+        return known
     tensor = ir.LazyTensor(
         lambda: ir.tensor(np.ascontiguousarray(values(), dtype=dtype.numpy()), name=name),
         dtype=dtype,
@@ -49,6 +55,7 @@ def add_initializer(
         type=ir.TensorType(dtype),
         const_value=tensor,
     )
+    value.meta[_ADDED] = True
     graph.register_initializer(value)
     return value
 
