@@ -128,7 +128,7 @@ def _onnx_subject(name: str, folder: Path, threads: int, new_tokens: int, task: 
     if _graph(folder) == "prefill.onnx":
         return OnnxLanguageModel(name, folder, threads, new_tokens, task)
     if _graph(folder) == "encoder.onnx":
-        return OnnxSeq2Seq(name, folder, threads, new_tokens)
+        return OnnxSeq2Seq(name, folder, threads, new_tokens, task)
     adapter = folder / f"{task}.onnx_adapter" if task else None
     return OnnxModel(name, folder / "model.onnx", threads, adapter)
 

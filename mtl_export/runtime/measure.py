@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import ceil
 from multiprocessing.connection import Connection
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any, Protocol
@@ -32,7 +30,8 @@ import numpy as np
 from mtl_export import errors
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError, MtlExportError
-from mtl_export.runtime.rows import TASK_IDS, Field
+from mtl_export.runtime.memory import peak_bytes, pss_bytes, within_memory
+from mtl_export.runtime.rows import INPUT_IDS, TASK_IDS, Field
 
 # A block is about as long as this, but has enough calls for LEAST_CALLS in all rounds.
 BLOCK_S, LEAST_CALLS, MOST_CALLS = 0.5, 20, 200
@@ -98,12 +97,14 @@ class Timing:
         shape: The batch.
         phase: ``forward``, ``prefill`` or ``decode`` (one token of every row).
         blocks: Seconds of each call, by round.
+        has_tokens: Whether its rows are of tokens; those of images are not.
     """
 
     subject: str
     shape: Shape
     phase: str
     blocks: tuple[tuple[float, ...], ...]
+    has_tokens: bool = True
 
     @property
     def calls(self) -> tuple[float, ...]:
@@ -120,8 +121,13 @@ class Timing:
         return self.shape.batch * len(self.calls) / sum(self.calls)
 
     @property
-    def tokens_per_s(self) -> float:
-        """Return tokens per second over all calls; a decoding step makes one for each row."""
+    def tokens_per_s(self) -> float | None:
+        """Return tokens per second over all calls; a decoding step makes one for each row.
+
+        None where rows have no tokens.
+        """
+        if not self.has_tokens:
+            return None
         return self.rows_per_s * (1 if self.phase == "decode" else self.shape.sequence)
 
     def ratio_to(self, other: Timing) -> float:
@@ -186,7 +192,7 @@ def measure(
 
     Raises:
         MtlExportError: A subject could not be opened or run; what it raised.
-        EngineRunError: Its process died.
+        EngineRunError: Its process died, or memory ran out.
     """
     timings: list[Timing] = []
     with ExitStack() as stack:
@@ -197,9 +203,13 @@ def measure(
         common = _with_tasks(next((w.fields for w in workers if w.fields is not None), ()))
         for shape in shapes:
             progress(f"measure {shape}")
+            of_tokens = {}
             for worker in workers:
                 fields = common if worker.fields is None else worker.fields
-                worker.begin(inputs(shape, fields), rounds)
+                of_tokens[worker.name] = any(field.name == INPUT_IDS for field in fields)
+                with within_memory(f"shape {shape}"):
+                    batch = inputs(shape, fields)
+                worker.begin(batch, rounds)
             blocks: dict[tuple[str, str], list[tuple[float, ...]]] = {}
             for number in range(rounds):
                 for worker in workers if number % 2 == 0 else reversed(workers):
@@ -207,10 +217,10 @@ def measure(
                         blocks.setdefault((phase, worker.name), []).append(tuple(seconds))
             phases = list(dict.fromkeys(phase for phase, _ in blocks))
             timings += [
-                Timing(worker.name, shape, phase, tuple(blocks[phase, worker.name]))
+                Timing(name, shape, phase, tuple(blocks[phase, name]), has_tokens)
                 for phase in phases
-                for worker in workers
-                if (phase, worker.name) in blocks
+                for name, has_tokens in of_tokens.items()
+                if (phase, name) in blocks
             ]
         footprints = tuple(worker.footprint() for worker in workers)
     return Measured(tuple(timings), footprints)
@@ -323,7 +333,8 @@ def _answers(connection: Connection, subject: Subject) -> Iterator[object]:
         question, *arguments = connection.recv()
         if question == "begin":
             batch, rounds = arguments
-            seconds = [sum(map(sum, opened.call(batch).values())) for _ in range(WARM_CALLS)]
+            with within_memory(subject.name):
+                seconds = [sum(map(sum, opened.call(batch).values())) for _ in range(WARM_CALLS)]
             calls = call_count(min(seconds), rounds)
             yield None
         elif question == "block":
@@ -339,26 +350,3 @@ def _merged(calls: Iterator[Timings]) -> Timings:
         for phase, seconds in call.items():
             merged.setdefault(phase, []).extend(seconds)
     return merged
-
-
-def peak_bytes() -> int:
-    """Return the most resident memory that this process has had."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not ru_maxrss: on Linux it begins with what the parent had.
-        return 1024 * _number(status, "VmHWM:")
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def pss_bytes() -> int | None:
-    """Return this process's proportional share of memory, None where the system does not say."""
-    rollup = Path("/proc/self/smaps_rollup")
-    return 1024 * _number(rollup, "Pss:") if rollup.is_file() else None
-
-
-def _number(path: Path, key: str) -> int:
-    lines = path.read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))

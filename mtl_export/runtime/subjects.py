@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,10 +17,12 @@ import numpy as np
 
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.runtime.measure import Opened, Shape, Timings
+from mtl_export.runtime.memory import refuse_larger
 from mtl_export.runtime.rows import ATTENTION_MASK, INPUT_IDS, TASK_IDS, Field, fields_of
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
+    from mtl_export.runtime.ort import OrtPart
 
 FORWARD, PREFILL, DECODE = "forward", "prefill", "decode"
 
@@ -90,14 +93,11 @@ class OnnxLanguageModel:
     def open(self) -> Opened:
         """Open both sessions."""
         from mtl_export.runtime.generation import Decoding
-        from mtl_export.runtime.onnx_adapters import active, adapter_file
-        from mtl_export.runtime.ort import OrtPart, open_session
+        from mtl_export.runtime.ort import open_session
 
         paths = [self.folder / f"{stem}.onnx" for stem in (PREFILL, DECODE)]
         sessions = [open_session(path, threads=self.threads) for path in paths]
-        files = [self.folder / adapter_file(path.stem, self.task) for path in paths]
-        adapters = [active(file) if self.task else None for file in files]
-        prefill, decode = map(OrtPart, sessions, paths, adapters)
+        prefill, decode = _parts(sessions, paths, self.task)
 
         def call(inputs: Mapping[str, Array]) -> Timings:
             ids, mask, tasks = inputs[INPUT_IDS], inputs[ATTENTION_MASK], inputs.get(TASK_IDS)
@@ -117,12 +117,14 @@ class OnnxSeq2Seq:
         folder: Holds them.
         threads: Threads inside one operator; 0: ONNX Runtime's choice.
         new_tokens: Decoding steps of one call.
+        task: For graphs that take adapters as input: whose adapters; "" for all others.
     """
 
     name: str
     folder: Path
     threads: int = 0
     new_tokens: int = 16
+    task: str = ""
 
     def prepare(self) -> None:
         """Import onnxruntime."""
@@ -132,14 +134,14 @@ class OnnxSeq2Seq:
 
     def open(self) -> Opened:
         """Open the three sessions."""
-        from mtl_export.runtime.ort import OrtPart, open_session
+        from mtl_export.runtime.ort import open_session
         from mtl_export.runtime.seq2seq_generation import Seq2SeqDecoding, Seq2SeqParts
         from mtl_export.runtime.token_rules import TokenRules
 
         stems = ("encoder", "decoder", "decoder_with_past")
         paths = [self.folder / f"{stem}.onnx" for stem in stems]
         sessions = [open_session(path, threads=self.threads) for path in paths]
-        parts = Seq2SeqParts(*map(OrtPart, sessions, paths))
+        parts = Seq2SeqParts(*_parts(sessions, paths, self.task))
         start = TokenRules.from_folder(self.folder).start or 0
 
         def call(inputs: Mapping[str, Array]) -> Timings:
@@ -149,6 +151,16 @@ class OnnxSeq2Seq:
             return _timed_steps(lambda: Seq2SeqDecoding(parts, own, tasks, first), self.new_tokens)
 
         return Opened(call, fields_of(sessions[0].get_inputs()))
+
+
+def _parts(sessions: Sequence[Any], paths: Sequence[Path], task: str) -> list[OrtPart]:
+    """Return the graphs ready to run, under the adapters of ``task`` where one is named."""
+    from mtl_export.runtime.onnx_adapters import active, adapter_file
+    from mtl_export.runtime.ort import OrtPart
+
+    files = [path.with_name(adapter_file(path.stem, task)) for path in paths]
+    adapters = [active(file) if task else None for file in files]
+    return list(map(OrtPart, sessions, paths, adapters))
 
 
 class _Decoding(Protocol):
@@ -328,15 +340,24 @@ class Batches:
     task_ids: tuple[int, ...]
 
     def __call__(self, shape: Shape, fields: Sequence[Field]) -> dict[str, Array]:
-        """Return a batch of ``shape`` for a graph with the inputs ``fields``."""
-        generator = np.random.default_rng(0)
-        return {field.name: self._values(field, shape, generator) for field in fields}
+        """Return a batch of ``shape`` for a graph with the inputs ``fields``.
 
-    def _values(self, field: Field, shape: Shape, generator: np.random.Generator) -> Array:
-        sizes = [
-            dim if isinstance(dim, int) else shape.sequence if at else shape.batch
-            for at, dim in enumerate(field.dims)
-        ]
+        Raises:
+            UsageError: It is larger than this machine's memory.
+        """
+        sizes = {
+            field.name: [
+                dim if isinstance(dim, int) else shape.sequence if at else shape.batch
+                for at, dim in enumerate(field.dims)
+            ]
+            for field in fields
+        }
+        counts = (prod(sizes[field.name]) * np.dtype(field.dtype).itemsize for field in fields)
+        refuse_larger(f"shape {shape}", sum(counts))
+        generator = np.random.default_rng(0)
+        return {field.name: self._values(field, sizes[field.name], generator) for field in fields}
+
+    def _values(self, field: Field, sizes: list[int], generator: np.random.Generator) -> Array:
         if field.name == TASK_IDS:
             count = sizes[0] if sizes else 1
             ids = np.resize(np.array(self.task_ids, field.dtype), count)

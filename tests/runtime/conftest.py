@@ -51,11 +51,11 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (target / task.name).mkdir()
     models = {part.stem: merged_graph(part, bound, task) for part in parts}
     write_graphs(models, bound, target / task.name, task)
-    _write_with_adapters(bound, parts, target / "adapter-input")
+    write_with_adapters(bound, parts, target / "adapter-input")
     return folder
 
 
-def _write_with_adapters(bound: BoundModel, parts: Sequence[TracedModel], folder: Path) -> None:
+def write_with_adapters(bound: BoundModel, parts: Sequence[TracedModel], folder: Path) -> None:
     """Write the graphs that take adapters, and every task's adapters."""
     folder.mkdir()
     lowered = {part.stem: adapter_input_graph(part, bound) for part in parts}

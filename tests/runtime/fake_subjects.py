@@ -45,8 +45,12 @@ class Fake:
         def call(inputs: Mapping[str, Array]) -> Timings:
             if self.fault == "bug":
                 raise ValueError(f"a bug in a call, with {len(held)} bytes held")
-            rows = len(inputs["input_ids"])
-            wanted = {field.name for field in FIELDS}
+            if self.fault == "memory":
+                raise MemoryError("Unable to allocate 9 GiB")
+            if self.fault == "tensors":
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")
+            rows = len(next(iter(inputs.values())))
+            wanted = {field.name for field in self.takes or FIELDS}
             wanted |= {"task_ids"} if self.takes is None else set()
             assert set(inputs) == wanted
             if self.fault == "generates":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import EngineRunError
+from mtl_export.errors import EngineRunError, UsageError
 from mtl_export.runtime.measure import (
     Footprint,
     Measured,
@@ -14,9 +14,8 @@ from mtl_export.runtime.measure import (
     Timing,
     call_count,
     measure,
-    peak_bytes,
-    pss_bytes,
 )
+from mtl_export.runtime.memory import peak_bytes, pss_bytes
 from mtl_export.runtime.rows import Field
 from mtl_export.runtime.subjects import Batches
 from tests.runtime.fake_subjects import FIELDS, Fake
@@ -73,6 +72,8 @@ def test_a_language_model_has_two_phases() -> None:
         ("refuses", EngineRunError, "fake: no. Expected yes, because so. Do."),
         ("dies", EngineRunError, "its process ended with code 9"),
         ("bug", RuntimeError, "a bug in a call, with 0 bytes held"),
+        ("memory", EngineRunError, r"bad: memory ran out \(Unable to allocate 9 GiB\)"),
+        ("tensors", EngineRunError, r"bad: memory ran out \(DefaultCPUAllocator: can't allocate"),
     ],
 )
 def test_what_happens_in_the_process_is_told(
@@ -81,6 +82,21 @@ def test_what_happens_in_the_process_is_told(
     """Our errors arrive as themselves, a death with its code, a bug with its traceback."""
     with pytest.raises(error, match=message):
         measured(Fake("good"), Fake("bad", fault=fault))
+
+
+def test_a_shape_beyond_memory_is_refused() -> None:
+    """Before it is made: a system that lends more than it has would end processes."""
+    with pytest.raises(UsageError, match=r"shape 99999999999x40: its inputs take 64000\.0 GB"):
+        BATCHES(Shape(99999999999, 40), FIELDS)
+
+
+def test_images_have_no_tokens() -> None:
+    """Rows a second, and nothing made up from the shape."""
+    images = Fake("vision", takes=(Field("pixel_values", ("batch", 3, 4, 4), "float32"),))
+    timing = measured(images, rounds=1).timing("vision", EIGHT, "forward")
+    assert timing is not None
+    assert timing.rows_per_s > 0
+    assert timing.tokens_per_s is None
 
 
 def test_a_ratio_compares_blocks_of_one_round() -> None:

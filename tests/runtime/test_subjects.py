@@ -7,9 +7,18 @@ from pathlib import Path
 import pytest
 
 from mtl_export.errors import EngineRunError
+from mtl_export.graph.parts import trace_parts
 from mtl_export.runtime.measure import Shape, Subject, Timings
 from mtl_export.runtime.rows import Field
-from mtl_export.runtime.subjects import Batches, EagerModel, OnnxLanguageModel, OnnxModel
+from mtl_export.runtime.subjects import (
+    Batches,
+    EagerModel,
+    OnnxLanguageModel,
+    OnnxModel,
+    OnnxSeq2Seq,
+)
+from tests.graph.seq2seq_toys import bound_toy
+from tests.runtime.conftest import write_with_adapters
 
 TASK_IDS = Field("task_ids", ("batch",), "int64")
 GIVEN = {"alpha": None, "temperature": None, "task_names": None, "biases": None}
@@ -48,6 +57,20 @@ def test_language_models_have_two(language: Path) -> None:
         assert phases(OnnxLanguageModel("x", place, 1, 3)) == {"prefill": 1, "decode": 3}
     eager = EagerModel("eager", language / "adapter", str(language / "base"), GIVEN, 1, 3)
     assert phases(eager) == {"prefill": 1, "decode": 3}
+
+
+def test_adapters_are_read_for_all_graphs(language: Path, tmp_path: Path) -> None:
+    """What is measured is the adapted model; a broken adapter is no figure."""
+    source = language / "onnx" / "adapter-input"
+    adapted = OnnxLanguageModel("x", source, 1, 3, "reply")
+    assert phases(adapted) == {"prefill": 1, "decode": 3}
+    bound, folder = bound_toy("t5", tmp_path), tmp_path / "adapter-input"
+    write_with_adapters(bound, trace_parts(bound), folder)
+    subject = OnnxSeq2Seq("x", folder, 1, 3, "short")
+    assert phases(subject) == {"prefill": 1, "decode": 3}
+    (folder / "decoder_with_past.short.onnx_adapter").write_text("garbage")
+    with pytest.raises(EngineRunError, match=r"decoder_with_past\.short\.onnx_adapter"):
+        subject.open()
 
 
 def test_eager_and_graph_read_the_same_batch(exported: Path) -> None:

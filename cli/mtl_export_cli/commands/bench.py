@@ -31,7 +31,7 @@ Example:
 @click.command(short_help="Measure latency, throughput and memory.", epilog=EPILOG)
 @with_settings(options.SOURCE, options.SELECTION, options.TALK)
 @option("--shapes", default=DEFAULT_SHAPES, show_default=True, metavar="BxS,...",
-        help="Batches to measure: rows x tokens, separated by commas.")  # fmt: skip
+        help="Batches to measure: rows x tokens (images: rows alone), with commas.")  # fmt: skip
 @option("--rounds", type=click.IntRange(min=1), default=5, show_default=True,
         help="Turns that each model has; blocks of calls alternate between models.")  # fmt: skip
 @option("--new-tokens", type=click.IntRange(min=1), default=16, show_default=True,
@@ -182,7 +182,7 @@ def _print(found: Lineup, measured: Measured, conditions: dict[str, Any]) -> Non
             f"{timing.percentile_ms(50):.2f}",
             f"{timing.percentile_ms(95):.2f}",
             f"{timing.rows_per_s:.1f}",
-            f"{timing.tokens_per_s:.0f}",
+            "" if (tokens := timing.tokens_per_s) is None else f"{tokens:.0f}",
             "" if (ratio := _ratio(measured, timing)) is None else f"{ratio:.3f}",
         )
         for timing in measured.timings

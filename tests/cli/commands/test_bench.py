@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from mtl_export.checkpoint.checkpoint import Task
+from mtl_export_cli.benchmark import lineup
+from mtl_export_cli.options import Settings
 from tests.cli.conftest import Run
 
 QUICK = ("bench", "--shapes", "1x8,5x7", "--rounds", "2", "--threads", "1")
@@ -109,6 +112,30 @@ def test_new_tokens_are_for_language_models(exported: Path, run: Run) -> None:
     shutil.rmtree(exported / "out" / "onnx" / "topic")
     words = ("bench", "--shapes", "1x7", "--rounds", "1", "--no-eager", "--task", "topic")
     assert run(*words, env={"MTL_EXPORT_NEW_TOKENS": "3"}).code == 0
+
+
+def test_a_shape_beyond_memory_is_refused(exported: Path, run: Run) -> None:
+    """One line, exit 2, and no traceback."""
+    outcome = run("bench", "--shapes", "99999999999x40", "--no-eager")
+    assert outcome.code == 2
+    assert "error: shape 99999999999x40: its inputs take" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_every_kind_of_graph_is_measured_under_its_adapter(tmp_path: Path) -> None:
+    """Where adapters are inputs, the first task's; else the base alone would be timed."""
+    for graph in ("model", "prefill", "encoder"):
+        folder = tmp_path / graph / "adapter-input"
+        folder.mkdir(parents=True)
+        (folder / f"{graph}.onnx").touch()
+        (folder / "short.onnx_adapter").touch()
+        found = lineup(
+            Settings(), [Task("short", 0)], tmp_path / graph, tmp_path / "engines",
+            threads=1, new_tokens=2, with_eager=False,
+        )  # fmt: skip
+        (subject,) = found.subjects
+        named = getattr(subject, "task", "") or getattr(subject, "adapter", Path()).stem
+        assert named == "short"
 
 
 def test_a_busy_machine_is_told() -> None:
