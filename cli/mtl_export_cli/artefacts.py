@@ -86,7 +86,16 @@ def find_artefacts(
     if graph == WHOLE and places.quantised is not None:
         for number in NUMBERS:
             _quantised(bound, places, places.quantised, number, threads, found)
-    return found, missing
+    return [_as_its_graph(one, found) for one in found], missing
+
+
+def _as_its_graph(artefact: Artefact, found: list[Artefact]) -> Artefact:
+    """Return an engine with the edits of the single graph that it was built from."""
+    for one in found:
+        is_same = one.checkpoint_sha256 == artefact.checkpoint_sha256
+        if one.edited is not None and artefact.name == ENGINE and is_same:
+            return replace(artefact, edited=one.edited)
+    return artefact
 
 
 def _quantised(
@@ -215,6 +224,7 @@ def _onnx(
     *,
     name: str = "",
 ) -> None:
+    from mtl_export.graph.origins import EditedGraph
     from mtl_export.parity.run import Artefact
     from mtl_export.runtime.one_task import one_task
     from mtl_export.runtime.ort import onnx_metadata
@@ -245,6 +255,7 @@ def _onnx(
             quantised=quantised.read_quantised(path, number, None, artefact=name)
             if number
             else None,
+            edited=EditedGraph.from_metadata(metadata),
         )
     )
 

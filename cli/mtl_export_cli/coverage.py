@@ -26,6 +26,9 @@ _SUFFIXES = frozenset({".onnx", ".engine"})
 def unclaimed_cells(places: Places, tasks: Sequence[Task]) -> list[Cell]:
     """Return a failed cell for each folder with a manifest of ours that no task claims.
 
+    One of a checkpoint that the single graph got tasks of, or had them of before, is not-run:
+    that checkpoint claims it.
+
     Args:
         places: Where artefacts lie.
         tasks: The checkpoint's.
@@ -37,19 +40,48 @@ def unclaimed_cells(places: Places, tasks: Sequence[Task]) -> list[Cell]:
     known = {ADAPTER_FOLDER, *(task.name for task in tasks)}
     roots = list(_roots(places))
     own = {folder.absolute() for _, _, folder in roots}
+    others = _checkpoints_of_graph(places.onnx)
     cells = []
     for name, _, folder in roots:
         for child in sorted(folder.iterdir()) if folder.is_dir() else ():
             is_ours = (child / MANIFEST_FILE).is_file() and not child.is_symlink()
             # A hidden one is what a killed run left, which the next removes.
             is_known = child.name in known or child.absolute() in own
-            if is_ours and not is_known and not child.name.startswith("."):
+            if not is_ours or is_known or child.name.startswith("."):
+                continue
+            if (source := _checkpoint_of(child)) in others:
+                reason = (
+                    f"{child} is of another checkpoint ({source[:12]}...), as are tasks of the"
+                    " single graph: mtl-export parity --checkpoint with that one judges it"
+                )
+                cells.append(Cell(name, "-", child.name, "*", "not-run", reason))
+            else:
                 reason = (
                     f"{child} holds an export, but no task is called {child.name!r}: give it back"
                     " its task's name, or delete or move it"
                 )
                 cells.append(Cell(name, "-", child.name, "*", "failed", reason))
     return cells
+
+
+def _checkpoints_of_graph(folder: Path) -> frozenset[str]:
+    """Return the checkpoints that an edited single graph's tasks came from; empty without one."""
+    from mtl_export_cli.edited import edited_graph
+
+    edited = edited_graph(folder)
+    return frozenset(one.checkpoint_sha256 for one in edited.origins) if edited else frozenset()
+
+
+def _checkpoint_of(folder: Path) -> str:
+    """Return what the manifest of a folder says it was made from; "" if it cannot be read."""
+    from mtl_export.bundle.manifest import read_manifest
+    from mtl_export.errors import IntegrityError
+
+    try:
+        manifest = read_manifest(folder)
+    except IntegrityError:
+        return ""
+    return manifest.recipe.sources.get("checkpoint_sha256", "") if manifest else ""
 
 
 def refuse_not_run(report: ParityReport, lacking: Sequence[str]) -> BackendMissingError | None:

@@ -249,6 +249,9 @@ class Workshop:
             options["embedding"] = metadata[METADATA_KEY]
         if self._number:
             options["quantize"] = self._number
+        if graph.is_edited:
+            options["tasks"] = options["served"]
+            hashes["checkpoint_sha256"] = metadata["mtl_export.checkpoint_sha256"]
         recipe = sources.recipe("trt", self._bound, options)
         return replace(recipe, sources={**recipe.sources, **hashes})
 

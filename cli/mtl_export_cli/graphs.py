@@ -10,12 +10,12 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from mtl_export.checkpoint.model_class import has_head
-from mtl_export.checkpoint.sentence_embedding import Pooling, SentenceEmbedding
+from mtl_export.checkpoint.sentence_embedding import METADATA_KEY, Pooling, SentenceEmbedding
 from mtl_export.errors import GraphError, UsageError
-from mtl_export_cli import sources
+from mtl_export_cli import edited, sources
 from mtl_export_cli.options import Settings
 from mtl_export_cli.render import Steps
-from mtl_export_cli.written import Written
+from mtl_export_cli.written import UP_TO_DATE, Written
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -36,10 +36,12 @@ class Graph:
     Attributes:
         tasks: The tasks it serves: one, or all.
         layout: ``single-graph``, ``per-task`` or ``adapter-input``.
+        is_edited: It is there, its tasks edited: not to be written, but taken as it lies.
     """
 
     tasks: tuple[Task, ...]
     layout: str
+    is_edited: bool = False
 
     @property
     def task(self) -> Task | None:
@@ -92,6 +94,18 @@ class Form:
         embedding = SentenceEmbedding(pooling, normalize) if pooling else None
         return cls(task_input, embedding)
 
+    def as_asked(self, dtype: str | None) -> dict[str, tuple[str, str]]:
+        """Return option and value of what was asked for, by its key in a graph's metadata."""
+        asked: dict[str, tuple[str, str]] = {}
+        if dtype is not None:
+            # A graph in float32 does not say so.
+            asked["mtl_export.dtype"] = ("--dtype", "" if dtype == GRAPH_DTYPE else dtype)
+        if self.task_input != "rows":
+            asked["mtl_export.task_input"] = ("--task-input", self.task_input)
+        if self.embedding is not None:
+            asked[METADATA_KEY] = ("--pooling", self.embedding.to_json())
+        return asked
+
     def as_options(self, graph: Graph) -> dict[str, OptionValue]:
         """Return what of it is not the default for ``graph``, for the recipe."""
         options: dict[str, OptionValue] = {}
@@ -133,6 +147,21 @@ def wanted_graphs(settings: Settings, layout: str | None, tasks: Sequence[Task])
             fix="Pass --all-tasks, or --layout per-task",
         )
     return [Graph(selected, layout)]
+
+
+def as_edited(
+    graph: Graph, parent: Path, bound: BoundModel, asked: dict[str, tuple[str, str]]
+) -> Graph:
+    """Return ``graph``; with its tasks as they are now, if it is there and they were edited.
+
+    Raises:
+        UsageError: They were, and the graph is not what was asked for; see
+            ``edited.tasks_to_build``.
+    """
+    if graph.layout != SINGLE_GRAPH:
+        return graph
+    tasks = edited.tasks_to_build(graph.folder(parent), bound, asked)
+    return graph if tasks is None else Graph(tasks, SINGLE_GRAPH, is_edited=True)
 
 
 def refuse_form(layout: str | None, form: Form, dtype: str | None) -> None:
@@ -229,13 +258,24 @@ class Exporter:
         self._dtype = dtype or GRAPH_DTYPE
 
     def write(self, graph: Graph, steps: Steps, *, force: bool) -> Written:
-        """Write ``graph`` unless it is there already."""
+        """Write ``graph`` unless it is there already.
+
+        Raises:
+            OutputError: Something else is there, or the single graph with edits.
+        """
         from mtl_export.bundle.manifest import FileEntry
         from mtl_export.bundle.output import output_folder
         from mtl_export.merge.writer import merged_size_bytes
 
         started = perf_counter()
         names = [task.name for task in graph.tasks]
+        folder = graph.folder(self._parent)
+        if graph.is_edited:
+            steps.begin(f"onnx: {graph.name}, as edited")
+            whole = edited.whole_files(folder)
+            return Written(folder, tuple(names), UP_TO_DATE, perf_counter() - started, whole)
+        if graph.layout == SINGLE_GRAPH:
+            edited.refuse_edited(folder, self._bound)
         options: dict[str, OptionValue] = {"layout": graph.layout, "served": names}
         options |= self._form.as_options(graph)
         if self._dtype != GRAPH_DTYPE:
@@ -243,7 +283,7 @@ class Exporter:
         recipe = sources.recipe("onnx", self._bound, options)
         steps.begin(f"onnx: {graph.name}")
         with output_folder(
-            graph.folder(self._parent),
+            folder,
             recipe=recipe,
             force=force,
             estimated_size_bytes=merged_size_bytes(self._bound, self._dtype),

@@ -14,6 +14,7 @@ from mtl_export.checkpoint.outputs import LOGITS
 from mtl_export.errors import UsageError, shortened
 from mtl_export_cli import graphs, render, sources
 from mtl_export_cli.calibrated import Outcome
+from mtl_export_cli.edited import refuse_to_quantise
 from mtl_export_cli.options import LAYOUTS, Settings
 from mtl_export_cli.written import Written
 
@@ -331,7 +332,7 @@ def _targets(bound: BoundModel, parent: Path, layout: str) -> list[Target]:
 
 
 def _refuse_stale(bound: BoundModel, targets: Sequence[Target]) -> None:
-    """Refuse graphs that were exported from another model.
+    """Refuse graphs that were exported from another model, or edited since.
 
     Raises:
         UsageError: There are some.
@@ -339,7 +340,11 @@ def _refuse_stale(bound: BoundModel, targets: Sequence[Target]) -> None:
     from mtl_export.runtime.ort import onnx_metadata
 
     for target in targets:
-        other = other_source(bound, onnx_metadata(target.path)) if target.path.is_file() else ""
+        if not target.path.is_file():
+            continue
+        if target.task is None:
+            refuse_to_quantise(target.folder)
+        other = other_source(bound, onnx_metadata(target.path))
         if other:
             raise UsageError(
                 where=str(target.path),

@@ -38,7 +38,8 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import GraphError, IntegrityError, UsageError, shortened
 from mtl_export.graph.external_data import DATA_FILE, externalised, write_data
-from mtl_export.graph.task_edit import CHECKPOINT_KEY, task_table, vector_ids
+from mtl_export.graph.origins import CHECKPOINT_KEY
+from mtl_export.graph.task_edit import task_table, vector_ids
 from mtl_export.runtime.golden import GOLDEN_FILE, Vector, golden_bytes, read_golden
 from mtl_export.version import VERSION
 

@@ -27,6 +27,15 @@ from mtl_export.adapters.normal_form import NO_LABEL, AdapterSet
 from mtl_export.checkpoint.checkpoint import TASK_NAME, Task, task_named
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, UsageError, shortened
+from mtl_export.graph.origins import (
+    CHECKPOINT_KEY,
+    EDITS_KEY,
+    ORIGINS_KEY,
+    TASKS_KEY,
+    Origin,
+    origins_json,
+    origins_of,
+)
 from mtl_export.graph.stacks_on_disk import (
     Stack,
     as_stored,
@@ -38,8 +47,6 @@ from mtl_export.graph.stacks_on_disk import (
 from mtl_export.graph.task_slices import is_slice, new_slice, refuse_misfit, refuse_other_base
 
 Models = Mapping[str, ir.Model]
-TASKS_KEY, EDITS_KEY = "mtl_export.tasks", "mtl_export.edits"
-CHECKPOINT_KEY = "mtl_export.checkpoint_sha256"
 # What may stand between a head and the graph's output when logits become wider.
 _AS_WIDE = frozenset({"Identity", "Cast"})
 
@@ -62,7 +69,7 @@ def rename_task(models: Models, name: str, new_name: str) -> tuple[Task, ...]:
     old = task_named(tasks, name, of="graph", option="")
     _refuse_name(new_name, tasks)
     after = tuple(dataclasses.replace(t, name=new_name) if t == old else t for t in tasks)
-    _record(models, after, f"rename {name} {new_name}")
+    _record(models, after, _origins(models), f"rename {name} {new_name}")
     return after
 
 
@@ -93,9 +100,10 @@ def remove_task(models: Models, name: str) -> tuple[Task, ...]:
             elif stack.part == "table":
                 _compact(stack, next(s for s in stacks if _is_slots_of(s, stack)))
         set_task_count(model, len(tasks) - 1)
+    origins = [one for index, one in enumerate(_origins(models)) if index != gone]
     kept = [task for task in tasks if task.index != gone]
     after = tuple(dataclasses.replace(task, index=index) for index, task in enumerate(kept))
-    _record(models, after, f"remove {name}")
+    _record(models, after, origins, f"remove {name}")
     return after
 
 
@@ -129,10 +137,13 @@ def add_task(
         _widen_outputs(model, widths)
         set_task_count(model, len(tasks) + 1)
     after = (*tasks, dataclasses.replace(source, name=name, index=len(tasks)))
+    sha256 = adapters.checkpoint_sha256
     if _is_of(by_stem, adapters, after):
-        _record(models, after, "", adapters.checkpoint_sha256)
+        _record(models, after, [], "", sha256)
     else:
-        _record(models, after, f"add {name} {adapters.checkpoint_sha256}")
+        origins = _origins(models)
+        origins += [Origin(sha256, source.name, source.index)] if origins else []
+        _record(models, after, origins, f"add {name} {sha256}")
     return after
 
 
@@ -230,11 +241,22 @@ def _is_of(
     )
 
 
-def _record(models: Models, tasks: Sequence[Task], edit: str, checkpoint_sha256: str = "") -> None:
+def _origins(models: Models) -> list[Origin]:
+    """Return where each task came from; empty where an older edit did not write it down."""
+    return origins_of(next(iter(models.values())).metadata_props) or []
+
+
+def _record(
+    models: Models,
+    tasks: Sequence[Task],
+    origins: Sequence[Origin],
+    edit: str,
+    checkpoint_sha256: str = "",
+) -> None:
     """Write the task table, and where the graphs come from now.
 
     After an edit they come from no checkpoint: the hash becomes that of the old one and the
-    edit, so that nothing takes them for what they were.
+    edit, so that nothing takes them for what they were. Where their tasks came from stays.
     """
     table = [task.as_entry() for task in tasks]
     for model in models.values():
@@ -243,10 +265,13 @@ def _record(models: Models, tasks: Sequence[Task], edit: str, checkpoint_sha256:
         derived = f"{properties[CHECKPOINT_KEY]} {edit}".encode()
         properties[TASKS_KEY] = json.dumps(table)
         properties[CHECKPOINT_KEY] = checkpoint_sha256 or hashlib.sha256(derived).hexdigest()
+        properties.pop(ORIGINS_KEY, None)
         if checkpoint_sha256:
             properties.pop(EDITS_KEY, None)
-        else:
-            properties[EDITS_KEY] = json.dumps(edits)
+            continue
+        properties[EDITS_KEY] = json.dumps(edits)
+        if origins:
+            properties[ORIGINS_KEY] = origins_json(origins)
 
 
 def _refuse_name(name: str, tasks: Sequence[Task]) -> None:

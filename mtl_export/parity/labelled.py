@@ -23,8 +23,9 @@ from mtl_export.parity.accuracy import judge_accuracy
 from mtl_export.parity.cases import ATTENTION_MASK, TASK_IDS
 from mtl_export.parity.outputs import LOGITS
 from mtl_export.parity.report import AccuracyCell, Verdict
-from mtl_export.parity.run import Artefact, wrong_files
+from mtl_export.parity.run import Artefact
 from mtl_export.parity.scores import Answers
+from mtl_export.parity.wrong_files import wrong_files
 from mtl_export.runtime.runner import Runner
 
 BATCH = 32
@@ -146,6 +147,8 @@ def _judged(
 
     if wrong := wrong_files(bound, artefact):
         return all_of("not-run", wrong)
+    if artefact.edited is not None:
+        return all_of("not-run", f"{artefact.edited.text}: scores are those of graphs as exported")
     try:
         with artefact.runner as runner:
             found = logits_of(runner, inputs)

@@ -164,6 +164,8 @@ def _unseen(artefact: Artefact, cells: Sequence[Cell]) -> str:
     path = artefact.path
     if path is None:
         return "it has no file"
+    if artefact.edited is not None:
+        return f"it was {artefact.edited.text}: only a graph as it was exported is looked into"
     if artefact.quantised is not None:
         return "all layers of a quantised graph err: which of them cost most, calibrate tells"
     if path.suffix == ".onnx":

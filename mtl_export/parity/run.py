@@ -22,11 +22,13 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError
+from mtl_export.graph.origins import EditedGraph
 from mtl_export.parity.asked import Asked, asked, padding_of
 from mtl_export.parity.beside import beside_cells
 from mtl_export.parity.cases import ONE_ROW, Case
 from mtl_export.parity.compare import compare_case
 from mtl_export.parity.contract import bad_ids_cell, isolation_cell, row_cells
+from mtl_export.parity.edited import unjudged_cells, views_of
 from mtl_export.parity.generation import Speech, bad_step_ids, oracle_speech, token_cells
 from mtl_export.parity.inputs_contract import padding_only_cells, wrong_kind_cell
 from mtl_export.parity.outputs import LOGITS, Subject
@@ -37,6 +39,7 @@ from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.parity.stored import stored_cell, table_cell
 from mtl_export.parity.task_weights import weight_cells
 from mtl_export.parity.tolerance import Tolerance
+from mtl_export.parity.wrong_files import wrong_files
 from mtl_export.runtime.runner import Runner
 from mtl_export.version import VERSION
 
@@ -62,6 +65,7 @@ class Artefact:
         path: Its file or folder; None for one that lies nowhere.
         embedding: How it pools hidden states to one vector a row; None if it does not.
         quantised: What is known of an artefact with Q/DQ; None for others.
+        edited: What a single graph says of the edits of its tasks; None without any.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Artefact:
     path: Path | None = None
     embedding: SentenceEmbedding | None = None
     quantised: Quantised | None = None
+    edited: EditedGraph | None = None
 
 
 def step_count(artefacts: Sequence[Artefact]) -> int:
@@ -191,6 +196,10 @@ def _judge(
         return whole("failed", wrong)
     cells: list[Cell] = []
     try:
+        if artefact.edited is not None:
+            return _judge_edited(
+                bound, artefact, artefact.edited, exact, speech, floors, tolerance, threads, extra
+            )
         if not is_alone:
             cells += _beside(bound, artefact, exact)
         with artefact.runner as runner:
@@ -212,6 +221,37 @@ def _judge(
     except MtlExportError as error:
         cells += whole("failed", str(error))
     return cells
+
+
+def _judge_edited(
+    bound: BoundModel,
+    artefact: Artefact,
+    edited: EditedGraph,
+    exact: list[Reference],
+    speech: Speech | None,
+    floors: Floors,
+    tolerance: Tolerance,
+    threads: int,
+    extra: Asked,
+) -> list[Cell]:
+    """Return the cells of a graph whose tasks were edited."""
+    adapters, path = bound.adapters, artefact.path
+    cells = unjudged_cells(artefact, edited, adapters)
+    for view in views_of(edited, adapters):
+        own = view.references(exact)
+        runner = view.runner(artefact.runner, own, len(adapters.tasks))
+        # What its file holds for other checkpoints' tasks is not known here.
+        apart = replace(artefact, runner=runner, path=None, edited=None,
+                        checkpoint_sha256=adapters.checkpoint_sha256)  # fmt: skip
+        found = _judge(
+            bound, apart, own, view.speech(speech), floors, tolerance, threads, view.asked(extra),
+            is_alone=True,
+        )  # fmt: skip
+        if path is not None and path.suffix == ".onnx":
+            cell = Cell(artefact.name, artefact.runner.name, "*", "contract", "passed")
+            found += view.file_cells(cell, path, adapters)
+        cells += view.named(found)
+    return cells + _beside(bound, artefact, exact)
 
 
 def _beside(bound: BoundModel, artefact: Artefact, exact: list[Reference]) -> list[Cell]:
@@ -338,21 +378,6 @@ def _adapted(bound: BoundModel) -> list[str]:
         for name, layer in bound.adapters.layers.items()
         if any(layer.factors(task.index) is not None for task in bound.adapters.tasks)
     ]
-
-
-def wrong_files(bound: BoundModel, artefact: Artefact) -> str:
-    """Return why an artefact's files need not be run to fail; empty if nothing is known."""
-    if artefact.defect:
-        return artefact.defect
-    expected = {
-        "checkpoint": (artefact.checkpoint_sha256, bound.adapters.checkpoint_sha256),
-        "base": (artefact.base_sha256, bound.base.sha256),
-    }
-    for name, (found, now) in expected.items():
-        if found != now:
-            was = f"{found[:12]}..." if found else "an unknown one"
-            return f"made from {was}, not from this {name} ({now[:12]}...): export it again"
-    return ""
 
 
 def _bad(bound: BoundModel) -> Array:

@@ -7,7 +7,7 @@ graph's dtype
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,21 +49,31 @@ def table_cell(cell: Cell, path: Path, tasks: Sequence[Task]) -> Cell:
     return replace(cell, verdict="failed", reason=shortened(problems)) if problems else cell
 
 
-def stored_cell(cell: Cell, path: Path, adapters: AdapterSet) -> Cell:
+def stored_cell(
+    cell: Cell,
+    path: Path,
+    adapters: AdapterSet,
+    ids: Mapping[int, int] | None = None,
+    task_count: int = 0,
+) -> Cell:
     """Return the cell on the stacks of a single graph.
 
     Args:
         cell: Says whose it is; ``passed``.
         path: The ONNX file.
         adapters: What it was made from.
+        ids: The graph's ids by the checkpoint's, of the tasks looked at; None: all, the same.
+        task_count: Tasks in the graph, beside ``ids``.
     """
     import onnx_ir as ir
 
     from mtl_export.graph.stacks_on_disk import stacks_of
 
     cell = replace(cell, case=STORED)
+    if ids is None:
+        ids, task_count = {task.index: task.index for task in adapters.tasks}, len(adapters.tasks)
     try:
-        stacks = stacks_of(ir.load(path), len(adapters.tasks))
+        stacks = stacks_of(ir.load(path), task_count)
         known = [stack for stack in stacks if stack.part not in {"table", "starts", "slots"}]
         if not known:
             return replace(cell, verdict="not-run", reason="it holds no stacks of tasks")
@@ -71,7 +81,7 @@ def stored_cell(cell: Cell, path: Path, adapters: AdapterSet) -> Cell:
             f"{stack.module}.{stack.part} of {task.name}"
             for stack in known
             for task in adapters.tasks
-            if not _is_right(stack, adapters, task)
+            if task.index in ids and not _is_right(stack, adapters, task, ids[task.index])
         ]
     except (ValueError, OSError) as error:
         return replace(cell, verdict="not-run", reason=str(error))
@@ -82,14 +92,14 @@ def stored_cell(cell: Cell, path: Path, adapters: AdapterSet) -> Cell:
     return replace(cell, verdict="failed", reason=f"not the checkpoint's: {shortened(problems)}")
 
 
-def _is_right(stack: Stack, adapters: AdapterSet, task: Task) -> bool:
+def _is_right(stack: Stack, adapters: AdapterSet, task: Task, index: int) -> bool:
     from mtl_export.graph.task_slices import is_slice, new_slice
 
     try:
         own = new_slice(stack, adapters, task)
     except AdapterError:
         return True  # the base's own, which the checkpoint does not hold
-    stored = stack.slice_of(task.index)
+    stored = stack.slice_of(index)
     if own.ndim != stored.ndim or own.shape[-1] > stored.shape[-1]:
         return False
     return own.shape[:-1] == stored.shape[:-1] and is_slice(stack, own, stored)

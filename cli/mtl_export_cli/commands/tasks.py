@@ -32,7 +32,12 @@ def command() -> None:
 
     GRAPH is the folder of mtl-export onnx --all-tasks, or a graph in it. Nothing is traced;
     the other tasks' rows stay what they are, bit by bit, and so does what parity found of
-    them. All graphs of the folder change together. Engines built from them do not follow.
+    them. All graphs of the folder change together. Engines built before do not follow;
+    mtl-export trt builds from the edited graph as it lies, mtl-export onnx never writes over
+    it, and mtl-export calibrate takes per-task graphs beside it.
+
+    mtl-export parity judges the tasks of its checkpoint under whatever id or name they have
+    now, and names the others; mtl-export parity --checkpoint with theirs judges those.
     """
 
 

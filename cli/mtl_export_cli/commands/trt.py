@@ -93,7 +93,8 @@ def command(
 
     With tensorrt and a GPU, for that GPU; else with tensorrt_rtx, which builds without
     one. The ONNX graphs are taken from onnx/ under the output folder, and exported there
-    first where they are missing; with --quantize int8 they are those that mtl-export
+    first where they are missing; a single graph whose tasks were edited (mtl-export tasks) is
+    taken as it lies; with --quantize int8 they are those that mtl-export
     calibrate wrote to onnx-int8/. Engines go to engines/ (engines-int8/), or to --output,
     each with a manifest that says what was checked and what could not be. The largest is
     built first. A run that was killed is taken up where it was; where one engine fails the
@@ -117,6 +118,8 @@ def command(
         engines.refuse_uncalibrated(bound, wanted, workshop.onnx_folder, quantize)
         _note_on_number(talk, info, quantize)
     else:
+        asked = form.as_asked(settings.dtype)
+        wanted = [graphs.as_edited(graph, workshop.onnx_folder, bound, asked) for graph in wanted]
         exporter = graphs.Exporter(bound, workshop.onnx_folder, dtype=settings.dtype, form=form)
         with talk.steps(len(wanted)) as steps:
             exported = [exporter.write(graph, steps, force=settings.force) for graph in wanted]

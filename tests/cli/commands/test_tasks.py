@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from tests.cli.conftest import Run, files_below
-from tests.factories import TASKS, toy_base, toy_checkpoint
+from tests.factories import TASKS, edit_tensors, toy_base, toy_checkpoint
 
 GRAPH = "out/onnx"
 
@@ -25,13 +25,26 @@ def test_remove_and_rename_say_what_becomes_of_every_id(exported: Path, run: Run
     assert manifest["options"]["edits"] == ["rename spam junk", "remove topic"]
 
 
-def test_an_edited_graph_is_not_taken_for_an_exported_one(exported: Path, run: Run) -> None:
-    """``onnx`` refuses to replace it without --force; ``verify`` finds it whole."""
-    assert run("tasks", "remove", GRAPH, "spam").code == 0
+def test_an_edited_graph_is_never_written_over(exported: Path, run: Run) -> None:
+    """Nor with --force: what would be lost is named; ``verify`` finds it whole."""
+    toy_checkpoint(exported / "other", exported / "base")
+    edit_tensors(exported / "other", heads__spam__classifier__bias=None)
+    assert run("tasks", "add", GRAPH, "toxic", "-c", "other", "--from", "spam").code == 0
     assert run("verify", GRAPH).code == 0
-    again = run("onnx", "--all-tasks")
-    assert again.code == 2
-    assert "edits" in again.stderr
+    before = (exported / GRAPH / "model.onnx").read_bytes()
+    for words in (("onnx", "--all-tasks"), ("onnx", "--all-tasks", "--force")):
+        again = run(*words)
+        assert again.code == 2
+        assert "its single graph was edited by mtl-export tasks add toxic." in again.stderr
+        assert "drop toxic, of another checkpoint" in again.stderr
+        assert "--force" not in again.stderr
+    assert (exported / GRAPH / "model.onnx").read_bytes() == before
+    rows = (json.dumps({"task": task.name, "text": "one two"}) for task in TASKS)
+    (exported / "rows.jsonl").write_text("\n".join(rows))
+    calibrated = run("calibrate", "--data", "rows.jsonl")
+    assert calibrated.code == 2
+    assert "its single graph was edited" in calibrated.stderr
+    assert "Pass --layout per-task" in calibrated.stderr
 
 
 def test_an_added_task_is_said_to_be_unverified(exported: Path, run: Run) -> None:

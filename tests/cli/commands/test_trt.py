@@ -33,6 +33,27 @@ def test_one_engine_serves_all_tasks(exported: Path, run: Run) -> None:
 
 
 @needs_builder
+def test_an_edited_graph_is_built_from_as_it_lies(exported: Path, run: Run) -> None:
+    """The engine serves its tasks; another form is refused, and parity knows the engine."""
+    assert run("tasks", "add", "out/onnx", "copy", "-c", "adapter", "--from", "spam").code == 0
+    before = (exported / "out" / "onnx" / "model.onnx").read_bytes()
+    narrow = run("trt", "--all-tasks", "--dtype", "fp16")
+    assert narrow.code == 2
+    assert "Leave --dtype out" in narrow.stderr
+    outcome = run("trt", "--all-tasks", "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.json["outputs"][0]["tasks"] == ["ads_rel", "topic", "spam", "copy"]
+    assert (exported / "out" / "onnx" / "model.onnx").read_bytes() == before
+    assert run("trt", "--all-tasks", "--json").json["outputs"][0]["status"] == "up to date"
+    assert run("verify", "out/engines").code in {0, 6}
+    parity = run("parity", "--quick", "--json")
+    engine = [c for c in parity.json["cells"] if c["artefact"] == "single graph engine"]
+    assert not [cell for cell in engine if cell["verdict"] == "failed"]
+    (exported / "out" / "onnx" / "config.json").write_text("{}")
+    assert run("trt", "--all-tasks").code == 7
+
+
+@needs_builder
 def test_a_missing_graph_is_exported_first(project: Path, run: Run) -> None:
     """An engine needs its graph; making it is said on stderr."""
     outcome = run("trt", "--task", "spam")

@@ -1,0 +1,90 @@
+"""Where each task of a routed graph came from, once ``mtl-export tasks`` changed the table.
+
+    mtl_export.edits      one phrase for every edit
+    mtl_export.origins    of every task, in id order: the checkpoint's SHA-256, its name and its
+                          id there
+
+An untouched graph has neither: all its tasks are those of its checkpoint. A graph edited
+before there were origins has only the edits, and does not get origins later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mtl_export.checkpoint.checkpoint import Task
+
+TASKS_KEY, CHECKPOINT_KEY = "mtl_export.tasks", "mtl_export.checkpoint_sha256"
+EDITS_KEY, ORIGINS_KEY = "mtl_export.edits", "mtl_export.origins"
+# Of "add NAME SHA-256" the name tells people enough.
+_WORDS = {"add": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """One task's.
+
+    Attributes:
+        checkpoint_sha256: The checkpoint it came from.
+        name: What it is called there.
+        index: Its id there.
+    """
+
+    checkpoint_sha256: str
+    name: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class EditedGraph:
+    """What an edited graph says of itself.
+
+    Attributes:
+        edits: One phrase for every edit.
+        tasks: The tasks it serves, in id order.
+        origins: Where they came from; empty if it does not say.
+    """
+
+    edits: tuple[str, ...]
+    tasks: tuple[Task, ...]
+    origins: tuple[Origin, ...]
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> EditedGraph | None:
+        """Return what ``metadata_props`` say, None of a graph that is as it was exported."""
+        edits = tuple(json.loads(metadata.get(EDITS_KEY, "[]")))
+        if not edits:
+            return None
+        tasks = tuple(Task.from_entry(one) for one in json.loads(metadata[TASKS_KEY]))
+        return cls(edits, tasks, tuple(origins_of(metadata) or ()))
+
+    @property
+    def text(self) -> str:
+        """Return what was typed, without hashes."""
+        words = (edit.split() for edit in self.edits)
+        phrases = (" ".join(one[: _WORDS.get(one[0])]) if one else "" for one in words)
+        return f"edited by mtl-export tasks {', '.join(phrases)}"
+
+    def others(self, checkpoint_sha256: str) -> list[str]:
+        """Return the names of the tasks that came from another checkpoint."""
+        pairs = zip(self.tasks, self.origins, strict=False)
+        return [t.name for t, one in pairs if one.checkpoint_sha256 != checkpoint_sha256]
+
+
+def origins_of(metadata: Mapping[str, str]) -> list[Origin] | None:
+    """Return where each task came from, None where the graph does not say."""
+    if ORIGINS_KEY in metadata:
+        return [Origin(**one) for one in json.loads(metadata[ORIGINS_KEY])]
+    if EDITS_KEY in metadata:
+        return None
+    checkpoint = metadata[CHECKPOINT_KEY]
+    tasks = json.loads(metadata[TASKS_KEY])
+    return [Origin(checkpoint, one["name"], one["index"]) for one in tasks]
+
+
+def origins_json(origins: Sequence[Origin]) -> str:
+    """Return them for the metadata."""
+    return json.dumps([dataclasses.asdict(one) for one in origins])
