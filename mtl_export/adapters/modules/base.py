@@ -42,10 +42,12 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
             for module, heads in bound.adapters.heads.items()
         }
         model_class = with_readouts(model_class, readouts, shapes)
+    settings = _switched(bound)
+    if dtype is torch.float64:
+        # The kernel that mixtures of experts have by default takes no float64.
+        settings["experts_implementation"] = "eager"
     with quiet_transformers():
-        model, info = load_with_info(
-            model_class, bound.base.folder, dtype=dtype, **_switched(bound)
-        )
+        model, info = load_with_info(model_class, bound.base.folder, dtype=dtype, **settings)
     heads = tuple(f"{module}." for module in bound.adapters.heads)
     in_no_file = bound.base.tensors.keys() - bound.base.file_of.keys()
     added = {bound.prefix + name for name in in_no_file} & set(info["missing_keys"])

@@ -12,6 +12,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.base import base_model, quiet_transformers
 from mtl_export.errors import AdapterError, BaseModelError
 from tests.adapters import toys
+from tests.graph import language
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,19 @@ def test_the_model_has_the_bases_weights_in_the_dtype_asked_for(bound: BoundMode
         value = state[bound.prefix + name]
         assert value.dtype == torch.float64
         np.testing.assert_array_equal(value.numpy(), tensor.numpy())
+
+
+def test_a_mixture_of_experts_computes_in_float64(tmp_path: Path) -> None:
+    """Its usual kernel takes no such numbers; the oracle needs them."""
+    bound = language.language_bound(tmp_path, "MixtralForCausalLM")
+    ids = torch.arange(8).reshape(2, 4)
+    with torch.no_grad():
+        exact, lower = (
+            base_model(bound, dtype)(input_ids=ids).logits
+            for dtype in (torch.float64, torch.float32)
+        )
+    assert exact.dtype == torch.float64
+    np.testing.assert_allclose(lower.numpy(), exact.numpy(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["", "BertForEverything", "BertConfig"])
