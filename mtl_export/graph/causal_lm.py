@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -30,12 +30,15 @@ from mtl_export.graph.export import ONE_MORE, exported
 from mtl_export.graph.marking import mark, unmark
 from mtl_export.graph.row_order import note_row_orders
 from mtl_export.graph.sampling import sample_pass, vocabulary
-from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE, TracedModel, checked_trace
+from mtl_export.graph.trace import SAMPLE_BATCH, TracedModel, checked_trace, sample_length
 
 PREFILL, DECODE = "prefill", "decode"
 MASK_AXES = {0: names.BATCH, 1: names.SEQUENCE}
 PAST = "past"
 TOTAL = f"{PAST}{ONE_MORE}"
+
+# Kinds of rotary embeddings whose angles depend on the length of the text.
+CHANGING = frozenset({"dynamic", "longrope"})
 
 # By layer, then by "key" and "value": [batch, heads, tokens, size].
 States = dict[str, dict[str, torch.Tensor]]
@@ -46,17 +49,19 @@ def trace_causal_lm(bound: BoundModel) -> tuple[TracedModel, TracedModel]:
 
     Raises:
         GraphError: The model keeps something else than keys and values of the tokens so far,
-            the exporter cannot trace it, a marker got lost, or tasks change a module of a
-            kind that has no marker.
+            or turns positions otherwise in long texts, the exporter cannot trace it, a marker
+            got lost, or tasks change a module of a kind that has no marker.
         BaseModelError: The heads do not fit the model's features.
     """
     model = base_model(bound, torch.float32)
+    _refuse_changing_rotation(model)
     original = model.forward
-    ids, mask = _sample_prompts(vocabulary(model))
+    longest = int(getattr(model.config, "max_position_embeddings", 0) or 0)
+    # The step after the prompt has a position too.
+    ids, mask = _sample_prompts(vocabulary(model), sample_length(longest and longest - 1))
     cache = _sample_cache(model, ids, mask)
     originals = mark(model, bound)
     model.forward = _with_cache(original)
-    longest = int(getattr(model.config, "max_position_embeddings", 0) or 0)
     limits = {names.SEQUENCE: longest, PAST: longest - 1} if longest > 1 else {}
     prompts = {"input_ids": ids, "attention_mask": mask}
     prefill = exported(model, prompts, dict.fromkeys(prompts, MASK_AXES), limits, defer=True)
@@ -80,6 +85,23 @@ def trace_causal_lm(bound: BoundModel) -> tuple[TracedModel, TracedModel]:
     return parts[0], parts[1]
 
 
+def _refuse_changing_rotation(model: Any) -> None:
+    """Refuse positions that are turned otherwise once a text is long."""
+    rotation = getattr(model.config, "rope_parameters", None) or {}
+    # One for all layers, or one for each kind of layer.
+    of_layers = [one for one in (rotation, *rotation.values()) if isinstance(one, Mapping)]
+    found = [str(one["rope_type"]) for one in of_layers if one.get("rope_type") in CHANGING]
+    if found:
+        raise GraphError(
+            where=type(model).__name__,
+            found=f"rope_type {found[0]} in its config",
+            expected="positions that are turned alike however long the text is",
+            why="past some length keys that are in the cache would have to be turned again, where"
+            " transformers reads the whole text anew",
+            fix="Merge per task instead (mtl-export merge)",
+        )
+
+
 def _name_outputs(model: ir.Model, states: States) -> None:
     """Name the outputs; older exporters number them."""
     present = [f"present.{layer}.{kind}" for layer, state in states.items() for kind in state]
@@ -87,12 +109,12 @@ def _name_outputs(model: ir.Model, states: States) -> None:
         value.name = name
 
 
-def _sample_prompts(vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _sample_prompts(vocabulary: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return seeded token ids and their mask, one row padded on the left."""
-    shape = (SAMPLE_BATCH, SAMPLE_SEQUENCE)
+    shape = (SAMPLE_BATCH, length)
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(shape, dtype=torch.int64)
-    mask[1, :3] = 0
+    mask[1, : length // 3] = 0
     return torch.randint(0, vocabulary, shape, generator=generator), mask
 
 

@@ -57,7 +57,8 @@ def exported(
             and values that several heads share.
 
     Raises:
-        GraphError: The exporter cannot trace the model, or lost an input.
+        GraphError: The exporter cannot trace the model, or lost an input, or the model computes
+            in another type than its weights'.
     """
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
@@ -83,18 +84,38 @@ def exported(
             result: Any = OnnxExporter().export(model, nested(inputs), config=config)
     except Exception as error:
         # torch.export and torch.onnx raise many unrelated types; all mean the same to the user.
+        reason = reason_of(error)
+        fix = "Merge per task instead (mtl-export merge), or report the model class"
+        if "padding token" in reason:  # classifiers that find each row's last token by it
+            fix = "Set pad_token_id in config.json of the base"
         raise GraphError(
             where=type(model).__name__,
-            found=f"the ONNX exporter gave up: {reason_of(error)}",
+            found=f"the ONNX exporter gave up: {reason}",
             expected="a model that torch.export can trace with a dynamic batch and sequence",
-            fix="Merge per task instead (mtl-export merge), or report the model class",
+            fix=fix,
         ) from error
     # transformers 5.20, the newest for Python 3.10, returns torch's own ONNXProgram.
     graph_model: ir.Model = getattr(result, "program", None) or result.model
+    _refuse_narrow(graph_model, type(model).__name__)
     _name_inputs(graph_model, tuple(_flat(nested(inputs))), type(model).__name__)
     _name_dimensions(graph_model, axes)
     _name_transposed(graph_model)
     return graph_model
+
+
+def _refuse_narrow(model: ir.Model, model_class: str) -> None:
+    """Refuse a trace of float32 weights that goes through fewer bits, as some biases do."""
+    narrow = {ir.DataType.BFLOAT16, ir.DataType.FLOAT16}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.dtype in narrow:
+                raise GraphError(
+                    where=model_class,
+                    found=f"{value.dtype} at {node.name} ({node.op_type}) of its float32 trace",
+                    expected="a model that computes in the type of its weights",
+                    why="onnxruntime has no such kernels on a CPU",
+                    fix="Merge per task instead (mtl-export merge)",
+                )
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

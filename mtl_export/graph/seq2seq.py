@@ -39,7 +39,7 @@ from mtl_export.graph.marking import mark, marked_modules, unmark
 from mtl_export.graph.passes.markers import markers, module_of, number_uses
 from mtl_export.graph.row_order import note_row_orders
 from mtl_export.graph.sampling import sample_pass, vocabulary
-from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE, TracedModel
+from mtl_export.graph.trace import SAMPLE_BATCH, TracedModel, sample_length
 
 ENCODER, DECODER, WITH_PAST = "encoder", "decoder", "decoder_with_past"
 STEMS = (ENCODER, DECODER, WITH_PAST)
@@ -81,7 +81,7 @@ def trace_seq2seq(bound: BoundModel) -> tuple[TracedModel, ...]:
     _refuse_other_inputs(model)
     model.config.use_cache = True
     originals = mark(model, bound)
-    longest = int(getattr(model.config, "max_position_embeddings", 0) or 0)
+    longest = _longest(model)
     limits = {DECODER_SEQUENCE: longest, PAST: longest - 1} if longest else {}
     graphs: dict[str, ir.Model] = {}
     parts = _parts(model, bound)
@@ -119,6 +119,11 @@ def _refuse_other_inputs(model: Any) -> None:
         )
 
 
+def _longest(model: Any) -> int:
+    """Return how many positions the model has; 0 if it has no table of them."""
+    return int(getattr(model.config, "max_position_embeddings", 0) or 0)
+
+
 def _parts(model: Any, bound: BoundModel) -> list[_Part]:
     """Return the three parts; each one's samples are what the one before gives."""
     text, axes = _encoder_inputs(model, bound)
@@ -127,7 +132,9 @@ def _parts(model: Any, bound: BoundModel) -> list[_Part]:
     with sample_pass(model):
         encoded = encode(**text)
         mask = encoded.get("encoder_attention_mask", text["attention_mask"])
-        tokens = _ids(model, SAMPLE_TOKENS, seed=1)
+        # The step after these tokens has a position too.
+        most = _longest(model) - 1
+        tokens = _ids(model, min(SAMPLE_TOKENS, most) if most > 0 else SAMPLE_TOKENS, seed=1)
         source = {
             "encoder_hidden_states": encoded["last_hidden_state"],
             "encoder_attention_mask": mask,
@@ -152,9 +159,10 @@ def _parts(model: Any, bound: BoundModel) -> list[_Part]:
 
 
 def _encoder_inputs(model: Any, bound: BoundModel) -> tuple[dict[str, torch.Tensor], Axes]:
-    mask = torch.ones(SAMPLE_BATCH, SAMPLE_SEQUENCE, dtype=torch.int64)
-    mask[1, -3:] = 0
-    inputs = {"input_ids": _ids(model, SAMPLE_SEQUENCE, seed=0), "attention_mask": mask}
+    length = sample_length(_longest(model))
+    mask = torch.ones(SAMPLE_BATCH, length, dtype=torch.int64)
+    mask[1, length - length // 3 :] = 0
+    inputs = {"input_ids": _ids(model, length, seed=0), "attention_mask": mask}
     axes = {name: {0: names.BATCH, 1: names.SEQUENCE} for name in inputs}
     own = own_class(bound.adapters.model_class)
     if own is not None:

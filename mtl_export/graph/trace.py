@@ -66,6 +66,11 @@ def trace(bound: BoundModel) -> TracedModel:
     return checked
 
 
+def sample_length(longest: int) -> int:
+    """Return how long a sample text is, in a model of so many positions; 0 for no limit."""
+    return min(SAMPLE_SEQUENCE, longest or SAMPLE_SEQUENCE)
+
+
 def _sample_inputs(model: Any) -> dict[str, torch.Tensor]:
     """Return seeded inputs: images, or ids inside the vocabulary with one row padded."""
     config = model.config
@@ -74,9 +79,10 @@ def _sample_inputs(model: Any) -> dict[str, torch.Tensor]:
         image = (SAMPLE_BATCH, *_image_shape(model))
         return {PIXEL_VALUES: torch.randn(image, generator=generator)}
     accepted = inspect.signature(model.forward).parameters
-    shape = (SAMPLE_BATCH, SAMPLE_SEQUENCE)
+    length = sample_length(longest_sequence(config.to_dict()))
+    shape = (SAMPLE_BATCH, length)
     mask = torch.ones(shape, dtype=torch.int64)
-    mask[1, -3:] = 0
+    mask[1, length - length // 3 :] = 0
     candidates = {
         "input_ids": torch.randint(0, vocabulary(model), shape, generator=generator),
         "attention_mask": mask,

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -325,6 +326,16 @@ def test_parity_of_merged_folder_merged_graph_and_single_graph(
     }  # fmt: skip
     single = {cell.case for cell in report.cells if cell.artefact == "single"}
     assert {"8 steps, mixed tasks", "8 tokens, mixed tasks", "bad task ids, step"} <= single
+
+
+def test_positions_that_long_texts_turn_otherwise_are_refused(tmp_path: Path) -> None:
+    """Their keys in the cache would be wrong; also where only some layers have such positions."""
+    with pytest.raises(GraphError, match="Phi3ForCausalLM: rope_type longrope"):
+        trace_parts(language.language_bound(tmp_path, "Phi3ForCausalLM"))
+    by_kind = {"sliding": {"rope_type": "default"}, "full": {"rope_type": "dynamic"}}
+    model = SimpleNamespace(config=SimpleNamespace(rope_parameters=by_kind))
+    with pytest.raises(GraphError, match="rope_type dynamic"):
+        causal_lm._refuse_changing_rotation(model)
 
 
 def test_a_model_with_another_kind_of_state_is_refused(

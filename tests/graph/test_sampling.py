@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mtl_export.errors import GraphError
+from mtl_export.graph.export import exported
 from mtl_export.graph.sampling import reason_of, sample_pass, vocabulary
 from mtl_export.graph.seq2seq import trace_seq2seq
 from tests.graph import seq2seq_toys
@@ -104,3 +105,14 @@ def test_a_mixture_of_experts_that_returns_more_is_refused(tmp_path: Path) -> No
     bound = seq2seq_toys.bound_model(SwitchTransformersForConditionalGeneration(config), tmp_path)
     with pytest.raises(GraphError, match="SwitchTransformersForConditionalGeneration"):
         trace_seq2seq(bound)
+
+
+def test_a_trace_through_fewer_bits_is_refused() -> None:
+    """Falcon rounds its position biases to bfloat16: runtimes on a CPU could not open the graph."""
+
+    class Rounding(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"y": (x.to(torch.bfloat16) * 3).to(x.dtype)}
+
+    with pytest.raises(GraphError, match=r"Rounding: BFLOAT16 at .* \(Cast\)"):
+        exported(Rounding(), {"x": torch.ones(3, 4)}, {"x": {0: "batch"}})

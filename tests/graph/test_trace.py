@@ -22,6 +22,14 @@ from tests.adapters import toys
 from tests.factories import VOCABULARY
 
 
+class Config(SimpleNamespace):
+    """A model's config."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as ``config.json`` has it."""
+        return dict(vars(self))
+
+
 def test_every_adapted_layer_and_head_is_one_marker(traced: TracedModel) -> None:
     """Each adapted layer and head occurs once in the graph, and only they."""
     found = [module_of(node) for node in markers(traced.model)]
@@ -148,11 +156,6 @@ def test_a_head_that_is_not_linear_is_refused(bound: BoundModel, tmp_path: Path)
 
 def test_a_vision_model_of_no_size_is_refused() -> None:
     """An image must have a size to be traced with."""
-
-    class Config(SimpleNamespace):
-        def to_dict(self) -> dict[str, Any]:
-            return dict(vars(self))
-
     model = SimpleNamespace(main_input_name="pixel_values", config=Config(num_channels=3))
     with pytest.raises(GraphError, match="no image_size"):
         trace_module._sample_inputs(model)
@@ -180,7 +183,34 @@ def test_inputs_that_the_model_does_not_take_are_left_out(
     assert ids.max() < VOCABULARY
     assert 0 < mask.sum() < mask.numel()
     model = SimpleNamespace(
-        config=SimpleNamespace(vocab_size=7, type_vocab_size=0),
+        config=Config(vocab_size=7, type_vocab_size=0),
         forward=lambda input_ids, token_type_ids: None,
     )
     assert list(trace_module._sample_inputs(model)) == ["input_ids"]
+
+
+@pytest.mark.parametrize(("positions", "length"), [(0, 11), (40, 11), (8, 8)])
+def test_a_sample_fits_the_model(positions: int, length: int) -> None:
+    """A model of few positions is not traced with more tokens; each row has some."""
+    model = SimpleNamespace(
+        config=Config(vocab_size=7, max_position_embeddings=positions),
+        forward=lambda input_ids, attention_mask: None,
+    )
+    sample = trace_module._sample_inputs(model)
+    assert sample["input_ids"].shape == (3, length)
+    assert sample["attention_mask"].sum(1).tolist() == [length, length - length // 3, length]
+
+
+def test_a_classifier_without_padding_says_what_to_set(
+    bound: BoundModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merging would not help: the model refuses batches."""
+    from transformers.exporters import exporter_onnx
+
+    def give_up(*_: Any, **__: Any) -> SimpleNamespace:
+        raise ValueError("Cannot handle batch sizes > 1 if no padding token is defined.")
+
+    monkeypatch.setattr(exporter_onnx.OnnxExporter, "export", give_up)
+    with pytest.raises(GraphError) as caught:
+        trace(bound)
+    assert caught.value.fix == "Set pad_token_id in config.json of the base"
