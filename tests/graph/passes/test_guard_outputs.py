@@ -63,6 +63,24 @@ def test_one_id_for_the_whole_batch(task: int, is_known: bool) -> None:
     assert np.isfinite(states).all() == is_known
 
 
+def test_an_output_beside_the_adapted_one_is_guarded() -> None:
+    """As a pooler's states: known rows keep their bits, and what is computed from them its own."""
+    lines = marked.GRAPH.replace(
+        "=> (float[batch, 4] logits)",
+        """=> (float[batch, 4] logits,
+    float[batch, sequence, 5] states)""",
+    ).replace("h = mtl", "states = Relu (x)\n h = mtl")
+    model = marked.model(lines.replace("(x, wide", "(states, wide"))
+    for step in (RouteTasksPass(marked.bound()), GuardOutputsPass()):
+        model = step(model).model
+    assert [value.name for value in model.graph.outputs] == ["logits", "states"]
+    logits, states = run(model, [0, len(marked.TASKS), 2])
+    assert np.isnan(states[1]).all()
+    assert np.isnan(logits[1]).all()
+    np.testing.assert_array_equal(states[[0, 2]], np.maximum(X, 0)[[0, 2]])
+    assert "logits/guard" not in {node.name for node in model.graph}
+
+
 def test_a_graph_with_adapted_layers_is_left_alone() -> None:
     """Its stacks are poisoned already."""
     model = RouteTasksPass(marked.bound())(marked.model()).model
