@@ -119,11 +119,14 @@ def output_folder(
             _refuse_difference(target, place, old, recipe)
         _refuse_full_disk(target, place, estimated_size_bytes)
         with staging_folder(place) as folder:
+            # Read again: a result that a killed run had moved away is back now.
+            before = _old_manifest(place, force=True)
             plan = OutputPlan(target, folder, up_to_date=False)
             yield plan
             write_manifest(folder, _recipe(recipe), plan.known, plan.beside)
             with nullcontext() if is_held else held_alone(place):
                 if place.exists():
+                    _refuse_overtaken(target, place, before, _recipe(recipe))
                     _carry_over(place, folder, _listed(old), target, force=force)
                 put_in_place(folder, place)
     except OutputError as error:
@@ -215,6 +218,20 @@ def _refuse_difference(
             expected="an absent or empty folder, or one that mtl-export wrote",
             fix="Pass another folder to --output, or --force to write among them",
         )
+
+
+def _refuse_overtaken(target: Path, place: Path, before: Manifest | None, recipe: Recipe) -> None:
+    """Refuse to replace what another run put there since ``before`` was read."""
+    now = _old_manifest(place, force=True)
+    if now is None or now.recipe in (recipe, before.recipe if before else None):
+        return
+    raise OutputError(
+        where=str(target),
+        found="another run wrote it while this one was at work",
+        expected="what was there when this run began",
+        why="what that run did would be lost",
+        fix="Look at it, and run the command again",
+    )
 
 
 def _refuse_full_disk(target: Path, place: Path, estimated_size_bytes: int) -> None:

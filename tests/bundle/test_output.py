@@ -353,3 +353,25 @@ def test_the_same_result_has_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a" / MANIFEST_FILE).read_bytes() == (
         tmp_path / "b" / MANIFEST_FILE
     ).read_bytes()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_what_another_run_wrote_meanwhile_is_not_replaced(tmp_path: Path, is_there: bool) -> None:
+    """With force too, which was meant for what lay there; the same result twice is none's loss."""
+    target = tmp_path / "merged"
+    if is_there:
+        write(target, "old")
+    begun = Recipe("onnx", {}, {}, "1.0")
+
+    def beside(recipe: Recipe) -> None:
+        with output_folder(target, recipe=begun, force=True) as plan:
+            (plan.folder / "model").write_text("same")
+            write(target, "same", recipe=recipe, force=True)
+
+    with pytest.raises(OutputError, match="another run wrote it"):
+        beside(OTHER)
+    manifest = read_manifest(target)
+    assert manifest is not None
+    assert manifest.recipe == OTHER
+    beside(begun)
+    assert tree(tmp_path) == {"merged/model": "same"}
