@@ -14,11 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
-from typing_extensions import Self
 
 from mtl_export.adapters.normal_form import AdapterSet
 from mtl_export.checkpoint.tensors import Array
@@ -33,7 +31,7 @@ from mtl_export.parity.report import WHOLE, Cell
 from mtl_export.parity.stored import TABLE, stored_cell
 from mtl_export.parity.task_weights import OTHERS
 from mtl_export.runtime.language import PROMPT_TASK_IDS, Generator
-from mtl_export.runtime.runner import Runner
+from mtl_export.runtime.runner import AroundRunner, Runner
 
 if TYPE_CHECKING:
     from mtl_export.parity.run import Artefact
@@ -174,7 +172,7 @@ def unjudged_cells(artefact: Artefact, edited: EditedGraph, adapters: AdapterSet
     ]
 
 
-class _EditedRunner:
+class _EditedRunner(AroundRunner):
     """A runner of an edited graph that is asked by a checkpoint's ids.
 
     Args:
@@ -193,26 +191,11 @@ class _EditedRunner:
         graph_count: int,
         widths: Mapping[str, int],
     ) -> None:
-        self.name = runner.name
-        self._runner, self._widths, self._graph_count = runner, widths, graph_count
+        super().__init__(runner)
+        self._widths, self._graph_count = widths, graph_count
         # A task that the graph does not have is nobody's to compare: it is only a neighbour.
         anyone = next(iter(ids.values()))
         self._ids = np.array([ids.get(index, anyone) for index in range(task_count)], np.int64)
-
-    def __enter__(self) -> Self:
-        """Load the model; see ``Runner``."""
-        self._runner.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-        /,
-    ) -> None:
-        """Free the model."""
-        self._runner.__exit__(kind, error, trace)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs by name."""

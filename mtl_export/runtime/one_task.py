@@ -6,44 +6,22 @@ The batch is taken apart by task (``task_batches``).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from typing_extensions import Self
-
 from mtl_export.runtime.language import Generator
-from mtl_export.runtime.runner import Runner
+from mtl_export.runtime.runner import AroundRunner, Runner
 from mtl_export.runtime.task_batches import by_task
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
 
 
-class OneTaskRunner:
+class OneTaskRunner(AroundRunner):
     """A runner whose batches may mix tasks, around one whose may not.
 
     Args:
         runner: Of a graph exported with ``--task-input scalar``.
     """
-
-    def __init__(self, runner: Runner) -> None:
-        self.name = runner.name
-        self._runner = runner
-
-    def __enter__(self) -> Self:
-        """Load the model; see ``Runner``."""
-        self._runner.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-        /,
-    ) -> None:
-        """Free the model."""
-        self._runner.__exit__(kind, error, trace)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs by name, each row under its own task."""

@@ -46,3 +46,30 @@ class Runner(Protocol):
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs by name for one batch; inputs the model lacks are an error."""
         ...
+
+
+class AroundRunner:
+    """What runners around another have in common: its name, and that it is loaded with them.
+
+    Args:
+        runner: The other one.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.name = runner.name
+        self._runner = runner
+
+    def __enter__(self) -> Self:
+        """Load the model; see ``Runner``."""
+        self._runner.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None:
+        """Free the model."""
+        self._runner.__exit__(kind, error, trace)
