@@ -78,9 +78,11 @@ def settings_of(where: str, config: Mapping[str, Any]) -> Settings:
     shared = _stages("SHARED_SCALE", lora.get("SHARED_SCALE", 2.0), problems)
     listed = lora.get("SCALE_PER_TASK_LIST")
     per_task = lora.get("SCALE_PER_TASK") or {}
-    if listed:
-        names = {name for stage in listed if isinstance(stage, dict) for name in stage}
+    if isinstance(listed, (list, tuple)) and all(isinstance(stage, dict) for stage in listed):
+        names = {name for stage in listed for name in stage}
         per_task = {name: [stage.get(name) for stage in listed] for name in sorted(names)}
+    elif listed:
+        problems.append("SCALE_PER_TASK_LIST is no list of scales by task")
     if not isinstance(per_task, dict):
         problems.append(f"SCALE_PER_TASK {per_task!r}")
         per_task = {}

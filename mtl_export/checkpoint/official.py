@@ -43,7 +43,7 @@ from mtl_export.checkpoint.checkpoint import (
 )
 from mtl_export.checkpoint.hashing import sha256_of_files
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES, Array, Tensor
-from mtl_export.checkpoint.torch_pickle import load_state_dict, pickled_strings
+from mtl_export.checkpoint.torch_pickle import load_state_dict, stored_names
 from mtl_export.errors import CheckpointError, shortened
 
 NAME = "official"
@@ -94,7 +94,7 @@ def is_official(path: Path) -> bool:
     file = checkpoint_file(path)
     if file is None or file.suffix not in {".pt", ".pth", ".bin"}:
         return False
-    names = pickled_strings(file)
+    names = stored_names(file)
     ours = [name for name in names if (key := _KEY.fullmatch(name)) and _role(key["suffix"])]
     # PEFT's keys end the same way but all begin with base_model.
     return bool(ours) and not any(name.startswith("base_model.") for name in names)

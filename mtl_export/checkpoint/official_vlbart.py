@@ -38,7 +38,7 @@ from mtl_export.checkpoint.checkpoint import (
 from mtl_export.checkpoint.hashing import sha256_of_files
 from mtl_export.checkpoint.official import unwrapped, without_first
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES, Tensor
-from mtl_export.checkpoint.torch_pickle import load_state_dict, pickled_strings
+from mtl_export.checkpoint.torch_pickle import load_state_dict, stored_names
 from mtl_export.checkpoint.vl_bart_config import MODEL_CLASS, SHARED, VISUAL
 from mtl_export.errors import CheckpointError, shortened
 
@@ -79,7 +79,7 @@ def is_vlbart(path: Path) -> bool:
     file = checkpoint_file(path)
     if file is None or file.suffix not in {".pt", ".pth", ".bin"}:
         return False
-    return any("encoder.visual_embedding." in name for name in pickled_strings(file))
+    return any("encoder.visual_embedding." in name for name in stored_names(file))
 
 
 def read_vlbart(path: Path) -> Checkpoint:

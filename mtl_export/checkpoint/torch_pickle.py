@@ -1,47 +1,64 @@
-"""PyTorch pickles: never unpickled freely; a file that asks to run code is refused by name.
+"""A ``torch.save`` file -> its tensors and plain values, without torch and without running it.
 
-A ``torch.save`` file is a zip whose ``data.pkl`` is a pickle. Pickle opcodes can
-import and call anything. ``ALLOWED_GLOBALS`` lists what a plain state dict needs;
-the opcodes are only disassembled here (``pickletools``), never executed.
+Two containers:
+    zip       torch's since 1.6: ``data.pkl``, and one member ``data/KEY`` per storage
+    stream    before 1.6: five pickles (magic number, protocol, system, object, storage keys),
+              then each storage as a count (int64) and its bytes
+Both go through one machine, ``restricted_pickle``. torch's third container (a tar) and
+TorchScript (a zip with ``constants.pkl`` and ``code/``) are refused.
+
+Values stay on disk. Checksums: a pickle's is always compared, a storage's in files of at most
+``CHECKED_BYTES``, since reading a base of many gigabytes for it would take as long as the merge.
+
+Source: ``_load`` and ``_legacy_load`` in
+https://github.com/pytorch/pytorch/blob/v2.13.0/torch/serialization.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
-import pickletools
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array, Tensor
+from mtl_export.checkpoint.restricted_pickle import (
+    MAX_PICKLE_BYTES,
+    BrokenPickleError,
+    unpickled,
+)
+from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Tensor
+from mtl_export.checkpoint.torch_storage import (
+    KNOWN,
+    InflatedBytes,
+    MappedBytes,
+    Storage,
+    storage_id,
+)
+from mtl_export.checkpoint.zip_file import ZipMember, damaged, is_zip, open_zip
 from mtl_export.errors import CheckpointError, IntegrityError, shortened
 
-if TYPE_CHECKING:
-    import torch
-
 SUFFIXES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
-UNKNOWN = "? ?"
-ALLOWED_GLOBALS = frozenset({
-    "collections OrderedDict",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
-    *(f"torch {kind}Storage" for kind in (
-        "Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool",
-    )),
-})  # fmt: skip
+CHECKED_BYTES = 64 << 20
+MAX_INFLATED_BYTES = 512 << 20
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+_FEW = 1000  # instructions in a header
 
 
 def refuse_code(path: Path) -> None:
     """Refuse ``path``, or a file in the folder ``path``, if it is a pickle with code in it.
 
     Raises:
-        IntegrityError: A pickle imports something a state dict does not need.
+        IntegrityError: A pickle asks for something that a state dict does not need.
+        CheckpointError: The file ``path`` is damaged.
     """
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    for file in files:
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.suffix in SUFFIXES and file.is_file():
-            refuse_foreign(file)
+            try:
+                load_pickle(file)
+            except CheckpointError:
+                if file == path:
+                    raise
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
@@ -51,30 +68,25 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     storage when saved come back as several records of equal values.
 
     Raises:
-        IntegrityError: It is a pickle that asks to run code.
-        CheckpointError: It is truncated, no ``torch.save`` file, or holds something other
+        IntegrityError: It is a pickle that asks to run code, or a zip file of two meanings.
+        CheckpointError: It is damaged, no ``torch.save`` file, or holds something other
             than named dense tensors of a known dtype.
     """
-    import torch
+    return named_tensors(path, load_pickle(path))
 
-    refuse_foreign(path)
-    try:
-        # Only the zip container, torch's since 1.6, can be mapped instead of read.
-        loaded = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except Exception as error:
-        # torch raises RuntimeError, EOFError, pickle and zip errors; all mean a broken file.
-        # Its first sentence only: the next one advises to load the file unsafely.
-        reason = str(error).strip().split(". ")[0].splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            where=str(path),
-            found=f"torch.load cannot read it ({reason[0]})",
-            expected="a whole file written by torch.save",
-            fix="Copy or save the file again; compare its size with the original",
-        ) from error
+
+def named_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
+    """Return the tensors of a state dict that was in ``path``, each with its key as name.
+
+    Raises:
+        CheckpointError: It is something else.
+    """
     entries = loaded.items() if isinstance(loaded, dict) else [("", loaded)]
-    bad = [f"{key!r} is a {_kind(value)}" for key, value in entries if not _is_plain(key, value)]
+    bad = [
+        f"{_shown(key)} is a {_kind(value)}"
+        for key, value in entries
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
     if bad or not isinstance(loaded, dict):
         raise CheckpointError(
             where=str(path),
@@ -82,147 +94,172 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
             expected="one dictionary of names to dense tensors",
             fix="Save model.state_dict(), or the dictionary that the trainer documents",
         )
-    return {key: tensor_record(key, value) for key, value in loaded.items()}
+    return {key: dataclasses.replace(value, name=key) for key, value in loaded.items()}
 
 
-# torch's word for a dtype -> safetensors'
-_TORCH_DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+def stored_names(path: Path) -> frozenset[str]:
+    """Return the keys of the dictionary in ``path``, and of the dictionaries in it.
+
+    Raises:
+        IntegrityError: It is a pickle that asks to run code, or a zip file of two meanings.
+        CheckpointError: It is damaged, or no ``torch.save`` file.
+    """
+    loaded = load_pickle(path)
+    return frozenset(key for key in _keys(loaded) if isinstance(key, str))
 
 
-def _is_plain(key: object, value: object) -> bool:
-    import torch
+def load_pickle(path: Path) -> Any:
+    """Return what was saved: dictionaries, lists, numbers, texts, and ``Tensor`` without name.
 
-    return (
-        isinstance(key, str)
-        and isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and str(value.dtype).removeprefix("torch.") in _TORCH_DTYPES
-    )
+    Raises:
+        IntegrityError: It is a pickle that asks to run code, or a zip file of two meanings.
+        CheckpointError: It is damaged, or no ``torch.save`` file.
+    """
+    try:
+        return _from_zip(path) if is_zip(path) else _from_stream(path)
+    except BrokenPickleError as error:
+        raise damaged(path, f"no pickle that torch.save writes ({error})") from error
+
+
+def _keys(loaded: object) -> Iterator[object]:
+    if isinstance(loaded, dict):
+        yield from loaded
+        for value in loaded.values():
+            if isinstance(value, dict):
+                yield from value
+
+
+def _shown(key: object) -> str:
+    return repr(key)[:200] if isinstance(key, str | int | float) else type(key).__name__
 
 
 def _kind(value: object) -> str:
-    import torch
-
-    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+    return f"tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def tensor_record(name: str, value: torch.Tensor) -> Tensor:
-    """Return a loaded tensor as a record, bfloat16 included."""
-    import torch
+def _from_zip(path: Path) -> Any:
+    members = _torch_members(path, open_zip(path))
+    if (order := members.get("byteorder")) and order.read(16) != b"little":
+        raise damaged(path, "its numbers are big-endian, or its byteorder is unreadable")
+    used: dict[str, ZipMember] = {}
 
-    dtype = _TORCH_DTYPES[str(value.dtype).removeprefix("torch.")]
+    def storage(value: object) -> Storage:
+        kind, key, count = storage_id(value, 5)
+        member = members.get(f"data/{key}".casefold())
+        if member is None or member.size_bytes != count * NUMPY_DTYPES[kind.dtype].itemsize:
+            raise damaged(path, f"{member.name if member else 'a storage'} is missing or cut off")
+        used[key] = member
+        content = contents.setdefault(member.name, _content(member))
+        return Storage(kind.dtype, count, lambda: content)
 
-    def load() -> Array:
-        dense = value.detach().contiguous()
-        if dtype == "BF16":  # numpy has no bfloat16 of its own: reinterpret the bits
-            bits: Array = dense.view(torch.int16).numpy()
-            return bits.view(NUMPY_DTYPES[dtype])
-        array: Array = dense.numpy()
-        return array
+    contents: dict[str, MappedBytes | InflatedBytes] = {}
+    pickle = members["data.pkl"].read(MAX_PICKLE_BYTES)
+    loaded = unpickled(io.BytesIO(pickle), KNOWN, storage, where=str(path))
+    inflated = sum(member.size_bytes for member in used.values() if not member.is_stored)
+    if inflated > MAX_INFLATED_BYTES:
+        raise _refusal(path, f"tensors compressed from {inflated:,} bytes")
+    if path.stat().st_size <= CHECKED_BYTES:
+        for member in used.values():
+            if member.is_stored:
+                member.read(member.size_bytes)
+    return loaded
 
-    return Tensor(name, dtype, tuple(value.shape), load)
+
+def _content(member: ZipMember) -> MappedBytes | InflatedBytes:
+    if member.is_stored:
+        return MappedBytes(member.path, member.offset_bytes, member.size_bytes)
+    return InflatedBytes(member)
 
 
-def refuse_foreign(file: Path, also: frozenset[str] = frozenset()) -> None:
-    """Refuse a pickle that imports more than a state dict needs, and more than ``also``.
-
-    Raises:
-        IntegrityError: It does; the message names what it imports.
-    """
-    foreign = sorted(imported_globals(file) - ALLOWED_GLOBALS - also)
-    if foreign:
-        raise IntegrityError(
-            where=str(file),
-            found=f"a pickle that imports {shortened(foreign)}",
-            expected="only what a dictionary of tensors needs",
-            why="loading a pickle runs whatever it imports",
-            fix="Do not load it; ask its author for safetensors",
+def _torch_members(path: Path, members: dict[str, ZipMember]) -> dict[str, ZipMember]:
+    """Return the members by their names below the one folder that ``torch.save`` writes."""
+    folders = {name.partition("/")[0] for name in members}
+    inside = {name.partition("/")[2]: member for name, member in members.items()}
+    script = [name for name in inside if name == "constants.pkl" or name.startswith("code/")]
+    if script or len(folders) > 1:
+        raise _refusal(path, shortened(script or sorted(folders)))
+    if "data.pkl" not in inside:
+        raise CheckpointError(
+            where=str(path),
+            found=f"a zip file without data.pkl: {shortened(members)}",
+            expected="a file written by torch.save",
+            fix="Save model.state_dict() with torch.save",
         )
+    return inside
 
 
-def imported_globals(file: Path) -> frozenset[str]:
-    """Return ``"module name"`` for everything the pickle would import.
-
-    A file that is no readable pickle imports nothing; an opcode whose target
-    cannot be told from the text is reported as ``"? ?"``.
-    """
-    names: set[str] = set()
-    for data in _pickles(file):
-        for pickle in _consecutive(data):
-            names.update(_globals_of(pickle))
-    return frozenset(names)
-
-
-def pickled_strings(file: Path) -> frozenset[str]:
-    """Return every text in the pickle, a state dict's keys among them; nothing is executed."""
-    return frozenset(
-        argument
-        for data in _pickles(file)
-        for pickle in _consecutive(data)
-        for opcode, argument in pickle
-        if isinstance(argument, str) and "UNICODE" in opcode.name
+def _refusal(path: Path, found: str) -> IntegrityError:
+    return IntegrityError(
+        where=str(path),
+        found=f"a zip file with {found}",
+        expected="one folder, with the pickle of a dictionary of tensors and their bytes",
+        why="TorchScript is a program, and a small file must not fill the memory",
+        fix="Do not load it; ask its author for safetensors",
     )
 
 
-Opcode = tuple[pickletools.OpcodeInfo, Any]
+def _from_stream(path: Path) -> Any:
+    with path.open("rb") as file:
+        head = io.BytesIO(file.read(MAX_PICKLE_BYTES))
+    if head.getvalue()[257:262] == b"ustar":
+        raise damaged(path, "a tar archive, which torch wrote before 2017")
+    places: dict[str, MappedBytes] = {}
+    wanted: dict[str, tuple[str, int]] = {}
+
+    def storage(value: object) -> Storage:
+        kind, key, count = storage_id(value, 6)
+        if wanted.setdefault(key, (kind.dtype, count)) != (kind.dtype, count):
+            raise BrokenPickleError("a storage of two sizes")
+        whole = Storage(kind.dtype, count, lambda: places[key])
+        view = value[5]  # type: ignore[index]  # storage_id has looked
+        return whole if view is None else _part(whole, view)
+
+    def next_pickle(limit: int) -> Any:
+        return unpickled(head, KNOWN, storage, where=str(path), max_opcodes=limit)
+
+    first = unpickled(head, KNOWN, storage, where=str(path))
+    if first != _MAGIC or next_pickle(_FEW) != _PROTOCOL:
+        raise damaged(path, "a pickle that torch.save did not write")
+    system = next_pickle(_FEW)
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise damaged(path, "its numbers are big-endian")
+    loaded, keys = unpickled(head, KNOWN, storage, where=str(path)), next_pickle(1_000_000)
+    _place_storages(path, head.tell(), keys, wanted, places)
+    return loaded
 
 
-def _globals_of(opcodes: Iterator[Opcode]) -> Iterator[str]:
-    """Yield what one pickle imports, following strings through its memo."""
-    # The last values pushed; None is anything but a known string.
-    pushed: list[str | None] = [None, None]
-    memo: dict[int, str | None] = {}
-    for opcode, argument in opcodes:
-        if opcode.name in {"GLOBAL", "INST"}:
-            yield str(argument)
-        elif opcode.name in {"EXT1", "EXT2", "EXT4"}:
-            yield UNKNOWN
-        elif opcode.name == "STACK_GLOBAL":
-            module, name = pushed[-2:]
-            yield UNKNOWN if module is None or name is None else f"{module} {name}"
-        if opcode.name == "MEMOIZE":
-            memo[len(memo)] = pushed[-1]
-        elif opcode.name in {"PUT", "BINPUT", "LONG_BINPUT"}:
-            memo[int(argument)] = pushed[-1]
-        elif opcode.name in {"GET", "BINGET", "LONG_BINGET"}:
-            pushed.append(memo.get(int(argument)))
-        elif opcode.name not in {"PROTO", "FRAME"}:
-            pushed.append(argument if isinstance(argument, str) else None)
+def _part(whole: Storage, view: object) -> Storage:
+    """Return the part of a storage that (key, offset, count) says: torch's before 0.4."""
+    if not isinstance(view, tuple) or len(view) != 3:
+        raise BrokenPickleError("a part of a storage that is no part")
+    _, begin, count = view
+    if type(begin) is not int or type(count) is not int or begin < 0 or count < 0:
+        raise BrokenPickleError("a part of a storage that is no part")
+    if begin + count > whole.count:
+        raise BrokenPickleError("a part reaches beyond its storage")
+    return dataclasses.replace(whole, begin=begin, count=count)
 
 
-def _consecutive(data: bytes) -> Iterator[Iterator[Opcode]]:
-    """Yield each pickle in ``data``: before 1.6, torch.save wrote five in a row.
-
-    What follows them are the tensors' bytes, which must not be read as opcodes. Source:
-    ``_legacy_load`` in https://github.com/pytorch/pytorch/blob/v2.13.0/torch/serialization.py.
-    """
-    stream = io.BytesIO(data)
-
-    def one() -> Iterator[Opcode]:
-        try:
-            for opcode, argument, _ in pickletools.genops(stream):
-                yield opcode, argument
-        except Exception:  # pickletools raises whatever the broken argument raises
-            stream.seek(0, io.SEEK_END)
-
-    for _ in range(5):
-        if stream.tell() < len(data):
-            yield one()
-
-
-def _pickles(file: Path) -> list[bytes]:
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            return [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-    return [file.read_bytes()]
+def _place_storages(
+    path: Path,
+    begin: int,
+    keys: Any,
+    wanted: dict[str, tuple[str, int]],
+    places: dict[str, MappedBytes],
+) -> None:
+    """Fill ``places`` with where each storage of a stream lies, from ``begin`` on."""
+    is_whole = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not is_whole or sorted(keys) != sorted(wanted):
+        raise BrokenPickleError("its list of storages is not that of its tensors")
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        for key in keys:
+            dtype, count = wanted[key]
+            file.seek(begin)
+            if int.from_bytes(file.read(8), "little", signed=True) != count:
+                raise damaged(path, "a storage has another size than its tensors")
+            length = count * NUMPY_DTYPES[dtype].itemsize
+            places[key] = MappedBytes(path, begin + 8, length)
+            begin += 8 + length
+    if begin > size_bytes:
+        raise damaged(path, f"{begin - size_bytes:,} bytes are missing at its end")
