@@ -132,9 +132,9 @@ def _viewed(storage: Storage, shape: Sequence[int], strides: Sequence[int]) -> A
     if not storage.count:
         return np.empty(shape, dtype)
     begin = storage.begin * dtype.itemsize
-    row = storage.content().at(begin, storage.count * dtype.itemsize).view(dtype)
+    row = storage.content().at(begin, storage.count * dtype.itemsize)
     steps = [step * dtype.itemsize for step in strides]
-    values = np.lib.stride_tricks.as_strided(row, shape, steps)
+    values: Array = np.ndarray(shape, dtype, row, strides=steps)  # it checks the bounds again
     return np.require(values, requirements=["C", "A"])
 
 
