@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
+from mtl_export.graph.opened import open_graph
 from mtl_export.graph.passes.precision import PrecisionPass
 
 HALF = "fp16"
@@ -30,7 +31,7 @@ def half_precision(path: Path, parent: Path) -> Iterator[Path]:
     Raises:
         GraphError: It cannot be narrowed.
     """
-    model = PrecisionPass(HALF)(ir.load(path)).model
+    model = PrecisionPass(HALF)(open_graph(path)).model
     parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=parent, prefix=f"{HALF}-") as folder:
         file = Path(folder) / path.name

@@ -24,6 +24,7 @@ import onnx_ir as ir
 from mtl_export.bundle.manifest import own_files
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.errors import CalibrationError, GraphError
+from mtl_export.graph.opened import open_graph
 from mtl_export.graph.passes.split_gemm import SplitGemmPass
 from mtl_export.parity.scores import Answers
 from mtl_export.runtime.golden import GOLDEN_FILE
@@ -68,7 +69,7 @@ class GraphJob:
     ) -> None:
         self._work, self._target, self._measured = work, target, measured
         self._counts, self._folder = counts, folder
-        self._layers, self._notes = layers_of(work, target, ir.load(target.path))
+        self._layers, self._notes = layers_of(work, target, open_graph(target.path))
         self._tasks = target.tasks(work.bound.adapters.tasks)
         self._judged = work.judged.of_task(target.task.index) if target.task else work.judged
         self._key = {**work.key(target), "deltas": work.options.deltas}
@@ -221,7 +222,7 @@ class GraphJob:
     def _write(self, excluded: frozenset[str]) -> None:
         if self._written == excluded:
             return
-        model = ir.load(self._target.path)
+        model = open_graph(self._target.path)
         SplitGemmPass()(model)
         number = self._work.options.number
         layers = [layer for layer in self._layers if layer.name not in excluded]

@@ -19,6 +19,7 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CalibrationError, shortened
+from mtl_export.graph.opened import open_graph
 from mtl_export.graph.passes.split_gemm import SplitGemmPass
 from mtl_export_calibration.cache import (
     read_arrays,
@@ -257,7 +258,7 @@ def _refuse_missing(work: Work) -> None:
 def _collected(
     work: Work, target: Target, task: Task, samples: Samples, step: str
 ) -> dict[str, TensorStatistics]:
-    layers, _ = layers_of(work, target, ir.load(target.path))
+    layers, _ = layers_of(work, target, open_graph(target.path))
     options = work.options
     engine = engine_named(options.engine, options.method, options.number)
     shared = -(-ROUNDING_ROWS // len(work.bound.adapters.tasks))
@@ -282,7 +283,7 @@ def _measured(
     ranges = combine(
         statistics, options.number, options.method, work.combine, options.weights, names
     )
-    model = ir.load(target.path)
+    model = open_graph(target.path)
     layers, _ = layers_of(work, target, model)
     deltas = DeltaSource(work.bound, target.task)
     rows: dict[str, Array] = {}
@@ -317,7 +318,7 @@ def _measured(
 
 def _data_files(path: Path) -> set[str]:
     """Return the names of the files that hold the graph's external data."""
-    model = ir.load(path)
+    model = open_graph(path)
     tensors = [value.const_value for value in model.graph.initializers.values()]
     return {str(one.location) for one in tensors if isinstance(one, ir.ExternalTensor)}
 

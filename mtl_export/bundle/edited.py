@@ -38,6 +38,7 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import GraphError, IntegrityError, UsageError, shortened
 from mtl_export.graph.external_data import DATA_FILE, externalised, write_data
+from mtl_export.graph.opened import open_graph
 from mtl_export.graph.origins import CHECKPOINT_KEY
 from mtl_export.graph.task_edit import task_table, vector_ids
 from mtl_export.runtime.golden import GOLDEN_FILE, Vector, golden_bytes, read_golden
@@ -108,7 +109,7 @@ def _edited(
 ) -> Edited:
     """Edit the graphs of ``folder``, which is held, and put the result in its place."""
     stems = sorted(Path(name).stem for name in manifest.files if _is_graph(name))
-    models = {stem: ir.load(folder / f"{stem}.onnx") for stem in stems}
+    models = {stem: open_graph(folder / f"{stem}.onnx") for stem in stems}
     before = task_table(models)
     after = edit(models)
     names = {old.name: renamed.get(old.name, old.name) for old in before if old.name != removed}

@@ -368,7 +368,8 @@ def _journal(request: MergeRequest) -> Iterator[_Journal]:
 def _key(request: MergeRequest) -> str:
     """Return what tells requests apart; the base by size and time, for its hash comes late."""
     bound = request.bound
-    stats = [(file.name, file.stat()) for file in bound.base.weight_files]
+    base = bound.base
+    stats = [(n, f.stat()) for n, f in zip(base.file_names, base.weight_files, strict=True)]
     parts = {
         "version": VERSION,
         "checkpoint": bound.checkpoint.sha256,

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mtl_export.checkpoint.contained import contained
 from mtl_export.checkpoint.hashing import (
     cached_sha256,
     remember_sha256,
@@ -56,10 +57,21 @@ class BaseModel:
     weight_files: tuple[Path, ...]
     file_of: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Return the name of each weight file: its path from the folder, if it is in it."""
+        return tuple(
+            file.relative_to(self.folder).as_posix()
+            if file.is_relative_to(self.folder)
+            else file.name
+            for file in self.weight_files
+        )
+
     @cached_property
     def sha256(self) -> str:
         """Return the SHA-256 of the weight files (see ``sha256_of_files``)."""
-        return sha256_of_digests({file.name: _sha256(file) for file in self.weight_files})
+        digests = map(_sha256, self.weight_files)
+        return sha256_of_digests(dict(zip(self.file_names, digests, strict=True)))
 
     @property
     def is_hashed(self) -> bool:
@@ -68,10 +80,10 @@ class BaseModel:
 
     def remember_digests(self, digests: Mapping[str, str]) -> None:
         """Take each weight file's SHA-256, by name, from whoever has read them all."""
-        if digests.keys() == {file.name for file in self.weight_files}:
+        if digests.keys() == set(self.file_names):
             self.__dict__["sha256"] = sha256_of_digests(digests)
-            for file in self.weight_files:
-                remember_sha256(file, digests[file.name])
+            for file, name in zip(self.weight_files, self.file_names, strict=True):
+                remember_sha256(file, digests[name])
 
 
 def open_base(reference: str) -> BaseModel:
@@ -82,9 +94,10 @@ def open_base(reference: str) -> BaseModel:
         BaseModelError: The folder has no ``config.json`` or no safetensors weights, or
             its JSON files are broken.
         CheckpointError: A weight file is truncated or no safetensors file.
+        IntegrityError: A weight file lies outside the folder, or asks to run code.
     """
     folder = _folder_of(reference)
-    config_path = folder / "config.json"
+    config_path = contained(folder, "config.json", where=f"base {reference}")
     if not config_path.is_file():
         raise BaseModelError(
             where=f"base {reference}",
@@ -188,7 +201,7 @@ def _weight_files(reference: str, folder: Path) -> tuple[Path, ...]:
         if index.is_file():
             return _shards(reference, index)
         if (folder / single).is_file():
-            return (folder / single,)
+            return (contained(folder, single, where=f"base {reference}"),)
     raise BaseModelError(
         where=f"base {reference}",
         found=f"{folder} has none of {', '.join(name for pair in _FORMATS for name in pair)}",
@@ -200,9 +213,11 @@ def _weight_files(reference: str, folder: Path) -> tuple[Path, ...]:
 
 def _shards(reference: str, index: Path) -> tuple[Path, ...]:
     weight_map = _json_object(reference, index).get("weight_map")
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    files = tuple(index.parent / name for name in names)
-    missing = [file.name for file in files if not file.is_file()]
+    values = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not all(isinstance(value, str) for value in values):
+        values = []
+    files = {contained(index.parent, name, where=str(index)): name for name in sorted(set(values))}
+    missing = [name for file, name in files.items() if not file.is_file()]
     if missing or not files:
         raise BaseModelError(
             where=f"base {reference}",
@@ -210,7 +225,7 @@ def _shards(reference: str, index: Path) -> tuple[Path, ...]:
             expected=f"every file that {index.name} names",
             fix="Fetch the missing files",
         )
-    return files
+    return tuple(files)
 
 
 def _json_object(reference: str, path: Path) -> dict[str, Any]:
@@ -240,9 +255,13 @@ COMPANION_PATTERNS = (
 
 
 def companion_files(base: BaseModel) -> tuple[Path, ...]:
-    """Return the base's files that every exported folder carries, in name order."""
+    """Return the base's files that every exported folder carries, in name order.
+
+    Raises:
+        IntegrityError: One is a link to a file outside the base's folder.
+    """
     found = {
-        path
+        contained(base.folder, path.name, where=str(path))
         for pattern in COMPANION_PATTERNS
         for path in base.folder.glob(pattern)
         if path.is_file()

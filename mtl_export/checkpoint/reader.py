@@ -21,6 +21,7 @@ from mtl_export.checkpoint import (
     peft_config,
 )
 from mtl_export.checkpoint.checkpoint import Checkpoint, LayerTensors, check_task_names
+from mtl_export.checkpoint.contained import check_links
 from mtl_export.checkpoint.folder import FORMAT, is_own_folder, read_folder
 from mtl_export.checkpoint.hidden_biases import with_biases
 from mtl_export.checkpoint.torch_pickle import refuse_code
@@ -121,7 +122,7 @@ def open_checkpoint(
     Raises:
         UsageError: ``path`` does not exist, or a value given contradicts the checkpoint.
         CheckpointError: No format recognises it, or the one that does finds it broken.
-        IntegrityError: It is a pickle that asks to run code.
+        IntegrityError: It is a pickle that asks to run code, or a link out of its folder.
     """
     if not path.exists():
         raise UsageError(
@@ -130,6 +131,8 @@ def open_checkpoint(
             expected="a trained multi-task LoRA checkpoint",
             fix="Correct --checkpoint (or checkpoint in mtl-export.toml)",
         )
+    if path.is_dir():
+        check_links(path)
     for entry in FORMATS:
         if entry.is_mine(path):
             if task_names is not None and entry.read_in_order is not None:

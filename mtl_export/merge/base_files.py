@@ -23,6 +23,7 @@ class BaseFiles:
 
     def __init__(self, bound: BoundModel, *, hashed: bool) -> None:
         base = bound.base
+        self._names = dict(zip(base.weight_files, base.file_names, strict=True))
         self._paths = [file for file in base.weight_files if file.suffix == ".safetensors"]
         # Other formats are not read from front to back, nor is a base of which a part is left out.
         self.hashed = hashed and len(self._paths) == len(base.weight_files) and _is_all_read(bound)
@@ -61,8 +62,8 @@ class BaseFiles:
             self.lanes[tensor.file].hash_at(offset, values.view(np.uint8).data)
 
     def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of each file, by name; empty if they were not hashed."""
-        return {path.name: lane.progress().sha256 for path, lane in self.lanes.items()}
+        """Return the SHA-256 of each file, by ``file_names``; empty if they were not hashed."""
+        return {self._names[path]: lane.progress().sha256 for path, lane in self.lanes.items()}
 
 
 def _is_all_read(bound: BoundModel) -> bool:

@@ -303,8 +303,10 @@ class _Cut:
         self._file_of = {bound.prefix + name: file for name, file in base.file_of.items()}
         self._last = len(base.weight_files) - 1
         self._keeps = keeps
+        # A merged folder has no folders in it: there, files of one name would be one file.
+        is_flat = not any("/" in name for name in base.file_names)
         self._names = [
-            file.name if file.suffix == ".safetensors" else "" for file in base.weight_files
+            name if is_flat and name.endswith(".safetensors") else "" for name in base.file_names
         ]
         sizes = [0] * len(base.weight_files)
         for piece in pieces:

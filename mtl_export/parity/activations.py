@@ -158,11 +158,11 @@ class GraphLayers:
     """
 
     def __init__(self, path: Path, modules: Sequence[str], threads: int = 0) -> None:
-        import onnx_ir as ir
 
+        from mtl_export.graph.opened import open_graph
         from mtl_export.graph.taps import layer_taps, with_outputs
 
-        model = ir.load(path)
+        model = open_graph(path)
         self.taps = layer_taps(model, modules)
         if not self.taps:
             raise GraphError(

@@ -21,6 +21,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from mtl_export.checkpoint.tensors import Array
+from mtl_export.graph.opened import open_graph
 from mtl_export.graph.passes.split_gemm import SplitGemmPass
 from mtl_export.graph.passes.weights import add_initializer
 
@@ -41,7 +42,7 @@ def write_dequantised(path: Path, float_path: Path, target: Path) -> list[str]:
         float_path: The graph it was made from.
         target: The file to write; its data go beside it.
     """
-    model, exact = ir.load(path), ir.load(float_path)
+    model, exact = open_graph(path), open_graph(float_path)
     SplitGemmPass()(exact)
     weights = {
         str(node.name): node.inputs[1].const_value

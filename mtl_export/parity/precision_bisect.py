@@ -116,15 +116,15 @@ class _Judge:
         oracle: Runner,
         threads: int,
     ) -> None:
-        import onnx_ir as ir
 
+        from mtl_export.graph.opened import open_graph
         from mtl_export.graph.widen import parts_of
 
         if artefact.path is None:
             raise GraphError(where=artefact.name, found="no file", expected="an ONNX graph")
         self._path, self._threads, self._modules = artefact.path, threads, modules
         self._case, self._one_task = case, artefact.task
-        self.parts = list(parts_of(ir.load(artefact.path), modules))
+        self.parts = list(parts_of(open_graph(artefact.path), modules))
         self.runs = 0
         self._known: dict[frozenset[str], float | None] = {}
         compared = [cell for cell in cells if cell.case.startswith(case.name)]
@@ -159,12 +159,11 @@ class _Judge:
 
     def _infer(self, parts: frozenset[str]) -> Array:
         """Return the output for the case, rows of tasks that are not served as 0."""
-        import onnx_ir as ir
-
+        from mtl_export.graph.opened import open_graph
         from mtl_export.graph.widen import widen
         from mtl_export.runtime.ort import run_session
 
-        model = ir.load(self._path)
+        model = open_graph(self._path)
         widen(model, self._modules, parts)
         session = graph_session(model, self._path, self._threads)
         takes_one = any(v.name == TASK_IDS and v.shape == [1] for v in session.get_inputs())

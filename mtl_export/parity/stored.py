@@ -65,15 +65,14 @@ def stored_cell(
         ids: The graph's ids by the checkpoint's, of the tasks looked at; None: all, the same.
         task_count: Tasks in the graph, beside ``ids``.
     """
-    import onnx_ir as ir
-
+    from mtl_export.graph.opened import open_graph
     from mtl_export.graph.stacks_on_disk import stacks_of
 
     cell = replace(cell, case=STORED)
     if ids is None:
         ids, task_count = {task.index: task.index for task in adapters.tasks}, len(adapters.tasks)
     try:
-        stacks = stacks_of(ir.load(path), task_count)
+        stacks = stacks_of(open_graph(path), task_count)
         known = [stack for stack in stacks if stack.part not in {"table", "starts", "slots"}]
         if not known:
             return replace(cell, verdict="not-run", reason="it holds no stacks of tasks")

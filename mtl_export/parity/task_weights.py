@@ -103,11 +103,12 @@ class _Probe:
     def __init__(self, path: Path, task_count: int, threads: int) -> None:
         import onnx_ir as ir
 
+        from mtl_export.graph.opened import open_graph
         from mtl_export.graph.stacks_on_disk import stacks_of
         from mtl_export.runtime.ort import load_onnxruntime
 
         onnxruntime = load_onnxruntime()
-        model = ir.load(path)
+        model = open_graph(path)
         self.stacks: dict[str, Array] = {}
         self.blocks: dict[str, int] = {}
         self.modules: dict[str, str] = {}

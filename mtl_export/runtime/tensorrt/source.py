@@ -8,14 +8,15 @@ checked here because the parser's own words for a missing or short one are
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtl_export.checkpoint.external_files import external_files
 from mtl_export.checkpoint.hashing import sha256_of_file
-from mtl_export.errors import EngineBuildError, IntegrityError, MtlExportError, shortened
+from mtl_export.errors import EngineBuildError, MtlExportError, shortened
 
 if TYPE_CHECKING:
     import onnx
@@ -159,23 +160,7 @@ def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
 
 
 def _external_files(path: Path, model: onnx.ModelProto) -> tuple[str, ...]:
-    from onnx.external_data_helper import ExternalDataInfo
-
-    needed: dict[str, int] = {}
-    for tensor in tensors_of(model):
-        if tensor.data_location != tensor.EXTERNAL:
-            continue
-        info = ExternalDataInfo(tensor)
-        end = (info.offset or 0) + (info.length or 0)
-        needed[info.location] = max(needed.get(info.location, 0), end)
-    problems = []
-    for name, size in sorted(needed.items()):
-        _refuse_outside(path, name)
-        file = path.parent / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size < size:
-            problems.append(f"{name} has {file.stat().st_size} bytes of {size}")
+    names, problems = external_files(path, model)
     if problems:
         raise EngineBuildError(
             where=str(path),
@@ -184,31 +169,4 @@ def _external_files(path: Path, model: onnx.ModelProto) -> tuple[str, ...]:
             why="the graph holds only their names",
             fix=f"Copy {path.parent} as one folder, or write it again",
         )
-    return tuple(sorted(needed))
-
-
-def _refuse_outside(path: Path, name: str) -> None:
-    pure = PurePosixPath(name.replace("\\", "/"))
-    if pure.is_absolute() or ".." in pure.parts or ":" in name:
-        raise IntegrityError(
-            where=str(path),
-            found=f"its external data {name!r} lies outside its folder",
-            expected="a file in the same folder",
-            why="a graph from elsewhere could otherwise read any file here",
-            fix="Do not use this file",
-        )
-
-
-def tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Yield every stored tensor: initializers, constants, and those of subgraphs and functions."""
-    yield from model.graph.initializer
-    pending = [*model.graph.node, *(node for body in model.functions for node in body.node)]
-    while pending:
-        for attribute in pending.pop().attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            graphs = [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
-            for graph in graphs:
-                yield from graph.initializer
-                pending.extend(graph.node)
+    return names

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from mtl_export.checkpoint.external_files import tensors_of
 from mtl_export.runtime.tensorrt.api import TrtObject, load_library
 from mtl_export.runtime.tensorrt.available import available_builder
 from mtl_export.runtime.tensorrt.build import Parse, build_from
 from mtl_export.runtime.tensorrt.callbacks import Progress
 from mtl_export.runtime.tensorrt.manifest import EngineManifest
 from mtl_export.runtime.tensorrt.options import BuildOptions
-from mtl_export.runtime.tensorrt.source import load_structure, read_source, tensors_of
+from mtl_export.runtime.tensorrt.source import load_structure, read_source
 
 if TYPE_CHECKING:
     import onnx

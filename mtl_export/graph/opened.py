@@ -1,0 +1,51 @@
+"""An ONNX file -> its graph, external data beside it looked at and not yet read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from mtl_export.checkpoint.external_files import external_files
+from mtl_export.errors import GraphError, IntegrityError, shortened
+
+
+def open_graph(path: Path) -> ir.Model:
+    """Return the graph at ``path``; weights are mapped when they are asked for.
+
+    Raises:
+        GraphError: It is no whole ONNX file, or its external data is missing or cut off.
+        IntegrityError: Its external data lies outside its folder, or is shared with another
+            folder by a hard link.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+        names, problems = external_files(path, model)
+        _refuse_links(path, names)
+        if not problems and model.graph.node:
+            return ir.load(path)
+    except (DecodeError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+        problems = [f"no ONNX graph ({str(error)[:200]})"]
+    raise GraphError(
+        where=str(path),
+        found=shortened(problems or ["no ONNX graph"]),
+        expected="a whole graph, with its external data beside it",
+        fix=f"Copy {path.parent} as one folder, or export it again",
+    )
+
+
+def _refuse_links(path: Path, names: tuple[str, ...]) -> None:
+    """Refuse files that onnx-ir does not open: it cannot tell whose they are."""
+    for name in names:
+        file = path.parent / name
+        is_elsewhere = not file.resolve().is_relative_to(path.parent.resolve())
+        if is_elsewhere or (file.is_file() and file.stat().st_nlink > 1):
+            raise IntegrityError(
+                where=str(path),
+                found=f"its external data {name!r} is a link",
+                expected="a file of its own",
+                why="through a link it may be any file of this machine",
+                fix=f"Copy the folder (cp -rL {path.parent} COPY) and use the copy",
+            )
