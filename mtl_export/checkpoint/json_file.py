@@ -155,7 +155,7 @@ def shown(value: object) -> str:
         kind = "an object" if isinstance(value, dict) else "a list"
         return f"{kind} of {len(value)}" if value else f"an empty {kind.split()[1]}"
     if isinstance(value, str):
-        return ascii(value) if len(value) <= 60 else f"{ascii(value[:60])}..."
+        return ascii(value) if len(value) <= 60 else f"{value[:60]!a}..."
     if isinstance(value, int) and value.bit_length() > 256:
         return f"a whole number of {value.bit_length()} bits"
     return "null" if value is None else repr(value)
@@ -182,9 +182,7 @@ def _parsed(text: str, refused: Refusal) -> Any:
     return value
 
 
-def _fitting(
-    value: Any, where: str, shape: Shape, error: type[MtlExportError], fix: str
-) -> Any:
+def _fitting(value: Any, where: str, shape: Shape, error: type[MtlExportError], fix: str) -> Any:
     problem = misfit(value, shape)
     if problem is None:
         return value

@@ -7,7 +7,8 @@ folder, a pipe or a file that may not be read ends in one of our errors.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +40,54 @@ def text_of(path: Path, refused: Refusal, most_bytes: int = MOST_BYTES) -> str:
         UsageError: The system does not let this user read it.
         MtlExportError: What ``refused`` gives.
     """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise refused("no regular file")
-        if status.st_size > most_bytes:
-            raise refused(f"{status.st_size:,} bytes, more than {most_bytes:,}")
+    with system_errors(path, refused):
+        size_bytes = regular_size(path, refused)
+        if size_bytes > most_bytes:
+            raise refused(f"{size_bytes:,} bytes, more than {most_bytes:,}")
         with path.open("rb") as file:
             data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise refused(f"more than {most_bytes:,} bytes")
+    return decoded(data, refused)
+
+
+@contextmanager
+def system_errors(path: Path, refused: Refusal) -> Iterator[None]:
+    """Turn what the system says of ``path`` into our errors.
+
+    Raises:
+        UsageError: It does not let this user read it.
+        MtlExportError: What ``refused`` gives: there is no such file.
+    """
+    try:
+        yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise refused("no such file") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UsageError(
-            where=repr(str(path))[1:-1],
+            where=shown_path(path),
             found=f"the system refused it ({getattr(error, 'strerror', None) or error})",
             expected="a file that this user may read",
             fix="Allow it with chmod or chown, or correct the path",
         ) from error
-    if len(data) > most_bytes:
-        raise refused(f"more than {most_bytes:,} bytes")
-    return decoded(data, refused)
+
+
+def regular_size(path: Path, refused: Refusal) -> int:
+    """Return the size of ``path`` in bytes.
+
+    Raises:
+        MtlExportError: What ``refused`` gives: it is a folder, or a pipe that has no end.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise refused("no regular file")
+    return status.st_size
+
+
+def shown_path(path: Path) -> str:
+    """Return ``path`` for a message; what no terminal shows is escaped."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
 
 
 def decoded(data: bytes, refused: Refusal) -> str:

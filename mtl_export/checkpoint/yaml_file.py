@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mtl_export.checkpoint.small_file import DAMAGED, nested, refuse_nesting, refuse_unspeakable, text_of
+from mtl_export.checkpoint.small_file import (
+    DAMAGED,
+    nested,
+    refuse_nesting,
+    refuse_unspeakable,
+    text_of,
+)
 from mtl_export.errors import CheckpointError, MtlExportError
 
 # The training configurations that are read have some kilobytes; the parser is slow.
