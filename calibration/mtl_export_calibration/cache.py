@@ -13,11 +13,13 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
+from mtl_export.checkpoint.json_file import OBJECT, Shape, json_or_none
+from mtl_export.checkpoint.npz_file import read_npz
 from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import MtlExportError
 from mtl_export.version import VERSION
 
 SCHEMA = "mtl-export.calibration/3"
@@ -39,24 +41,19 @@ def versions(packages: Iterable[str] = ()) -> dict[str, str]:
     }
 
 
-def read_cache(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what was kept in ``path`` for ``key``, None if nothing was."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def read_cache(path: Path, key: Mapping[str, Any], shape: Shape = OBJECT) -> dict[str, Any] | None:
+    """Return what was kept in ``path`` for ``key``, None if nothing of ``shape`` was."""
+    document = json_or_none(path, {"schema": {SCHEMA}, "key": {}, "value": shape})
+    if document is None or _line(document["key"]) != _line(key):
         return None
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        return None
-    if document.get("key") != _plain(key):
-        return None
-    value = document.get("value")
-    return value if isinstance(value, dict) else None
+    value: dict[str, Any] = document["value"]
+    return value
 
 
 def write_cache(path: Path, key: Mapping[str, Any], value: Mapping[str, Any]) -> None:
     """Keep ``value`` for ``key`` in ``path``; a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"schema": SCHEMA, "key": _plain(key), "value": value}
+    document = {"schema": SCHEMA, "key": key, "value": value}
     partial = path.with_name(f"{path.name}.partial")
     text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False)
     partial.write_text(text + "\n", encoding="utf-8")
@@ -66,11 +63,10 @@ def write_cache(path: Path, key: Mapping[str, Any], value: Mapping[str, Any]) ->
 def read_arrays(path: Path, key: Mapping[str, Any]) -> dict[str, Array] | None:
     """Return the arrays that were kept in ``path`` for ``key``, None if none were."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
-            found = {name: kept[name] for name in kept.files}
-    except (OSError, ValueError, BadZipFile, EOFError):
+        line, found = read_npz(path, _KEY, fix="Delete it")
+    except MtlExportError:
         return None
-    return found if str(found.pop(_KEY, "")) == _line(key) else None
+    return found if line == _line(key) else None
 
 
 def write_arrays(path: Path, key: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
@@ -84,8 +80,3 @@ def write_arrays(path: Path, key: Mapping[str, Any], arrays: Mapping[str, Array]
 
 def _line(key: Mapping[str, Any]) -> str:
     return json.dumps(key, sort_keys=True)
-
-
-def _plain(key: Mapping[str, Any]) -> Any:
-    """Return the key as JSON gives it back: tuples become lists."""
-    return json.loads(json.dumps(key))

@@ -10,7 +10,6 @@ N rows, S tokens of the longest row.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.json_file import parse_json
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import CalibrationError, shortened
+from mtl_export.errors import CalibrationError, MtlExportError, shortened
 
 TASK_IDS = "task_ids"
 
@@ -184,9 +184,9 @@ def _sample(rows: list[int], name: str, count: int, seed: int) -> list[int]:
 def _row(line: str, default_task: str | None) -> Row | str:
     """Return the row in ``line``, or what is wrong with it."""
     try:
-        value = json.loads(line)
-    except ValueError as error:
-        return f"is not JSON ({error})"
+        value = parse_json(line, "", object)
+    except MtlExportError as error:
+        return f"is {error.found}"
     return row_of(value, default_task)
 
 
@@ -200,6 +200,9 @@ def row_of(value: object, default_task: str | None = None) -> Row | str:
     if pair is not None and not isinstance(pair, str):
         return "has a 'text_pair' that is no text"
     label, query = value.get("label"), value.get("query")
+    for name, value in (("label", label), ("query", query)):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return f"has a {name!r} of {value.bit_length()} bits, more than 64"
     if isinstance(label, list):
         label = tuple(label)
     known = label if isinstance(label, int | float | str | tuple) else None

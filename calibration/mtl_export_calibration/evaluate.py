@@ -10,12 +10,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.json_file import Shape
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CalibrationError
 from mtl_export.parity.metrics import decisions, sqnr_db
@@ -27,6 +29,19 @@ from mtl_export_calibration.samples import MASK, NO_LABEL, Samples
 BATCH = 32
 LATENCY_BATCH, LATENCY_LENGTH, LATENCY_ROUNDS = 8, 128, 15
 OUTPUT = "logits"
+
+
+# ``TaskScore.as_dict`` as JSON; graphs that agree in every value have an infinite SQNR.
+SCORE: Shape = {
+    "task": str,
+    "rows": int,
+    "labelled": int,
+    "float_accuracy": (float, None),
+    "accuracy": (float, None),
+    "agreement": float,
+    "drop": float,
+    "sqnr_db": Real,
+}
 
 
 @dataclass(frozen=True, slots=True)

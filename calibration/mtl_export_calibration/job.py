@@ -23,7 +23,8 @@ import onnx_ir as ir
 
 from mtl_export.bundle.manifest import own_files
 from mtl_export.checkpoint.hashing import sha256_of_file
-from mtl_export.errors import CalibrationError, GraphError
+from mtl_export.checkpoint.json_file import Shape, read_json
+from mtl_export.errors import CalibrationError, GraphError, shortened
 from mtl_export.graph.opened import open_graph
 from mtl_export.graph.passes.split_gemm import SplitGemmPass
 from mtl_export.parity.scores import Answers
@@ -32,6 +33,7 @@ from mtl_export_calibration.cache import read_cache, versions, write_cache
 from mtl_export_calibration.deltas import APART, MERGED, DeltaSource, swallowed_layers
 from mtl_export_calibration.evaluate import (
     LATENCY_LENGTH,
+    SCORE,
     TaskScore,
     answers,
     latencies_ms,
@@ -45,6 +47,12 @@ from mtl_export_calibration.ranges import Cut
 from mtl_export_calibration.report import FILE, GraphReport, Measured
 
 MODEL_FILE = "model.onnx"
+_KEPT: Shape = {
+    "tasks": {str: SCORE},
+    "half?": {str: SCORE},
+    "excluded": [str],
+    "gate": {"worst_drop": float, "trials": int},
+}
 GRAPH_FILES = (MODEL_FILE, f"{MODEL_FILE}.data")
 
 
@@ -74,8 +82,8 @@ class GraphJob:
         self._judged = work.judged.of_task(target.task.index) if target.task else work.judged
         self._key = {**work.key(target), "deltas": work.options.deltas}
         self._log = work.cache_file(target, "trials")
-        kept = read_cache(self._log, self._key) or {}
-        self._trials: dict[str, list[dict[str, Any]]] = kept.get("trials", {})
+        kept = read_cache(self._log, self._key, {"trials?": {str: [SCORE]}}) or {}
+        self._trials: dict[str, list[dict[str, Any]]] = kept.get("trials") or {}
         self._reference: dict[int, Answers] | None = None
         self._written: frozenset[str] | None = None
 
@@ -117,17 +125,26 @@ class GraphJob:
 
     def report_again(self) -> GraphReport:
         """Return the verdict on the graph that lies in the folder already."""
-        kept = json.loads((self._folder / FILE).read_text(encoding="utf-8"))
-        scores = [
-            TaskScore(
-                **{name: kept["tasks"][task.name][name] for name in TaskScore.__dataclass_fields__}
+        kept = read_json(self._folder / FILE, _KEPT, fix="Run calibrate again with --force")
+        lacking = [task.name for task in self._tasks if task.name not in kept["tasks"]]
+        if lacking:
+            raise CalibrationError(
+                where=str(self._folder / FILE),
+                found=f"nothing on {shortened(lacking)}",
+                expected="every task of the graph",
+                fix="Run calibrate again with --force",
             )
+        scores = [
+            TaskScore(**{name: kept["tasks"][task.name][name] for name in SCORE})
             for task in self._tasks
         ]
         search = Search(
             frozenset(kept["excluded"]), kept["gate"]["worst_drop"], True, kept["gate"]["trials"]
         )
-        half = tuple(TaskScore(**one) for one in kept.get("half", {}).values())
+        half = tuple(
+            TaskScore(**{name: one[name] for name in SCORE})
+            for one in (kept.get("half") or {}).values()
+        )
         return replace(self._report(search, search.excluded, scores), half=half)
 
     def timed(self, report: GraphReport) -> GraphReport:
@@ -145,7 +162,7 @@ class GraphJob:
             **versions(),
         }
         file = work.cache_file(self._target, "latency")
-        kept = read_cache(file, key)
+        kept = read_cache(file, key, {"latency_ms": {str: float}})
         if kept is None:
             with ExitStack() as stack:
                 paths = {"fp32": self._target.path, number: self._folder / MODEL_FILE}

@@ -34,7 +34,7 @@ from mtl_export_calibration.engines import ONNXRUNTIME, PACKAGES, engine_named
 from mtl_export_calibration.formats import NumberFormat
 from mtl_export_calibration.layers import QuantLayer, find_layers
 from mtl_export_calibration.ranges import CUT_FACTOR, PER_TASK, Cut, Ranges, combine, worst_cut
-from mtl_export_calibration.report import Measured
+from mtl_export_calibration.report import MEASURED, Measured
 from mtl_export_calibration.samples import Samples
 from mtl_export_calibration.sqnr import layer_sqnr_db
 from mtl_export_calibration.weights import refusal, weight_grid
@@ -212,7 +212,7 @@ def measure(work: Work) -> dict[str, Measured]:
     keys = {target.name: work.key(target) for target in work.targets}
     found = {}
     for target in work.targets:
-        kept = read_cache(work.cache_file(target, "ranges"), keys[target.name])
+        kept = read_cache(work.cache_file(target, "ranges"), keys[target.name], MEASURED)
         rows = _kept_rows(work, target, keys[target.name])
         if kept is not None and rows is not None:
             found[target.name] = Measured.from_dict(kept, rows)

@@ -12,14 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any
 
+from mtl_export.checkpoint.json_file import Shape
 from mtl_export.checkpoint.tensors import Array
 from mtl_export_calibration.evaluate import TaskScore
 from mtl_export_calibration.ranges import CUT_FACTOR, Cut
 
 SCHEMA = "mtl-export.quantisation/1"
 FILE = "calibration.json"
+
+_BY_NAME: Shape = {str: {str: Real}}
+# ``Measured.as_dict`` as JSON.
+MEASURED: Shape = {
+    "amax": {str: Real},
+    "own": _BY_NAME,
+    "sqnr_db": _BY_NAME,
+    "cut": {str: {"activation": str, "share": Real, "usual": Real, "values": Real}},
+    "swallowed": _BY_NAME,
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,10 @@ class Measured:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], rows: Mapping[str, Array]) -> Measured:
         """Return the record that ``as_dict`` made, with the rows."""
-        cut = {task: Cut(**one) for task, one in value["cut"].items()}
+        cut = {
+            task: Cut(one["activation"], one["share"], one["usual"], one["values"])
+            for task, one in value["cut"].items()
+        }
         return cls(value["amax"], value["own"], value["sqnr_db"], cut, value["swallowed"], rows)
 
     def inflation(self, task: str) -> tuple[float, str]:

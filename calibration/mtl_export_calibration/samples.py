@@ -22,12 +22,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.model_inputs import PIXEL_VALUES
+from mtl_export.checkpoint.npz_file import read_npz
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CalibrationError, shortened
 from mtl_export_calibration.data import (
@@ -275,17 +275,7 @@ def _from_arrays(data: Mapping[str, Array], reference: str) -> Samples:
 
 
 def _arrays(path: Path) -> dict[str, Array]:
-    try:
-        # Opened here: numpy leaves a broken file open.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise CalibrationError(
-            where=str(path),
-            found=f"it cannot be read ({str(error).splitlines()[0]})",
-            expected="arrays saved by numpy.savez, none of them pickled",
-            fix="Pass an existing npz file",
-        ) from error
+    return read_npz(path, error=CalibrationError, fix="Pass an existing npz file")[1]
 
 
 def _called(reference: str, place: str, name: str) -> list[Row] | dict[str, Array]:
@@ -299,7 +289,7 @@ def _called(reference: str, place: str, name: str) -> list[Row] | dict[str, Arra
             fix="Correct the function",
         ) from error
     if isinstance(found, Mapping):
-        return {str(key): np.asarray(value) for key, value in found.items()}
+        return _numeric(reference, found)
     rows = [value if isinstance(value, Row) else row_of(value) for value in _items(found)]
     problems = [f"row {place} {row}" for place, row in enumerate(rows) if isinstance(row, str)]
     if problems or not rows:
@@ -310,6 +300,25 @@ def _called(reference: str, place: str, name: str) -> list[Row] | dict[str, Arra
             fix="Correct what the function returns",
         )
     return [row for row in rows if isinstance(row, Row)]
+
+
+def _numeric(reference: str, found: Mapping[Any, Any]) -> dict[str, Array]:
+    """Return what a function gave as arrays of numbers."""
+    arrays, others = {}, []
+    for name, value in found.items():
+        try:
+            arrays[str(name)] = np.asarray(value)
+        except (TypeError, ValueError, RuntimeError):  # numpy's and torch's words for no array
+            others.append(f"{name} is {type(value).__name__}")
+    others += [f"{name} is {a.dtype}" for name, a in arrays.items() if a.dtype.kind not in "biuf"]
+    if others:
+        raise CalibrationError(
+            where=reference,
+            found=shortened(others),
+            expected="arrays of numbers",
+            fix="Correct what the function returns",
+        )
+    return arrays
 
 
 def _items(found: object) -> Iterable[object]:

@@ -7,12 +7,12 @@ cannot shrink because something was deleted.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtl_export.checkpoint.json_file import read_json
 from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
 from mtl_export.checkpoint.sentence_embedding import METADATA_KEY, SentenceEmbedding
 from mtl_export.runtime.model_files import ENCODER, ENGINE_SUFFIX, PREFILL, WHOLE, runner_of
@@ -360,5 +360,6 @@ def _several_adapters() -> Cell:
 
 
 def _config_dtype(folder: Path) -> str:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return _DTYPES.get(config.get("dtype") or config.get("torch_dtype") or "float32", "fp32")
+    config = read_json(folder / "config.json", {"dtype?": object, "torch_dtype?": object})
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return _DTYPES.get(stated if isinstance(stated, str) else "float32", "fp32")

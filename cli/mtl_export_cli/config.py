@@ -33,12 +33,13 @@ know it refuses, because a misspelt key would be ignored without a word.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtl_export.checkpoint.json_file import shown
+from mtl_export.checkpoint.toml_file import read_toml
 from mtl_export.errors import UsageError
 
 CONFIG_FILE = "mtl-export.toml"
@@ -89,7 +90,7 @@ def read_config(path: Path | None) -> Config:
         path = Path(CONFIG_FILE)
         if not path.is_file():
             return Config(None, Path(DEFAULT_OUTPUT_DIR), {}, {})
-    document = _parsed(path)
+    document = read_toml(path, "--config (or MTL_EXPORT_CONFIG)")
     folder = path.parent
     options = _values(path, "", document, OPTIONS | dict.fromkeys(SECTIONS, _table), folder)
     sections = {
@@ -106,30 +107,6 @@ def read_config(path: Path | None) -> Config:
     )
 
 
-def _parsed(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise UsageError(
-            where=f"config {path}",
-            found=f"it cannot be read ({error.strerror})",
-            expected="a TOML file",
-            fix="Correct --config (or MTL_EXPORT_CONFIG)",
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(
-            where=str(path),
-            found=f"not TOML: {error}",
-            expected="lines such as checkpoint = 'adapter'",
-            fix="Correct that line",
-        ) from error
-
-
 def _values(
     path: Path, prefix: str, table: Mapping[str, Any], readers: Mapping[str, Reader], folder: Path
 ) -> dict[str, object]:
@@ -142,7 +119,7 @@ def _values(
         except ValueError as error:
             raise UsageError(
                 where=f"{path}: {prefix}{key}",
-                found=repr(value),
+                found=shown(value),
                 expected=str(error),
                 fix="Correct the value",
             ) from error
@@ -176,7 +153,10 @@ def _text(value: object, folder: Path) -> str:
 def _number(value: object, folder: Path) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError("a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:  # whole numbers have no largest in Python
+        raise ValueError("a number below 1e308") from error
 
 
 def _count(value: object, folder: Path) -> int:
@@ -192,7 +172,17 @@ def _names(value: object, folder: Path) -> list[str]:
 
 
 def _path(value: object, folder: Path) -> str:
-    return str(folder / Path(_text(value, folder)).expanduser())
+    return str(folder / _expanded(_text(value, folder)))
+
+
+def _expanded(text: str) -> Path:
+    """Return a path without ``~`` or ``~user`` at its beginning."""
+    if "\0" in text:
+        raise ValueError("a path without NUL")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError("a path; there is no such user, or the user has no home") from error
 
 
 def _paths(value: object, folder: Path) -> list[str]:
@@ -208,7 +198,7 @@ def _base(value: object, folder: Path) -> str:
     reference = _text(value, folder)
     if reference.startswith(PACKAGE_PREFIX):
         return reference
-    path = folder / Path(reference).expanduser()
+    path = folder / _expanded(reference)
     if path.is_dir() or reference.startswith((".", "/", "~")):
         # "./" keeps a missing folder from being taken for a hub id.
         return str(path) if path.is_absolute() else f"./{path}"
@@ -223,7 +213,7 @@ def _switch(value: object, folder: Path) -> bool:
 
 def _choice(*words: str) -> Reader:
     def read(value: object, folder: Path) -> str:
-        if value not in words:
+        if not isinstance(value, str) or value not in words:
             raise ValueError(f"one of {', '.join(words)}")
         return str(value)
 
@@ -259,7 +249,7 @@ def _data(value: object, folder: Path) -> str:
     place, _, function = reference.rpartition(":")
     if function.isidentifier() and place and not place.endswith(".py"):
         return reference
-    return str(folder / Path(reference).expanduser())
+    return str(folder / _expanded(reference))
 
 
 def _share(value: object, folder: Path) -> float:

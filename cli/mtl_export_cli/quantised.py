@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtl_export.checkpoint.json_file import Shape, parse_json, read_json
+from mtl_export.errors import MtlExportError
 from mtl_export_cli import render
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ REPORT = "calibration.json"
 BY_CALIBRATE = "by calibrate's --max-drop"
 METADATA = "mtl_export.quantisation"
 HALF = "fp16"
+_ABOUT: Shape = {"format?": str}
+_TIMES: Shape = {"key": {"files": {str: str}}, "value": {"latency_ms": {str: float}}}
 
 
 def number_of(metadata: Mapping[str, str]) -> str:
     """Return the format that a graph's metadata name; empty for a float graph."""
-    return str(_about(metadata).get("format", ""))
+    return _about(metadata).get("format") or ""
 
 
 def read_quantised(
@@ -73,7 +76,7 @@ def _recorded(
         return {}
     about = _about(onnx_metadata(path))
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
+        report = read_json(file)
         half, found = report.get("half", {}), {}
         allowed = float(report["gate"]["max_drop"])
         wanted = (report["data"]["calibration_sha256"], report["excluded"], report["format"])
@@ -89,7 +92,7 @@ def _recorded(
                 artefact, task, score["rows"], score["labelled"], score["drop"],
                 _known(accuracy), _known(noise), latency_ms, allowed, BY_CALIBRATE,
             )  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (MtlExportError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return {}
     same = (about.get("data_sha256"), about.get("excluded"), about.get("format")) == wanted
     return found if same else {}
@@ -101,10 +104,10 @@ def _latencies(path: Path, file: Path) -> dict[str, float]:
 
     manifest = read_manifest(path.parent)
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        files, times = kept["key"]["files"], kept["value"]["latency_ms"]
-    except (OSError, ValueError, KeyError, TypeError):
+        kept = read_json(file, _TIMES)
+    except MtlExportError:
         return {}
+    files, times = kept["key"]["files"], kept["value"]["latency_ms"]
     entries = manifest.files if manifest else {}
     same = all(name in entries and entries[name].sha256 == digest for name, digest in files.items())
     return {str(name): float(time) for name, time in times.items()} if same else {}
@@ -143,8 +146,10 @@ def _number(value: float | None, factor: float, places: int) -> str:
 
 
 def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
-    found = json.loads(metadata.get(METADATA) or "{}")
-    return found if isinstance(found, dict) else {}
+    found: dict[str, Any] = parse_json(
+        metadata.get(METADATA) or "{}", METADATA, _ABOUT, fix="Run calibrate again"
+    )
+    return found
 
 
 def _known(values: Mapping[str, float | None]) -> dict[str, float]:

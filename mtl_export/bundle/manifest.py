@@ -28,6 +28,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mtl_export.checkpoint.hashing import sha256_of_file
+from mtl_export.checkpoint.json_file import Shape, read_json
 from mtl_export.errors import IntegrityError
 
 MANIFEST_FILE = "mtl-export.json"
@@ -35,6 +36,16 @@ SCHEMA = "mtl-export.output/1"
 OptionValue = str | int | float | bool | None | list[str] | dict[str, str]
 _KEYS = frozenset({"schema", "tool_version", "command", "options", "sources", "files"})
 _BESIDE = "beside"
+_FILES: Shape = {str: {"sha256": str, "size_bytes": int}}
+_SHAPE: Shape = {
+    "schema": str,
+    "tool_version": str,
+    "command": str,
+    "options": {str: (str, int, float, bool, None, [str], {str: str})},
+    "sources": {str: str},
+    "files": _FILES,
+    "beside?": _FILES,
+}
 
 
 @dataclass(frozen=True)
@@ -109,15 +120,17 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST_FILE
     if not path.is_file():
         return None
+    fix = f"Restore it, or delete {MANIFEST_FILE} and run again with --force"
+    document = read_json(path, _SHAPE, error=IntegrityError, fix=fix)
     try:
-        return _parsed(json.loads(path.read_bytes()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return _parsed(document)
+    except ValueError as error:
         raise IntegrityError(
             where=str(path),
             found=f"not a manifest this version can read ({error})",
             expected=f'an object with schema "{SCHEMA}"',
             why="it decides which files of the folder may be replaced",
-            fix=f"Restore it, or delete {MANIFEST_FILE} and run again with --force",
+            fix=fix,
         ) from error
 
 
@@ -235,26 +248,23 @@ def own_files(folder: Path) -> Iterator[Path]:
 def _parsed(document: Mapping[str, Any]) -> Manifest:
     if document.keys() - {_BESIDE} != _KEYS or document["schema"] != SCHEMA:
         raise ValueError(f"schema {document.get('schema')!r}, keys {sorted(document)}")
-    files, beside = _entries(document["files"]), _entries(document.get(_BESIDE, {}))
+    files, beside = _entries(document["files"]), _entries(document.get(_BESIDE) or {})
     unsafe = [name for name in files if not _is_inside(name)]
     # One folder up and no further: what lies beside is of the same run.
     unsafe += [n for n in beside if n[:3] != "../" or not _is_inside(n[3:])]
     if unsafe:
         raise ValueError(f"paths outside the folder: {unsafe}")
     recipe = Recipe(
-        command=str(document["command"]),
-        options=dict(document["options"]),
-        sources=dict(document["sources"]),
-        tool_version=str(document["tool_version"]),
+        command=document["command"],
+        options=document["options"],
+        sources=document["sources"],
+        tool_version=document["tool_version"],
     )
     return Manifest(recipe, files, beside)
 
 
 def _entries(listed: Mapping[str, Any]) -> dict[str, FileEntry]:
-    return {
-        name: FileEntry(str(entry["sha256"]), int(entry["size_bytes"]))
-        for name, entry in listed.items()
-    }
+    return {name: FileEntry(entry["sha256"], entry["size_bytes"]) for name, entry in listed.items()}
 
 
 def _is_inside(name: str) -> bool:

@@ -33,6 +33,7 @@ from mtl_export.bundle.shared import (
 )
 from mtl_export.bundle.staging import resumable_folder
 from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.json_file import Shape, json_or_none, read_json
 from mtl_export.merge.drift import Squares, TaskDrift
 from mtl_export.merge.lanes import Progress
 from mtl_export.merge.layout import Layout
@@ -52,6 +53,7 @@ from mtl_export.version import VERSION
 
 JOURNAL_FILE = "journal.json"
 JOURNAL_EVERY_S = 2.0
+_JOURNAL: Shape = {"key": str, "files": {str: [object]}, "squares": [[object]]}
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def _results(
             beside = shared.folder if shared is not None and not has_own else folder
             count = verify_task(request.bound, task, layout, folder, beside)
         if plan.up_to_date:
-            report = json.loads((plan.folder / REPORT_FILE).read_text(encoding="utf-8"))
+            report = read_json(plan.folder / REPORT_FILE, fix="Run merge again with --force")
             results.append(MergedTask(task, plan, None, report, count, is_restored))
         else:
             drift = task_drift(layout, task, written)
@@ -312,14 +314,17 @@ class _Journal:
         document = _document(self.folder)
         if document is None:
             return Written()
-        files = {
-            self.folder / name: Progress(int(done), str(digest))
-            for name, (done, digest) in document["files"].items()
-        }
-        squares = {
-            (task, module): {int(row): Squares(*values) for row, values in blocks.items()}
-            for task, module, blocks in document["squares"]
-        }
+        try:
+            files = {
+                self.folder / name: Progress(int(done), str(digest))
+                for name, (done, digest) in document["files"].items()
+            }
+            squares = {
+                (task, module): {int(row): Squares(*values) for row, values in blocks.items()}
+                for task, module, blocks in document["squares"]
+            }
+        except (TypeError, ValueError, AttributeError, OverflowError):
+            return Written()  # not what ``keep`` wrote: everything is written again
         return Written(files, squares)
 
     def keep(self, written: Written) -> None:
@@ -344,11 +349,8 @@ class _Journal:
 
 
 def _document(folder: Path) -> dict[str, Any] | None:
-    try:
-        document = json.loads((folder / JOURNAL_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return document if isinstance(document, dict) else None
+    document: dict[str, Any] | None = json_or_none(folder / JOURNAL_FILE, _JOURNAL)
+    return document
 
 
 @contextmanager

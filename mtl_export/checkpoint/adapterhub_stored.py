@@ -14,13 +14,14 @@ With ``use_safetensors`` the weights are in adapter.safetensors and model_head.s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mtl_export.checkpoint.checkpoint import check_task_names
+from mtl_export.checkpoint.json_file import Shape, checked, json_or_none, read_json
 from mtl_export.checkpoint.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import CheckpointError, UsageError, shortened
@@ -34,6 +35,36 @@ HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 # Compositions under which each row passes through exactly one of the children.
 ONE_CHILD_PER_ROW = frozenset({"MultiTask", "BatchSplit", "Parallel"})
+
+# Of what is read. A head's config stands in its own file, or in a whole model's.
+ADAPTER: Shape = dict.fromkeys(
+    ("name?", "model_class?", "model_type?", "model_name?", "version?"), str
+)
+METHOD: Shape = {
+    "architecture": str,
+    "composition_mode?": str,
+    "use_gating?": bool,
+    "use_dora?": bool,
+    "task_specific_matrix_type?": str,
+    **dict.fromkeys(("r?", "alpha?", "weights_sharpness?"), float),
+}
+_LABELS: Shape = {"label2id?": {str: int}, "num_labels?": int}
+_FLEXIBLE: Shape = {
+    **_LABELS,
+    "head_type?": str,
+    "layers?": int,
+    "activation_function?": str,
+    "use_pooler?": bool,
+}
+HEAD: Shape = {**_LABELS, "config?": _FLEXIBLE, "problem_type?": str}
+_SETUP: Shape = {"adapter_setup?": {"type?": str, "children?": [object]}}
+_MODEL: Shape = {
+    **_LABELS,
+    "model_type?": str,
+    "architectures?": [str],
+    "adapters": {"adapters": {str: str}, "config_map?": {str: object}},
+    "prediction_heads?": {str: _FLEXIBLE},
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +117,7 @@ def is_adapterhub(path: Path) -> bool:
 
 def is_adapter_folder(path: Path) -> bool:
     """Return whether ``path`` holds one adapter: PEFT's config has other keys."""
-    parsed = _json_or_none(path / CONFIG_FILE)
+    parsed = json_or_none(path / CONFIG_FILE)
     return parsed is not None and "config" in parsed and "model_class" in parsed
 
 
@@ -97,7 +128,7 @@ def adapter_folders(path: Path) -> list[Path]:
 
 def is_whole_model(path: Path) -> bool:
     """Return whether ``path`` is a model folder with adapters inside its weights."""
-    parsed = _json_or_none(path / MODEL_CONFIG_FILE)
+    parsed = json_or_none(path / MODEL_CONFIG_FILE)
     adapters = parsed.get("adapters") if parsed else None
     return isinstance(adapters, dict) and bool(adapters.get("adapters"))
 
@@ -117,7 +148,8 @@ def stored_adapters(path: Path, order: Sequence[str] | None) -> tuple[StoredAdap
         names = _setup_order(path / SETUP_FILE)
         return tuple(_from_folder(path / name, name, f"{name}/") for name in names)
     if is_adapter_folder(path):
-        return (_from_folder(path, str(_json(path / CONFIG_FILE).get("name") or path.name), ""),)
+        name = read_json(path / CONFIG_FILE, ADAPTER).get("name")
+        return (_from_folder(path, name or path.name, ""),)
     if is_whole_model(path):
         return _from_model(path, order)
     found = {folder.name: folder for folder in adapter_folders(path)}
@@ -155,13 +187,11 @@ def _setup_order(file: Path) -> list[str]:
     Raises:
         CheckpointError: The setup runs a row through several adapters.
     """
-    setup = _json(file).get("adapter_setup")
-    kind, children = "", list[object]()
-    if isinstance(setup, dict):
-        kind, children = str(setup.get("type", "")), setup.get("children") or []
-    if kind == "single" and len(children) == 1 and isinstance(children[0], str):
-        return [children[0]]
+    setup = read_json(file, _SETUP).get("adapter_setup") or {}
+    kind, children = setup.get("type") or "", setup.get("children") or []
     names = [_single(child) for child in children]
+    if kind == "single" and len(children) == 1 and isinstance(children[0], str):
+        kind = "MultiTask"
     if kind not in ONE_CHILD_PER_ROW or None in names or not names:
         raise CheckpointError(
             where=str(file),
@@ -171,7 +201,9 @@ def _setup_order(file: Path) -> list[str]:
             why="each row must pass through exactly one adapter, its task's",
             fix="Save the tasks' adapters with save_adapter_setup(DIR, MultiTask(...))",
         )
-    return [name for name in names if name is not None]
+    found = [name for name in names if name is not None]
+    check_task_names(str(file), found)
+    return found
 
 
 def _single(child: object) -> str | None:
@@ -192,7 +224,7 @@ def _from_folder(folder: Path, task: str, ledger_prefix: str) -> StoredAdapter:
             why=f"{SETUP_FILE} beside it names the adapter",
             fix="Copy the whole folder",
         )
-    stored = _json(config_path)
+    stored = read_json(config_path, ADAPTER)
     adapter_file = _one_of(folder, ADAPTER_FILES)
     if adapter_file is None:
         raise CheckpointError(
@@ -220,7 +252,7 @@ def _from_folder(folder: Path, task: str, ledger_prefix: str) -> StoredAdapter:
         config=_method(config_path, stored.get("config")),
         facts=_facts(stored),
         tensors=MappingProxyType(_tensors(adapter_file)),
-        head_config=None if head_file is None else _json(head_path),
+        head_config=None if head_file is None else read_json(head_path, HEAD),
         head_tensors=MappingProxyType({} if head_file is None else _tensors(head_file)),
         files=tuple(files),
     )
@@ -228,8 +260,8 @@ def _from_folder(folder: Path, task: str, ledger_prefix: str) -> StoredAdapter:
 
 def _from_model(path: Path, order: Sequence[str] | None) -> tuple[StoredAdapter, ...]:
     """Return the adapters inside a whole model's weights."""
-    config = _json(path / MODEL_CONFIG_FILE)
-    hashes, methods = config["adapters"]["adapters"], config["adapters"].get("config_map", {})
+    config = read_json(path / MODEL_CONFIG_FILE, _MODEL)
+    hashes, methods = config["adapters"]["adapters"], config["adapters"].get("config_map") or {}
     names = _ordered(path, list(hashes), order, "names in config.json")
     file = _one_of(path, MODEL_FILES)
     if file is None:
@@ -242,8 +274,8 @@ def _from_model(path: Path, order: Sequence[str] | None) -> tuple[StoredAdapter,
     tensors = _tensors(file)
     architectures = config.get("architectures") or [""]
     facts = {
-        "model_class": str(architectures[0]),
-        "model_type": str(config.get("model_type", "")),
+        "model_class": architectures[0],
+        "model_type": config.get("model_type") or "",
         "model_name": "",
         "version": "",
     }
@@ -258,7 +290,7 @@ def _from_model(path: Path, order: Sequence[str] | None) -> tuple[StoredAdapter,
     rest = {key: tensor for key, tensor in tensors.items() if key not in taken}
     stored = []
     for name in names:
-        flexible = config.get("prediction_heads", {}).get(name)
+        flexible = (config.get("prediction_heads") or {}).get(name)
         stored.append(
             StoredAdapter(
                 task=name,
@@ -309,12 +341,12 @@ def _method(where: Path, config: object) -> Mapping[str, Any]:
             fix="Export a checkpoint trained with MTLLoRAConfig, LoRAConfig, DoRAConfig or"
             " IA3Config",
         )
-    return MappingProxyType(config)
+    return MappingProxyType(checked(config, str(where), METHOD))
 
 
 def _facts(stored: dict[str, Any]) -> Mapping[str, str]:
     keys = ("model_class", "model_type", "model_name", "version")
-    return MappingProxyType({key: str(stored.get(key) or "") for key in keys})
+    return MappingProxyType({key: stored.get(key) or "" for key in keys})
 
 
 def _one_of(folder: Path, names: Sequence[str]) -> Path | None:
@@ -336,25 +368,3 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
         return load_state_dict(file)
     return dict(open_safetensors(file).tensors)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    parsed = _json_or_none(file)
-    if parsed is None:
-        raise CheckpointError(
-            where=str(file),
-            found="no JSON object",
-            expected="the file that adapters wrote",
-            fix="Copy or save it again",
-        )
-    return parsed
-
-
-def _json_or_none(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        parsed = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return parsed if isinstance(parsed, dict) else None

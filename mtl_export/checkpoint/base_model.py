@@ -8,7 +8,6 @@ A reference is one of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +23,8 @@ from mtl_export.checkpoint.hashing import (
     sha256_of_digests,
     sha256_of_file,
 )
+from mtl_export.checkpoint.json_file import read_json
+from mtl_export.checkpoint.model_inputs import CONFIG
 from mtl_export.checkpoint.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import BaseModelError, UsageError
@@ -115,7 +116,7 @@ def open_base(reference: str) -> BaseModel:
     return BaseModel(
         reference=reference,
         folder=folder,
-        config=MappingProxyType(_json_object(reference, config_path)),
+        config=MappingProxyType(read_json(config_path, CONFIG, error=BaseModelError)),
         tensors=MappingProxyType(tensors),
         weight_files=files,
         file_of=MappingProxyType(file_of),
@@ -212,11 +213,9 @@ def _weight_files(reference: str, folder: Path) -> tuple[Path, ...]:
 
 
 def _shards(reference: str, index: Path) -> tuple[Path, ...]:
-    weight_map = _json_object(reference, index).get("weight_map")
-    values = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not all(isinstance(value, str) for value in values):
-        values = []
-    files = {contained(index.parent, name, where=str(index)): name for name in sorted(set(values))}
+    weight_map = read_json(index, {"weight_map": {str: str}}, error=BaseModelError)["weight_map"]
+    names = sorted(set(weight_map.values()))
+    files = {contained(index.parent, name, where=str(index)): name for name in names}
     missing = [name for file, name in files.items() if not file.is_file()]
     if missing or not files:
         raise BaseModelError(
@@ -226,22 +225,6 @@ def _shards(reference: str, index: Path) -> tuple[Path, ...]:
             fix="Fetch the missing files",
         )
     return tuple(files)
-
-
-def _json_object(reference: str, path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        parsed = error
-    if not isinstance(parsed, dict):
-        raise BaseModelError(
-            where=f"base {reference}",
-            found=f"{path.name} is no JSON object"
-            + (f" ({parsed})" if isinstance(parsed, ValueError) else ""),
-            expected="a Hugging Face model folder",
-            fix="Copy or save the file again",
-        )
-    return parsed
 
 
 # Files that belong to a model whatever its weights: tokenizers, processors, generation

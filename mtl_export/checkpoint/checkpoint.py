@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from mtl_export.checkpoint.json_file import Shape, parse_json
 from mtl_export.errors import CheckpointError, TaskNotFoundError
 
 if TYPE_CHECKING:  # a service that serves tasks needs Task and no tensor formats
@@ -29,6 +30,14 @@ TASK_KINDS: tuple[TaskKind, ...] = (
     "regression",
     "headless",
 )
+# A row of the task table in an ONNX file, and in an engine's manifest.
+TASK_ENTRY: Shape = {
+    "name": str,
+    "index": int,
+    "labels": [str],
+    "kind": frozenset(TASK_KINDS),
+    "output?": str,
+}
 # A task name becomes a folder and part of a tensor key.
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
@@ -62,7 +71,8 @@ class Task:
     def from_entry(cls, entry: Mapping[str, Any]) -> Task:
         """Return the task of a row of such a table."""
         labels = tuple(entry["labels"])
-        return cls(entry["name"], entry["index"], labels, entry["kind"], entry.get("output", ""))
+        output = entry.get("output") or ""
+        return cls(entry["name"], entry["index"], labels, entry["kind"], output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +268,18 @@ class Checkpoint:
             base_copies=tensors(self.base_copies),
             members=tuple(member.renamed(modules) for member in self.members),
         )
+
+
+def tasks_of(table: str, where: str) -> tuple[Task, ...]:
+    """Return the tasks of the task table in an ONNX file; none of an empty one.
+
+    Raises:
+        CheckpointError: It is no JSON, or no table of tasks.
+    """
+    entries = parse_json(table, where, [TASK_ENTRY], fix="Export the graph again")
+    if entries:
+        check_task_names(where, [entry["name"] for entry in entries])
+    return tuple(map(Task.from_entry, entries))
 
 
 def task_named(

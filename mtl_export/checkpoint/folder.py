@@ -70,6 +70,7 @@ from mtl_export.checkpoint.folder_v2_checks import (
     is_task_entry,
 )
 from mtl_export.checkpoint.hashing import sha256_of_files
+from mtl_export.checkpoint.json_file import Shape, json_or_none, misfit, read_json
 from mtl_export.checkpoint.safetensors import open_safetensors, write_safetensors
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES, Array, Tensor
 from mtl_export.errors import CheckpointError, shortened
@@ -94,19 +95,19 @@ SUFFIXES = {
     "mixing": "lora_B_w",
     "scaler": "lora_scaler",
 }
-CONFIG_KEYS: dict[str, type | tuple[type, ...]] = {
+CONFIG_KEYS: dict[str, Shape] = {
     "format": str,
     "format_version": int,
     "adapter_type": str,
-    "tasks": list,
+    "tasks": [object],
     "r": int,
-    "lora_alpha": (int, float, type(None)),
-    "temperature": (int, float, type(None)),
+    "lora_alpha": (float, None),
+    "temperature": (float, None),
     "up_projections": int,
     "lambda_format": str,
     "learn_scale": bool,
-    "target_modules": list,
-    "head_modules": list,
+    "target_modules": [str],
+    "head_modules": [str],
     "model_class": str,
     "base_model_name_or_path": str,
     "base_sha256": str,
@@ -115,14 +116,7 @@ CONFIG_KEYS: dict[str, type | tuple[type, ...]] = {
 
 def is_own_folder(path: Path) -> bool:
     """Return whether ``path`` is a folder that says it is in our format."""
-    config = path / CONFIG_FILE
-    if not config.is_file():
-        return False
-    try:
-        parsed = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return isinstance(parsed, dict) and parsed.get("format") == FORMAT
+    return json_or_none(path / CONFIG_FILE, {"format": {FORMAT}}) is not None
 
 
 def read_folder(path: Path) -> Checkpoint:
@@ -256,8 +250,7 @@ def write_folder(
 
 
 def _version(config: Path) -> object:
-    parsed = json.loads(config.read_text(encoding="utf-8"))
-    return parsed.get("format_version")
+    return read_json(config).get("format_version")
 
 
 def _ledger(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LedgerEntry, ...]:
@@ -271,18 +264,13 @@ def _ledger(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Ledg
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     problems = [f"no {key!r}" for key in CONFIG_KEYS if key not in config]
     problems += [f"unknown {key!r}" for key in config if key not in CONFIG_KEYS]
     problems += [
-        f"{key} is {config[key]!r}"
-        for key, kind in CONFIG_KEYS.items()
-        if key in config
-        # True is an int to isinstance.
-        and (
-            not isinstance(config[key], kind)
-            or (kind is not bool and isinstance(config[key], bool))
-        )
+        found[0]
+        for key, shape in CONFIG_KEYS.items()
+        if key in config and (found := misfit(config[key], shape, key))
     ]
     if not problems:
         if config["format_version"] != FORMAT_VERSION:

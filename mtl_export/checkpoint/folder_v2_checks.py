@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mtl_export.checkpoint.checkpoint import POOLINGS, TASK_KINDS, check_task_names
+from mtl_export.checkpoint.json_file import Shape, misfit, read_json
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES, Tensor
 from mtl_export.errors import CheckpointError, shortened
 
@@ -17,19 +16,19 @@ FORMAT = "mtl-export"
 VERSION = 2
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-KEYS: dict[str, type] = {
+KEYS: dict[str, Shape] = {
     "format": str,
     "format_version": int,
     "adapter_type": str,
-    "tasks": list,
+    "tasks": [object],
     "model_class": str,
     "base_model_name_or_path": str,
     "base_sha256": str,
     "readout": object,
-    "layers": dict,
-    "head_modules": list,
-    "replaced": list,
-    "rows": dict,
+    "layers": {str: object},
+    "head_modules": [str],
+    "replaced": [str],
+    "rows": {str: [int]},
     "members": bool,
 }
 # Part of module names, so without dots.
@@ -42,13 +41,13 @@ def checked_config(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: With everything that is wrong with it.
     """
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     problems = [f"no {key!r}" for key in KEYS if key not in config]
     problems += [f"unknown {key!r}" for key in config if key not in {*KEYS, "outputs"}]
     problems += [
-        f"{key} is {config[key]!r}"
-        for key, kind in KEYS.items()
-        if key in config and not isinstance(config[key], kind)
+        found[0]
+        for key, shape in KEYS.items()
+        if key in config and (found := misfit(config[key], shape, key))
     ]
     if not problems:
         problems = _problems(config)
@@ -80,9 +79,7 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
     problems += [
         f"rows {name}: {indices!r}"
         for name, indices in config["rows"].items()
-        if not isinstance(indices, list)
-        or not all(type(index) is int and index >= 0 for index in indices)
-        or len(set(indices)) != len(indices)
+        if min(indices, default=0) < 0 or len(set(indices)) != len(indices)
     ]
     readout = config["readout"]
     if readout is not None and not _is_readout(readout, {"pooling", "activations"}):
@@ -142,11 +139,7 @@ def _is_layer_entry(entry: object) -> bool:
         and isinstance(entry["roles"], list)
         and bool(entry["roles"])
         and entry["roles"] == sorted(set(map(str, entry["roles"])))
-        and isinstance(entry["hyper"], dict)
-        and all(
-            type(value) in {int, float} and math.isfinite(value)
-            for value in entry["hyper"].values()
-        )
+        and misfit(entry["hyper"], {str: float}) is None
     )
 
 

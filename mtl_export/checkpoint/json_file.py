@@ -4,6 +4,7 @@ The one place that parses JSON. A shape looks like the value:
 
     str, bool, None      a value of that type
     int, float           a whole number of 64 bits; any finite number, whole ones too
+    Real                 any number, NaN and infinity too
     object               anything
     {"a", "b"}           one of these texts
     [S]                  a list, each entry of shape S
@@ -15,7 +16,7 @@ The one place that parses JSON. A shape looks like the value:
 >>> misfit({"r": True}, {"r": int, "alpha?": float})
 ('r is True', 'a whole number')
 >>> misfit({"weights": {"a": [1, None]}}, {"weights": {str: [int]}})
-('weights.a.1 is null', 'a whole number')
+('weights.a.1 is None', 'a whole number')
 
 ``NaN`` and ``Infinity``, which transformers writes into some configs, are read and are no
 ``float``. Of two equal keys the last counts, as for the libraries that wrote the files.
@@ -25,6 +26,8 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +48,11 @@ Shape = Any
 OBJECT: Shape = {}
 _LARGEST = float.fromhex("0x1.fffffffffffffp+1023")
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
 _WORDS = {
     str: "a text", bool: "true or false", int: "a whole number", float: "a finite number",
-    None: "null", object: "anything",
+    Real: "a number", None: "null", object: "anything",
 }  # fmt: skip
 
 
@@ -137,28 +142,24 @@ def misfit(value: Any, shape: Shape, at: str = "") -> tuple[str, str] | None:
     """Return where ``value`` is not of the shape and what was expected there; None if it is."""
     if isinstance(shape, tuple):
         found = [misfit(value, one, at) for one in shape]
-        inner = [one for one in found if one and one[0].partition(" ")[0] != at]
+        inner = [one for one in found if one and not one[0].startswith(f"{at} is ")]
         if None in found:
             return None
         return inner[0] if inner else (_said(at, value), _word(shape))
     if isinstance(shape, dict) and isinstance(value, dict):
         return _misfit_inside(value, shape, at)
     if isinstance(shape, list) and isinstance(value, list):
-        parts = (misfit(one, shape[0], f"{at}.{place}") for place, one in enumerate(value))
+        prefix = f"{at}." if at else "entry "
+        parts = (misfit(one, shape[0], f"{prefix}{place}") for place, one in enumerate(value))
         return next(filter(None, parts), None)
     return None if _fits(value, shape) else (_said(at, value), _word(shape))
 
 
 def shown(value: object) -> str:
     """Return ``value`` for a message, however large it is."""
-    if isinstance(value, dict | list | tuple):
-        kind = "an object" if isinstance(value, dict) else "a list"
-        return f"{kind} of {len(value)}" if value else f"an empty {kind.split()[1]}"
-    if isinstance(value, str):
-        return ascii(value) if len(value) <= 60 else f"{value[:60]!a}..."
     if isinstance(value, int) and value.bit_length() > 256:
         return f"a whole number of {value.bit_length()} bits"
-    return "null" if value is None else repr(value)
+    return _SHORT.repr(value)
 
 
 def _parsed(text: str, refused: Refusal) -> Any:
@@ -217,7 +218,9 @@ def _fits(value: Any, shape: Shape) -> bool:
         return isinstance(value, str) and value in shape
     if shape is int:
         return type(value) is int and -(2**63) <= value < 2**63
-    if shape is float:
+    if shape is Real and type(value) is float:
+        return True
+    if shape in (float, Real):
         return type(value) in {int, float} and -_LARGEST <= value <= _LARGEST
     return value is None if shape is None else type(value) is shape
 
@@ -232,5 +235,5 @@ def _word(shape: Shape) -> str:
     if isinstance(shape, set | frozenset):
         return " or ".join(sorted(map(repr, shape)))
     if isinstance(shape, dict):
-        return "an object"
+        return "a JSON object"
     return "a list" if isinstance(shape, list) else _WORDS[shape]

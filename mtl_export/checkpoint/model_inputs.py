@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mtl_export.checkpoint.json_file import Shape, shown
+from mtl_export.errors import BaseModelError
+
 PIXEL_VALUES = "pixel_values"
 # Model types that number positions from pad_token_id + 1 on. Found by searching transformers
 # 5.23 (src/transformers/models) for create_position_ids_from_input_ids.
@@ -27,6 +30,22 @@ TABLE_POSITIONS = OFFSET_POSITIONS - {"esm"} | {
     "albert", "bart", "bert", "blenderbot", "distilbert", "electra", "gpt2", "gpt_neo", "layoutlm",
     "mbart", "mobilebert", "opt",
 }  # fmt: skip
+# What is read of a ``config.json``, here and elsewhere; all of it may be absent.
+_TEXT: Shape = {
+    "model_type?": str,
+    "architectures?": [str],
+    "num_channels?": int,
+    "vocab_size?": int,
+    "type_vocab_size?": int,
+    "max_position_embeddings?": int,
+    "n_positions?": int,
+    "pad_token_id?": int,
+    "is_encoder_decoder?": bool,
+    "tie_word_embeddings?": bool,
+}
+CONFIG: Shape = {**_TEXT, "text_config?": _TEXT}
+# Of one side; images are made to trace and compare models.
+MOST_PIXELS = 2**14
 # Beyond any length a user would ask of a model that does not name its own.
 NO_LIMIT = 2**15
 
@@ -36,8 +55,15 @@ def image_shape(config: Mapping[str, Any]) -> tuple[int, int, int] | None:
     size = config.get("image_size")
     if size is None or config.get("vocab_size") is not None:
         return None
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return int(config.get("num_channels") or 3), int(height), int(width)
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= MOST_PIXELS for side in sides):
+        raise BaseModelError(
+            where="config.json: image_size",
+            found=shown(size),
+            expected=f"height and width, 1 to {MOST_PIXELS}",
+            fix="Correct it to what the model was trained on",
+        )
+    return int(config.get("num_channels") or 3), *sides
 
 
 def has_position_table(config: Mapping[str, Any]) -> bool:

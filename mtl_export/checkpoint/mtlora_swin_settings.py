@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mtl_export.checkpoint.json_file import misfit
 from mtl_export.errors import CheckpointError, shortened
 
 MODES = ("matrix", "matrixv2", "addition")
@@ -107,9 +108,7 @@ def _stages(name: str, value: object, problems: list[str]) -> tuple[float, ...]:
     numbers: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(numbers) == 1:
         numbers *= STAGES
-    fits = len(numbers) == STAGES and all(
-        type(number) in {int, float} and math.isfinite(number) for number in numbers
-    )
+    fits = len(numbers) == STAGES and all(misfit(number, float) is None for number in numbers)
     if not fits:
         problems.append(f"{name} {value!r}")
         return (math.nan,) * STAGES

@@ -11,7 +11,6 @@ Source: https://github.com/huggingface/peft, release 0.21.2: ``tuners/lora/confi
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtl_export.checkpoint.json_file import Shape, json_or_none, misfit
 from mtl_export.errors import AdapterError, CheckpointError, shortened
 
 CONFIG_FILE = "adapter_config.json"
@@ -35,6 +35,21 @@ KNOWN_FIELDS = frozenset({
     "task_type", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
     "use_rslora", "velora_config",
 })  # fmt: skip
+# Of what is read.
+FIELDS: Shape = {
+    "r": int,
+    "lora_alpha": float,
+    "rank_pattern?": {str: int},
+    "alpha_pattern?": {str: float},
+    "trainable_token_indices?": ([int], {str: [int]}),
+    "init_lora_weights?": (bool, str),
+    "use_dora?": bool,
+    "use_rslora?": bool,
+    "kasa_config?": {},
+    "task_type?": str,
+    "auto_mapping?": {"base_model_class?": str},
+    "base_model_name_or_path?": str,
+}
 # Variants whose weights are not W + s B A: field -> (name, why).
 REFUSED_FIELDS = {
     "alora_invocation_tokens": (
@@ -147,14 +162,8 @@ AUTO_CLASSES = {
 
 def peft_fields(folder: Path) -> dict[str, Any] | None:
     """Return the config in ``folder``, None unless there is one that PEFT wrote."""
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        return None
-    try:
-        parsed = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return parsed if isinstance(parsed, dict) and "peft_type" in parsed else None
+    parsed = json_or_none(folder / CONFIG_FILE)
+    return parsed if parsed and "peft_type" in parsed else None
 
 
 def read_config(folder: Path) -> PeftConfig:
@@ -189,24 +198,8 @@ def read_config(folder: Path) -> PeftConfig:
 
 
 def _check_types(path: Path, fields: Mapping[str, Any]) -> None:
-    problems = []
-    rank, alpha = fields.get("r"), fields.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        problems.append(f"r is {rank!r}")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        problems.append(f"lora_alpha is {alpha!r}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = fields.get(name) or {}
-        if not isinstance(patterns, dict) or not all(
-            isinstance(value, int | float) and value > 0 for value in patterns.values()
-        ):
-            problems.append(f"{name} is {patterns!r}")
-            continue
-        problems += [f"{name} has the bad key {key!r}" for key in patterns if not _compiles(key)]
-    tokens = fields.get("trainable_token_indices")
-    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens or []]
-    if not all(_is_index_list(indices) for indices in lists):
-        problems.append(f"trainable_token_indices is {tokens!r}")
+    wrong = misfit(dict(fields), FIELDS)
+    problems = [wrong[0]] if wrong else _out_of_range(fields)
     if problems:
         raise CheckpointError(
             where=str(path),
@@ -215,6 +208,20 @@ def _check_types(path: Path, fields: Mapping[str, Any]) -> None:
             why="the scale of every delta is alpha / r",
             fix="Copy or save the adapter again",
         )
+
+
+def _out_of_range(fields: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with values that are of the right type."""
+    problems = [f"r is {fields['r']}"] if fields["r"] < 1 else []
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = fields.get(name) or {}
+        problems += [f"{name} is {patterns}"] * any(value <= 0 for value in patterns.values())
+        problems += [f"{name} has the bad key {key!r}" for key in patterns if not _compiles(key)]
+    tokens = fields.get("trainable_token_indices") or []
+    lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+    if not all(min(ids, default=0) >= 0 and len(set(ids)) == len(ids) for ids in lists):
+        problems.append(f"trainable_token_indices is {tokens}")
+    return problems
 
 
 def _check_init(path: Path, fields: Mapping[str, Any]) -> None:
@@ -262,14 +269,6 @@ def _by_pattern(fields: Mapping[str, Any], name: str, module: str, default: floa
 def _compiles(key: str) -> bool:
     try:
         re.compile(rf"(.*\.)?({key})$")
-    except re.error:
+    except (re.error, OverflowError, RecursionError):  # the last two: {99999999999}, ((((...
         return False
     return True
-
-
-def _is_index_list(indices: object) -> bool:
-    return (
-        isinstance(indices, list)
-        and all(isinstance(index, int) and index >= 0 for index in indices)
-        and len(set(indices)) == len(indices)
-    )

@@ -6,7 +6,6 @@ Adding a format means one file here and one row in ``FORMATS``.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from mtl_export.checkpoint.checkpoint import Checkpoint, LayerTensors, check_tas
 from mtl_export.checkpoint.contained import check_links
 from mtl_export.checkpoint.folder import FORMAT, is_own_folder, read_folder
 from mtl_export.checkpoint.hidden_biases import with_biases
+from mtl_export.checkpoint.json_file import read_json
 from mtl_export.checkpoint.torch_pickle import refuse_code
 from mtl_export.errors import CheckpointError, UsageError, shortened
 
@@ -162,19 +162,7 @@ def _refuse_broken_config(path: Path) -> None:
     name = peft_config.CONFIG_FILE
     configs = [path / name, *sorted(path.glob(f"*/{name}"))] if path.is_dir() else []
     for config in filter(Path.is_file, configs):
-        try:
-            parsed = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            parsed = error
-        if not isinstance(parsed, dict):
-            reason = f" ({parsed})" if isinstance(parsed, ValueError) else ""
-            raise CheckpointError(
-                where=str(config),
-                found=f"no JSON object{reason}",
-                expected="what the trainer wrote",
-                why="it says what the checkpoint is",
-                fix="Copy or save the checkpoint again",
-            )
+        read_json(config, expected="a JSON object, as the trainer wrote it")
 
 
 def with_hyper(checkpoint: Checkpoint, given: dict[str, float | None]) -> Checkpoint:

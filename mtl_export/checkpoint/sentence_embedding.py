@@ -11,6 +11,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from mtl_export.checkpoint.json_file import parse_json
+
 Pooling = Literal["mean", "cls"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "cls")
 HIDDEN_STATES = "last_hidden_state"
@@ -37,5 +39,13 @@ class SentenceEmbedding:
 
     @classmethod
     def from_json(cls, text: str) -> SentenceEmbedding | None:
-        """Return what ``to_json`` wrote; None for an empty text."""
-        return cls(**json.loads(text)) if text else None
+        """Return what ``to_json`` wrote; None for an empty text.
+
+        Raises:
+            CheckpointError: It wrote something else.
+        """
+        if not text:
+            return None
+        shape = {"pooling": frozenset(POOLINGS), "normalize?": bool}
+        found = parse_json(text, METADATA_KEY, shape, fix="Export the graph again")
+        return cls(found["pooling"], found.get("normalize") or False)

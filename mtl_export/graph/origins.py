@@ -15,12 +15,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.checkpoint import Task, tasks_of
+from mtl_export.checkpoint.json_file import parse_json
 
 TASKS_KEY, CHECKPOINT_KEY = "mtl_export.tasks", "mtl_export.checkpoint_sha256"
 EDITS_KEY, ORIGINS_KEY = "mtl_export.edits", "mtl_export.origins"
 # Of "add NAME SHA-256" the name tells people enough.
 _WORDS = {"add": 2}
+_ORIGIN = {"checkpoint_sha256": str, "name": str, "index": int}
+_FIX = "Export the graph again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +58,10 @@ class EditedGraph:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> EditedGraph | None:
         """Return what ``metadata_props`` say, None of a graph that is as it was exported."""
-        edits = tuple(json.loads(metadata.get(EDITS_KEY, "[]")))
+        edits = edits_of(metadata)
         if not edits:
             return None
-        tasks = tuple(Task.from_entry(one) for one in json.loads(metadata[TASKS_KEY]))
+        tasks = tasks_of(metadata.get(TASKS_KEY, "[]"), TASKS_KEY)
         return cls(edits, tasks, tuple(origins_of(metadata) or ()))
 
     @property
@@ -74,15 +77,25 @@ class EditedGraph:
         return [t.name for t, one in pairs if one.checkpoint_sha256 != checkpoint_sha256]
 
 
+def edits_of(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the edits that ``metadata_props`` list.
+
+    Raises:
+        CheckpointError: They are no list of texts.
+    """
+    return tuple(parse_json(metadata.get(EDITS_KEY, "[]"), EDITS_KEY, [str], fix=_FIX))
+
+
 def origins_of(metadata: Mapping[str, str]) -> list[Origin] | None:
     """Return where each task came from, None where the graph does not say."""
     if ORIGINS_KEY in metadata:
-        return [Origin(**one) for one in json.loads(metadata[ORIGINS_KEY])]
+        found = parse_json(metadata[ORIGINS_KEY], ORIGINS_KEY, [_ORIGIN], fix=_FIX)
+        return [Origin(**{name: one[name] for name in _ORIGIN}) for one in found]
     if EDITS_KEY in metadata:
         return None
-    checkpoint = metadata[CHECKPOINT_KEY]
-    tasks = json.loads(metadata[TASKS_KEY])
-    return [Origin(checkpoint, one["name"], one["index"]) for one in tasks]
+    checkpoint = metadata.get(CHECKPOINT_KEY, "")
+    tasks = tasks_of(metadata.get(TASKS_KEY, "[]"), TASKS_KEY)
+    return [Origin(checkpoint, task.name, task.index) for task in tasks]
 
 
 def origins_json(origins: Sequence[Origin]) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mtl_export.adapters.normal_form import AdapterSet
+from mtl_export.checkpoint.json_file import parse_json
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph import names
 from mtl_export.graph.stacks_on_disk import as_stored
@@ -59,7 +60,8 @@ def replaced_otherwise(
         places: Module and part of every stack in them.
     """
     metadata = next(iter(models.values())).metadata_props
-    known: dict[str, str] = json.loads(metadata.get(METADATA, "{}"))
+    fix = "Export the graph again"
+    known: dict[str, str] = parse_json(metadata.get(METADATA, "{}"), METADATA, {str: str}, fix=fix)
     for name in sorted({*known, *adapters.replaced}):
         values = adapters.replaced.get(name)
         if is_stacked(name, places):

@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mtl_export.adapters.normal_form import NO_LABEL, AdapterSet
-from mtl_export.checkpoint.checkpoint import TASK_NAME, Task, task_named
+from mtl_export.checkpoint.checkpoint import TASK_NAME, Task, task_named, tasks_of
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, UsageError, shortened
 from mtl_export.graph.origins import (
@@ -33,6 +33,7 @@ from mtl_export.graph.origins import (
     ORIGINS_KEY,
     TASKS_KEY,
     Origin,
+    edits_of,
     origins_json,
     origins_of,
 )
@@ -55,7 +56,7 @@ def task_table(models: Models) -> tuple[Task, ...]:
     """Return the tasks that the graphs serve, in id order."""
     model = next(iter(models.values()))
     task_count_node(model)
-    return tuple(Task.from_entry(one) for one in json.loads(model.metadata_props[TASKS_KEY]))
+    return tasks_of(model.metadata_props.get(TASKS_KEY, "[]"), TASKS_KEY)
 
 
 def rename_task(models: Models, name: str, new_name: str) -> tuple[Task, ...]:
@@ -261,8 +262,8 @@ def _record(
     table = [task.as_entry() for task in tasks]
     for model in models.values():
         properties = model.metadata_props
-        edits = [*json.loads(properties.get(EDITS_KEY, "[]")), edit]
-        derived = f"{properties[CHECKPOINT_KEY]} {edit}".encode()
+        edits = [*edits_of(properties), edit]
+        derived = f"{properties.get(CHECKPOINT_KEY, '')} {edit}".encode()
         properties[TASKS_KEY] = json.dumps(table)
         properties[CHECKPOINT_KEY] = checkpoint_sha256 or hashlib.sha256(derived).hexdigest()
         properties.pop(ORIGINS_KEY, None)

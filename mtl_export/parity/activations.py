@@ -8,7 +8,6 @@ B rows, I inputs and O outputs of a layer. Where a candidate runs one task at a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from mtl_export.adapters.modules.naming import own_module
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import GraphError
 from mtl_export.parity.cases import TASK_IDS
+from mtl_export.runtime.ort import task_table
 from mtl_export.runtime.runner import Runner
 
 FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
@@ -174,9 +174,7 @@ class GraphLayers:
             )
         with_outputs(model, self.taps)
         self._path = path
-        self._tasks: list[Mapping[str, Any]] = json.loads(
-            model.metadata_props.get("mtl_export.tasks", "[]")
-        )
+        self._tasks = task_table(model.metadata_props)
         self._session = graph_session(model, path, threads)
         names = {value.name for value in self._session.get_inputs()}
         shapes = {value.name: value.shape for value in self._session.get_inputs()}
@@ -219,7 +217,7 @@ class GraphLayers:
         from mtl_export.runtime.onnx_adapters import active, adapter_file
 
         task = int(inputs[TASK_IDS][0])
-        name = next(str(one["name"]) for one in self._tasks if one["index"] == task)
+        name = next(one.name for one in self._tasks if one.index == task)
         self._adapter = active(self._path.with_name(adapter_file(self._path.stem, name)))
         rest = {name: value for name, value in inputs.items() if name != TASK_IDS}
         return rest, self._adapter.options

@@ -12,7 +12,6 @@ None of it changes a logit that is compared, so no comparison of logits tells.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,8 @@ from typing import Any
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.base_model import companion_files
 from mtl_export.checkpoint.checkpoint import Task
-from mtl_export.errors import EngineRunError, shortened
+from mtl_export.checkpoint.json_file import read_json
+from mtl_export.errors import EngineRunError, MtlExportError, shortened
 from mtl_export.parity.report import Cell
 from mtl_export.parity.stored_dtype import folder_problem, graph_problem
 
@@ -142,8 +142,8 @@ def _config_problems(bound: BoundModel, folder: Path, task: Task | None) -> list
     elif bound.adapters.model_class:
         expected["architectures"] = [bound.adapters.model_class]
     try:
-        found: Mapping[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found: Mapping[str, Any] = read_json(folder / "config.json")
+    except MtlExportError as error:
         return [f"config.json cannot be read ({error})"]
     return [
         f"{key} is {found.get(key)!r}, not {value!r}"

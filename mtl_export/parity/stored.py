@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mtl_export.adapters.normal_form import AdapterSet
 from mtl_export.checkpoint.checkpoint import Task
-from mtl_export.errors import AdapterError, GraphError, shortened
+from mtl_export.errors import AdapterError, CheckpointError, GraphError, shortened
 from mtl_export.parity.report import Cell
 
 if TYPE_CHECKING:
@@ -34,17 +34,17 @@ def table_cell(cell: Cell, path: Path, tasks: Sequence[Task]) -> Cell:
     from mtl_export.runtime.ort import onnx_metadata, task_table
 
     cell = replace(cell, case=TABLE)
-    found = task_table(onnx_metadata(path))
-    wanted = [
-        {"name": task.name, "index": task.index, "labels": list(task.labels), "kind": task.kind}
-        for task in tasks
-    ]
-    problems = [] if len(found) == len(wanted) else [f"{len(found)} tasks, not {len(wanted)}"]
-    for own, expected in zip(found, wanted, strict=False):
+    metadata = onnx_metadata(path)
+    try:
+        found = task_table(metadata)
+    except CheckpointError as error:
+        return replace(cell, verdict="failed", reason=error.found)
+    problems = [] if len(found) == len(tasks) else [f"{len(found)} tasks, not {len(tasks)}"]
+    for own, task in zip(found, tasks, strict=False):
         problems += [
-            f"{key} of {expected['name']} is {own.get(key)!r}, not {value!r}"
-            for key, value in expected.items()
-            if own.get(key) != value
+            f"{key} of {task.name} is {getattr(own, key)!r}, not {getattr(task, key)!r}"
+            for key in ("name", "index", "labels", "kind")
+            if getattr(own, key) != getattr(task, key)
         ]
     return replace(cell, verdict="failed", reason=shortened(problems)) if problems else cell
 

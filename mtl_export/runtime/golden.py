@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mtl_export.checkpoint.json_file import Shape, parse_json
+from mtl_export.checkpoint.npz_file import read_npz
 from mtl_export.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 GOLDEN_FILE = "golden.npz"
 SCHEMA = "mtl-export.golden/1"
 _INDEX = "golden"
-# What numpy, zipfile and a wrong index raise; a file without an archive has no ``files``.
-_UNREADABLE = (
-    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile,
-    zlib.error,
-)  # fmt: skip
+_SHAPE: Shape = {
+    "schema": {SCHEMA},
+    "vectors": [{"name": str, "model": str, "atol": float, "rtol": float}],
+}
+_FIX = "Run mtl-export parity --golden again where the folder was made"
 
 
 @dataclass(frozen=True)
@@ -123,26 +123,14 @@ def read_golden(path: Path) -> tuple[Vector, ...]:
     Raises:
         IntegrityError: It is not such an archive.
     """
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        index = json.loads(str(arrays.pop(_INDEX)))
-        if index["schema"] != SCHEMA:
-            raise ValueError(f"schema {index['schema']!r}")
-        return tuple(_vector(number, one, arrays) for number, one in enumerate(index["vectors"]))
-    except _UNREADABLE as error:
-        raise IntegrityError(
-            where=str(path),
-            found=f"not golden vectors this version can read ({error})",
-            expected=f'a numpy archive with schema "{SCHEMA}"',
-            fix="Run mtl-export parity --golden again where the folder was made",
-        ) from error
+    text, arrays = read_npz(path, _INDEX, error=IntegrityError, fix=_FIX)
+    index = parse_json(text, f"{path}: {_INDEX}", _SHAPE, error=IntegrityError, fix=_FIX)
+    return tuple(_vector(path, number, one, arrays) for number, one in enumerate(index["vectors"]))
 
 
-def _vector(number: int, facts: Mapping[str, Any], arrays: Mapping[str, Array]) -> Vector:
-    model = str(facts["model"])
-    if Path(model).name != model:
-        raise ValueError(f"the model {model!r} lies outside the folder")
+def _vector(
+    path: Path, number: int, facts: Mapping[str, Any], arrays: Mapping[str, Array]
+) -> Vector:
 
     def part(kind: str) -> dict[str, Array]:
         prefix = f"{number}.{kind}."
@@ -152,10 +140,16 @@ def _vector(number: int, facts: Mapping[str, Any], arrays: Mapping[str, Array]) 
             if name.startswith(prefix)
         }
 
-    vector = Vector(
-        str(facts["name"]), model, part("inputs"), part("outputs"),
-        float(facts["atol"]), float(facts["rtol"]),
-    )  # fmt: skip
-    if not vector.inputs or not vector.outputs:
-        raise ValueError(f"vector {number} is empty")
-    return vector
+    model, inputs, outputs = facts["model"], part("inputs"), part("outputs")
+    problem = ""
+    if Path(model).name != model or "\0" in model:
+        problem = f"the model {model!r} lies outside the folder"
+    elif not inputs or not outputs:
+        problem = f"vector {number} is empty"
+    elif any(value.dtype.kind == "b" for value in outputs.values()):
+        problem = f"an output of vector {number} is no number"
+    if problem:
+        raise IntegrityError(
+            where=str(path), found=problem, expected=f'vectors of schema "{SCHEMA}"', fix=_FIX
+        )
+    return Vector(facts["name"], model, inputs, outputs, float(facts["atol"]), float(facts["rtol"]))

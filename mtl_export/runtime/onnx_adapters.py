@@ -9,7 +9,6 @@ ONNX Runtime takes one adapter for a run: ``LoraAdapter.Load``, then
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtl_export.errors import EngineRunError
-from mtl_export.runtime.ort import OrtRunner, load_onnxruntime, run_session
+from mtl_export.runtime.ort import OrtRunner, load_onnxruntime, run_session, task_table
 from mtl_export.runtime.task_batches import TASK_IDS, by_task
 
 if TYPE_CHECKING:
@@ -105,9 +104,9 @@ class AdapterRunner(OrtRunner):
     def __enter__(self) -> AdapterRunner:
         """Open the session and every task's adapter."""
         super().__enter__()
-        for task in json.loads(self.metadata["mtl_export.tasks"]):
-            path = self._path.with_name(adapter_file(self._path.stem, task["name"]))
-            self._adapters[int(task["index"])] = active(path)
+        for task in task_table(self.metadata):
+            path = self._path.with_name(adapter_file(self._path.stem, task.name))
+            self._adapters[task.index] = active(path)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,17 +1,17 @@
 """ONNX files in ONNX Runtime: sessions for those who serve, a runner for those who compare.
 
-Of this package it imports the errors alone, so that a service needs numpy and onnxruntime.
+Of this package it imports nothing that needs more than numpy and onnxruntime.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mtl_export.checkpoint.checkpoint import Task, tasks_of
 from mtl_export.errors import BackendMissingError, EngineRunError, UsageError, shortened
 from mtl_export.runtime.arguments import whole_number
 from mtl_export.runtime.task_batches import TASK_IDS, by_task
@@ -19,6 +19,7 @@ from mtl_export.runtime.task_batches import TASK_IDS, by_task
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
 
+TASKS = "mtl_export.tasks"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # What people say -> what ONNX Runtime says; any other name is taken as its own.
 PROVIDERS = {"cpu": CPU, "cuda": CUDA}
@@ -309,10 +310,13 @@ def onnx_metadata(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def task_table(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the tasks that the file says it serves, empty if it says nothing."""
-    table: list[dict[str, Any]] = json.loads(metadata.get("mtl_export.tasks", "[]"))
-    return table
+def task_table(metadata: Mapping[str, str]) -> tuple[Task, ...]:
+    """Return the tasks that the file says it serves, none if it says nothing.
+
+    Raises:
+        CheckpointError: What it says is no table of tasks.
+    """
+    return tasks_of(metadata.get(TASKS, "[]"), TASKS)
 
 
 def not_run(session: Any, path: Path, error: Exception) -> EngineRunError:

@@ -222,6 +222,8 @@ def _misfit(row: Array, field: Field) -> str:
     # A graph's Gather counts negative ids from the table's end: an answer like any other.
     if field.name in IDS and row.min() < 0:
         return f"holds {row.min()}, and ids are 0 or more"
+    if field.name.endswith(MASK) and wanted.kind != "f" and ((row != 0) & (row != 1)).any():
+        return f"holds {row[(row != 0) & (row != 1)][0]}, and a mask is 0 or 1"
     return ""
 
 

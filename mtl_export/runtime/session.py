@@ -99,7 +99,7 @@ class TaskSession:
         self._path = graph_file(Path(path))
         self._session = open_session(self._path, providers=providers, threads=threads)
         metadata = metadata_of(self._session)
-        self.tasks = tuple(Task.from_entry(entry) for entry in task_table(metadata))
+        self.tasks = task_table(metadata)
         if not self.tasks:
             raise UsageError(
                 where=str(self._path),

@@ -7,19 +7,32 @@ library ``tokenizers`` is imported when a text is first encoded.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mtl_export.checkpoint.model_inputs import has_position_table, longest_sequence, placed_by
+from mtl_export.checkpoint.json_file import Shape, read_json
+from mtl_export.checkpoint.model_inputs import (
+    CONFIG,
+    has_position_table,
+    longest_sequence,
+    placed_by,
+)
 from mtl_export.errors import BackendMissingError, EngineRunError, UsageError, shortened
-from mtl_export.runtime.arguments import listed
+from mtl_export.runtime.arguments import listed, whole_number
 
 TOKENIZER_FILE = "tokenizer.json"
 # transformers writes 1e30 for "no limit".
 _NO_LIMIT = 10**9
+# The library keeps a table as long as the largest id: 8.5 GB for 2**31. The largest vocabulary
+# known has a million tokens.
+MOST_ID = 2**24
+_FIX = "Export again with --force"
+_SETTINGS: Shape = {"model_max_length?": float, "pad_token?": (str, {"content?": str})}
+_TOKENIZER: Shape = {"added_tokens?": [{"id": int, "content": str}], "model": {}}
 
 
 @dataclass(frozen=True)
@@ -80,10 +93,12 @@ class TextFiles:
             BackendMissingError: ``tokenizers`` is not installed.
             UsageError: The folder has no ``tokenizer.json``, ``texts`` is a single text or holds
                 something else than texts and pairs, or a row is too long.
+            EngineRunError: The library ``tokenizers`` refuses the file, or fails on the texts.
         """
         entries = _text_rows(texts)
         tokenizer = self._cutting_tokenizer if truncate else self._tokenizer
-        encodings = tokenizer.encode_batch(entries)
+        with _in_library(self.folder / TOKENIZER_FILE):
+            encodings = tokenizer.encode_batch(entries)
         self._refuse_longer([len(encoding.ids) for encoding in encodings])
         return {
             "input_ids": [encoding.ids for encoding in encodings],
@@ -92,8 +107,16 @@ class TextFiles:
         }
 
     def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
-        """Return the texts of rows of tokens, special tokens left out."""
-        texts: list[str] = self._tokenizer.decode_batch([list(row) for row in tokens])
+        """Return the texts of rows of tokens, special tokens left out.
+
+        Raises:
+            UsageError: ``tokens`` are no rows of ids.
+            BackendMissingError: ``tokenizers`` is not installed.
+            EngineRunError: The library refuses the file, or fails on the tokens.
+        """
+        rows, tokenizer = _id_rows(tokens), self._tokenizer
+        with _in_library(self.folder / TOKENIZER_FILE):
+            texts: list[str] = tokenizer.decode_batch(rows)
         return texts
 
     def _refuse_longer(self, lengths: Sequence[int]) -> None:
@@ -112,9 +135,11 @@ class TextFiles:
     @cached_property
     def _cutting_tokenizer(self) -> Any:
         # One of its own: sessions are shared by threads, and the setting is the tokenizer's.
-        tokenizer = type(self._tokenizer).from_str(self._tokenizer.to_str())
-        if self.longest is not None:
-            tokenizer.enable_truncation(self.longest)
+        known, longest = self._tokenizer, self.longest
+        with _in_library(self.folder / TOKENIZER_FILE):
+            tokenizer = type(known).from_str(known.to_str())
+            if longest is not None:
+                tokenizer.enable_truncation(longest)
         return tokenizer
 
     @cached_property
@@ -136,47 +161,103 @@ class TextFiles:
                 expected="the tokenizer of the base, as save_pretrained writes it",
                 fix="Tokenise elsewhere and pass token ids",
             )
-        tokenizer = Tokenizer.from_file(str(path))
+        document = read_json(path, _TOKENIZER, error=EngineRunError, fix=_FIX)
         # The file carries the settings of whoever last used it.
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        return tokenizer
+        document |= {"padding": None, "truncation": None}
+        largest = max(_whole_numbers(document), default=0)
+        if largest > MOST_ID:
+            raise EngineRunError(
+                where=str(path),
+                found=f"the id {largest:,}",
+                expected=f"ids up to {MOST_ID:,}",
+                why="the memory it takes grows with the largest",
+                fix=_FIX,
+            )
+        with _in_library(path):
+            # Of the text that was looked at: another parser may read the file otherwise.
+            return Tokenizer.from_str(json.dumps(document))
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        config = self._read("config.json")
+        config = self._read("config.json", CONFIG)
         text = config.get("text_config")
         return {**config, **text} if isinstance(text, dict) else config
 
     @cached_property
     def _tokenizer_config(self) -> dict[str, Any]:
-        return self._read("tokenizer_config.json")
+        return self._read("tokenizer_config.json", _SETTINGS)
 
     def _pad_of_tokenizer(self) -> int | None:
         token = self._tokenizer_config.get("pad_token")
         content = token.get("content") if isinstance(token, dict) else token
-        added = self._read(TOKENIZER_FILE).get("added_tokens", []) if content else []
-        return next((entry["id"] for entry in added if entry.get("content") == content), None)
+        if not content:
+            return None
+        added = self._read(TOKENIZER_FILE, _TOKENIZER).get("added_tokens") or []
+        return next((entry["id"] for entry in added if entry["content"] == content), None)
 
-    def _read(self, name: str) -> dict[str, Any]:
+    def _read(self, name: str, shape: Shape) -> dict[str, Any]:
         path = self.folder / name
         if not path.is_file():
             return {}
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise EngineRunError(
-                where=str(path),
-                found=f"not JSON ({error})",
-                expected="the file that was exported",
-                fix="Export again with --force",
-            ) from error
-        return document if isinstance(document, dict) else {}
+        found: dict[str, Any] = read_json(path, shape, error=EngineRunError, fix=_FIX)
+        return found
+
+
+@contextmanager
+def _in_library(path: Path) -> Iterator[None]:
+    """Turn what ``tokenizers`` raises into our error: bare Exception, and panics of Rust.
+
+    Raises:
+        EngineRunError: It raised.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # its panics are no Exception
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise EngineRunError(
+            where=str(path),
+            found=f"the library tokenizers cannot use it ({reason[0]})",
+            expected="the file that was exported, and texts that it can hold",
+            fix=_FIX,
+        ) from error
+
+
+def _whole_numbers(document: dict[str, Any]) -> Iterator[int]:
+    """Yield every whole number in a JSON object."""
+    pending: list[Any] = [document]
+    while pending:
+        node = pending.pop()
+        for child in node.values() if isinstance(node, dict) else node:
+            if isinstance(child, dict | list):
+                pending.append(child)
+            elif type(child) is int:
+                yield child
+
+
+def _id_rows(tokens: Any) -> list[list[int]]:
+    """Return rows of tokens as the library takes them."""
+    rows = listed(tokens)
+    ids = [[whole_number(one) for one in listed(row) or ()] for row in rows or ()]
+    others = [
+        f"row {at} is {repr(row)[:80]}"
+        for at, (row, own) in enumerate(zip(rows or (), ids, strict=True))
+        if listed(row) is None or not all(one is not None and 0 <= one < 2**32 for one in own)
+    ]
+    if rows is None or others:
+        raise UsageError(
+            where="tokens",
+            found=shortened(others) if others else type(tokens).__name__,
+            expected="a list with a list of ids, 0 or more, for each row",
+            fix="Pass what generate returned",
+        )
+    return [[one for one in own if one is not None] for own in ids]
 
 
 def _text_rows(texts: Any) -> list[str | tuple[str, str]]:
     """Return what callers pass, a text or a pair for each row."""
-    expected = "a list with a text, or a pair of texts, for each row"
+    expected = "a list with a text, or a pair of texts, for each row, all of it in UTF-8"
     if isinstance(texts, str):
         raise UsageError(
             where="texts",
@@ -203,5 +284,13 @@ def _text_rows(texts: Any) -> list[str | tuple[str, str]]:
 
 def _is_text_row(entry: object) -> bool:
     if isinstance(entry, tuple | list):
-        return len(entry) == 2 and all(isinstance(text, str) for text in entry)
-    return isinstance(entry, str)
+        return len(entry) == 2 and all(map(_is_text, entry))
+    return _is_text(entry)
+
+
+def _is_text(entry: object) -> bool:
+    """Return whether ``entry`` is a text without half of a surrogate pair."""
+    try:
+        return isinstance(entry, str) and bool(entry.encode() or not entry)
+    except UnicodeEncodeError:
+        return False

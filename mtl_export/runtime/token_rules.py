@@ -9,7 +9,6 @@ older models keep in ``config.json``, and mean what they mean to transformers' `
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mtl_export.checkpoint.json_file import Shape, read_json
 from mtl_export.errors import EngineRunError, UsageError
 
 if TYPE_CHECKING:
@@ -31,6 +31,16 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "guidance_scale": (None, 1), "sequence_bias": (None, [], {}), "stop_strings": (None, [], ""),
     "watermarking_config": (None,),
 }  # fmt: skip
+_IDS = (int, [int])
+# Of what is read.
+SETTINGS: Shape = {
+    **dict.fromkeys(("eos_token_id?", "decoder_start_token_id?", "bos_token_id?"), _IDS),
+    **dict.fromkeys(("forced_bos_token_id?", "forced_eos_token_id?"), _IDS),
+    **dict.fromkeys(("suppress_tokens?", "begin_suppress_tokens?"), _IDS),
+    **dict.fromkeys(("min_length?", "min_new_tokens?", "no_repeat_ngram_size?"), int),
+    "pad_token_id?": int,
+    "repetition_penalty?": float,
+}
 
 
 @dataclass(frozen=True)
@@ -76,8 +86,9 @@ class TokenRules:
                 row, ``settings`` alone say.
 
         Raises:
-            UsageError: A setting is on that is not done here.
+            UsageError: A setting is on that is not done here, or has no meaning.
         """
+        _refuse_senseless(settings)
         on = [name for name, off in UNSUPPORTED.items() if settings.get(name) not in off]
         if on:
             raise UsageError(
@@ -137,6 +148,7 @@ class TokenRules:
             padding: int ``[B]``, how many tokens at a row's beginning are padding, which is no
                 repetition; None: none.
         """
+        self._refuse_beyond(logits.shape[1])
         logits = logits.copy()
         length, new = tokens.shape[1], tokens.shape[1] - begin
         if self.repetition_penalty != 1.0:
@@ -162,6 +174,32 @@ class TokenRules:
         if new == first:
             logits[:, list(self.suppressed_first)] = -np.inf
         return logits
+
+    def _refuse_beyond(self, vocabulary: int) -> None:
+        """Refuse tokens that the logits do not have."""
+        first = () if self.forced_first is None else (self.forced_first,)
+        named = (*self.eos, *first, *self.forced_last, *self.suppressed, *self.suppressed_first)
+        beyond = [token for token in named if not 0 <= token < vocabulary]
+        if beyond:
+            raise EngineRunError(
+                where=GENERATION_FILE,
+                found=f"the token {beyond[0]}",
+                expected=f"tokens 0 to {vocabulary - 1}",
+                why="the model gives no logit for others",
+                fix="Export again with --force, from a base whose settings are its own",
+            )
+
+
+def _refuse_senseless(settings: Mapping[str, Any]) -> None:
+    """Refuse what transformers refuses: a penalty that is not positive, a size below 0."""
+    penalty, size = settings.get("repetition_penalty"), settings.get("no_repeat_ngram_size")
+    if (penalty is not None and penalty <= 0) or (size or 0) < 0:
+        raise UsageError(
+            where="generation settings",
+            found=f"repetition_penalty {penalty}, no_repeat_ngram_size {size}",
+            expected="a penalty above 0, a size of 0 or more",
+            fix=f"Correct them in {GENERATION_FILE}",
+        )
 
 
 def _only(logits: Array, tokens: tuple[int, ...]) -> Array:
@@ -202,15 +240,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Return one of a model's JSON files.
 
     Raises:
-        EngineRunError: It is not there or no JSON.
+        EngineRunError: It is not there, no JSON, or a setting is of another type.
     """
-    try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EngineRunError(
-            where=str(path),
-            found=f"it cannot be read ({error})",
-            expected="the JSON file that was exported",
-            fix="Export again with --force",
-        ) from error
+    fix = "Export again with --force"
+    document: dict[str, Any] = read_json(path, SETTINGS, error=EngineRunError, fix=fix)
     return document

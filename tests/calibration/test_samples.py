@@ -139,7 +139,7 @@ def test_wrong_arrays_are_refused(
 def test_a_pickled_npz_is_refused(tmp_path: Path) -> None:
     """Data cannot run code."""
     np.savez(tmp_path / "rows.npz", x=np.array([{}], dtype=object))
-    with pytest.raises(CalibrationError, match="cannot be read"):
+    with pytest.raises(CalibrationError, match=r"no array of numbers \(dtype '\|O'\)"):
         load_data(str(tmp_path / "rows.npz"))
 
 
@@ -149,7 +149,7 @@ def test_an_npz_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     np.savez(path, x=np.arange(9))
     for content in (path.read_bytes()[:100], b""):
         path.write_bytes(content)
-        with pytest.raises(CalibrationError, match="cannot be read"):
+        with pytest.raises(CalibrationError, match="damaged"):
             load_data(str(path))
 
 

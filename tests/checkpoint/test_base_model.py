@@ -152,7 +152,7 @@ def test_a_broken_config_is_refused(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
     with pytest.raises(BaseModelError) as caught:
         open_base(str(folder))
-    assert_whole(caught.value, where=str(folder), found="config.json is no JSON object")
+    assert_whole(caught.value, where="config.json", found="", expected="a JSON object")
 
 
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:

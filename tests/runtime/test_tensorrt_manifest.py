@@ -106,11 +106,11 @@ def test_unwritable_manifest_is_an_output_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot be read"),
-        ("{", "cannot be read"),
-        ("[]", "schema is None"),
+        (None, "no such file"),
+        ("{", "not JSON"),
+        ("[]", "no JSON object"),
         ('{"schema": "mtl-export.engine/2"}', "schema is 'mtl-export.engine/2'"),
-        ('{"schema": "mtl-export.engine/1"}', "missing or malformed"),
+        ('{"schema": "mtl-export.engine/1"}', "no 'engine'"),
     ],
 )
 def test_broken_manifest_is_refused(tmp_path: Path, text: str | None, message: str) -> None:

@@ -131,7 +131,7 @@ def test_broken_config_is_named(tmp_path: Path) -> None:
     """A config.json that is no JSON is the user's to repair."""
     path = write_merged(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UsageError, match=r"config\.json: it is not JSON"):
+    with pytest.raises(UsageError, match=r"config\.json: not JSON"):
         default_profile(path)
 
 
@@ -238,15 +238,15 @@ def test_source_describes_the_graph(tmp_path: Path) -> None:
     ]
     assert [str(tensor) for tensor in source.outputs] == ["float32 logits[batch, 5]"]
     assert source.external_files == ("model.onnx.data",)
-    assert source.structured("tasks")[1]["name"] == "sentiment"
-    assert source.structured("absent") is None
+    assert source.structured("tasks", [object])[1]["name"] == "sentiment"
+    assert source.structured("absent", [object]) is None
 
 
 def test_metadata_that_is_no_json_is_refused(tmp_path: Path) -> None:
     """The key is named."""
     source = read_source(write_routed(tmp_path))
-    with pytest.raises(EngineBuildError, match=r"mtl_export\.layout is not JSON"):
-        source.structured("layout")
+    with pytest.raises(EngineBuildError, match=r"mtl_export\.layout: not JSON"):
+        source.structured("layout", str)
 
 
 @pytest.mark.parametrize("location", ["/etc/passwd", "../secret", "a/../../secret", "C:\\secret"])

@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mtl_export.checkpoint.json_file import read_json
 from mtl_export.parity.report import ParityReport
 
 SCHEMA_FILE = Path(__file__).with_name("parity.schema.json")
@@ -30,7 +31,7 @@ def document(report: ParityReport) -> dict[str, Any]:
 
 def read_schema() -> dict[str, Any]:
     """Return the JSON Schema that every report satisfies."""
-    schema: dict[str, Any] = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    schema: dict[str, Any] = read_json(SCHEMA_FILE)
     return schema
 
 

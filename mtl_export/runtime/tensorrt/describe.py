@@ -13,7 +13,7 @@ from pathlib import Path
 from mtl_export.errors import EngineBuildError
 from mtl_export.runtime.tensorrt.available import BuilderInfo
 from mtl_export.runtime.tensorrt.header import EngineHeader, read_header, sha256_of_graph
-from mtl_export.runtime.tensorrt.manifest import NOT_RUN, PASSED, Check, EngineManifest
+from mtl_export.runtime.tensorrt.manifest import NOT_RUN, PASSED, TASKS, Check, EngineManifest
 from mtl_export.runtime.tensorrt.options import BuildOptions
 from mtl_export.runtime.tensorrt.source import PREFIX, OnnxSource
 from mtl_export.version import VERSION
@@ -64,7 +64,7 @@ def describe_engine(
             if PREFIX + key in source.metadata
         },
         layout=source.metadata.get(f"{PREFIX}layout", ""),
-        tasks=tuple(source.structured("tasks") or ()),
+        tasks=tuple(source.structured("tasks", TASKS) or ()),
         inputs=source.inputs,
         outputs=source.outputs,
         profiles=tuple(options.profiles),

@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mtl_export.checkpoint.json_file import Shape, read_json
 from mtl_export.errors import IntegrityError, OutputError
 from mtl_export.runtime.tensorrt.shapes import LIMITS, Profile
 from mtl_export.runtime.tensorrt.source import TensorInfo
@@ -40,6 +41,26 @@ SCHEMA = "mtl-export.engine/1"
 SCHEMA_FILE = Path(__file__).with_name("engine.schema.json")
 PASSED = "passed"
 NOT_RUN = "not-run"
+# Of a graph from elsewhere, labels and kind may be anything.
+TASKS: Shape = [{"name": str, "index": int}]
+_TENSORS: Shape = [{"name": str, "dtype": str, "shape": [(int, str)]}]
+_SHAPE: Shape = {
+    "schema": {SCHEMA},
+    "engine": {"file": str, "sha256": str, "size_bytes": int, "graph_sha256": str},
+    "source": {"file": str, "sha256": {str: str}},
+    "provenance": {str: str},
+    "layout": str,
+    "tasks": TASKS,
+    "inputs": _TENSORS,
+    "outputs": _TENSORS,
+    "profiles": [{str: {"min": [int], "opt": [int], "max": [int]}}],
+    "precision": [str],
+    "tf32": bool,
+    "builder": {"name": str, "version": str, "options": {}},
+    "libraries": {str: str},
+    "targets": [str],
+    "validated": [{"check": str, "verdict": str, "reason?": str}],
+}
 
 
 @dataclass(frozen=True)
@@ -172,17 +193,8 @@ class EngineManifest:
         Raises:
             IntegrityError: It is missing, no manifest, or of another schema.
         """
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise _unreadable(path, f"it cannot be read ({error})") from error
-        schema = value.get("schema") if isinstance(value, dict) else None
-        if schema != SCHEMA:
-            raise _unreadable(path, f"its schema is {schema!r}")
-        try:
-            return cls.from_dict(value)
-        except (KeyError, TypeError, ValueError) as error:
-            raise _unreadable(path, f"a field is missing or malformed ({error!r})") from error
+        fix = "Build the engine again with mtl-export trt"
+        return cls.from_dict(read_json(path, _SHAPE, error=IntegrityError, fix=fix))
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> EngineManifest:
@@ -207,7 +219,10 @@ class EngineManifest:
             options=value["builder"]["options"],
             libraries=value["libraries"],
             targets=tuple(value["targets"]),
-            validated=tuple(Check(**check) for check in value["validated"]),
+            validated=tuple(
+                Check(one["check"], one["verdict"], one.get("reason") or "")
+                for one in value["validated"]
+            ),
         )
 
 
@@ -230,14 +245,4 @@ def _profile(value: Mapping[str, Any]) -> Profile:
             name: (tuple(limits["min"]), tuple(limits["opt"]), tuple(limits["max"]))
             for name, limits in value.items()
         }
-    )
-
-
-def _unreadable(path: Path, found: str) -> IntegrityError:
-    return IntegrityError(
-        where=str(path),
-        found=found,
-        expected=f"a manifest of schema {SCHEMA}",
-        why="an engine does not say what it is",
-        fix="Build the engine again with mtl-export trt",
     )

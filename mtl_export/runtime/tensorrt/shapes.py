@@ -10,14 +10,14 @@ positions.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from mtl_export.checkpoint.model_inputs import has_position_table, longest_sequence
+from mtl_export.checkpoint.json_file import read_json
+from mtl_export.checkpoint.model_inputs import CONFIG, has_position_table, longest_sequence
 from mtl_export.errors import UsageError, shortened
 from mtl_export.runtime.tensorrt.source import OnnxSource, TensorInfo, read_source
 
@@ -290,14 +290,14 @@ def _sizes(tensor: TensorInfo, ranges: Mapping[str, tuple[int, int, int]], posit
 
 def _positions(folder: Path) -> int | None:
     """Return how many positions the model beside ends at; None if it has no such end."""
-    config = _json_object(folder / "config.json")
+    config = _json_object(folder / "config.json", CONFIG)
     return longest_sequence(config) if has_position_table(config) else None
 
 
 def _token_limit(folder: Path, limit: int) -> int:
     """Return how many tokens the model beside takes, at most ``limit``."""
-    model = _json_object(folder / "config.json")
-    tokenizer = _json_object(folder / "tokenizer_config.json")
+    model = _json_object(folder / "config.json", CONFIG)
+    tokenizer = _json_object(folder / "tokenizer_config.json", {"model_max_length?": float})
     for value in (
         model.get("max_position_embeddings"),
         model.get("n_positions"),
@@ -308,17 +308,10 @@ def _token_limit(folder: Path, limit: int) -> int:
     return min(limit, _positions(folder) or limit)
 
 
-def _json_object(file: Path) -> dict[str, Any]:
+def _json_object(file: Path, shape: Any) -> dict[str, Any]:
     """Return what a file beside the model says; empty if there is none."""
     if not file.is_file():
         return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(
-            where=str(file),
-            found=f"it is not JSON ({error})",
-            expected="the model's largest sequence length",
-            fix="Give max_sequence, or export the graph again",
-        ) from error
-    return value if isinstance(value, dict) else {}
+    fix = "Give max_sequence, or export the graph again"
+    found: dict[str, Any] = read_json(file, shape, error=UsageError, fix=fix)
+    return found

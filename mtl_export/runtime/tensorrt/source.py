@@ -7,7 +7,6 @@ checked here because the parser's own words for a missing or short one are
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtl_export.checkpoint.external_files import external_files
 from mtl_export.checkpoint.hashing import sha256_of_file
+from mtl_export.checkpoint.json_file import Shape, parse_json
 from mtl_export.errors import EngineBuildError, MtlExportError, shortened
 
 if TYPE_CHECKING:
@@ -72,24 +72,17 @@ class OnnxSource:
         names = (self.path.name, *self.external_files)
         return {name: sha256_of_file(self.path.parent / name) for name in names}
 
-    def structured(self, key: str) -> Any:
+    def structured(self, key: str, shape: Shape) -> Any:
         """Return the JSON value of metadata ``mtl_export.<key>``, or None if there is none.
 
         Raises:
-            EngineBuildError: The value is not JSON.
+            EngineBuildError: The value is no JSON of this shape.
         """
         text = self.metadata.get(PREFIX + key)
         if text is None:
             return None
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise EngineBuildError(
-                where=str(self.path),
-                found=f"its metadata {PREFIX}{key} is not JSON ({error})",
-                expected="the metadata that mtl-export writes",
-                fix="Export the graph again",
-            ) from error
+        where = f"{self.path}: metadata {PREFIX}{key}"
+        return parse_json(text, where, shape, error=EngineBuildError, fix="Export the graph again")
 
 
 def read_source(path: Path) -> OnnxSource:
