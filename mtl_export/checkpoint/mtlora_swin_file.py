@@ -16,13 +16,14 @@ from typing import Any
 
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.checkpoint.torch_pickle import load_pickle, named_tensors, stored_names
+from mtl_export.checkpoint.yaml_file import read_yaml
 from mtl_export.errors import CheckpointError, shortened
 
 FILE_NAME = re.compile(r"ckpt_epoch_(\d+)\.pth")
 CONFIG_FILES = ("config.json", "cfg.yaml")
 SUFFIXES = frozenset({".pth", ".pt"})
 # The repository's own has some 300 values in 8 KB, 4 deep; YAML takes a second for 100 KB.
-MAX_CONFIG_BYTES, MAX_CONFIG_VALUES, MAX_CONFIG_DEPTH = 256 << 10, 100_000, 32
+MAX_CONFIG_VALUES, MAX_CONFIG_DEPTH = 100_000, 32
 TELLING = re.compile(r".+\.(lora_shared_[AB]|lora_tasks_[AB]\..+|lora_norm\.weight)")
 
 
@@ -120,16 +121,10 @@ def _no_config(file: Path, found: str) -> CheckpointError:
 
 
 def _config_beside(file: Path) -> tuple[dict[str, Any], Path]:
-    import yaml  # type: ignore[import-untyped]  # transformers depends on it
-
     for name in CONFIG_FILES:
         source = file.parent / name
         if source.is_file():
-            try:
-                with source.open("rb") as opened:
-                    config = yaml.safe_load(opened.read(MAX_CONFIG_BYTES).decode())
-            except (yaml.YAMLError, ValueError, RecursionError) as error:
-                raise _no_config(source, f"no YAML ({type(error).__name__})") from error
+            config = read_yaml(source)
             if isinstance(config, dict):
                 _check_plain(source, config)
                 return config, source
