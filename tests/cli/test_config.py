@@ -181,3 +181,29 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     """A wrong --config is named."""
     with pytest.raises(UsageError, match=r"nowhere\.toml: no such file"):
         read_config(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("alpha = " + "9" * 400, "below 1e308"),
+        ("temperature = -" + "9" * 4000, "below 1e308"),
+        ('checkpoint = "~nobody-here/x"', "no such user"),
+        ('base = "~nobody-here/x"', "no such user"),
+        ('biases = "a\\u0000b"', "without NUL"),
+        ("dtype = [1]", "one of"),
+        ("[calibrate]\ndata = '~nobody-here/x'", "no such user"),
+        ("[parity]\natol = { logits = " + "9" * 400 + " }", "below 1e308"),
+        ("[output]\ndir = '~nobody-here/x'", "no such user"),
+    ],
+)
+def test_values_beyond_what_can_be_used_are_refused(
+    tmp_path: Path, text: str, expected: str
+) -> None:
+    """Numbers beyond a float and homes of nobody are the file's faults, named with their key."""
+    path = tmp_path / "mtl-export.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"mtl-export\.toml: ") as caught:
+        read_config(path)
+    assert expected in caught.value.expected
+    assert len(caught.value.found) < 500
