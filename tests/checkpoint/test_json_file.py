@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 
 from mtl_export.checkpoint.json_file import (
-    MOST_BYTES,
-    MOST_CONTAINERS,
     json_or_none,
     misfit,
     parse_json,
     read_json,
     shown,
 )
+from mtl_export.checkpoint.small_file import MOST_BYTES, MOST_CONTAINERS
 from mtl_export.errors import IntegrityError, UsageError
 from tests.checkpoint.messages import assert_whole
 

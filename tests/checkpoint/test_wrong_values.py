@@ -303,7 +303,7 @@ def test_golden_index(tmp_path: Path) -> None:
     path.write_text(json.dumps({"schema": "mtl-export.golden/1", "vectors": [vector]}))
 
     def golden(folder: Path) -> None:
-        arrays = {"0.inputs.x": np.ones(1), "0.outputs.y": np.ones(1)}
+        arrays: dict[str, Any] = {"0.inputs.x": np.ones(1), "0.outputs.y": np.ones(1)}
         np.savez(folder / "golden.npz", golden=np.array(path.read_text()), **arrays)
         for one in read_golden(folder / "golden.npz"):
             assert one.widest >= 0 or one.atol < 0 or one.rtol < 0

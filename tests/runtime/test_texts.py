@@ -54,7 +54,8 @@ def test_rows_of_numpy_are_decoded(folder: Path) -> None:
     """Arrays, lists of arrays, and ids that no token has."""
     files = TextFiles(folder)
     ids = files.encode(["good"])["input_ids"]
-    for tokens in (ids, np.array(ids), [np.array(ids[0], np.int32)]):
+    given: list[Any] = [ids, np.array(ids), [np.array(ids[0], np.int32)]]
+    for tokens in given:
         assert files.decode(tokens) == files.decode(ids)
     assert files.decode([[2**32 - 1], []]) == ["", ""]
 
