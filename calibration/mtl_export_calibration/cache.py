@@ -4,27 +4,59 @@
 
 The key holds every input of the result: hashes of data and graph, method, options and
 versions. A file whose key differs in anything, or that cannot be read, counts as absent.
+Values keep their order, so that ties are broken as when they were measured.
+
+The folder is an output of its own, with a manifest while nobody works in it: ``verify``
+checks it as any other.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mtl_export.bundle.kinds import CACHE
+from mtl_export.bundle.manifest import MANIFEST_FILE, Recipe, own_files, write_manifest
+from mtl_export.bundle.staging import locked
 from mtl_export.checkpoint.json_file import OBJECT, Shape, json_or_none
 from mtl_export.checkpoint.npz_file import read_npz
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import MtlExportError
 from mtl_export.version import VERSION
+from mtl_export_calibration.half import HALF
 
 SCHEMA = "mtl-export.calibration/3"
 # What arrays of a file belong to; no activation has this name.
 _KEY = "mtl_export.key"
+
+
+@contextmanager
+def open_cache(folder: Path) -> Iterator[Path]:
+    """Give ``folder`` to one run at a time, and list what is in it at the end.
+
+    A run that comes meanwhile waits, and finds what was measured.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, exclusive=True, wait=True):
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        for rest in (*folder.glob("*.partial"), *folder.glob(f"{HALF}-*")):
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+        try:
+            yield folder
+        finally:
+            # A disk that is full was told of already, and what is not listed fails verify.
+            with suppress(OSError):
+                if any(own_files(folder)):
+                    write_manifest(folder, Recipe(CACHE, {}, {}, VERSION))
+                else:
+                    folder.rmdir()
 
 
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:
@@ -55,7 +87,7 @@ def write_cache(path: Path, key: Mapping[str, Any], value: Mapping[str, Any]) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {"schema": SCHEMA, "key": key, "value": value}
     partial = path.with_name(f"{path.name}.partial")
-    text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(document, indent=1, ensure_ascii=False)
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
 

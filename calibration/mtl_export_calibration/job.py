@@ -210,12 +210,12 @@ class GraphJob:
     def _half(self) -> list[dict[str, Any]]:
         """Return what half precision costs each task; nothing for a graph that has none."""
         if HALF not in self._trials:
-            scores = []
             try:
                 with half_precision(self._target.path, self._work.cache) as path:
                     scores = self._against_float(self._answers(path, HALF))
             except GraphError as error:
                 self._notes.append(f"not compared with {HALF}: {error}")
+                return []  # and not kept: a run that finds it would not know the note
             self._trials[HALF] = [one.as_dict() for one in scores]
             write_cache(self._log, self._key, {"trials": self._trials})
         return self._trials[HALF]

@@ -145,7 +145,7 @@ def _table(value: object, folder: Path) -> object:
 
 
 def _text(value: object, folder: Path) -> str:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise ValueError("a text in quotes")
     return value
 
@@ -177,8 +177,6 @@ def _path(value: object, folder: Path) -> str:
 
 def _expanded(text: str) -> Path:
     """Return a path without ``~`` or ``~user`` at its beginning."""
-    if "\0" in text:
-        raise ValueError("a path without NUL")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

@@ -37,7 +37,8 @@ _RENAMED = {
     "hardware_compatible": "hardware_compatibility",
 }
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-_SIZE = re.compile(r"(\d+)\s*([KMG]?)(?:IB)?")
+# Ten digits: with a G it is still a size that builders can hold.
+_SIZE = re.compile(r"(\d{1,10})\s*([KMG]?)(?:IB)?")
 
 # One profile as typed: smallest, best, largest; None for what was left out.
 ShapeTexts = tuple[str | None, str | None, str | None]

@@ -37,7 +37,7 @@ from mtl_export.errors import (
 from mtl_export.version import VERSION
 from mtl_export_cli.system_errors import (
     is_of_stream,
-    open_closed_streams,
+    prepare_streams,
     refusal_of,
     silence,
     unwritable_streams,
@@ -131,11 +131,12 @@ class LazyGroup(click.Group):
         **extra: Any,
     ) -> Any:
         """Run the command line and exit with its code."""
-        open_closed_streams()
+        prepare_streams()
         arguments = list(sys.argv[1:] if args is None else args)
         run = super().main
 
         def result() -> Any:
+            _refuse_blank(arguments)
             with warnings.catch_warnings():
                 if not sys.warnoptions:
                     # Libraries warn developers; python -W default shows it to those.
@@ -207,6 +208,30 @@ def _code_of(run: Callable[[], Any], arguments: list[str]) -> int:
         refusal = refusal_of(error)
         return _report_bug(error, arguments) if refusal is None else _fail(refusal, arguments)
     return code if isinstance(code, int) else EXIT_DONE
+
+
+def _refuse_blank(arguments: Sequence[str]) -> None:
+    """Refuse empty words and variables: ``-o "$UNSET"`` would name the current folder.
+
+    Raises:
+        UsageError: One is empty, or blank, or has a null byte.
+    """
+    blank = [name for name, value in os.environ.items()
+             if name.startswith("MTL_EXPORT_") and not value.strip()]  # fmt: skip
+    for before, word in zip(("mtl-export", *arguments), arguments, strict=False):
+        option, equals, value = word.partition("=")
+        if not word.strip() or "\0" in word:
+            blank.append(before if before.startswith("-") else f"the word after {before}")
+        elif equals and option.startswith("--") and not value.strip():
+            blank.append(option)
+    if blank:
+        raise UsageError(
+            where=blank[0],
+            found="its value is empty, or has a null byte",
+            expected="a value",
+            why="an empty path is the current folder, which nobody means",
+            fix="Give one, or leave it out; a shell variable in it may be unset",
+        )
 
 
 def _leave_broken_pipe() -> NoReturn:

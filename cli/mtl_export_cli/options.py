@@ -148,6 +148,10 @@ LAYOUT_HELP = "single-graph (default with --all-tasks) or per-task (default with
 REQUIRE_RUN_HELP = "Exit 6 unless all that should have been run was there and was run."
 NUMBERS = ("int8", "fp8", "int4")
 QUANTIZE_HELP = "What numbers the graphs are quantised to; int4: weights only."
+# More than any machine has; a count that a runtime cannot hold would be its TypeError.
+THREADS: Decorator = option(
+    "--threads", type=click.IntRange(0, 65536), default=0, help="Threads; 0: all cores."
+)
 LAYOUT: Decorator = option("--layout", type=click.Choice(LAYOUTS), help=LAYOUT_HELP)
 FORM: tuple[Decorator, ...] = (
     option(
@@ -211,7 +215,20 @@ def _settings(context: click.Context, values: dict[str, Any]) -> Settings:
     shared["verbosity"] = values.pop("verbose") - values.pop("quiet")
     if isinstance(config, Config):
         shared["output_dir"] = config.output_dir
+        _refuse_root(config.output_dir, f"{config.path}: output.dir")
+    _refuse_root(shared.get("output"), "--output")
     return Settings(**shared)
+
+
+def _refuse_root(place: Path | None, where: str) -> None:
+    if place is not None and place.resolve() == Path(place.resolve().anchor):
+        raise UsageError(
+            where=where,
+            found=f"{place} is the root of the file system",
+            expected="a folder in it",
+            why="every task would get a folder there",
+            fix="Pass another folder; a shell variable in the path may be unset",
+        )
 
 
 def _resolve_selection(context: click.Context, values: dict[str, Any]) -> None:

@@ -226,12 +226,13 @@ class Request:
         self, bound: BoundModel, groups: Sequence[Sequence[Target]], given: Given
     ) -> list[Outcome]:
         """Quantise graphs, those of one layout together."""
+        from mtl_export_calibration.cache import open_cache
         from mtl_export_calibration.measure import Work, measure
 
         outcomes = []
-        talk = render.Talk.from_settings(self.settings)
+        talk, place = render.Talk.from_settings(self.settings), self.settings.output_dir
         for group in groups:
-            with talk.steps(1) as steps:
+            with open_cache(place / "calibration") as cache, talk.steps(1) as steps:
                 meter = _Meter(steps)
                 work = Work(
                     bound=bound,
@@ -239,7 +240,7 @@ class Request:
                     calibration=given.calibration,
                     judged=given.judged,
                     options=self.options,
-                    cache=self.settings.output_dir / "calibration",
+                    cache=cache,
                     progress=meter,
                     longest=given.longest,
                 )

@@ -27,6 +27,7 @@ class Written:
         status: ``written`` or ``up to date``.
         seconds: How long it took.
         files: What it holds, by name.
+        manifest_sha256: Of its manifest, for ``verify --expect``.
     """
 
     path: Path
@@ -34,11 +35,13 @@ class Written:
     status: str
     seconds: float
     files: dict[str, FileEntry]
+    manifest_sha256: str = ""
 
     @classmethod
     def from_plan(cls, plan: OutputPlan, tasks: Sequence[str], seconds: float) -> Written:
         """Return the record of a plan whose block has ended well."""
-        from mtl_export.bundle.manifest import read_manifest
+        from mtl_export.bundle.manifest import MANIFEST_FILE, read_manifest
+        from mtl_export.checkpoint.hashing import sha256_of_file
 
         manifest = read_manifest(plan.target)
         return cls(
@@ -47,6 +50,7 @@ class Written:
             status=UP_TO_DATE if plan.up_to_date else WRITTEN,
             seconds=seconds,
             files=dict(manifest.files) if manifest else {},
+            manifest_sha256=sha256_of_file(plan.target / MANIFEST_FILE) if manifest else "",
         )
 
     @property
@@ -62,6 +66,7 @@ class Written:
             "status": self.status,
             "seconds": round(self.seconds, 3),
             "size_bytes": self.size_bytes,
+            "manifest_sha256": self.manifest_sha256,
             "files": {
                 name: {"sha256": entry.sha256, "size_bytes": entry.size_bytes}
                 for name, entry in self.files.items()

@@ -11,7 +11,6 @@ Works on a copy in ``out/``; the project stays as it is. Exits with the code of
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import struct
@@ -20,8 +19,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mtl_export.bundle.manifest import read_manifest, write_manifest
+
 HERE = Path(__file__).resolve().parent
-MANIFEST = "mtl-export.json"
 # What the gate does not need, so that the copy is made and judged quickly.
 LEFT_OUT = shutil.ignore_patterns("engines", "reports", ".data", ".*_cache", "__pycache__")
 
@@ -46,9 +46,9 @@ def edited(project: Path) -> None:
     (bias,) = struct.unpack("<f", content[start : start + 4])
     content[start : start + 4] = struct.pack("<f", bias + 0.01)
     path.write_bytes(content)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"][path.name]["sha256"] = hashlib.sha256(content).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    write_manifest(folder, manifest.recipe)
 
 
 def damaged(project: Path) -> None:

@@ -8,6 +8,9 @@ keeps its recipe and says what was done, under these options
     edits         one phrase for every edit
     unverified    tasks whose rows no comparison has seen: those that were added
 
+An edit that was done is not done twice: a command that was killed after its end, or is typed
+again, finds the folder up to date, as long as no later edit was about the same names.
+
 Golden vectors are kept for every other task: their rows answer as before, so ``verify`` still
 holds the folder against what parity found. Their ids follow the tasks.
 """
@@ -56,12 +59,14 @@ class Edited:
         before: The tasks it served.
         after: The tasks it serves.
         unverified: Those whose rows no comparison has seen, by name.
+        up_to_date: The edit was done before, and nothing was written.
     """
 
     folder: Path
     before: tuple[Task, ...]
     after: tuple[Task, ...]
     unverified: tuple[str, ...]
+    up_to_date: bool = False
 
 
 def edit_folder(place: Path, edit: Edit, note: str, *, added: str = "", removed: str = "",
@@ -70,7 +75,8 @@ def edit_folder(place: Path, edit: Edit, note: str, *, added: str = "", removed:
 
     Args:
         place: The folder, or one of the graphs in it.
-        edit: Changes the graphs, by stem, and returns the tasks they serve then.
+        edit: Changes the graphs, by stem, and returns the tasks they serve then; those they
+            served before where the edit was done already.
         note: What the edit is, for the manifest.
         added: The task that no comparison has seen.
         removed: The task that is gone.
@@ -111,7 +117,10 @@ def _edited(
     stems = sorted(Path(name).stem for name in manifest.files if _is_graph(name))
     models = {stem: open_graph(folder / f"{stem}.onnx") for stem in stems}
     before = task_table(models)
-    after = edit(models)
+    done = _is_done(note, _names(manifest, "edits"), {task.name for task in before})
+    after = before if done else edit(models)
+    if after == before:
+        return Edited(folder, before, after, tuple(_names(manifest, "unverified")), up_to_date=True)
     names = {old.name: renamed.get(old.name, old.name) for old in before if old.name != removed}
     unverified = _names(manifest, "unverified")
     unverified = [names[name] for name in unverified if name in names] + ([added] if added else [])
@@ -135,6 +144,20 @@ def _edited(
                 (plan.folder / GOLDEN_FILE).write_bytes(golden_bytes(vectors))
         _check(plan.folder, stems)
     return Edited(folder, before, after, tuple(unverified))
+
+
+def _is_done(note: str, edits: Sequence[str], tasks: set[str]) -> bool:
+    """Return whether ``note`` removes or renames what it did already, and nothing since did."""
+    names = _about(note)
+    last = [edit for edit in edits if names & _about(edit)][-1:]
+    old, *new = note.split()[1:]
+    return last == [note] and old not in tasks and {*new} <= tasks
+
+
+def _about(edit: str) -> set[str]:
+    """Return the names that an edit gives or takes: of an added task not what it is made from."""
+    verb, *words = edit.split()
+    return {*words} if verb == "rename" else {*words[:1]}
 
 
 def _is_graph(name: str) -> bool:

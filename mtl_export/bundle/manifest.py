@@ -12,6 +12,9 @@ a repeated command can tell that nothing is left to do, and anyone can check it 
     files          {path relative to the folder, with "/": {"sha256": hex, "size_bytes": int}}
     beside         the same, by paths that begin with "../": files that the folder needs and
                    that lie outside it; absent where there are none
+    manifest_sha256  SHA-256 of all the rest, as it is written here: an edit of a single value
+                   breaks it. Who writes a new one passes: only a digest of the whole file that
+                   was handed on another way (``verify --expect``) tells who wrote it.
 
 Keys are sorted; there is no timestamp and no absolute path, so the same recipe
 gives the same bytes. The manifest does not list itself, nor a folder inside that
@@ -20,6 +23,7 @@ is an output of its own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -34,8 +38,8 @@ from mtl_export.errors import IntegrityError
 MANIFEST_FILE = "mtl-export.json"
 SCHEMA = "mtl-export.output/1"
 OptionValue = str | int | float | bool | None | list[str] | dict[str, str]
-_KEYS = frozenset({"schema", "tool_version", "command", "options", "sources", "files"})
 _BESIDE = "beside"
+_DIGEST = "manifest_sha256"
 _FILES: Shape = {str: {"sha256": str, "size_bytes": int}}
 _SHAPE: Shape = {
     "schema": str,
@@ -45,6 +49,7 @@ _SHAPE: Shape = {
     "sources": {str: str},
     "files": _FILES,
     "beside?": _FILES,
+    _DIGEST: str,
 }
 
 
@@ -184,11 +189,21 @@ def _write(folder: Path, manifest: Manifest) -> Manifest:
     }
     if manifest.beside:
         document[_BESIDE] = _listed(manifest.beside)
-    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    document[_DIGEST] = _digest(document)
     partial = folder / f"{MANIFEST_FILE}.partial"
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(_bytes(document))
     partial.replace(folder / MANIFEST_FILE)
     return manifest
+
+
+def _bytes(document: Mapping[str, object]) -> bytes:
+    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return text.encode()
+
+
+def _digest(document: Mapping[str, object]) -> str:
+    rest = {name: value for name, value in document.items() if name != _DIGEST}
+    return hashlib.sha256(_bytes(rest)).hexdigest()
 
 
 def _listed(files: Mapping[str, FileEntry]) -> dict[str, dict[str, str | int]]:
@@ -246,8 +261,10 @@ def own_files(folder: Path) -> Iterator[Path]:
 
 
 def _parsed(document: Mapping[str, Any]) -> Manifest:
-    if document.keys() - {_BESIDE} != _KEYS or document["schema"] != SCHEMA:
-        raise ValueError(f"schema {document.get('schema')!r}, keys {sorted(document)}")
+    if document["schema"] != SCHEMA:
+        raise ValueError(f"schema {document['schema']!r}")
+    if document[_DIGEST] != _digest(document):
+        raise ValueError(f"its {_DIGEST} is not that of the rest: it was edited or damaged")
     files, beside = _entries(document["files"]), _entries(document.get(_BESIDE) or {})
     unsafe = [name for name in files if not _is_inside(name)]
     # One folder up and no further: what lies beside is of the same run.

@@ -17,6 +17,9 @@ target (outputs of their own such as ``onnx/<task>/``, a README somebody put the
 is carried over by hard link, or copied where links do not work. The one exception is
 asked for: with ``force``, a stranger's file gives way to a new one of the same name.
 
+Where a run of the same recipe finishes first, its result stays and this one's is dropped: both
+end with the same folder, ``up_to_date`` for the later one.
+
 A block that ends in an error, a full disk or ``kill -9`` leaves the target as it was.
 """
 
@@ -29,6 +32,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from mtl_export.bundle.manifest import (
@@ -45,6 +49,9 @@ from mtl_export.errors import IntegrityError, MtlExportError, OutputError, short
 
 _FULL = ("the disk or its quota is full", "Free some space, or pass a folder on another disk")
 _CLOSED = ("it cannot be written", "Pass a folder you may write to --output")
+_HANDLES = ("too many files are open at once", "Raise ulimit -n")
+# How long to wait for another run that puts its result in place.
+_PATIENCE_S = 2.0
 _WRITE_FAILURES: dict[int, tuple[str, str]] = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
@@ -54,6 +61,8 @@ _WRITE_FAILURES: dict[int, tuple[str, str]] = {
     errno.EROFS: _CLOSED,
     errno.ENOTDIR: ("a part of its path is a file", "Pass another folder to --output"),
     errno.ENAMETOOLONG: ("its name is too long for the file system", "Pass a shorter --output"),
+    errno.EMFILE: _HANDLES,
+    errno.ENFILE: _HANDLES,
     errno.EIO: ("the disk reports an error", "Pass a folder on another disk to --output"),
 }
 # What libraries written in Rust say in place of errno, e.g. safetensors.
@@ -62,14 +71,15 @@ _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _NUMPY_FULL = re.compile(r"Not enough free space to write|requested and \d+ written")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OutputPlan:
     """What is to be done about one output folder.
 
     Attributes:
         target: Where the result will lie, as the caller named it.
         folder: Where to write it now; the target itself if ``up_to_date``.
-        up_to_date: The target already holds exactly this result: write nothing.
+        up_to_date: The target already holds exactly this result: write nothing. Also set at
+            the end of a block that another run of the same recipe has overtaken.
         known: Files in ``folder`` that the writer has hashed itself, by name; to be filled.
         beside: Files outside ``target`` that it needs (see ``Manifest``); to be filled.
     """
@@ -124,11 +134,14 @@ def output_folder(
             plan = OutputPlan(target, folder, up_to_date=False)
             yield plan
             write_manifest(folder, _recipe(recipe), plan.known, plan.beside)
-            with nullcontext() if is_held else held_alone(place):
-                if place.exists():
-                    _refuse_overtaken(target, place, before, _recipe(recipe))
-                    _carry_over(place, folder, _listed(old), target, force=force)
-                put_in_place(folder, place)
+            finish = partial(_finish, plan, place, before, _recipe(recipe), force=force)
+            with nullcontext() if is_held else held_alone(place, patience_s=_PATIENCE_S):
+                try:
+                    finish()
+                except OSError as error:
+                    if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                        raise
+                    finish()  # another run put it there since we looked
     except OutputError as error:
         is_staged = any(is_staging(part) for part in Path(error.where).parts)
         raise OutputError(
@@ -220,9 +233,24 @@ def _refuse_difference(
         )
 
 
-def _refuse_overtaken(target: Path, place: Path, before: Manifest | None, recipe: Recipe) -> None:
+def _finish(
+    plan: OutputPlan, place: Path, before: Manifest | None, recipe: Recipe, *, force: bool
+) -> None:
+    """Put what was written in place, unless another run of ``recipe`` has put its own there."""
+    if place.exists():
+        now = _old_manifest(place, force=True)
+        if now is not None and now.recipe == recipe and not _changed(place, now):
+            plan.folder, plan.up_to_date = place, True
+            return
+        _refuse_overtaken(plan.target, now, before, recipe)
+        _carry_over(place, plan.folder, _listed(now), plan.target, force=force)
+    put_in_place(plan.folder, place)
+
+
+def _refuse_overtaken(
+    target: Path, now: Manifest | None, before: Manifest | None, recipe: Recipe
+) -> None:
     """Refuse to replace what another run put there since ``before`` was read."""
-    now = _old_manifest(place, force=True)
     if now is None or now.recipe in (recipe, before.recipe if before else None):
         return
     raise OutputError(

@@ -26,6 +26,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from time import monotonic, sleep
 
 from mtl_export.errors import OutputError
 
@@ -48,7 +49,7 @@ def staging_folder(target: Path) -> Iterator[Path]:
         target: Absolute; its parents are created.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.parent, exclusive=False, wait=True):
+    with locked(target.parent, exclusive=False, wait=True):
         remove_stale(target.parent)
         folder, lock = _new_folder(target)
         try:
@@ -57,6 +58,19 @@ def staging_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             if lock is not None:
                 os.close(lock)
+            with suppress(OSError):
+                _remove_sparingly(folder)
+
+
+def _remove_sparingly(folder: Path) -> None:
+    """Remove a folder with one open file at a time: rmtree wants several, and ignores if not."""
+    for name in os.listdir(folder):
+        child = folder / name
+        if child.is_dir() and not child.is_symlink():
+            _remove_sparingly(child)
+        else:
+            child.unlink()
+    folder.rmdir()
 
 
 @contextmanager
@@ -90,11 +104,11 @@ def resumable_folder(
                 return held[0]
             if not target.parent.is_dir():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(target.parent, exclusive=False, wait=True))
+                stack.enter_context(locked(target.parent, exclusive=False, wait=True))
             return hold(*_new_folder(target))
 
         if target.parent.is_dir():
-            stack.enter_context(_locked(target.parent, exclusive=False, wait=True))
+            stack.enter_context(locked(target.parent, exclusive=False, wait=True))
             if rest := _rest(target, is_wanted):
                 hold(*rest)
             remove_stale(target.parent)
@@ -134,8 +148,12 @@ def put_in_place(folder: Path, target: Path) -> None:
 
 
 @contextmanager
-def held_alone(target: Path) -> Iterator[None]:
+def held_alone(target: Path, *, patience_s: float = 0.0) -> Iterator[None]:
     """Keep other runs from writing inside ``target`` during the block.
+
+    Args:
+        target: The folder.
+        patience_s: How long to wait for one that writes there now; a swap takes no time.
 
     Raises:
         OutputError: One is writing there now.
@@ -143,9 +161,12 @@ def held_alone(target: Path) -> Iterator[None]:
     if not target.is_dir():
         yield
         return
+    give_up_s = monotonic() + patience_s
+    while is_locked(target) and monotonic() < give_up_s:
+        sleep(0.02)
     with ExitStack() as stack:
         try:
-            stack.enter_context(_locked(target, exclusive=True, wait=False))
+            stack.enter_context(locked(target, exclusive=True, wait=False))
         except BlockingIOError as error:
             raise OutputError(
                 where=str(target),
@@ -183,6 +204,17 @@ def remove_stale(parent: Path) -> None:
 def is_staging(name: str) -> bool:
     """Return whether ``name`` is one that this file gives out."""
     return _STAGING_NAME.fullmatch(name) is not None
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether a run that is alive holds ``folder``."""
+    try:
+        lock = _lock(folder, exclusive=True, wait=False)
+    except BlockingIOError:
+        return True
+    if lock is not None:
+        os.close(lock)
+    return False
 
 
 def _rest(target: Path, is_wanted: Callable[[Path], bool]) -> tuple[Path, int | None] | None:
@@ -224,7 +256,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path, *, exclusive: bool, wait: bool) -> Iterator[None]:
+def locked(folder: Path, *, exclusive: bool, wait: bool) -> Iterator[None]:
     """Lock ``folder`` for the block, where the system can."""
     lock = _lock(folder, exclusive=exclusive, wait=wait)
     while lock is not None and not _is_still(folder, lock):

@@ -1,10 +1,15 @@
 """A finished folder -> is it still what was written, and does it still answer as it did?
 
-    files     every file that its manifest lists has its SHA-256, there is no other, and its
-              graphs and engines name the sources that the manifest names
+    files     its manifest is as it was written, and lists what its command writes; every file
+              that it lists has its SHA-256, there is no other; graphs and engines name the
+              sources that it names; with ``expected``, it is one of those that were asked for
     golden    its models, run on the saved inputs, give the saved outputs
-    remark    what is nobody's damage: what a killed run left, the cache of ``calibrate``,
-              tasks that have no folder where others have
+    remark    what is nobody's damage: what a run is writing at this moment, tasks that have
+              no folder where others have
+
+What a killed run left is named and fails, for nothing says what it holds: the next run that
+writes in its place removes it. A manifest tells what changed since it was written, not who
+wrote it: whoever can write the folder can write another one, which only ``expected`` tells.
 
 Outputs nested in the folder (``onnx/<task>/``) are checked by their own manifests, and a
 folder that only holds outputs (``out/``) by theirs. Tasks are written one by one, in any
@@ -17,15 +22,15 @@ it is ``not-run`` elsewhere, as a merged folder is, which only PyTorch runs.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mtl_export.bundle.kinds import unlike_its_kind
 from mtl_export.bundle.manifest import MANIFEST_FILE, Manifest, damage, own_files, read_manifest
-from mtl_export.bundle.staging import is_staging
+from mtl_export.bundle.staging import is_locked, is_staging
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.errors import (
     BackendMissingError,
@@ -42,9 +47,8 @@ FILES: Literal["files"] = "files"
 GOLDEN: Literal["golden"] = "golden"
 REMARK: Literal["remark"] = "remark"
 NO_VECTORS = "no golden vectors; mtl-export parity --golden saves them"
-# What mtl_export_calibration keeps, seen from any folder above: results to be read again, and
-# the graph in half precision while it is timed.
-_CACHED = re.compile(r"(.*/)?calibration/([^/]+\.(json|npz)(\.partial)?|fp16-[^/]+/[^/]+)")
+# Without its manifest while mtl_export_calibration works there, which holds it locked.
+CACHE_FOLDER = "calibration"
 _SOURCES = ("base_sha256", "checkpoint_sha256")
 NO_TORCH = "only PyTorch runs this folder; mtl-export parity compares it"
 
@@ -60,6 +64,7 @@ class Check:
         verdict: What could not run is ``not-run``, never ``passed``.
         reason: Why it failed or did not run; empty when passed.
         within: Largest error that a golden vector allows; None of what was not run.
+        manifest_sha256: Of the manifest that files were held against; else empty.
     """
 
     folder: str
@@ -68,6 +73,7 @@ class Check:
     verdict: Literal["passed", "failed", "not-run"]
     reason: str = ""
     within: float | None = None
+    manifest_sha256: str = ""
 
 
 def verify_folder(
@@ -75,6 +81,7 @@ def verify_folder(
     *,
     threads: int = 0,
     all_tasks: bool = False,
+    expected: Sequence[str] = (),
     progress: Callable[[str], None] = lambda step: None,
 ) -> list[Check]:
     """Return what was checked of ``root`` and of the outputs inside it.
@@ -83,6 +90,7 @@ def verify_folder(
         root: A folder that mtl-export wrote, or one that holds such folders.
         threads: Threads of the runtime; 0 lets it decide.
         all_tasks: A task that has no folder where others have is a failure, not a remark.
+        expected: SHA-256 of the manifests that are to be found, and no other; empty: any.
         progress: Called with the name of each output as it begins.
 
     Raises:
@@ -122,7 +130,21 @@ def verify_folder(
         assert manifest is not None
         manifests[folder] = manifest
         checks += _verify_output(folder, name, manifest, threads, hash_of)
+    if expected:
+        checks += _unexpected(checks, expected)
     return [*checks, *_absent_tasks(root, manifests, all_tasks=all_tasks), *_rests(root)]
+
+
+def _unexpected(checks: Sequence[Check], expected: Sequence[str]) -> Iterator[Check]:
+    """Yield every manifest that is not expected, and every one that is and was not found."""
+    found = {one.manifest_sha256: one.folder for one in checks if one.manifest_sha256}
+    for digest, folder in found.items():
+        if digest not in expected:
+            reason = f"its SHA-256 is {digest}, which is none of those expected"
+            yield Check(folder, FILES, MANIFEST_FILE, "failed", reason)
+    for digest in dict.fromkeys(expected):
+        if digest not in found:
+            yield Check(".", FILES, MANIFEST_FILE, "failed", f"none has the SHA-256 {digest}")
 
 
 def output_folders(root: Path) -> Iterator[Path]:
@@ -138,15 +160,17 @@ def _verify_output(
     folder: Path, name: str, manifest: Manifest, threads: int, hash_of: Callable[[Path], str]
 ) -> list[Check]:
     problems = damage(folder, manifest, hash_of) + _extra(folder, manifest)
+    problems += unlike_its_kind(manifest)
     problems = problems or _other_sources(folder, manifest)
-    what = f"{len(manifest.files)} files"
+    what, digest = f"{len(manifest.files)} files", sha256_of_file(folder / MANIFEST_FILE)
     if problems:
         reason = shortened(problems, limit=20)
         return [
-            Check(name, FILES, what, "failed", reason),
+            Check(name, FILES, what, "failed", reason, manifest_sha256=digest),
             Check(name, GOLDEN, GOLDEN_FILE, "not-run", "its files are not what was written"),
         ]
-    return [Check(name, FILES, what, "passed"), *_replay(folder, name, manifest, threads)]
+    passed = Check(name, FILES, what, "passed", manifest_sha256=digest)
+    return [passed, *_replay(folder, name, manifest, threads)]
 
 
 def _hash_once() -> Callable[[Path], str]:
@@ -164,23 +188,28 @@ def _hash_once() -> Callable[[Path], str]:
 
 
 def _own_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of ``folder`` that are neither a cache nor a killed run's."""
+    """Yield the files of ``folder`` that no other check names: not those in ``_rests``."""
     for path in own_files(folder):
-        below = path.relative_to(folder)
-        is_rest = any(is_staging(part) for part in below.parts[:-1])
-        if not is_rest and not _CACHED.fullmatch(below.as_posix()):
+        inner = (one for one in path.parents if one != folder and one.is_relative_to(folder))
+        if not any(is_staging(one.name) or _is_cache_at_work(one) for one in inner):
             yield path
 
 
+def _is_cache_at_work(folder: Path) -> bool:
+    return folder.name == CACHE_FOLDER and is_locked(folder)
+
+
 def _rests(root: Path) -> Iterator[Check]:
-    """Yield a remark for everything that is neither checked nor damage."""
+    """Yield what runs are writing now, a remark, and what killed ones left, a failure."""
     for path in _folders(root):
         name = path.relative_to(root).as_posix()
-        if is_staging(path.name):
-            reason = "a run is writing it, or was killed; the next one there removes it"
-            yield Check(".", REMARK, name, "not-run", reason)
-        elif path.name == "calibration" and not (path / MANIFEST_FILE).is_file():
-            yield Check(".", REMARK, name, "not-run", "the cache of mtl-export calibrate")
+        if not is_staging(path.name) and not _is_cache_at_work(path):
+            continue
+        if is_locked(path):
+            yield Check(".", REMARK, name, "not-run", "a run is writing it now")
+        else:
+            reason = "the rest of a killed run: run its command again, or delete it"
+            yield Check(".", FILES, name, "failed", reason)
 
 
 def _folders(root: Path) -> Iterator[Path]:
@@ -272,7 +301,7 @@ def _replay_model(path: Path, name: str, vectors: list[Vector], threads: int) ->
     try:
         with runner_of(path, threads=threads) as runner:
             for vector in vectors:
-                reason = vector.difference(runner.infer(vector.inputs))
+                reason = vector.vacuity or vector.difference(runner.infer(vector.inputs))
                 what = f"{path.name}, {vector.name}"
                 verdict: Literal["passed", "failed"] = "failed" if reason else "passed"
                 checks.append(Check(name, GOLDEN, what, verdict, reason, vector.widest))

@@ -124,10 +124,10 @@ def open_checkpoint(
         CheckpointError: No format recognises it, or the one that does finds it broken.
         IntegrityError: It is a pickle that asks to run code, or a link out of its folder.
     """
-    if not path.exists():
+    if not (path.is_file() or path.is_dir()):
         raise UsageError(
             where=f"checkpoint {path}",
-            found="no such file or folder",
+            found="it is a device or a pipe" if path.exists() else "no such file or folder",
             expected="a trained multi-task LoRA checkpoint",
             fix="Correct --checkpoint (or checkpoint in mtl-export.toml)",
         )

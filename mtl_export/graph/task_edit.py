@@ -111,7 +111,7 @@ def remove_task(models: Models, name: str) -> tuple[Task, ...]:
 def add_task(
     models: Models, adapters: AdapterSet, source: Task, name: str, base_sha256: str = ""
 ) -> tuple[Task, ...]:
-    """Append a task to all graphs; return the new table.
+    """Append a task to all graphs; return the new table, or the old one if it is there already.
 
     Args:
         models: The graphs of one folder.
@@ -128,8 +128,10 @@ def add_task(
     """
     tasks = task_table(models)
     refuse_other_base(models, base_sha256)
-    _refuse_name(name, tasks)
     by_stem = {stem: stacks_of(model, len(tasks)) for stem, model in models.items()}
+    if _holds(models, by_stem, adapters, source, name):
+        return tasks
+    _refuse_name(name, tasks)
     refuse_misfit(models, by_stem, adapters, source)
     for stem, model in models.items():
         widths = _widths(model, by_stem[stem], adapters, source)
@@ -228,6 +230,28 @@ def _widen_outputs(model: ir.Model, widths: Mapping[str, int]) -> None:
             value = users[0].outputs[0]
 
 
+def _holds(
+    models: Models,
+    by_stem: Mapping[str, Sequence[Stack]],
+    adapters: AdapterSet,
+    source: Task,
+    name: str,
+) -> bool:
+    """Return whether the graphs have a task ``name`` that is ``source``, number for number."""
+    own = [task for task in task_table(models) if task.name == name]
+    if own != [dataclasses.replace(source, name=name, index=task.index) for task in own] or not own:
+        return False
+    try:
+        refuse_misfit(models, by_stem, adapters, source)
+    except AdapterError:
+        return False
+    return all(
+        is_slice(stack, new_slice(stack, adapters, source), stack.slice_of(own[0].index))
+        for stacks in by_stem.values()
+        for stack in stacks
+    )
+
+
 def _is_of(
     by_stem: Mapping[str, Sequence[Stack]], adapters: AdapterSet, tasks: Sequence[Task]
 ) -> bool:
@@ -280,7 +304,7 @@ def _refuse_name(name: str, tasks: Sequence[Task]) -> None:
         is_taken = TASK_NAME.fullmatch(name) is not None
         raise UsageError(
             where=f"task {name!r}",
-            found="the graph has a task of that name" if is_taken else "that is no task name",
+            found="the graph has another task of that name" if is_taken else "that is no task name",
             expected="a new name, of letters, digits, '.', '_' and '-'",
             why=f"the graph's tasks are {shortened(task.name for task in tasks)}",
             fix="Choose another name",

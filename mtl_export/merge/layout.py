@@ -375,7 +375,7 @@ def parse_size(text: str) -> int:
     unit = stripped[len(stripped.rstrip("KMGIB")) :]
     try:
         size = int(float(number) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         size = 0
     if size <= 0:
         raise UsageError(

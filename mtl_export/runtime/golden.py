@@ -63,12 +63,29 @@ class Vector:
     rtol: float
 
     @property
+    def largest(self) -> float:
+        """Return the size of the largest saved value."""
+        sizes = (np.abs(saved[np.isfinite(saved)]) for saved in self.outputs.values())
+        return float(max(size.max(initial=0.0) for size in sizes))
+
+    @property
     def widest(self) -> float:
         """Return the largest error allowed at any value."""
-        sizes = [
-            np.abs(saved[np.isfinite(saved)]).max(initial=0.0) for saved in self.outputs.values()
-        ]
-        return self.atol + self.rtol * float(max(sizes))
+        return self.atol + self.rtol * self.largest
+
+    @property
+    def vacuity(self) -> str:
+        """Return why a pass within these tolerances would show nothing, or "".
+
+        ``parity --golden`` allows a few noise floors, far less than what is answered.
+        """
+        exact = self.atol == self.rtol == 0.0
+        if exact or (min(self.atol, self.rtol) >= 0.0 and self.widest < self.largest):
+            return ""
+        return (
+            f"errors up to {self.widest:.3g} are allowed, and no answer is larger than"
+            f" {self.largest:.3g}: any would pass"
+        )
 
     def difference(self, found: Mapping[str, Array]) -> str:
         """Return how ``found`` differs beyond what is allowed, or ""."""

@@ -28,7 +28,11 @@ def request_for(
 
     def recipe(name: str) -> Recipe:
         own: dict[str, OptionValue] = {"task": name, "dtype": options.dtype}
-        return Recipe("merge", own, {"base_sha256": bound.base.sha256}, "1")
+        sources = {
+            "base_sha256": bound.base.sha256,
+            "checkpoint_sha256": bound.adapters.checkpoint_sha256,
+        }
+        return Recipe("merge", own, sources, "1")
 
     tasks = bound.adapters.tasks
     return MergeRequest(bound, tasks, parent, options, recipe, force, resume, verify)

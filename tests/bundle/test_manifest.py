@@ -18,6 +18,16 @@ from mtl_export.errors import IntegrityError
 RECIPE = Recipe("merge", {"dtype": "fp16", "tasks": ["a", "b"]}, {"base_sha256": "ab"}, "1.2")
 
 
+def sealed(**changes: object) -> str:
+    """Return the text of a manifest with these values, its own hash made to fit."""
+    document: dict[str, object] = {
+        "schema": "mtl-export.output/1", "tool_version": "", "command": "", "options": {},
+        "sources": {}, "files": {}, **changes,
+    }  # fmt: skip
+    text = json.dumps(document, indent=2, sort_keys=True) + "\n"
+    return json.dumps({**document, "manifest_sha256": hashlib.sha256(text.encode()).hexdigest()})
+
+
 def test_a_written_manifest_reads_back_unchanged(tmp_path: Path) -> None:
     """What is written is what is read, nested files included."""
     (tmp_path / "weights").write_bytes(b"1234")
@@ -39,7 +49,7 @@ def test_the_document_has_the_documented_keys_and_nothing_of_this_machine(tmp_pa
     assert (tmp_path / MANIFEST_FILE).read_bytes() == first
     document = json.loads(first)
     assert sorted(document) == [
-        "command", "files", "options", "schema", "sources", "tool_version",
+        "command", "files", "manifest_sha256", "options", "schema", "sources", "tool_version",
     ]  # fmt: skip
     assert document["schema"] == "mtl-export.output/1"
     assert str(tmp_path).encode() not in first
@@ -83,24 +93,32 @@ def test_files_beside_the_folder_are_listed_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"dtype": "fp16"', '"dtype": "fp32"'), ('"ab"', '"ba"'), ('"merge"', '"onnx"'),
+        ('"size_bytes": 4', '"size_bytes": 5'), ('"1.2"', '"1.3"'), ('"b"', '"B"'),
+    ],
+)  # fmt: skip
+def test_an_edit_of_any_value_is_told(tmp_path: Path, old: str, new: str) -> None:
+    """Options, sources, files, command and version are all covered by the manifest's own hash."""
+    (tmp_path / "weights").write_bytes(b"1234")
+    write_manifest(tmp_path, RECIPE)
+    text = (tmp_path / MANIFEST_FILE).read_text()
+    assert text.count(old) == 1
+    (tmp_path / MANIFEST_FILE).write_text(text.replace(old, new))
+    with pytest.raises(IntegrityError, match="manifest_sha256 is not that of the rest"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "not json",
         "[]",
         "{}",
-        json.dumps({
-            "schema": "mtl-export.output/2", "tool_version": "", "command": "", "options": {},
-            "sources": {}, "files": {},
-        }),
-        json.dumps({
-            "schema": "mtl-export.output/1", "tool_version": "", "command": "", "options": {},
-            "sources": {}, "files": {},
-            "beside": {"../../etc/passwd": {"sha256": "", "size_bytes": 0}},
-        }),
-        json.dumps({
-            "schema": "mtl-export.output/1", "tool_version": "", "command": "", "options": {},
-            "sources": {}, "files": {"../../etc/passwd": {"sha256": "", "size_bytes": 0}},
-        }),
+        sealed(schema="mtl-export.output/2"),
+        sealed(beside={"../../etc/passwd": {"sha256": "", "size_bytes": 0}}),
+        sealed(files={"../../etc/passwd": {"sha256": "", "size_bytes": 0}}),
     ],
 )  # fmt: skip
 def test_a_strange_manifest_is_refused(tmp_path: Path, text: str) -> None:

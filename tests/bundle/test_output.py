@@ -1,17 +1,20 @@
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mtl_export.bundle import staging
+from mtl_export.bundle import output, staging
 from mtl_export.bundle.manifest import MANIFEST_FILE, Recipe, damage, read_manifest
 from mtl_export.bundle.output import output_folder
 from mtl_export.errors import IntegrityError, OutputError
@@ -375,3 +378,60 @@ def test_what_another_run_wrote_meanwhile_is_not_replaced(tmp_path: Path, is_the
     assert manifest.recipe == OTHER
     beside(begun)
     assert tree(tmp_path) == {"merged/model": "same"}
+
+
+@pytest.mark.parametrize("at", ["at the end", "between the last look and the rename"])
+def test_the_later_of_two_identical_runs_finds_it_up_to_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Nobody is blamed for the files of its twin, which stay what they are."""
+    target = tmp_path / "merged"
+    if at != "at the end":
+        original = staging.put_in_place
+
+        def overtaken(folder: Path, place: Path) -> None:
+            monkeypatch.setattr(output, "put_in_place", original)
+            write(target, "the twin's")
+            os.rename(folder, place)
+
+        monkeypatch.setattr(output, "put_in_place", overtaken)
+    with output_folder(target, recipe=RECIPE) as plan:
+        (plan.folder / "model").write_text("this one's")
+        if at == "at the end":
+            assert write(target, "the twin's")
+    assert (plan.up_to_date, plan.folder) == (True, target)
+    assert tree(tmp_path) == {"merged/model": "the twin's"}
+
+
+def test_a_twin_that_swaps_at_this_moment_is_waited_for(tmp_path: Path) -> None:
+    """It holds the folder for an instant, which is no reason to fail."""
+    target = tmp_path / "merged"
+    write(target, "old", recipe=OTHER)
+    with ExitStack() as other, output_folder(target, recipe=RECIPE, force=True) as plan:
+        (plan.folder / "model").write_text("new")
+        other.enter_context(staging.locked(target, exclusive=True, wait=False))
+        Timer(0.2, other.close).start()
+    assert tree(tmp_path) == {"merged/model": "new"}
+
+
+def test_too_many_open_files_are_told_and_nothing_is_left(tmp_path: Path) -> None:
+    """It is the limit that must be raised, and the folder beside the target is removed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened: list[int] = []
+
+    def open_all() -> None:
+        with output_folder(tmp_path / "out", recipe=RECIPE) as plan:
+            (plan.folder / "deep").mkdir()
+            (plan.folder / "deep" / "model").touch()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+            while True:
+                opened.append(os.open(plan.folder / "deep" / "model", os.O_RDONLY))
+
+    try:
+        with pytest.raises(OutputError, match=r"too many files are open.*Raise ulimit -n"):
+            open_all()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in opened:
+            os.close(descriptor)
+    assert list(tmp_path.iterdir()) == []

@@ -17,12 +17,16 @@ from mtl_export.bundle.manifest import (
     add_to_manifest,
     write_manifest,
 )
+from mtl_export.bundle.staging import locked
 from mtl_export.bundle.verify import NO_TORCH, NO_VECTORS, REMARK, Check, verify_folder
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.errors import BackendMissingError, IntegrityError, UsageError
 from mtl_export.runtime.golden import GOLDEN_FILE, Vector, golden_bytes
+from mtl_export_calibration.cache import open_cache
 
-RECIPE = Recipe("onnx", {}, {}, "0")
+SOURCES = {"base_sha256": "ba" * 32, "checkpoint_sha256": "cd" * 32}
+RECIPE = Recipe("onnx", {}, SOURCES, "0")
+MERGED = Recipe("merge", {}, SOURCES, "0")
 EXAMPLE_ENGINE = """{
   "schema": "mtl-export.engine/1",
   "engine": {"file": "model.engine", "sha256": "", "size_bytes": 6, "graph_sha256": ""},
@@ -47,6 +51,7 @@ def model(path: Path, factor: float = 2.0, metadata: dict[str, str] | None = Non
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     helper.set_model_props(made, metadata or {})
     save(made, path)
+    path.with_name("model.onnx.data").touch()
 
 
 def golden(folder: Path, *names: str) -> None:
@@ -82,7 +87,9 @@ def test_a_whole_folder_passes(out: Path) -> None:
         (".", "files", "passed"), (".", "golden", "passed"), (".", "golden", "passed"),
         ("spam", "files", "passed"), ("spam", "golden", "not-run"),
     ]  # fmt: skip
-    assert [one.what for one in checks[:3]] == ["3 files", "model.onnx, spam", "model.onnx, mixed"]
+    assert [one.what for one in checks[:3]] == ["4 files", "model.onnx, spam", "model.onnx, mixed"]
+    digest = sha256_of_file(out / MANIFEST_FILE)
+    assert [one.manifest_sha256 for one in checks[:2]] == [digest, ""]
     assert [one.within for one in checks] == [None, 1e-6, 1e-6, None, None]
     assert checks[-1].reason == NO_VECTORS
     assert verify_folder(out / "spam")[0].folder == "."
@@ -123,9 +130,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a hidden file added": (lambda out: (out / ".x").touch(), ".x is not in the manifest"),
     "a link added": (lambda out: (out / "l").symlink_to("/etc"), "l is not in the manifest"),
     "a folder with a file added": (add_folder, "sub/x is not in the manifest"),
-    "another hash in the manifest": (swap, "config.json has changed"),
+    "another hash in the manifest": (swap, "manifest_sha256 is not that of the rest"),
     "a manifest that is none": (
-        lambda out: (out / MANIFEST_FILE).write_text("{}"), "not a manifest",
+        lambda out: (out / MANIFEST_FILE).write_text("{}"), "Restore it",
     ),
 }  # fmt: skip
 
@@ -162,30 +169,71 @@ def test_a_file_among_outputs_fails(out: Path) -> None:
     )
 
 
-def test_caches_and_rests_of_killed_runs_are_remarks(out: Path) -> None:
-    """What calibrate keeps and what a kill leaves is told, at any depth, and no damage."""
-    place = out.parent / "calibration"
-    (place / "fp16-x1").mkdir(parents=True)
-    for name in ("task-spam.int8.ranges.json", "task-spam.int8.rows.npz", "a.json.partial"):
-        (place / name).touch()
-    (place / "fp16-x1" / "model.onnx.data").touch()
-    for parent in (out.parent, out):
-        rest = parent / ".onnx-int8.mtl-export-0123abcd"
+def test_the_rest_of_a_killed_run_fails_and_a_run_at_work_is_a_remark(out: Path) -> None:
+    """Nothing says what it holds, at any depth; of a live one, who looks knows that it is."""
+    rests = [parent / ".onnx-int8.mtl-export-0123abcd" for parent in (out.parent, out)]
+    for rest in rests:
         rest.mkdir()
         write_manifest(rest, RECIPE)
         (rest / "half").write_text("half")
-    checks = verify_folder(out.parent)
+    failed = [one for one in verify_folder(out.parent) if one.verdict == "failed"]
+    assert [one.what for one in failed] == [rests[0].name, f"onnx/{rests[1].name}"]
+    assert {one.reason for one in failed} == {
+        "the rest of a killed run: run its command again, or delete it"
+    }
+    with locked(rests[0], exclusive=True, wait=False), locked(rests[1], exclusive=True, wait=False):
+        checks = verify_folder(out.parent)
     assert not [one for one in checks if one.verdict == "failed"]
-    assert [one.what for one in checks if one.kind == REMARK] == [
-        ".onnx-int8.mtl-export-0123abcd", "calibration", "onnx/.onnx-int8.mtl-export-0123abcd",
-    ]  # fmt: skip
-    (place / "run.sh").touch()
+    remarks = [one for one in checks if one.kind == REMARK]
+    assert [one.what for one in remarks] == [one.what for one in failed]
+    assert {one.reason for one in remarks} == {"a run is writing it now"}
     (out / ".file.mtl-export-0123abcd").touch()
+    reasons = [one.reason for one in verify_folder(out) if one.folder == "." and one.reason]
+    assert ".file.mtl-export-0123abcd is not in the manifest" in reasons
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.partial", "rows.npz", "fp16-x/ANY", ".x"])
+def test_what_lies_in_the_cache_of_calibrate_is_listed_or_fails(out: Path, name: str) -> None:
+    """A file that its manifest does not list fails, and so does a cache without one."""
+    place = out.parent / "calibration"
+    with open_cache(place):
+        (place / "ranges.json").write_text("{}")
+    assert "calibration" in [one.folder for one in verify_folder(out.parent)]
+    assert not [one for one in verify_folder(out.parent) if one.verdict == "failed"]
+    (place / name).parent.mkdir(exist_ok=True)
+    (place / name).touch()
+    (failed,) = [one for one in verify_folder(out.parent) if one.verdict == "failed"]
+    assert failed.reason == f"{name} is not in the manifest"
+    (place / MANIFEST_FILE).unlink()
     reasons = [one.reason for one in verify_folder(out.parent) if one.verdict == "failed"]
-    assert reasons == [
-        "calibration/run.sh belongs to no manifest",
-        ".file.mtl-export-0123abcd is not in the manifest",
-    ]
+    assert f"calibration/{name} belongs to no manifest" in reasons
+
+
+def test_only_the_expected_manifests_pass(out: Path) -> None:
+    """Each of them must be there, and no other: a folder can be written again as a whole."""
+    digests = [sha256_of_file(folder / MANIFEST_FILE) for folder in (out, out / "spam")]
+    assert not [one for one in verify_folder(out, expected=digests) if one.verdict == "failed"]
+    (failed,) = [one for one in verify_folder(out, expected=digests[:1]) if one.verdict == "failed"]
+    assert (failed.folder, digests[1] in failed.reason) == ("spam", True)
+    write_manifest(out / "spam", Recipe("onnx", {"alpha": 50}, SOURCES, "0"))
+    assert not [one for one in verify_folder(out) if one.verdict == "failed"]
+    failed, absent = (
+        one for one in verify_folder(out, expected=digests) if one.verdict == "failed"
+    )
+    assert (failed.folder, failed.what) == ("spam", MANIFEST_FILE)
+    assert absent.reason == f"none has the SHA-256 {digests[1]}"
+
+
+@pytest.mark.parametrize(("atol", "rtol"), [(1e9, 0.0), (0.0, 1.0), (-1.0, 0.0)])
+def test_tolerances_that_any_answer_meets_fail(out: Path, atol: float, rtol: float) -> None:
+    """A pass within them would show nothing, and parity --golden never saves such."""
+    x = np.array([[1, 2], [3, 4]], np.float32)
+    vector = Vector("spam", "model.onnx", {"x": x}, {"logits": 2.0 * x}, atol, rtol)
+    (out / GOLDEN_FILE).write_bytes(golden_bytes([vector]))
+    add_to_manifest(out, GOLDEN_FILE)
+    _, replayed, *_ = verify_folder(out)
+    assert replayed.verdict == "failed"
+    assert "no answer is larger than 8: any would pass" in replayed.reason
 
 
 def test_a_task_without_a_folder_is_told(tmp_path: Path) -> None:
@@ -193,8 +241,9 @@ def test_a_task_without_a_folder_is_told(tmp_path: Path) -> None:
     options: dict[str, OptionValue] = {"tasks": ["ham", "spam"], "layout": "per-task"}
     for task in ("ham", "spam"):
         (tmp_path / "onnx" / task).mkdir(parents=True)
+        model(tmp_path / "onnx" / task / "model.onnx")
         (tmp_path / "onnx" / task / "config.json").write_text("{}")
-        recipe = Recipe("onnx", {**options, "served": [task]}, {}, "0")
+        recipe = Recipe("onnx", {**options, "served": [task]}, SOURCES, "0")
         write_manifest(tmp_path / "onnx" / task, recipe)
     assert not [one for one in verify_folder(tmp_path) if one.kind == REMARK]
     assert verify_folder(tmp_path, all_tasks=True) == verify_folder(tmp_path)
@@ -210,6 +259,7 @@ def test_a_task_without_a_folder_is_told(tmp_path: Path) -> None:
 def test_other_sources_in_the_manifest_than_in_the_graph_fail(tmp_path: Path) -> None:
     """An edited manifest cannot give a graph to another checkpoint."""
     model(tmp_path / "model.onnx", metadata={"mtl_export.checkpoint_sha256": "ab" * 32})
+    (tmp_path / "config.json").write_text("{}")
     found = []
     for digest in ("ab" * 32, "cd" * 32):
         sources = {"checkpoint_sha256": digest, "base_sha256": "ef" * 32}
@@ -220,16 +270,17 @@ def test_other_sources_in_the_manifest_than_in_the_graph_fail(tmp_path: Path) ->
 
 
 def test_other_sources_in_the_manifest_than_in_the_engine_fail(tmp_path: Path) -> None:
-    """An engine's own manifest has those of its graph; one without is not asked."""
+    """An engine's own manifest has those of its graph; one that names none is not asked."""
     (tmp_path / "model.engine").write_bytes(b"engine")
-    sources = {"checkpoint_sha256": "cd" * 32}
-    write_manifest(tmp_path, Recipe("trt", {}, sources, "0"))
-    assert verify_folder(tmp_path)[0].verdict == "passed"
     about = json.loads(EXAMPLE_ENGINE)
-    about["provenance"]["checkpoint_sha256"] = "ab" * 32
-    (tmp_path / "model.engine.json").write_text(json.dumps(about))
-    write_manifest(tmp_path, Recipe("trt", {}, sources, "0"))
-    assert "model.engine has" in verify_folder(tmp_path)[0].reason
+    found = []
+    for provenance in ({}, {"checkpoint_sha256": "ab" * 32}):
+        about["provenance"] = provenance
+        (tmp_path / "model.engine.json").write_text(json.dumps(about))
+        write_manifest(tmp_path, Recipe("trt", {}, SOURCES, "0"))
+        found.append(verify_folder(tmp_path)[0])
+    assert found[0].verdict == "passed"
+    assert "model.engine has" in found[1].reason
 
 
 def test_a_file_of_several_folders_is_read_once(
@@ -239,19 +290,22 @@ def test_a_file_of_several_folders_is_read_once(
     read: list[str] = []
 
     def counted(path: Path) -> str:
-        read.append(path.name)
+        read.append(path.suffix)
         return sha256_of_file(path)
 
+    weights = "m.safetensors"
     for name in ("shared", "linked", "referring"):
         (tmp_path / name).mkdir()
-    (tmp_path / "shared" / "weights").write_bytes(b"1234")
-    os.link(tmp_path / "shared" / "weights", tmp_path / "linked" / "weights")
-    files = write_manifest(tmp_path / "shared", RECIPE).files
-    write_manifest(tmp_path / "linked", RECIPE)
-    write_manifest(tmp_path / "referring", RECIPE, beside={"../shared/weights": files["weights"]})
+        for companion in ("config.json", "merge-report.json"):
+            (tmp_path / name / companion).touch()
+    (tmp_path / "shared" / weights).write_bytes(b"1234")
+    os.link(tmp_path / "shared" / weights, tmp_path / "linked" / weights)
+    files = write_manifest(tmp_path / "shared", MERGED).files
+    write_manifest(tmp_path / "linked", MERGED)
+    write_manifest(tmp_path / "referring", MERGED, beside={f"../shared/{weights}": files[weights]})
     monkeypatch.setattr("mtl_export.bundle.verify.sha256_of_file", counted)
     assert {one.verdict for one in verify_folder(tmp_path) if one.kind == "files"} == {"passed"}
-    assert read == ["weights"]
+    assert read.count(".safetensors") == 1
 
 
 def test_another_answer_fails_though_all_hashes_are_right(out: Path) -> None:
@@ -294,8 +348,9 @@ def test_a_missing_runtime_is_not_run(out: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_merged_folder_says_who_runs_it(tmp_path: Path) -> None:
     """Only PyTorch does, and verify does not import it."""
-    (tmp_path / "config.json").write_text("{}")
-    write_manifest(tmp_path, RECIPE)
+    for name in ("config.json", "merge-report.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    write_manifest(tmp_path, MERGED)
     files, replay = verify_folder(tmp_path)
     assert files.verdict == "passed"
     assert (replay.verdict, replay.reason) == ("not-run", NO_TORCH)

@@ -190,7 +190,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         ("temperature = -" + "9" * 4000, "below 1e308"),
         ('checkpoint = "~nobody-here/x"', "no such user"),
         ('base = "~nobody-here/x"', "no such user"),
-        ('biases = "a\\u0000b"', "without NUL"),
+        ('biases = "a\\u0000b"', "a text in quotes"),
         ("dtype = [1]", "one of"),
         ("[calibrate]\ndata = '~nobody-here/x'", "no such user"),
         ("[parity]\natol = { logits = " + "9" * 400 + " }", "below 1e308"),

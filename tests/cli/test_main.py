@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import click
 import pytest
@@ -12,7 +14,7 @@ import mtl_export.errors
 from mtl_export.errors import MtlExportError
 from mtl_export.version import VERSION
 from mtl_export_cli import main
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, files_below
 
 HEAVY = (
     "huggingface_hub", "numpy", "onnx", "onnx_ir", "onnxruntime", "rich", "safetensors",
@@ -277,3 +279,72 @@ def test_a_closed_pipe_is_no_bug() -> None:
     os.close(write_end)
     assert done.returncode == 141
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (("merge", "--all-tasks", "-o", ""), "-o"),
+        (("merge", "--all-tasks", "--output="), "--output"),
+        (("onnx", "--all-tasks", "--output", " "), "--output"),
+        (("trt", "--all-tasks", "-o", ""), "-o"),
+        (("calibrate", "--data", "rows.jsonl", "-o", ""), "-o"),
+        (("calibrate", "--data", ""), "--data"),
+        (("inspect", "-c", ""), "-c"),
+        (("inspect", "--convert", ""), "--convert"),
+        (("plan", "-b", ""), "-b"),
+        (("parity", "--inputs", ""), "--inputs"),
+        (("parity", "--report="), "--report"),
+        (("verify", ""), "the word after verify"),
+        (("tasks", "remove", "", "spam"), "the word after remove"),
+        (("bench", "--onnx", "a\0b"), "--onnx"),
+    ],
+)
+def test_an_empty_value_is_never_the_current_folder(
+    project: Path, run: Run, words: tuple[str, ...], where: str
+) -> None:
+    """A shell variable that is not set ends in exit 2, whatever the command writes or reads."""
+    before = files_below(project)
+    outcome = run(*words)
+    assert outcome.code == 2
+    assert f"error: {where}: its value is empty, or has a null byte" in outcome.stderr
+    assert run(*words, "--json").json["error"]["where"] == where
+    assert files_below(project) == before
+
+
+def test_an_empty_variable_is_never_the_current_folder(project: Path, run: Run) -> None:
+    """It was meant to hold something."""
+    outcome = run("merge", "--all-tasks", env={"MTL_EXPORT_OUTPUT": ""})
+    assert (outcome.code, "MTL_EXPORT_OUTPUT: its value is empty" in outcome.stderr) == (2, True)
+    assert not (project / "spam").exists()
+
+
+@pytest.mark.parametrize("command", ["merge", "onnx", "trt", "calibrate"])
+@pytest.mark.parametrize("given", ["flag", "variable", "file"])
+def test_nothing_is_written_to_the_root(project: Path, run: Run, command: str, given: str) -> None:
+    """``-o $UNSET/`` would give every task a folder there."""
+    if given == "file":
+        with (project / "mtl-export.toml").open("a") as file:
+            file.write('[output]\ndir = "/."\n')
+    words = ["-o", "/"] if given == "flag" else []
+    outcome = run(command, *words, env={"MTL_EXPORT_OUTPUT": "//"} if given == "variable" else {})
+    assert outcome.code == 2
+    assert "is the root of the file system" in outcome.stderr
+
+
+def test_an_interrupt_while_it_starts_is_quiet(tmp_path: Path) -> None:
+    """Exit 130 and no traceback, where imports take most of the time."""
+    slow = tmp_path / "click.py"
+    slow.write_text("import time; print('importing', flush=True); time.sleep(60)")
+    entry = "from mtl_export_cli.__main__ import main; main()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with subprocess.Popen(
+        [sys.executable, "-c", entry],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as started:  # fmt: skip
+        assert started.stdout is not None
+        assert started.stdout.readline() == "importing\n"
+        started.send_signal(signal.SIGINT)
+        _, said = started.communicate(timeout=30)
+    assert (started.returncode, said) == (130, "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
@@ -18,6 +17,7 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner
 
+from mtl_export.bundle.manifest import read_manifest, write_manifest
 from mtl_export_cli.main import cli
 
 ENTRY = "from mtl_export_cli.main import main; main()"
@@ -59,9 +59,9 @@ def _nudge(merged: Path) -> None:
     (bias,) = struct.unpack("<f", content[start : start + 4])
     content[start : start + 4] = struct.pack("<f", bias + STEP)
     path.write_bytes(content)
-    manifest = json.loads((merged / "mtl-export.json").read_text())
-    manifest["files"][path.name]["sha256"] = hashlib.sha256(content).hexdigest()
-    (merged / "mtl-export.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(merged)
+    assert manifest is not None
+    write_manifest(merged, manifest.recipe)
 
 
 def _write_rows_near_the_boundary(folder: Path) -> None:

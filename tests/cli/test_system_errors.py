@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -153,3 +154,64 @@ def test_a_reader_of_errors_that_has_gone_is_no_bug(project: Path) -> None:
     )  # fmt: skip
     os.close(write_end)
     assert (done.returncode, done.stdout) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        ImportError("libscipy_openblas.so: failed to map segment from shared object"),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 GB"),
+        RuntimeError("std::bad_alloc"),
+    ],
+)
+def test_too_little_memory_is_no_bug(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Whoever says it, wherever: exit 2, and which limit to raise."""
+
+    def fail(*words: object, **named: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mtl_export.checkpoint.reader.open_checkpoint", fail)
+    outcome = run("inspect", "-c", "adapter")
+    assert outcome.code == 2
+    assert outcome.stderr.startswith("error: memory: the system gives no more (")
+    assert "Raise ulimit -v" in outcome.stderr
+
+
+def test_a_small_address_space_is_told(project: Path) -> None:
+    """The limit that people set, as a shell sets it."""
+    done = shell(project, "ulimit -v 120000; $M merge --all-tasks", unbuffered="")
+    assert "Traceback" not in done.stderr
+    assert not (project / "out" / "merged").exists() or not list((project / "out").rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    "line", ["$M inspect 1</dev/null", "$M inspect --json 1</dev/null", "$M --help 1</dev/null"]
+)
+def test_a_stdout_that_is_only_to_be_read_is_said(project: Path, line: str) -> None:
+    """It is not full, and still takes nothing."""
+    done = shell(project, line, unbuffered="")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: stdout: it cannot be written (Bad file descriptor)")
+
+
+def test_names_that_are_no_text_are_printed(project: Path) -> None:
+    """A path's bytes need not be UTF-8; tables and JSON hold them as escapes."""
+    name = b"x\xff"
+    os.makedirs(os.fsencode(project) + b"/" + name)
+    line = "PYTHONIOENCODING=utf-8:strict $M merge --task spam -o x* --json"
+    done = shell(project, line, unbuffered="")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["outputs"][0]["path"] == "x\udcff/spam"
+
+
+def test_a_circle_of_links_is_told(project: Path, run: Run) -> None:
+    """As any path that the file system cannot follow."""
+    (project / "loop").symlink_to("loop")
+    for words in (("merge", "--task", "spam", "-o", "loop"), ("verify", "loop")):
+        outcome = run(*words)
+        assert outcome.code == 2, outcome.stderr

@@ -83,7 +83,7 @@ def test_wheel_metadata(wheel: Path) -> None:
         entry_points = archive.read(f"{dist_info}/entry_points.txt").decode()
     assert "Requires-Python: >=3.10\n" in metadata
     assert "License-Expression: Apache-2.0\n" in metadata
-    assert "mtl-export = mtl_export_cli.main:main" in entry_points
+    assert "mtl-export = mtl_export_cli.__main__:main" in entry_points
 
 
 def test_sdist_rebuilds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:

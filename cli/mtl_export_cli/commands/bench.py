@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +40,7 @@ Example:
 @option("--no-eager", is_flag=True, help="Leave the unmerged PyTorch model out.")
 @option("--onnx", type=click.Path(path_type=Path), metavar="DIR", help="ONNX graphs.")
 @option("--engines", type=click.Path(path_type=Path), metavar="DIR", help="Engines.")
-@option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")
+@options.THREADS
 def command(
     settings: Settings,
     shapes: str,
@@ -124,7 +125,7 @@ def parse_shapes(text: str) -> list[Shape]:
     parsed = []
     for word in text.split(","):
         numbers = word.strip().lower().split("x")
-        if len(numbers) != 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+        if len(numbers) != 2 or not all(re.fullmatch("0*[1-9][0-9]{0,17}", n) for n in numbers):
             raise UsageError(
                 where=f"--shapes {text}",
                 found=repr(word.strip()),

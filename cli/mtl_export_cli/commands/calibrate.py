@@ -54,7 +54,8 @@ def _weights(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
         help="Rows to count accuracy on, best labelled; by default those of --data.")  # fmt: skip
 @option("--samples", type=click.IntRange(min=1), default=128, show_default=True,
         help="Rows of each task to take ranges from.")  # fmt: skip
-@option("--seed", type=int, default=0, show_default=True, help="Decides which rows.")
+@option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+        help="Decides which rows.")  # fmt: skip
 @option("--quantize", type=click.Choice(FORMATS), default="int8", show_default=True,
         help=options.QUANTIZE_HELP)  # fmt: skip
 @option("--method", type=click.Choice(METHODS),
@@ -74,7 +75,7 @@ def _weights(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
 @option("--max-excluded", type=options.FiniteRange(0.0, 1.0), default=0.5, show_default=True,
         help="Largest share of layers that may be left unquantised to get there.")  # fmt: skip
 @option("--onnx", type=click.Path(path_type=Path), metavar="DIR", help="ONNX graphs.")
-@option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")
+@options.THREADS
 def command(
     settings: Settings,
     *,

@@ -68,7 +68,7 @@ Example:
         " fp32.")  # fmt: skip
 @option("--require-run", is_flag=True,
         help=options.REQUIRE_RUN_HELP)  # fmt: skip
-@option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")
+@options.THREADS
 def command(
     settings: Settings,
     *,

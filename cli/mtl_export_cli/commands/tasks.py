@@ -9,6 +9,7 @@ import click
 
 from mtl_export_cli import options, render
 from mtl_export_cli.options import Settings, option, with_settings
+from mtl_export_cli.written import UP_TO_DATE, WRITTEN
 
 if TYPE_CHECKING:
     from mtl_export.adapters.normal_form import AdapterSet
@@ -157,7 +158,8 @@ def _print(settings: Settings, verb: str, edited: Edited) -> None:
             }
             for task, status in rows
         ]  # fmt: skip
-        document = {"path": str(edited.folder), "tasks": listed}
+        status = UP_TO_DATE if edited.up_to_date else WRITTEN
+        document = {"path": str(edited.folder), "status": status, "tasks": listed}
         render.print_json({"ok": True, "command": f"tasks {verb}", **document})
         return
     render.print_table(
@@ -165,6 +167,8 @@ def _print(settings: Settings, verb: str, edited: Edited) -> None:
         [(str(t.index), t.name, str(len(t.labels)), status) for t, status in rows],
         right=("id", "labels"),
     )
+    if edited.up_to_date:
+        render.print_line(f"{edited.folder}: {UP_TO_DATE}")
     if edited.unverified:
         names = ", ".join(edited.unverified)
         render.print_line(f"not compared with PyTorch yet: {names}")

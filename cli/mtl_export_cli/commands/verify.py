@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,15 @@ EPILOG = """\b
 Example:
   mtl-export verify out/onnx
   mtl-export verify out --require-run
+  mtl-export verify out/onnx/spam --expect "$(cat spam.sha256)"
 """
+
+
+def _digests(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> tuple[str, ...]:
+    wrong = [one for one in value if not re.fullmatch("[0-9a-fA-F]{64}", one)]
+    if wrong:
+        raise click.BadParameter(f"{wrong[0]!r} is no SHA-256, 64 hex digits")
+    return tuple(one.lower() for one in value)
 
 
 @click.command(short_help="Check a finished folder again, also on the device.", epilog=EPILOG)
@@ -33,9 +42,19 @@ Example:
         help=options.REQUIRE_RUN_HELP)  # fmt: skip
 @option("--require-all-tasks", is_flag=True,
         help="Exit 7 if a task of the checkpoint has no folder where others have one.")  # fmt: skip
-@option("--threads", type=click.IntRange(min=0), default=0, help="Threads; 0: all cores.")
+@option("--expect", multiple=True, metavar="SHA256", callback=_digests,
+        help="SHA-256 of a manifest that is to be there, and no other; repeat it where FOLDER holds"
+        " several outputs. sha256sum mtl-export.json prints it, as --json does when a folder is"
+        " written; saving golden vectors or editing tasks changes it.")  # fmt: skip
+@options.THREADS
 def command(
-    settings: Settings, folder: Path, *, require_run: bool, require_all_tasks: bool, threads: int
+    settings: Settings,
+    folder: Path,
+    *,
+    require_run: bool,
+    require_all_tasks: bool,
+    expect: tuple[str, ...],
+    threads: int,
 ) -> int:
     """Check a finished folder again, also on the device.
 
@@ -46,12 +65,20 @@ def command(
     numpy and onnxruntime. Folders inside are checked too, by their own manifests: a task's
     folder that was deleted whole is only a remark, for no manifest says that it was ever
     written; --require-all-tasks makes it exit code 7.
+
+    Files are held against what the folder itself says. That shows damage, not who wrote it:
+    whoever can change a file can write a manifest that fits. --expect, with a digest that came
+    another way than the folder, shows that too.
     """
     from mtl_export.bundle.verify import verify_folder
 
     talk = render.Talk.from_settings(settings)
     checks = verify_folder(
-        folder, threads=threads, all_tasks=require_all_tasks, progress=talk.detail
+        folder,
+        threads=threads,
+        all_tasks=require_all_tasks,
+        expected=expect,
+        progress=talk.detail,
     )
     failed = {check.kind for check in checks if check.verdict == "failed"}
     code = EXIT_DAMAGED if "files" in failed else EXIT_FAILED if failed else 0

@@ -80,6 +80,20 @@ def test_the_same_call_again_finds_it_done(rows: Path, run: Run) -> None:
     assert run(*words, "--method", "max", "--force").code == 0
 
 
+def test_what_is_written_again_has_the_same_bytes(rows: Path, run: Run) -> None:
+    """Whether ranges and trials are measured anew or found in the cache, which is checked too."""
+    words = ("calibrate", *LOOSE, "--layout", "per-task")
+    folder, kept = rows / "out" / "onnx-int8", []
+    for _ in range(2):  # of the second, all but the files is in the cache
+        assert run(*words).code == 0
+        kept.append({name: (folder / name).read_bytes() for name in files_below(folder)})
+        shutil.rmtree(folder)
+    assert kept[0] == kept[1]
+    assert run("verify", "out").code == 0
+    (rows / "out" / "calibration" / "task-spam.int8.ranges.json").write_text("{}")
+    assert run("verify", "out").code == 7
+
+
 def test_a_task_that_loses_too_much_fails_the_gate(rows: Path, run: Run) -> None:
     """Exit code 4, and nothing is written that an engine could be built from."""
     words = ("--layout", "single-graph", "--combine", "weighted", "--method", "max")

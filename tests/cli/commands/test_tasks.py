@@ -116,3 +116,41 @@ def test_another_base_beside_a_checkpoint_that_names_none_is_refused(
     assert outcome.code == 7
     assert "the base of the graph" in outcome.stderr
     assert run(*words, "base").code == 0
+
+
+def test_an_edit_that_was_done_is_up_to_date(exported: Path, run: Run) -> None:
+    """Whoever killed a command after its end types it again, and it is no other edit by then."""
+    toy_checkpoint(exported / "other", exported / "base")
+    edit_tensors(exported / "other", heads__spam__classifier__bias=None)
+    add = ("tasks", "add", GRAPH, "toxic", "-c", "other", "--from", "spam")
+    rename = ("tasks", "rename", GRAPH, "spam", "junk")
+    remove = ("tasks", "remove", GRAPH, "topic")
+    for words in (add, rename, remove):
+        assert run(*words, "--json").json["status"] == "written"
+        before = (exported / GRAPH / "mtl-export.json").read_bytes()
+        again = run(*words)
+        assert (again.code, "out/onnx: up to date" in again.stdout) == (0, True)
+        assert (exported / GRAPH / "mtl-export.json").read_bytes() == before
+    # A script typed again as a whole: no later edit was about the same names.
+    for words in (add, rename, remove):
+        document = run(*words, "--json").json
+        assert document["status"] == "up to date"
+        assert [(t["name"], t["verified"]) for t in document["tasks"]] == [
+            ("ads_rel", True), ("junk", True), ("toxic", False),
+        ]  # fmt: skip
+
+
+def test_what_only_looks_like_an_edit_done_before_is_refused(exported: Path, run: Run) -> None:
+    """Other numbers under the name, a name that never was, one that became another since."""
+    toy_checkpoint(exported / "other", exported / "base")
+    edit_tensors(exported / "other", heads__spam__classifier__bias=None)
+    assert run("tasks", "add", GRAPH, "spam", "-c", "adapter").code == 0  # it is what lies there
+    for words in (("spam", "-c", "other"), ("topic", "-c", "adapter", "--from", "spam")):
+        outcome = run("tasks", "add", GRAPH, *words)
+        assert (outcome.code, "has another task of that name" in outcome.stderr) == (2, True)
+    assert run("tasks", "remove", GRAPH, "never").code == 2
+    assert run("tasks", "rename", GRAPH, "never", "spam").code == 2
+    assert run("tasks", "rename", GRAPH, "spam", "junk").code == 0
+    assert run("tasks", "rename", GRAPH, "junk", "mail").code == 0
+    assert run("tasks", "rename", GRAPH, "spam", "junk").code == 2
+    assert run("tasks", "remove", GRAPH, "junk").code == 2

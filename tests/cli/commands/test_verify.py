@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mtl_export.bundle.manifest import read_manifest, write_manifest
 from mtl_export.bundle.verify import Check
+from mtl_export.checkpoint.hashing import sha256_of_file
 from tests.cli.conftest import Run
 
 
@@ -20,16 +22,36 @@ def exported(project: Path, run: Run) -> Path:
     return project / "out"
 
 
-def test_a_cache_is_a_remark_and_no_damage(exported: Path, run: Run) -> None:
-    """The folder of a project that was calibrated passes, and says what was not checked."""
-    (exported / "calibration").mkdir()
-    (exported / "calibration" / "task-spam.int8.ranges.json").write_text("{}")
-    outcome = run("verify", "out")
-    assert outcome.code == 0
-    assert "remark: ., calibration: the cache of mtl-export calibrate" in outcome.stdout
-    assert "verify passed" in outcome.stdout
-    (exported / "calibration" / "run.sh").write_text("")
-    assert run("verify", "out").code == 7
+def test_options_and_digests_are_held(exported: Path, run: Run) -> None:
+    """An edited option fails; a manifest written anew passes all but the digest expected."""
+    folder = exported / "merged" / "spam"
+    written = run("merge", "--task", "spam", "--json").json["outputs"][0]["manifest_sha256"]
+    assert written == sha256_of_file(folder / "mtl-export.json")
+    assert run("verify", str(folder), "--expect", written.upper()).code == 0
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    text = (folder / "mtl-export.json").read_text()
+    (folder / "mtl-export.json").write_text(text.replace('"alpha": 5', '"alpha": 50'))
+    edited = run("verify", "out")
+    assert (edited.code, "manifest_sha256 is not that of the rest" in edited.stdout) == (7, True)
+    options = {**manifest.recipe.options, "alpha": 50.0}
+    write_manifest(folder, replace(manifest.recipe, options=options))
+    assert run("verify", "out").code == 0
+    outcome = run("verify", str(folder), "--expect", written)
+    assert (outcome.code, f"none has the SHA-256 {written}" in outcome.stdout) == (7, True)
+    assert run("verify", "out", "--expect", "12ab").code == 2
+
+
+def test_a_folder_without_files_fails(exported: Path, run: Run) -> None:
+    """That nothing is damaged of which nothing is left is no pass."""
+    folder = exported / "merged" / "spam"
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    for name in manifest.files:
+        (folder / name).unlink()
+    write_manifest(folder, manifest.recipe)
+    outcome = run("verify", str(folder))
+    assert (outcome.code, "lists no config.json, which merge writes" in outcome.stdout) == (7, True)
 
 
 def test_a_task_without_a_folder_fails_who_requires_all(exported: Path, run: Run) -> None:
@@ -52,10 +74,10 @@ def test_a_graph_keeps_the_sources_it_was_made_from(graphs: Path, tmp_path: Path
     """Every graph passes; with another checkpoint in its manifest it does not."""
     folder = shutil.copytree(graphs / "out", tmp_path / "out")
     assert run("verify", str(folder), "--require-all-tasks").code == 0
-    path = folder / "onnx" / "spam" / "mtl-export.json"
-    manifest = json.loads(path.read_text())
-    manifest["sources"]["checkpoint_sha256"] = "0" * 64
-    path.write_text(json.dumps(manifest))
+    manifest = read_manifest(folder / "onnx" / "spam")
+    assert manifest is not None
+    sources = {**manifest.recipe.sources, "checkpoint_sha256": "0" * 64}
+    write_manifest(folder / "onnx" / "spam", replace(manifest.recipe, sources=sources))
     outcome = run("verify", str(folder))
     assert outcome.code == 7
     assert f"mtl-export.json has checkpoint_sha256 {'0' * 64}, model.onnx has" in outcome.stdout
