@@ -219,9 +219,18 @@ def _labels(rows: Sequence[Row], tasks: Sequence[Task], reference: str) -> Array
 
 
 def owners_of(
-    data: list[Row] | dict[str, Array], tasks: Sequence[Task], reference: str
+    data: list[Row] | dict[str, Array],
+    tasks: Sequence[Task],
+    reference: str,
+    taken: Sequence[str] = (),
 ) -> list[str]:
     """Return the name of each row's task.
+
+    Args:
+        data: From ``load_data``.
+        tasks: All tasks of the checkpoint.
+        reference: Where the data come from, for messages.
+        taken: What the model takes; nothing: text or images.
 
     Raises:
         CalibrationError: A row's task is unknown, or arrays are of unequal lengths or no inputs.
@@ -240,13 +249,13 @@ def owners_of(
             expected=f"the model's inputs and int64 {TASK_IDS}, all with one row a sample",
             fix=f"Add {TASK_IDS} [N], or give all arrays as many rows",
         )
-    inputs = (*TEXT, PIXEL_VALUES, TASK_IDS)
+    inputs = (*(taken or (*TEXT, PIXEL_VALUES)), TASK_IDS)
     others = sorted(data.keys() - {*inputs, LABELS, QUERIES})
     if others:
         raise CalibrationError(
             where=reference,
             found=f"arrays that are no input: {shortened(others)}",
-            expected=f"some of {', '.join(inputs)}; {LABELS} and {QUERIES} where they are known",
+            expected=f"some of {shortened(inputs, 20)}; {LABELS} and {QUERIES} where known",
             why="an array that is not fed would change nothing",
             fix="Leave them out, or correct their names",
         )

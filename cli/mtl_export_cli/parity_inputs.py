@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.checkpoint.tensors import Array
     from mtl_export.parity.cases import Case
+    from mtl_export.parity.model_rows import ModelRows
     from mtl_export.runtime.runner import Runner
 
 # The largest array of a language model's logits that is compared.
@@ -43,60 +44,60 @@ def base_of(bound: BoundModel) -> Callable[[str], Runner] | str:
 
 
 def cases_of(bound: BoundModel, inputs: Path | None) -> list[Case]:
-    """Return the batches of every preset: of the user's rows, or of seeded ones."""
-    from mtl_export.checkpoint.model_inputs import PIXEL_VALUES, image_shape, longest_sequence
+    """Return the batches of every preset: of the user's rows, or of seeded ones.
+
+    Raises:
+        UsageError: The user's rows are not what the model takes.
+        CalibrationError: They are beyond its limits.
+        ParityError: There are none, and the model takes what parity does not make.
+    """
+    from mtl_export.checkpoint.model_inputs import longest_sequence
     from mtl_export.parity.cases import LONG_SEQUENCE, build_cases, more_cases, seeded_rows
     from mtl_export.parity.generation import STEPS, step_cases
+    from mtl_export.parity.model_rows import model_rows
     from mtl_export.parity.seq2seq import decoder_cases
 
-    config = bound.base.config
-    image = image_shape(config)
-    vocabulary = int(config.get("vocab_size") or 1)
-    longest = longest_sequence(config, unlimited=512)
-    token_types = int(config.get("type_vocab_size") or 1)
+    config, model_class = bound.base.config, bound.adapters.model_class
+    kind = model_rows(model_class, config)
+    longest = longest_sequence(kind.text or config, unlimited=512)
+    token_types = int(kind.text.get("type_vocab_size") or 1)
     task_count = len(bound.adapters.tasks)
-    is_lm = is_causal_lm(bound.adapters.model_class)
+    is_lm = is_causal_lm(model_class)
     if is_lm:
         # A logit for each word of the vocabulary at each token, in float64, for every task.
-        room = LARGEST_LOGITS_BYTES // (8 * vocabulary * task_count)
+        room = LARGEST_LOGITS_BYTES // (8 * kind.vocabulary * task_count)
         longest = min(longest, max(room, LONG_SEQUENCE + STEPS))
     if inputs is None:
-        names = [PIXEL_VALUES] if image else ["input_ids", "attention_mask"]
-        names += ["token_type_ids"] if config.get("type_vocab_size") else []
+        kind.refuse_unknown(model_class)
         rows = seeded_rows(
             task_count=task_count,
-            vocabulary=vocabulary,
-            names=names,
+            vocabulary=kind.vocabulary,
+            names=kind.text_names,
             token_types=token_types,
-            image=image,
+            features=kind.features,
         )
+        rows = kind.completed(rows)
     elif inputs.suffix == ".npz":
-        rows = _arrays(bound, inputs, image)
-    elif image:
-        raise UsageError(
-            where=f"--inputs {inputs}",
-            found=f"rows of text for a {bound.adapters.model_class}",
-            expected=f"arrays.npz with {PIXEL_VALUES} [N, {', '.join(map(str, image))}]"
-            " and task_ids [N]",
-            why="this model takes images",
-            fix="Save them with numpy.savez, or leave out --inputs",
-        )
+        rows = _arrays(bound, inputs, kind)
+    elif kind.features:
+        raise _no_text(bound, inputs, kind)
     else:
         rows = _tokenised(bound, inputs, longest)
-    limits = {"task_count": task_count, "vocabulary": vocabulary, "longest": longest}
-    cases = build_cases(rows, **limits, token_types=token_types)
+    limits = {"task_count": task_count, "vocabulary": kind.vocabulary, "longest": longest}
+    # Tokens around an image, and what a user's other arrays mean, are not made up.
+    others = rows.keys() - {*kind.text_names, "task_ids"}
+    are_given = bool(kind.image_tokens or (inputs is not None and others))
+    cases = build_cases(rows, **limits, token_types=token_types, are_given=are_given)
     if is_lm:
-        cases += step_cases(cases, vocabulary=vocabulary, longest=longest)
-    cases += more_cases(rows, **limits, token_types=token_types)
-    if is_seq2seq(bound.adapters.model_class, config):
-        cases = decoder_cases(cases, bound.adapters.model_class, config, vocabulary=vocabulary)
+        cases += step_cases(cases, vocabulary=kind.vocabulary, longest=longest)
+    cases += more_cases(rows, **limits, token_types=token_types, are_given=are_given)
+    if is_seq2seq(model_class, config):
+        cases = decoder_cases(cases, model_class, config, vocabulary=kind.vocabulary)
     return cases
 
 
-def _arrays(
-    bound: BoundModel, inputs: Path, image: tuple[int, int, int] | None
-) -> dict[str, Array]:
-    """Return the rows of an npz file; images in float32, everything else in int64.
+def _arrays(bound: BoundModel, inputs: Path, kind: ModelRows) -> dict[str, Array]:
+    """Return the rows of an npz file: numbers in float32 or int64, switches as they are.
 
     Raises:
         UsageError: They are not what the model takes.
@@ -104,31 +105,48 @@ def _arrays(
     """
     import numpy as np
 
-    from mtl_export.checkpoint.model_inputs import PIXEL_VALUES
     from mtl_export_calibration.model_arrays import model_arrays
     from mtl_export_calibration.samples import LABELS, QUERIES, load_data, owners_of
 
     data = load_data(str(inputs))
     assert isinstance(data, dict)
-    owners_of(data, bound.adapters.tasks, str(inputs))
-    needed = PIXEL_VALUES if image else "input_ids"
+    owners_of(data, bound.adapters.tasks, str(inputs), kind.arguments)
+    needed, shape = ("input_ids", ()) if kind.text else next(iter(kind.features.items()))
     found = data.get(needed)
-    shape = None if found is None else found.shape[1:]
-    if found is None or (shape != image if image else found.ndim != 2):
-        wanted = f"[N, {', '.join(map(str, image))}]" if image else "[N, S]"
+    fits = found is not None and (
+        found.ndim == 2 if kind.text else found.shape[1:] == shape or not kind.is_fixed
+    )
+    if found is None or not fits:
         raise UsageError(
             where=f"--inputs {inputs}",
             found=f"no {needed}" if found is None else f"{needed} {list(found.shape)}",
-            expected=f"{needed} {wanted}",
+            expected=f"{needed} [N, {', '.join(map(str, shape or 'S'))}]",
             why=f"{bound.adapters.model_class} takes it",
             fix="Save what the model takes, and task_ids",
         )
     inputs_alone = {n: value for n, value in data.items() if n not in {LABELS, QUERIES}}
-    rows = model_arrays(inputs_alone, bound.base.config, f"--inputs {inputs}")
+    rows = model_arrays(inputs_alone, kind.text or bound.base.config, f"--inputs {inputs}")
+    known = {*kind.text_names, "task_ids"}
     return {
         name: value.astype(np.float32 if value.dtype.kind == "f" else np.int64)
+        if value.dtype.kind != "b" or name in known
+        else value
         for name, value in rows.items()
     }
+
+
+def _no_text(bound: BoundModel, inputs: Path, kind: ModelRows) -> UsageError:
+    needed = ", ".join(
+        f"{name} [N, {', '.join(map(str, shape)) or '...'}]"
+        for name, shape in kind.features.items()
+    )
+    return UsageError(
+        where=f"--inputs {inputs}",
+        found=f"rows of text for a {bound.adapters.model_class}",
+        expected=f"arrays.npz with {needed} and task_ids [N]",
+        why="this model takes them",
+        fix="Save them with numpy.savez, or leave out --inputs",
+    )
 
 
 def _tokenised(bound: BoundModel, inputs: Path, longest: int) -> dict[str, Array]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,7 +116,7 @@ class ReportingCommand(click.Command):
 
 def _typed_reports(words: Sequence[str]) -> list[Path]:
     """Return what ``--report`` names among words that could not be parsed."""
-    pairs = zip(words, [*words[1:], ""], strict=True)
+    pairs = zip_longest(words, words[1:], fillvalue="")
     return [
         Path(word.partition("=")[2] or following)
         for word, following in pairs

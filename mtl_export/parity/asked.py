@@ -16,7 +16,7 @@ import numpy as np
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.parity.cases import ATTENTION_MASK, TASK_IDS
+from mtl_export.parity.cases import ATTENTION_MASK, INPUT_IDS, TASK_IDS
 from mtl_export.parity.presets import ZEROED
 from mtl_export.parity.reference import Reference
 from mtl_export.runtime.language import NEW_TOKENS
@@ -59,7 +59,8 @@ def padding_of(oracle: Runner, exact: Sequence[Reference]) -> Padding | None:
         for one in exact
         if one.logits.ndim == 2
         and one.subject.embedding is None
-        and ATTENTION_MASK in one.case.inputs
+        and not one.subject.is_across_rows
+        and {INPUT_IDS, ATTENTION_MASK} <= one.case.inputs.keys()
         and NEW_TOKENS not in one.case.inputs
     ]
     if not pooled:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 
-from mtl_export.checkpoint.model_inputs import PIXEL_VALUES
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import ParityError
 
@@ -30,6 +30,7 @@ LONGEST_SEQUENCE = 512
 FULL_BATCHES = (9, 33, 16, 17, 8, 65)
 FULL_LENGTHS = (1, 2, 31, 32, 129, 33)
 FULL_SEEDS = (2, 3, 4)
+NO_FEATURES: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def seeded_rows(
     token_types: int = 1,
     per_task: int = 4,
     seed: int = 0,
-    image: tuple[int, int, int] | None = None,
+    features: Mapping[str, tuple[int, ...]] = NO_FEATURES,
 ) -> dict[str, Array]:
     """Return rows of random ids inside the vocabularies, for want of real inputs.
 
@@ -75,7 +76,7 @@ def seeded_rows(
         token_types: ``token_type_ids`` lie in [0, token_types).
         per_task: Rows of each task.
         seed: Decides the values.
-        image: Channels, height and width, for a model that takes ``pixel_values``.
+        features: Shape of one row of every input that is no text, such as ``pixel_values``.
     """
     generator = np.random.default_rng(seed)
     shape = (task_count * per_task, 23)
@@ -86,11 +87,10 @@ def seeded_rows(
         ATTENTION_MASK: mask,
         "token_type_ids": generator.integers(0, token_types, shape, dtype=np.int64),
     }
-    if image is not None:
-        # As an image processor gives them: mean 0 and variance 1 over all images.
-        pixels = generator.standard_normal((shape[0], *image), dtype=np.float32)
-        candidates[PIXEL_VALUES] = pixels
     rows = {name: candidates[name] for name in names if name in candidates}
+    for name, size in features.items():
+        # As processors of images and sounds give them: mean 0 and variance 1 over all rows.
+        rows[name] = generator.standard_normal((shape[0], *size), dtype=np.float32)
     rows[TASK_IDS] = np.tile(np.arange(task_count, dtype=np.int64), per_task)
     return rows
 
@@ -102,6 +102,7 @@ def build_cases(
     vocabulary: int,
     longest: int,
     token_types: int = 1,
+    are_given: bool = False,
 ) -> list[Case]:
     """Return the cases that every artefact is run on.
 
@@ -111,6 +112,7 @@ def build_cases(
         vocabulary: Token ids lie in [0, vocabulary).
         longest: Longest sequence the model takes.
         token_types: ``token_type_ids`` lie in [0, token_types).
+        are_given: No other rows may be made up: what their tokens mean is not known.
 
     Raises:
         ParityError: A task has no row, or an id is out of range.
@@ -140,7 +142,7 @@ def build_cases(
         for size in SMALL_BATCHES
         if size < len(mixed)
     ]
-    if all(value.ndim != 2 for value in rows.values()):  # images alone: their size is given
+    if are_given or INPUT_IDS not in rows:  # the size of images and sounds is given
         return [*cases, _odd_batch(rows, task_count)]
     if ATTENTION_MASK in rows:
         whole = _trimmed(_pick(rows, mixed))
@@ -161,9 +163,10 @@ def more_cases(
     vocabulary: int,
     longest: int,
     token_types: int = 1,
+    are_given: bool = False,
 ) -> list[Case]:
     """Return what a patient user runs besides ``build_cases``; arguments as there."""
-    if all(value.ndim != 2 for value in rows.values()):
+    if are_given or INPUT_IDS not in rows:
         return [replace(_odd_batch(rows, task_count, FULL_BATCHES[-1]), preset="full")]
     limits = {INPUT_IDS: vocabulary, "token_type_ids": token_types}
     batches = [max(batch, task_count) for batch in FULL_BATCHES]
@@ -199,7 +202,8 @@ def _trimmed(rows: dict[str, Array]) -> dict[str, Array]:
     if ATTENTION_MASK not in rows:
         return rows
     used = int(np.flatnonzero(rows[ATTENTION_MASK].any(axis=0)).max(initial=0)) + 1
-    return {name: v[:, :used] if v.ndim == 2 else v for name, v in rows.items()}
+    shape = rows[ATTENTION_MASK].shape
+    return {name: v[:, :used] if v.shape == shape else v for name, v in rows.items()}
 
 
 def _interleaved(ids: Array, task_count: int) -> Array:

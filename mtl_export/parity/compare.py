@@ -99,9 +99,11 @@ def _compare(
 
     if candidate is None:
         return failed(f"no output {output!r}")
-    labels = (wanted.subject.decides and len(task.labels)) or reference.shape[-1]
-    width = reference.shape[-1] if artefact.task is None else labels
-    expected = (len(rows), *reference.shape[1:-1], width)
+    axis = 1 if reference.ndim > 3 else -1  # of maps, labels stand before height and width
+    labels = wanted.subject.columns(task, int(rows.sum())) or reference.shape[axis]
+    shape = list(reference.shape)
+    shape[axis] = reference.shape[axis] if artefact.task is None else labels
+    expected = (len(rows), *shape[1:])
     if candidate.shape != expected:
         return failed(f"{output} has shape {list(candidate.shape)}, not {list(expected)}")
     reference, candidate = answers(case, rows, reference), answers(case, rows, candidate)

@@ -25,10 +25,9 @@ from mtl_export.parity.cases import ATTENTION_MASK, INPUT_IDS, TASK_IDS, Case
 from mtl_export.parity.outputs import answers
 from mtl_export.parity.presets import FURTHER, NOTHING, ONE_BY_ONE
 from mtl_export.parity.report import Cell
+from mtl_export.runtime.language import NEW_TOKENS
 from mtl_export.runtime.runner import Runner
 
-# What attention_mask is about; other inputs have lengths of their own.
-PER_TOKEN = frozenset({INPUT_IDS, ATTENTION_MASK, "token_type_ids"})
 MORE_PADDING = 3
 Infer = Callable[[Mapping[str, Array]], Array | None]
 
@@ -72,7 +71,7 @@ def row_cells(
         "rows permuted": _permuted,
         ONE_BY_ONE: _alone,
     }
-    if ATTENTION_MASK in case.inputs:
+    if {INPUT_IDS, ATTENTION_MASK} <= case.inputs.keys():
         checks |= {FURTHER: _padded, "beside padding only": _beside_padding}
     return [
         _cell(replace(cell, case=name), check(case, infer, whole), 2 * limit)
@@ -155,8 +154,11 @@ def _alone(case: Case, infer: Infer, whole: Array) -> float:
 
 
 def _padded(case: Case, infer: Infer, whole: Array) -> float:
+    shape = case.inputs[ATTENTION_MASK].shape
     wider = {
-        name: np.pad(value, ((0, 0), (0, MORE_PADDING))) if name in PER_TOKEN else value
+        name: np.pad(value, ((0, 0), (0, MORE_PADDING)))
+        if name != NEW_TOKENS and value.shape == shape
+        else value
         for name, value in case.inputs.items()
     }
     found = infer(wider)

@@ -24,6 +24,10 @@ from mtl_export.parity.cases import ATTENTION_MASK, Case
 from mtl_export.runtime.language import NEW_TOKENS
 
 LOGITS = "logits"
+# What a model says beside logits, of the same rows: boxes and masks of what it found.
+BESIDE_LOGITS = "pred_"
+# Of every row with every other one of the batch: rows of another batch have other columns.
+ACROSS_ROWS = "logits_per_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,15 @@ class Subject:
     def decides(self) -> bool:
         """Return whether decisions are read off it: its columns are labels or tokens."""
         return self.has_labels or self.output == LOGITS
+
+    @property
+    def is_across_rows(self) -> bool:
+        """Return whether it has a column for each row of the batch."""
+        return self.output.startswith(ACROSS_ROWS)
+
+    def columns(self, task: Task, rows: int) -> int | None:
+        """Return how many columns answer for ``task`` in a batch of its ``rows``; None: all."""
+        return rows if self.is_across_rows else (self.decides and len(task.labels)) or None
 
     @property
     def merged_output(self) -> str:
@@ -103,7 +116,8 @@ def subjects(
             for name in outputs
         ]
     if LOGITS in outputs:
-        return [Subject(LOGITS)]
+        beside = [name for name in outputs if name.startswith(BESIDE_LOGITS)]
+        return [Subject(name) for name in (LOGITS, *beside)]
     return [Subject(name) for name in outputs]
 
 
@@ -120,10 +134,16 @@ def embedded(hidden: Array, mask: Array | None, embedding: SentenceEmbedding) ->
 
 
 def answers(case: Case, rows: Array, values: Array) -> Array:
-    """Return the numbers that count, ``[N, L]``: of the rows ``[B]``, and no padding token's."""
-    if values.ndim == 2:
-        return values[rows]
+    """Return the numbers that count, ``[N, L]``: of the rows ``[B]``, and no padding token's.
+
+    Of maps ``[B, L, H, W]`` every place counts; numbers ``[B]`` are one column.
+    """
+    if values.ndim <= 2:
+        return values[rows] if values.ndim == 2 else values[rows][:, None]
+    if values.ndim > 3:
+        return np.moveaxis(values[rows], 1, -1).reshape(-1, values.shape[1])
     mask = None if NEW_TOKENS in case.inputs else case.inputs.get(ATTENTION_MASK)
-    counts = np.ones(values.shape[:2], np.bool_) if mask is None else mask == 1
+    is_text = mask is not None and mask.shape == values.shape[:2]
+    counts = mask == 1 if is_text else np.ones(values.shape[:2], np.bool_)
     counting: Array = values[counts & rows[:, None]]
     return counting

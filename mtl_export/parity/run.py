@@ -121,13 +121,14 @@ def run_parity(
         progress: Called with the name of each step as it begins; ``step_count`` in all.
 
     Raises:
-        ParityError: The oracle itself answers with NaN or Inf, so nothing can be compared.
+        ParityError: The oracle itself answers with NaN or Inf, so nothing can be compared; no row
+            reaches a layer that tasks adapt; or noise would let any answer pass.
     """
     progress("oracle fp64")
     embeddings = list(dict.fromkeys(artefact.embedding for artefact in artefacts))
     with oracle("fp64") as reference:
         tasks = bound.adapters.tasks
-        exact = [one for case in cases for one in references_of(reference, case, embeddings, tasks)]
+        exact = references_of(reference, cases, embeddings, tasks)
         speech = oracle_speech(reference, cases)
         padding = None if PADDING_ONLY in left_out else padding_of(reference, exact)
     # After the reference is closed: two models in float64 need not fit beside each other.
@@ -136,7 +137,7 @@ def run_parity(
     floors: dict[str, Floors] = {}
     for dtype in _dtypes(artefacts):
         progress(f"oracle {dtype}, for the noise floor")
-        floors[dtype] = noise_floors(bound.adapters.tasks, exact, oracle(dtype), dtype)
+        floors[dtype] = noise_floors(tasks, exact, oracle(dtype), dtype, tolerance)
     cells: list[Cell] = []
     for artefact in artefacts:
         progress(f"{artefact.name} {artefact.task.name if artefact.task else ''}".rstrip())
@@ -350,7 +351,9 @@ def _contract_of(
     extra: Asked,
 ) -> list[Cell]:
     cell = Cell(artefact.name, artefact.runner.name, _owner(artefact), "contract", "passed")
-    one = max(exact, key=lambda one: len(set(one.case.task_ids.tolist())))
+    # One with a column for each row of the batch is no row's own answer.
+    own = [one for one in exact if not one.subject.is_across_rows]
+    one = max(own, key=lambda one: len(set(one.case.task_ids.tolist())))
     case = one.case
     output = one.subject.output if artefact.task is None else one.subject.merged_output
     cells, shape = [], one.logits.shape[1:]

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 
 from mtl_export.checkpoint.own_classes import own_class
+from mtl_export.checkpoint.tensors import Array
 from mtl_export.parity.cases import Case
 from mtl_export.parity.generation import LONG, STEPS
 from mtl_export.runtime.language import NEW_TOKENS
+from mtl_export.runtime.seq2seq import first_token
 
+DECODER_IDS = "decoder_input_ids"
 # Of the long batches; odd, and more than is ever traced.
 LONG_STEPS = 13
 
@@ -40,6 +43,14 @@ def decoder_cases(
         count = LONG_STEPS if case.name.startswith(LONG) else STEPS
         tokens = generator.integers(0, vocabulary, (rows, count), dtype=np.int64)
         others = own.seeded_inputs(config, rows) if own is not None else {}
-        inputs = {**case.inputs, **others, NEW_TOKENS: tokens}
+        inputs = {NEW_TOKENS: tokens, **case.inputs, **others}
+        if DECODER_IDS in inputs:
+            inputs[NEW_TOKENS] = _following(inputs.pop(DECODER_IDS), first_token(config))
         found.append(Case(case.name, inputs, case.preset))
     return found
+
+
+def _following(decoder_ids: Array, start: int) -> Array:
+    """Return new tokens ``[B, N]`` after which the decoder has read all that a user gave it."""
+    begun = decoder_ids[:, 1:] if (decoder_ids[:, 0] == start).all() else decoder_ids
+    return np.pad(begun, ((0, 0), (0, 1)))  # what follows the last token is not asked for

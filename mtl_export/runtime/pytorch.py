@@ -6,7 +6,9 @@ layer (``mtl_export.adapters.modules``); it knows nothing of the normal form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -27,13 +29,16 @@ from mtl_export.adapters.modules.base import (
     quiet_transformers,
 )
 from mtl_export.adapters.modules.model import MultiTaskModel
+from mtl_export.adapters.modules.naming import own_module
 from mtl_export.adapters.modules.readout import with_readouts
 from mtl_export.adapters.normal_form import NO_LABEL
 from mtl_export.checkpoint.checkpoint import HeadTensors, Task
+from mtl_export.checkpoint.outputs import LOGITS
 from mtl_export.checkpoint.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BaseModelError, EngineRunError, MtlExportError, shortened
 from mtl_export.merge.head_file import HEAD_FILE, read_readout
+from mtl_export.runtime.saturating_casts import SaturatingCasts
 
 TORCH_DTYPES = {
     "fp64": torch.float64,
@@ -62,11 +67,17 @@ class OracleRunner:
         self._bound = bound
         self._dtype = TORCH_DTYPES[dtype]
         self._models: tuple[MultiTaskModel, ...] = ()
+        self._called: set[str] = set()
 
     def __enter__(self) -> Self:
         """Load the base and adapt it: once, or once per task where each has its own adapter."""
         members = member_models(self._bound) or (self._bound,)
         self._models = tuple(oracle_model(member, self._dtype) for member in members)
+        for model in self._models:
+            without_cache(model.model)
+            for name in model.adapter_modules:
+                layer = model.model.get_submodule(own_module(model.model, name))
+                layer.register_forward_pre_hook(lambda *_, name=name: self._called.add(name))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,11 +89,18 @@ class OracleRunner:
         """Return what was loaded: one model, or one per task; none outside the block."""
         return self._models
 
+    @property
+    def uncalled(self) -> list[str]:
+        """Return the adapted layers that no row has reached yet, but experts: they are chosen."""
+        adapted = {name for model in self._models for name in model.adapter_modules}
+        return sorted(name for name in adapted - self._called if ".experts." not in name)
+
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs for ``inputs``, which hold ``task_ids``.
 
         Raises:
             EngineRunError: A task id is outside [0, T).
+            BaseModelError: The model cannot compute these inputs.
         """
         if not self._models:
             raise RuntimeError("enter the runner before calling infer")
@@ -95,11 +113,11 @@ class OracleRunner:
                 expected=f"ids from 0 to {count - 1}",
                 why=f"the checkpoint has {count} tasks",
             )
-        with torch.inference_mode():
+        with torch.inference_mode(), SaturatingCasts():
             tensors = _tensors(inputs, self._dtype)
             present = np.unique(ids)
             if len(self._models) == 1 and len(present) == 1:
-                outputs = _arrays(self._models[0](**tensors))
+                outputs = computed(self._models[0], tensors)
                 return _answering(outputs, tasks[int(present[0])])
             # One task at a time: layers that see windows or packed or transposed tokens would
             # have to know whose rows they are, and that is what the graphs are checked for.
@@ -184,7 +202,7 @@ class MergedRunner:
                 why="transformers would fill the gap with random numbers",
                 fix="Merge again with --force",
             )
-        self._model.eval()
+        without_cache(self._model.eval())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -197,13 +215,17 @@ class MergedRunner:
         return () if self._model is None else (self._model,)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the outputs for ``inputs``; a merged model takes no ``task_ids``."""
+        """Return the outputs for ``inputs``; a merged model takes no ``task_ids``.
+
+        Raises:
+            BaseModelError: The model cannot compute them.
+        """
         if self._model is None:
             raise RuntimeError("enter the runner before calling infer")
         with torch.inference_mode():
             dtype = next(self._model.parameters()).dtype
             tensors = _tensors({n: v for n, v in inputs.items() if n != "task_ids"}, dtype)
-            return _arrays(self._model(**tensors))
+            return computed(self._model, tensors)
 
 
 def _load_head(model: nn.Module, file: Path) -> set[str]:
@@ -258,12 +280,16 @@ def _joined(
         rows = (task_ids == task).nonzero().squeeze(-1)
         own = {name: value[rows] for name, value in inputs.items()}
         own["task_ids"] = torch.full_like(rows, own_id)
-        for name, value in _answering(_arrays(model(**own)), tasks[task]).items():
-            parts.setdefault(name, []).append((rows.numpy(), value))
+        for name, value in _answering(computed(model, own), tasks[task]).items():
+            if value.ndim and len(value) == len(rows):  # what is no row's answer cannot be put back
+                parts.setdefault(name, []).append((rows.numpy(), value))
     joined = {}
     for name, found in parts.items():
-        widths = [len(task.labels) for task in tasks if task.output in {"", name}]
-        width = max(*widths, *(value.shape[-1] for _, value in found))
+        owners = {name, ""} if name == LOGITS else {name}
+        widths = [len(task.labels) for task in tasks if task.output in owners]
+        if found[0][1].ndim > 3:  # labels stand before height and width
+            widths = []
+        width = max([*widths, *(value.shape[-1] for _, value in found)])
         shape = (len(task_ids), *found[0][1].shape[1:-1], width)
         joined[name] = np.full(shape, NO_LABEL)
         for rows_of_task, value in found:
@@ -305,6 +331,50 @@ def _tensors(inputs: Mapping[str, Array], dtype: torch.dtype) -> dict[str, torch
     """Return the inputs with images and other features in the model's dtype."""
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+
+
+def without_cache(model: Any) -> None:
+    """Let the model hand on no keys, values or states: nobody here asks for them."""
+    for config in (model.config, model.config.get_text_config()):
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+
+
+def computed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, Array]:
+    """Return what ``model`` answers, by name.
+
+    Raises:
+        BaseModelError: It cannot compute these inputs.
+    """
+    with errors_of_model(model, tensors):
+        return _arrays(model(**tensors))
+
+
+@contextmanager
+def errors_of_model(model: Any, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Turn whatever the forward pass of a transformers model raises into one clear error.
+
+    Raises:
+        BaseModelError: The block raised.
+    """
+    try:
+        yield
+    except (MtlExportError, MemoryError, OSError):
+        raise
+    except Exception as error:  # each model raises its own
+        own = getattr(model, "model", model) if isinstance(model, MultiTaskModel) else model
+        taken = [name for name in inspect.signature(own.forward).parameters if name != "kwargs"]
+        lines = str(error).splitlines() or [""]
+        given = [f"{name} {list(value.shape)}" for name, value in inputs.items()]
+        raise BaseModelError(
+            where=type(own).__name__,
+            found=f"it cannot compute {shortened(given)} ({type(error).__name__}: {lines[0]})",
+            expected=f"what its forward pass takes ({shortened(taken)})",
+            fix="Set pad_token_id in config.json of the base"
+            if "padding token" in lines[0]
+            else "Pass rows that it takes to parity: --inputs arrays.npz, with each of them by"
+            " name, [N, ...], and task_ids [N]",
+        ) from error
 
 
 def _arrays(output: Any) -> dict[str, Array]:

@@ -23,7 +23,8 @@ from mtl_export.runtime.language import (
     joined_inputs,
     positions,
 )
-from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
+from mtl_export.runtime.pytorch import MergedRunner, OracleRunner, errors_of_model
+from mtl_export.runtime.saturating_casts import SaturatingCasts
 
 
 class OracleLanguageRunner(OracleRunner):
@@ -91,11 +92,14 @@ def _generated(model: Any, inputs: Mapping[str, Array], max_new_tokens: int) -> 
     ids, mask = left_padded(inputs[INPUT_IDS], inputs[ATTENTION_MASK])
     # Not the model's own: what it says of ends and of sampling is no matter of the weights.
     model.generation_config = GenerationConfig()
-    with torch.inference_mode(), quiet_transformers():
+    given = {INPUT_IDS: torch.from_numpy(ids), ATTENTION_MASK: torch.from_numpy(mask)}
+    # States of recurrent models are not caches, and some of transformers 5.23 do not fit (xLSTM).
+    is_recurrent = "cache_params" in inspect.signature(model.forward).parameters
+    with (
+        torch.inference_mode(), SaturatingCasts(), quiet_transformers(),
+        errors_of_model(model, given),
+    ):  # fmt: skip
         tokens: Array = model.generate(
-            input_ids=torch.from_numpy(ids),
-            attention_mask=torch.from_numpy(mask),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
+            **given, do_sample=False, max_new_tokens=max_new_tokens, use_cache=not is_recurrent
         ).numpy()
     return tokens[:, ids.shape[1] :]

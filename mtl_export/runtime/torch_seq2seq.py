@@ -15,7 +15,8 @@ from mtl_export.adapters.modules.base import quiet_transformers
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.runtime.generation import LOGITS
 from mtl_export.runtime.language import NEW_TOKENS, TASK_IDS
-from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
+from mtl_export.runtime.pytorch import MergedRunner, OracleRunner, errors_of_model
+from mtl_export.runtime.saturating_casts import SaturatingCasts
 from mtl_export.runtime.seq2seq import (
     decoder_inputs,
     encoder_inputs,
@@ -67,15 +68,19 @@ def _passed(inputs: Mapping[str, Array], start: int) -> dict[str, Array]:
 
 
 def _generated(model: Any, inputs: Mapping[str, Array], start: int, max_new_tokens: int) -> Array:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, GenerationMixin
 
     # Not the model's own: what it says of ends and of sampling is no matter of the weights.
     model.generation_config = GenerationConfig(decoder_start_token_id=start)
-    with torch.inference_mode(), quiet_transformers():
-        tokens: Array = model.generate(
-            **{name: torch.from_numpy(value) for name, value in inputs.items()},
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=max_new_tokens,
+    given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    given = {n: t.to(model.dtype) if t.is_floating_point() else t for n, t in given.items()}
+    with (
+        torch.inference_mode(), SaturatingCasts(), quiet_transformers(),
+        errors_of_model(model, given),
+    ):  # fmt: skip
+        # Not the class's own: Whisper's cuts audio up and puts prompts before the tokens.
+        generate: Any = GenerationMixin.generate
+        tokens: Array = generate(
+            model, **given, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens
         ).numpy()
     return tokens[:, 1:]

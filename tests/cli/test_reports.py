@@ -159,3 +159,22 @@ def test_the_hash_of_the_inputs_sees_every_change() -> None:
     }
     assert len(hashes) == 7
     assert cases_sha256([case]) == cases_sha256([replace(case)])
+
+
+@pytest.mark.parametrize(
+    ("lines", "environment", "said"),
+    [
+        ("[parity]\natoll = 1\n", {}, "parity.atoll"),
+        ("", {"MTL_EXPORT_THREADS": "x"}, "'x' is not a valid integer"),
+    ],
+)
+def test_a_command_without_words_says_what_is_wrong_elsewhere(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch,
+    lines: str, environment: dict[str, str], said: str,
+) -> None:  # fmt: skip
+    """A wrong key of the file or a wrong variable is a refusal, and no bug of ours."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mtl-export.toml").write_text(f'base = "x"\ncheckpoint = "y"\n{lines}')
+    outcome = run("parity", env=environment)
+    assert outcome.code == 2
+    assert said in outcome.stderr

@@ -167,7 +167,7 @@ def test_rows_of_a_case_are_picked_together() -> None:
 
 def test_images_are_compared_at_their_own_size() -> None:
     """Seeded pixels of the model's size, every task in each mixed batch, an odd batch last."""
-    rows = seeded_rows(task_count=3, vocabulary=1, names=["pixel_values"], image=(3, 4, 6))
+    rows = seeded_rows(task_count=3, vocabulary=1, names=[], features={"pixel_values": (3, 4, 6)})
     assert rows["pixel_values"].shape == (12, 3, 4, 6)
     assert rows["pixel_values"].dtype == np.float32
     cases = build_cases(rows, task_count=3, vocabulary=1, longest=512)

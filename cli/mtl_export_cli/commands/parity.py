@@ -42,7 +42,7 @@ Example:
 @with_settings(options.SOURCE, accuracy.OPTIONS, options.TALK)
 @option("--inputs", type=click.Path(path_type=Path), metavar="FILE",
         help="Rows to compare on: JSONL with task, text and, for pairs, text_pair; or arrays.npz"
-        " with the model's inputs (pixel_values, too) and task_ids.")  # fmt: skip
+        " with what the model's forward pass takes, by name, and task_ids.")  # fmt: skip
 @option("--atol", multiple=True, metavar="[OUTPUT:]NUMBER",
         help="Absolute error allowed, of all outputs or of one; needs --rtol.")  # fmt: skip
 @option("--rtol", multiple=True, metavar="[OUTPUT:]NUMBER",
