@@ -293,6 +293,8 @@ _FORM: dict[str, Reader] = {
     "task_input": _choice("rows", "scalar"),
     "pooling": _choice("mean", "cls"),
     "normalize": _switch,
+    "inline": _switch,
+    "opset": _count,
 }
 SECTIONS: dict[str, dict[str, Reader]] = {
     "output": {"dir": _path},

@@ -20,6 +20,7 @@ from mtl_export.checkpoint.sentence_embedding import METADATA_KEY
 from mtl_export.errors import MtlExportError, UsageError, shortened
 from mtl_export.runtime.model_files import ENGINE_SUFFIX, WHOLE
 from mtl_export_cli import artefacts, graphs, sources
+from mtl_export_cli.graph_form import GRAPH_DTYPE
 from mtl_export_cli.options import Settings
 from mtl_export_cli.quantising import other_source
 from mtl_export_cli.written import Written
@@ -240,7 +241,7 @@ class Workshop:
             "served": [task.name for task in graph.tasks],
             "builder": f"{self._info.name} {self._info.version}",
             "profile": _profile_texts(parts),
-            "dtype": metadata.get("mtl_export.dtype", graphs.GRAPH_DTYPE),
+            "dtype": metadata.get("mtl_export.dtype", GRAPH_DTYPE),
             **self._choices.recipe(),
         }
         if metadata.get("mtl_export.task_input", "rows") != "rows":

@@ -10,23 +10,23 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from mtl_export.checkpoint.model_class import has_head
-from mtl_export.checkpoint.sentence_embedding import METADATA_KEY, Pooling, SentenceEmbedding
 from mtl_export.errors import GraphError, UsageError
 from mtl_export_cli import edited, sources
-from mtl_export_cli.options import Settings
+from mtl_export_cli.graph_form import GRAPH_DTYPE, Form
+from mtl_export_cli.options import Settings, is_typed
 from mtl_export_cli.render import Steps
 from mtl_export_cli.written import UP_TO_DATE, Written
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.bundle.manifest import OptionValue
     from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.graph.external_data import SharedData, WrittenFile
-    from mtl_export.graph.passes.routing import TaskInput
     from mtl_export.graph.trace import TracedModel
 
 SINGLE_GRAPH, PER_TASK, ADAPTER_INPUT = "single-graph", "per-task", "adapter-input"
-GRAPH_DTYPE = "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,60 +60,6 @@ class Graph:
         if self.layout == ADAPTER_INPUT:
             return parent / ADAPTER_INPUT
         return parent / self.task.name if self.task else parent
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What graphs take and give.
-
-    Attributes:
-        task_input: ``rows``: task_ids [batch]; ``scalar``: task_ids [1].
-        embedding: How hidden states become one vector a row; None keeps the model's outputs.
-    """
-
-    task_input: TaskInput = "rows"
-    embedding: SentenceEmbedding | None = None
-
-    @classmethod
-    def from_options(
-        cls, task_input: TaskInput, pooling: Pooling | None, *, normalize: bool
-    ) -> Form:
-        """Return what the options of ``options.FORM`` ask for.
-
-        Raises:
-            UsageError: ``--normalize`` without ``--pooling``.
-        """
-        if normalize and pooling is None:
-            raise UsageError(
-                where="--normalize",
-                found="no --pooling",
-                expected="--pooling mean or --pooling cls beside it",
-                why="it is the pooled vectors that are brought to length 1",
-                fix="Add --pooling, or leave out --normalize",
-            )
-        embedding = SentenceEmbedding(pooling, normalize) if pooling else None
-        return cls(task_input, embedding)
-
-    def as_asked(self, dtype: str | None) -> dict[str, tuple[str, str]]:
-        """Return option and value of what was asked for, by its key in a graph's metadata."""
-        asked: dict[str, tuple[str, str]] = {}
-        if dtype is not None:
-            # A graph in float32 does not say so.
-            asked["mtl_export.dtype"] = ("--dtype", "" if dtype == GRAPH_DTYPE else dtype)
-        if self.task_input != "rows":
-            asked["mtl_export.task_input"] = ("--task-input", self.task_input)
-        if self.embedding is not None:
-            asked[METADATA_KEY] = ("--pooling", self.embedding.to_json())
-        return asked
-
-    def as_options(self, graph: Graph) -> dict[str, OptionValue]:
-        """Return what of it is not the default for ``graph``, for the recipe."""
-        options: dict[str, OptionValue] = {}
-        if self.task_input != "rows" and graph.task is None:
-            options["task_input"] = self.task_input
-        if self.embedding is not None:
-            options["embedding"] = self.embedding.to_json()
-        return options
 
 
 def layout_or_default(settings: Settings, layout: str | None) -> str:
@@ -171,8 +117,7 @@ def refuse_form(layout: str | None, form: Form, dtype: str | None) -> None:
         UsageError: Half precision, or a form that is not the default.
     """
     asked = [] if dtype in {None, GRAPH_DTYPE} else [f"--dtype {dtype}"]
-    asked += ["--task-input scalar"] if form.task_input != "rows" else []
-    asked += ["--pooling"] if form.embedding is not None else []
+    asked += [words for words in form.as_words() if not words.startswith("--opset")]
     if layout == ADAPTER_INPUT and asked:
         raise UsageError(
             where=f"--layout {ADAPTER_INPUT}",
@@ -183,25 +128,31 @@ def refuse_form(layout: str | None, form: Form, dtype: str | None) -> None:
         )
 
 
-def refuse_idle(layout: str, *, scalar: bool, linked: bool = False) -> None:
+def refuse_idle(layout: str, form: Form, *, linked: bool = False) -> None:
     """Refuse options that say nothing about graphs of ``layout``.
 
     Args:
         layout: What is to be written.
-        scalar: ``--task-input scalar`` was typed; a settings file may mean other graphs.
+        form: Refused if it was typed; a settings file may mean other graphs.
         linked: ``--link-data`` was typed.
 
     Raises:
         UsageError: One of them would be ignored.
     """
-    if scalar and layout == PER_TASK:
-        raise UsageError(
-            where="--task-input scalar",
-            found=f"graphs of layout {PER_TASK} beside it",
-            expected=f"--all-tasks and --layout {SINGLE_GRAPH}",
-            why="a graph with one task merged in takes no task_ids",
-            fix="Leave out --task-input, or export the single graph",
-        )
+    idle = {
+        "--task-input scalar": (form.task_input == "scalar", "takes no task_ids"),
+        "--inline": (form.inline, "has no functions"),
+    }
+    for words, (is_asked, why) in idle.items():
+        parameter = words.split()[0].removeprefix("--").replace("-", "_")
+        if is_asked and layout == PER_TASK and is_typed(parameter):
+            raise UsageError(
+                where=words,
+                found=f"graphs of layout {PER_TASK} beside it",
+                expected=f"--all-tasks and --layout {SINGLE_GRAPH}",
+                why=f"a graph with one task merged in {why}",
+                fix=f"Leave out {words.split()[0]}, or export the single graph",
+            )
     if linked and layout != PER_TASK:
         raise UsageError(
             where="--link-data",
@@ -277,7 +228,7 @@ class Exporter:
         if graph.layout == SINGLE_GRAPH:
             edited.refuse_edited(folder, self._bound)
         options: dict[str, OptionValue] = {"layout": graph.layout, "served": names}
-        options |= self._form.as_options(graph)
+        options |= self._form.as_options(is_merged=graph.task is not None)
         if self._dtype != GRAPH_DTYPE:
             options["dtype"] = self._dtype
         recipe = sources.recipe("onnx", self._bound, options)
@@ -316,8 +267,18 @@ class Exporter:
         if self._dtype != GRAPH_DTYPE:
             narrow = PrecisionPass(self._dtype)
             models = {stem: narrow(model).model for stem, model in models.items()}
+        for model in models.values():
+            self._finish(model, graph)
         shared = self._shared if graph.task else None
         return write_graphs(models, self._bound, folder, graph.task, shared)
+
+    def _finish(self, model: ir.Model, graph: Graph) -> None:
+        """Expand the functions of ``model`` if that is asked for, and say what is not as usual."""
+        from mtl_export.graph.lower import inlined
+
+        if self._form.inline and graph.task is None:
+            inlined(model)
+        model.metadata_props.update(self._form.as_metadata(is_merged=graph.task is not None))
 
     def _with_adapters(self, graph: Graph, folder: Path) -> dict[str, WrittenFile]:
         from mtl_export.graph.lower import adapter_input_graph
@@ -328,6 +289,8 @@ class Exporter:
         load_onnxruntime()  # before the trace: without it there will be no adapters
         lowered = {part.stem: adapter_input_graph(part, self._bound) for part in self._parts}
         models = {stem: model for stem, (model, _) in lowered.items()}
+        for model in models.values():
+            self._finish(model, graph)
         files = write_graphs(models, self._bound, folder, None)
         for stem, (_, parameters) in lowered.items():
             for task in graph.tasks:
@@ -348,4 +311,4 @@ class Exporter:
     def _parts(self) -> tuple[TracedModel, ...]:
         from mtl_export.graph.parts import trace_parts
 
-        return trace_parts(self._bound)
+        return trace_parts(self._bound, self._form.opset)

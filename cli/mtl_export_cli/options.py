@@ -19,6 +19,7 @@ from click.core import ParameterSource
 
 from mtl_export.checkpoint.sentence_embedding import POOLINGS
 from mtl_export.errors import UsageError
+from mtl_export.graph import names as graph_names
 from mtl_export_cli.config import Config, read_config
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -165,6 +166,14 @@ FORM: tuple[Decorator, ...] = (
         " its tokens or the first token's.",
     ),
     option("--normalize", is_flag=True, help="With --pooling: bring the vectors to length 1."),
+    option(
+        "--inline", is_flag=True,
+        help="Of the single graph: expand its functions, for tools that know none.",
+    ),
+    option(
+        "--opset", type=click.IntRange(graph_names.OLDEST_OPSET, graph_names.NEWEST_OPSET),
+        default=graph_names.OPSET, show_default=True, help="What graphs are written in.",
+    ),
 )  # fmt: skip
 OUTPUT: tuple[Decorator, ...] = (
     option(

@@ -44,7 +44,7 @@ CHANGING = frozenset({"dynamic", "longrope"})
 States = dict[str, dict[str, torch.Tensor]]
 
 
-def trace_causal_lm(bound: BoundModel) -> tuple[TracedModel, TracedModel]:
+def trace_causal_lm(bound: BoundModel, opset: int = names.OPSET) -> tuple[TracedModel, TracedModel]:
     """Return the base of ``bound`` as float32 graphs with markers: prefill, then decode.
 
     Raises:
@@ -64,7 +64,8 @@ def trace_causal_lm(bound: BoundModel) -> tuple[TracedModel, TracedModel]:
     model.forward = _with_cache(original)
     limits = {names.SEQUENCE: longest, PAST: longest - 1} if longest > 1 else {}
     prompts = {"input_ids": ids, "attention_mask": mask}
-    prefill = exported(model, prompts, dict.fromkeys(prompts, MASK_AXES), limits, defer=True)
+    prompt_axes = dict.fromkeys(prompts, MASK_AXES)
+    prefill = exported(model, prompts, prompt_axes, limits, defer=True, opset=opset)
     states = {
         f"past_key_values.{layer}.{name}": tensor
         for layer, state in cache.items()
@@ -74,7 +75,7 @@ def trace_causal_lm(bound: BoundModel) -> tuple[TracedModel, TracedModel]:
     step = {"input_ids": ids[:, -1:], "attention_mask": more, **states}
     axes = {"input_ids": {0: names.BATCH}, "attention_mask": {0: names.BATCH, 1: TOTAL}}
     axes |= {name: {0: names.BATCH, 2: PAST} for name in states}
-    decode = exported(model, step, axes, limits, defer=True)
+    decode = exported(model, step, axes, limits, defer=True, opset=opset)
     parts = []
     for stem, part in ((PREFILL, prefill), (DECODE, decode)):
         _name_outputs(part, cache)

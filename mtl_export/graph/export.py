@@ -27,7 +27,9 @@ from mtl_export.errors import GraphError, shortened
 from mtl_export.graph import names
 from mtl_export.graph.sampling import reason_of
 
-OPSET = 20
+# From the next on PyTorch writes all of an attention as one node, which half precision,
+# quantising and runtimes' own fusions know nothing of.
+NEWEST_TRACED = 22
 # No batch is larger, and no sequence longer where the model says nothing.
 LARGEST_BATCH, LONGEST = 2**20, 2**15
 ONE_MORE = " + 1"
@@ -44,6 +46,7 @@ def exported(
     longest: Mapping[str, int] | None = None,
     *,
     defer: bool = False,
+    opset: int = names.OPSET,
 ) -> ir.Model:
     """Return the graph of ``model(**inputs)``.
 
@@ -55,6 +58,7 @@ def exported(
         longest: The largest size of an axis by name; 2^15 for those left out.
         defer: Do without the proof that every size fits, which PyTorch cannot give for keys
             and values that several heads share.
+        opset: What to write it in.
 
     Raises:
         GraphError: The exporter cannot trace the model, or lost an input, or the model computes
@@ -76,7 +80,7 @@ def exported(
     }
     config = OnnxConfig(
         dynamic_shapes=nested(shapes),
-        opset_version=OPSET,
+        opset_version=min(opset, NEWEST_TRACED),
         prefer_deferred_runtime_asserts_over_guards=defer,
     )
     try:
@@ -96,11 +100,35 @@ def exported(
         ) from error
     # transformers 5.20, the newest for Python 3.10, returns torch's own ONNXProgram.
     graph_model: ir.Model = getattr(result, "program", None) or result.model
+    _bring_to_opset(graph_model, opset, type(model).__name__)
     _refuse_narrow(graph_model, type(model).__name__)
     _name_inputs(graph_model, tuple(_flat(nested(inputs))), type(model).__name__)
     _name_dimensions(graph_model, axes)
     _name_transposed(graph_model)
     return graph_model
+
+
+def _bring_to_opset(model: ir.Model, opset: int, model_class: str) -> None:
+    """Raise a trace to ``opset``, and say which version of the file format that came with.
+
+    Raises:
+        GraphError: The exporter, which falls back without a word, wrote another.
+    """
+    if opset > NEWEST_TRACED:
+        from onnxscript.version_converter import convert_version
+
+        convert_version(model, opset)
+    if model.opset_imports[""] != opset:
+        raise GraphError(
+            where=model_class,
+            found=f"opset {model.opset_imports['']} from the exporter",
+            expected=f"opset {opset}",
+            fix=f"Leave out --opset, which is {names.OPSET} then",
+        )
+    if opset != names.OPSET:
+        from onnx.helper import find_min_ir_version_for, make_opsetid
+
+        model.ir_version = find_min_ir_version_for([make_opsetid("", opset)])
 
 
 def _refuse_narrow(model: ir.Model, model_class: str) -> None:

@@ -17,6 +17,7 @@ from mtl_export.graph import shared_tensors
 from mtl_export.graph.adapter_parameters import Parameter
 from mtl_export.graph.passes.adapter_input import AdapterInputPass
 from mtl_export.graph.passes.composed_up import ComposedUpPass
+from mtl_export.graph.passes.constants import ConstantTensorsPass
 from mtl_export.graph.passes.guard_outputs import GuardOutputsPass
 from mtl_export.graph.passes.joint_gemm import JointGemmPass
 from mtl_export.graph.passes.markers import ensure_no_markers
@@ -112,6 +113,12 @@ def adapter_input_graph(
     return model, tuple(one for one in lowering.parameters if one.name in kept)
 
 
+def inlined(model: ir.Model) -> None:
+    """Put the nodes of every function in the place of its calls."""
+    for step in (common.InlinePass(), common.RemoveUnusedOpsetsPass()):
+        step(model)
+
+
 def _lowered(
     traced: TracedModel,
     lowering: Sequence[ir.passes.InPlacePass],
@@ -124,7 +131,8 @@ def _lowered(
     mark_common(traced.model)
     model = traced.model.clone()
     # One by one: ir.passes.Sequential would hide our own errors inside its PassError.
-    for step in (*lowering, common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass()):
+    cleaning = (common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass())
+    for step in (*lowering, ConstantTensorsPass(), *cleaning):
         model = step(model).model
     ensure_no_markers(model)
     model.metadata_props.update(metadata)

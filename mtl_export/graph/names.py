@@ -19,6 +19,9 @@ Row T of every per-task stack is NaN: see ``passes.route_tasks``.
 
 from __future__ import annotations
 
+# What graphs are written in, and what they can be: PyTorch's exporter writes 18 at least, and
+# onnxscript's converter knows 25 at most.
+OPSET, OLDEST_OPSET, NEWEST_OPSET = 20, 18, 25
 DOMAIN = "mtl_export"
 DOMAIN_VERSION = 1
 MARKER_LINEAR = "TaskLinear"

@@ -69,7 +69,7 @@ class _Part:
     axes: Axes
 
 
-def trace_seq2seq(bound: BoundModel) -> tuple[TracedModel, ...]:
+def trace_seq2seq(bound: BoundModel, opset: int = names.OPSET) -> tuple[TracedModel, ...]:
     """Return ``encoder``, ``decoder`` and ``decoder_with_past`` as float32 graphs with markers.
 
     Raises:
@@ -89,7 +89,7 @@ def trace_seq2seq(bound: BoundModel) -> tuple[TracedModel, ...]:
         # A position table bounds the text; an encoder's states may be more than its tokens.
         own = {names.SEQUENCE: longest} if longest and part.stem == ENCODER else {}
         with _forward(model, part.forward):
-            graph = exported(model, part.inputs, part.axes, limits | own)
+            graph = exported(model, part.inputs, part.axes, limits | own, opset=opset)
         _name_tied(graph, model, bound)
         graphs[part.stem] = graph
     traced = checked_parts(graphs, bound)

@@ -44,6 +44,7 @@ _OWN_INPUTS: dict[str, tuple[int, ...]] = {
     functions.TASK_EMBEDDING_ROWS: (2, 3, 4),
 }
 HEADS = frozenset({functions.TASK_HEAD_ROWS, functions.TASK_HEAD_TOKENS, functions.ONE_TASK_HEAD})
+_SIZES = frozenset({"Shape", "Size"})
 # What stands between a stack and its reader.
 _PASSED_ON = frozenset({"Concat", "Cast", "Identity"})
 
@@ -153,7 +154,7 @@ def task_count_node(model: ir.Model) -> ir.Node:
         GraphError: There is none: the graph is not a routed one.
     """
     for node in model.graph:
-        if node.name == COUNT_NODE and "value_int" in node.attributes:
+        if node.name == COUNT_NODE and node.op_type == "Constant":
             return node
     raise GraphError(
         where=str(model.graph.name),
@@ -166,29 +167,41 @@ def task_count_node(model: ir.Model) -> ir.Node:
 def set_task_count(model: ir.Model, count: int) -> None:
     """Say how many tasks there are; ids from there on are unknown."""
     node = task_count_node(model)
-    node.attributes["value_int"] = ir.AttrInt64("value_int", count)
+    node.attributes.clear()
+    node.attributes["value"] = ir.AttrTensor("value", ir.tensor(count, dtype=ir.DataType.INT64))
 
 
 def head_outputs(model: ir.Model) -> Iterator[tuple[str, ir.Value]]:
-    """Yield module and output of every head."""
-    for node in model.graph:
-        if node.domain == names.DOMAIN and node.op_type in HEADS and node.inputs[2] is not None:
-            yield _part(node.inputs[2].name or "")[0], node.outputs[0]
+    """Yield module and output of every head, a call of a function or its nodes."""
+    for name, value in model.graph.initializers.items():
+        module, part = _part(name)
+        if part != "biases" or names.part(module, "weights") not in model.graph.initializers:
+            continue
+        waiting = list(value.consumers())
+        while waiting:
+            node = waiting.pop(0)
+            if node.op_type in HEADS or node.op_type == "Add":
+                yield module, node.outputs[0]
+            else:
+                waiting += node.outputs[0].consumers()
 
 
 def _per_task_values(model: ir.Model) -> Iterator[ir.Value]:
-    ids = {node.outputs[0] for node in model.graph if node.name in GUARDED}
+    # Ids, and what is computed from them: the ids of a layer's rows, places in an embedding.
+    places = {node.outputs[0] for node in model.graph if node.name in GUARDED}
     for node in model.graph.all_nodes():
+        positions: tuple[int, ...] = ()
         if node.domain == names.DOMAIN:
             positions = _OWN_INPUTS.get(node.op_type, ())
-        elif node.op_type == "Gather" and len(node.inputs) > 1 and node.inputs[1] in ids:
+        elif node.op_type == "Gather" and node.inputs[1] in places:
             positions = (0,)
-        else:
-            continue
-        for position in positions:
-            value = node.inputs[position]
+        elif node.op_type not in _SIZES and not places.isdisjoint(node.inputs):
+            places.update(node.outputs)
+        for value in [node.inputs[position] for position in positions]:
             if value is not None:
                 yield value
+                if positions == (0,) and _part(value.name or "")[1] in {"starts", "slots"}:
+                    places.update(node.outputs)
 
 
 def _sources(value: ir.Value) -> Iterator[ir.Value]:

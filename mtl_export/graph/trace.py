@@ -46,7 +46,7 @@ class TracedModel:
     stem: str = "model"
 
 
-def trace(bound: BoundModel) -> TracedModel:
+def trace(bound: BoundModel, opset: int = names.OPSET) -> TracedModel:
     """Return the base of ``bound`` as a float32 graph with markers.
 
     Raises:
@@ -59,7 +59,7 @@ def trace(bound: BoundModel) -> TracedModel:
     model.config.use_cache = False
     originals = mark(model, bound)
     inputs = _sample_inputs(model)
-    traced = _exported(model, inputs)
+    traced = _exported(model, inputs, opset)
     checked = checked_trace(traced, bound)
     unmark(model, originals)
     note_row_orders(checked.model, model, originals, inputs)
@@ -109,13 +109,14 @@ def _image_shape(model: Any) -> tuple[int, int, int]:
     return shape
 
 
-def _exported(model: Any, inputs: dict[str, torch.Tensor]) -> ir.Model:
+def _exported(model: Any, inputs: dict[str, torch.Tensor], opset: int) -> ir.Model:
     # Texts are [batch, sequence]; of images only the number is free.
     axes = {
         name: {0: names.BATCH, 1: names.SEQUENCE} if value.ndim == 2 else {0: names.BATCH}
         for name, value in inputs.items()
     }
-    return exported(model, inputs, axes, {names.SEQUENCE: longest_sequence(model.config.to_dict())})
+    limits = {names.SEQUENCE: longest_sequence(model.config.to_dict())}
+    return exported(model, inputs, axes, limits, opset=opset)
 
 
 def checked_trace(model: ir.Model, bound: BoundModel, stem: str = "model") -> TracedModel:

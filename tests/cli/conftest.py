@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 import mtl_export.graph.parts
 from mtl_export.adapters.binding import BoundModel
+from mtl_export.graph.names import OPSET
 from mtl_export.graph.parts import trace_parts
 from mtl_export.graph.trace import TracedModel
 from mtl_export_cli.main import cli
@@ -41,7 +42,7 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
-Trace = Callable[[BoundModel], tuple[TracedModel, ...]]
+Trace = Callable[..., tuple[TracedModel, ...]]
 
 
 @pytest.fixture
@@ -70,9 +71,9 @@ def known_traces(originals: Path) -> Trace:
     words = Settings(checkpoint=originals / "adapter", base=str(originals / "base"))
     original, found = open_bound(words), list[tuple[TracedModel, ...]]()
 
-    def known(bound: BoundModel) -> tuple[TracedModel, ...]:
-        if identity(bound) != identity(original):
-            return trace_parts(bound)
+    def known(bound: BoundModel, opset: int = OPSET) -> tuple[TracedModel, ...]:
+        if identity(bound) != identity(original) or opset != OPSET:
+            return trace_parts(bound, opset)
         if not found:
             found.append(trace_parts(original))
         return found[0]

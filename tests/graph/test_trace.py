@@ -14,8 +14,8 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import BaseReference
 from mtl_export.errors import BaseModelError, GraphError
 from mtl_export.graph import trace as trace_module
-from mtl_export.graph.export import OPSET
 from mtl_export.graph.marking import mark
+from mtl_export.graph.names import OPSET
 from mtl_export.graph.passes.markers import markers, module_of
 from mtl_export.graph.trace import TracedModel, trace
 from tests.adapters import toys

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import click
 
 from mtl_export_cli import graphs, options, render, sources
+from mtl_export_cli.graph_form import Form, with_form
 from mtl_export_cli.options import Settings, option, with_settings
 from mtl_export_cli.written import print_written
-
-if TYPE_CHECKING:
-    from mtl_export.checkpoint.sentence_embedding import Pooling
-    from mtl_export.graph.passes.routing import TaskInput
 
 EPILOG = """\b
 Example:
@@ -42,13 +38,12 @@ LAYOUT = option(
     "--link-data", is_flag=True,
     help="per-task: hard-link what the tasks have in common. Only ONNX Runtime opens such folders.",
 )  # fmt: skip
+@with_form
 def command(
     settings: Settings,
     layout: str | None,
     *,
-    task_input: TaskInput,
-    pooling: Pooling | None,
-    normalize: bool,
+    form: Form,
     link_data: bool,
 ) -> None:
     """Export one routed graph, or one per task.
@@ -61,16 +56,16 @@ def command(
     the output folder, or to --output. The base is traced once.
 
     --dtype fp16 or bf16: weights and activations are of that type, statistics, softmax and
-    positions float32; results are given as float32. Without it graphs are fp32.
+    positions float32; results are given as float32. Without it graphs are fp32. --inline: the
+    single graph has stock nodes only, for tools and runtimes that know no functions.
     """
     # Weights are folded in small blocks, for which OpenBLAS's threads wait longer than they
     # compute; it reads this when numpy is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    form = graphs.Form.from_options(task_input, pooling, normalize=normalize)
     graphs.refuse_form(layout, form, settings.dtype)
     graphs.refuse_idle(
         graphs.layout_or_default(settings, layout),
-        scalar=task_input == "scalar" and options.is_typed("task_input"),
+        form,
         linked=link_data and options.is_typed("link_data"),
     )
     bound = sources.open_bound(settings, targets=[settings.folder("onnx")])

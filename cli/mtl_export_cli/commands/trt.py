@@ -11,12 +11,11 @@ from mtl_export.errors import BackendError, UsageError
 from mtl_export_cli import engines, graphs, options, render, sources
 from mtl_export_cli.engine_options import ENGINE, EngineChoices, with_engine_choices
 from mtl_export_cli.engines import Built, Failed, Workshop
+from mtl_export_cli.graph_form import Form, with_form
 from mtl_export_cli.options import Settings, option, with_settings
 from mtl_export_cli.written import Written
 
 if TYPE_CHECKING:
-    from mtl_export.checkpoint.sentence_embedding import Pooling
-    from mtl_export.graph.passes.routing import TaskInput
     from mtl_export.runtime.tensorrt.available import BuilderInfo
     from mtl_export.runtime.tensorrt.job import EngineOrder
 
@@ -78,15 +77,14 @@ JOB = (
     HIDDEN,
 )
 @with_engine_choices
+@with_form
 def command(
     settings: Settings,
     *,
     layout: str | None,
     quantize: str | None,
     jobs: int,
-    task_input: TaskInput,
-    pooling: Pooling | None,
-    normalize: bool,
+    form: Form,
     choices: EngineChoices,
 ) -> int:
     """Build TensorRT engines.
@@ -102,10 +100,8 @@ def command(
     """
     from mtl_export.runtime.tensorrt.available import available_builder
 
-    form = graphs.Form.from_options(task_input, pooling, normalize=normalize)
     _refuse_beside_quantize(settings, quantize, form)
-    is_scalar = task_input == "scalar" and options.is_typed("task_input")
-    graphs.refuse_idle(graphs.layout_or_default(settings, layout), scalar=is_scalar)
+    graphs.refuse_idle(graphs.layout_or_default(settings, layout), form)
     bound = sources.open_bound(settings)
     info = available_builder()
     choices.refuse_impossible(info.name)
@@ -130,15 +126,14 @@ def command(
     return _exit_code(failed)
 
 
-def _refuse_beside_quantize(settings: Settings, quantize: str | None, form: graphs.Form) -> None:
+def _refuse_beside_quantize(settings: Settings, quantize: str | None, form: Form) -> None:
     """Refuse what only an export decides, where nothing is exported.
 
     Raises:
         UsageError: It was given.
     """
     asked = [f"--dtype {settings.dtype}"] if settings.dtype else []
-    asked += ["--task-input scalar"] if form.task_input != "rows" else []
-    asked += ["--pooling"] if form.embedding is not None else []
+    asked += form.as_words()
     if quantize and asked:
         raise UsageError(
             where=f"--quantize {quantize}",

@@ -19,6 +19,7 @@ from onnx_ir import tape
 
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import GraphError
+from mtl_export.graph.passes.constants import ConstantTensorsPass
 from mtl_export.graph.passes.islands import is_float, islands, touches_floats
 from mtl_export.graph.passes.value_types import type_values
 
@@ -26,6 +27,7 @@ DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # The largest finite numbers: (2 - 2^-10) 2^15 and (2 - 2^-7) 2^127.
 LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: float.fromhex("0x1.fep127")}
 METADATA = "mtl_export.dtype"
+FLOATS = frozenset({ir.DataType.FLOAT, *DTYPES.values()})
 # Floating inputs and outputs whose names begin so pass from one step to the next.
 STATE = ("past_key_values.", "present.")
 
@@ -53,6 +55,7 @@ class PrecisionPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Convert ``model``; its opsets stay."""
+        ConstantTensorsPass()(model)  # a graph may be one that an older release wrote
         graph = model.graph
         type_values(graph)
         _refuse_subgraphs(graph)
@@ -138,15 +141,15 @@ class PrecisionPass(ir.passes.InPlacePass):
             if tensor.dtype == ir.DataType.FLOAT:
                 attributes["value"] = ir.AttrTensor("value", _converted(tensor, self._dtype))
         if node.op_type == "Constant" and is_float(node.outputs[0]):
-            tensor = _constant(node)
-            attributes.clear()
+            tensor = attributes["value"].as_tensor()
             attributes["value"] = ir.AttrTensor("value", _converted(tensor, self._dtype))
 
     def _refuse_constants_in_functions(self, model: ir.Model) -> None:
         """Check that bodies, which take any type, name none themselves."""
         for function in model.functions.values():
             for node in function:
-                if {"value_float", "value_floats"} & set(node.attributes) or node.op_type == "Cast":
+                given = node.attributes.get("value")
+                if node.op_type == "Cast" or (given and given.as_tensor().dtype in FLOATS):
                     raise ValueError(f"{function.name} names a type in its body")
 
 
@@ -161,15 +164,6 @@ def _refuse_subgraphs(graph: ir.Graph) -> None:
                 why="only flat graphs are converted to half precision",
                 fix="Export it with --dtype fp32",
             )
-
-
-def _constant(node: ir.Node) -> ir.TensorProtocol:
-    attributes = node.attributes
-    if "value" in attributes:
-        return attributes["value"].as_tensor()
-    if "value_float" in attributes:
-        return ir.tensor(np.array(attributes["value_float"].as_float(), np.float32))
-    return ir.tensor(np.array(attributes["value_floats"].as_floats(), np.float32))
 
 
 def _converted(tensor: ir.TensorProtocol | None, dtype: ir.DataType) -> ir.TensorProtocol:

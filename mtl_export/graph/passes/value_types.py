@@ -33,17 +33,8 @@ def _output_type(node: ir.Node) -> ir.DataType | None:
         return ir.DataType.INT64
     if node.op_type == "Cast":
         return ir.DataType(node.attributes["to"].as_int())
-    if node.op_type == "Constant":
-        return _constant_type(node)
-    if node.op_type == "ConstantOfShape":
+    if node.op_type in {"Constant", "ConstantOfShape"}:
         given = node.attributes.get("value")
         return ir.DataType.FLOAT if given is None else given.as_tensor().dtype
     data = node.inputs[_DATA_INPUT.get(node.op_type, 0)]
     return None if data is None else data.dtype
-
-
-def _constant_type(node: ir.Node) -> ir.DataType:
-    if "value" in node.attributes:
-        return node.attributes["value"].as_tensor().dtype
-    is_whole = "value_int" in node.attributes or "value_ints" in node.attributes
-    return ir.DataType.INT64 if is_whole else ir.DataType.FLOAT

@@ -25,9 +25,9 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     seen: list[object] = []
     real = mtl_export.graph.parts.trace_parts
 
-    def counted(bound: object) -> object:
+    def counted(bound: object, opset: int) -> object:
         seen.append(bound)
-        return real(bound)  # type: ignore[arg-type]
+        return real(bound, opset)  # type: ignore[arg-type]
 
     monkeypatch.setattr(mtl_export.graph.parts, "trace_parts", counted)
     return seen
