@@ -36,6 +36,8 @@ ROWS_ATTRIBUTE = "rows"
 # Which use of a module this is, and of how many; on modules that a model runs several times.
 USE_ATTRIBUTE = "use"
 TASK_IDS = "task_ids"
+# The comparison that finds ids which need more than 24 bits.
+NEAR = f"{TASK_IDS}/near"
 BATCH = "batch"
 SEQUENCE = "sequence"
 

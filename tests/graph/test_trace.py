@@ -169,7 +169,7 @@ def test_inputs_that_the_model_does_not_take_are_left_out(
     """A model without token types is not traced with them."""
     seen: dict[str, Any] = {}
 
-    def record(model: Any, inputs: dict[str, Any]) -> ir.Model:
+    def record(model: Any, inputs: dict[str, Any], opset: int) -> ir.Model:
         seen.update(inputs)
         raise GraphError(where="here", found="enough seen")
 

@@ -82,7 +82,7 @@ def _is_allowed(node: ir.Node, dtype: ir.DataType) -> bool:
 def _needs_exact_inputs(node: ir.Node) -> bool:
     if node.op_type == "Cast":
         return node.outputs[0].dtype in WHOLE and is_float(node.inputs[0])
-    return node.op_type in PRECISE_OPS
+    return node.op_type in PRECISE_OPS or node.name == names.NEAR
 
 
 def _ancestors(node: ir.Node) -> set[ir.Node]:

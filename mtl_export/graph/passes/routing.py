@@ -2,7 +2,9 @@
 
 ``ids`` is ``task_ids`` with every id outside [0, T) replaced by T, and slice T of each
 stack is NaN: a bad id can never look like an answer. Left alone, TensorRT's Gather would
-return zeros for it, which is the base model's own output.
+return zeros for it, which is the base model's own output. OpenVINO cuts int64 inputs to 32
+bits, whereby 2^32 would be task 0; not where they are cast to float, so that ids beyond 2^24 are
+found out there.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from mtl_export.graph.passes.weights import add_initializer
 
 # ``rows``: task_ids [batch]; ``scalar``: task_ids [1], one task for the whole batch.
 TaskInput = Literal["rows", "scalar"]
+# Whole numbers up to here are exact in float32.
+FARTHEST_ID = 2.0**24
 
 
 class RoutePass(ir.passes.InPlacePass):
@@ -129,7 +133,12 @@ def guarded_ids(graph: ir.Graph, task_count: int, *, is_scalar: bool = False) ->
     count = ops.op("Constant", [], {"value_int": task_count}, name="task_ids/count")
     low = ops.op("GreaterOrEqual", [task_ids, zero], name="task_ids/at_least_zero")
     high = ops.op("Less", [task_ids, count], name="task_ids/below_count")
-    known = ops.op("And", [low, high], name="task_ids/known")
+    known = ops.op("And", [low, high], name="task_ids/in_range")
+    size = ops.op("Cast", [task_ids], {"to": ir.DataType.FLOAT}, name="task_ids/float")
+    size = ops.op("Abs", [size], name="task_ids/size")
+    limit = ops.op("Constant", [], {"value_float": FARTHEST_ID}, name="task_ids/limit")
+    near = ops.op("Less", [size, limit], name=names.NEAR)
+    known = ops.op("And", [known, near], name="task_ids/known")
     ids = ops.op("Where", [known, task_ids, count], name="task_ids/guarded")
     if is_scalar:
         ids = ops.op("Squeeze", [ids], name=last)
