@@ -54,12 +54,9 @@ def trace_causal_lm(bound: BoundModel, opset: int = names.OPSET) -> tuple[Traced
         BaseModelError: The heads do not fit the model's features.
     """
     model = base_model(bound, torch.float32)
-    _refuse_changing_rotation(model)
     original = model.forward
-    longest = int(getattr(model.config, "max_position_embeddings", 0) or 0)
-    # The step after the prompt has a position too.
-    ids, mask = _sample_prompts(vocabulary(model), sample_length(longest and longest - 1))
-    cache = _sample_cache(model, ids, mask)
+    longest = _longest(model)
+    ids, mask, cache = samples(model)
     originals = mark(model, bound)
     model.forward = _with_cache(original)
     limits = {names.SEQUENCE: longest, PAST: longest - 1} if longest > 1 else {}
@@ -84,6 +81,25 @@ def trace_causal_lm(bound: BoundModel, opset: int = names.OPSET) -> tuple[Traced
     for traced, inputs in zip(parts, (prompts, step), strict=True):
         note_row_orders(traced.model, model, originals, inputs)
     return parts[0], parts[1]
+
+
+def _longest(model: Any) -> int:
+    """Return how many positions the model has; 0 if it has no table of them."""
+    return int(getattr(model.config, "max_position_embeddings", 0) or 0)
+
+
+def samples(model: Any) -> tuple[torch.Tensor, torch.Tensor, States]:
+    """Return seeded token ids, their mask, and what the model keeps of them.
+
+    Raises:
+        GraphError: It keeps something else than keys and values, or turns positions otherwise
+            in long texts.
+    """
+    _refuse_changing_rotation(model)
+    longest = _longest(model)
+    # The step after the prompt has a position too.
+    ids, mask = _sample_prompts(vocabulary(model), sample_length(longest and longest - 1))
+    return ids, mask, _sample_cache(model, ids, mask)
 
 
 def _refuse_changing_rotation(model: Any) -> None:

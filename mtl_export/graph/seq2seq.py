@@ -78,13 +78,13 @@ def trace_seq2seq(bound: BoundModel, opset: int = names.OPSET) -> tuple[TracedMo
         BaseModelError: The heads do not fit the model's features.
     """
     model = base_model(bound, torch.float32)
-    _refuse_other_inputs(model)
+    refuse_other_inputs(model)
     model.config.use_cache = True
     originals = mark(model, bound)
     longest = _longest(model)
     limits = {DECODER_SEQUENCE: longest, PAST: longest - 1} if longest else {}
     graphs: dict[str, ir.Model] = {}
-    parts = _parts(model, bound)
+    parts = sample_parts(model, bound)
     for part in parts:
         # A position table bounds the text; an encoder's states may be more than its tokens.
         own = {names.SEQUENCE: longest} if longest and part.stem == ENCODER else {}
@@ -100,7 +100,8 @@ def trace_seq2seq(bound: BoundModel, opset: int = names.OPSET) -> tuple[TracedMo
     return traced
 
 
-def _refuse_other_inputs(model: Any) -> None:
+def refuse_other_inputs(model: Any) -> None:
+    """Refuse an encoder that reads no text, or reads long texts otherwise than short ones."""
     if model.main_input_name != "input_ids":
         raise GraphError(
             where=f"model class {type(model).__name__}",
@@ -124,7 +125,7 @@ def _longest(model: Any) -> int:
     return int(getattr(model.config, "max_position_embeddings", 0) or 0)
 
 
-def _parts(model: Any, bound: BoundModel) -> list[_Part]:
+def sample_parts(model: Any, bound: BoundModel) -> list[_Part]:
     """Return the three parts; each one's samples are what the one before gives."""
     text, axes = _encoder_inputs(model, bound)
     encode = getattr(model, "encoded", None) or _encode(model)

@@ -16,6 +16,7 @@ import torch
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.base import base_model
 from mtl_export.checkpoint.model_inputs import PIXEL_VALUES, image_shape, longest_sequence
+from mtl_export.checkpoint.model_outputs import answers_among
 from mtl_export.errors import GraphError, shortened
 from mtl_export.graph import names
 from mtl_export.graph.export import exported
@@ -58,12 +59,23 @@ def trace(bound: BoundModel, opset: int = names.OPSET) -> TracedModel:
     # Only logits: a graph with a KV cache has other inputs and is traced by a pass of its own.
     model.config.use_cache = False
     originals = mark(model, bound)
-    inputs = _sample_inputs(model)
+    inputs = sample_inputs(model)
     traced = _exported(model, inputs, opset)
+    _drop_states(traced)
     checked = checked_trace(traced, bound)
     unmark(model, originals)
     note_row_orders(checked.model, model, originals, inputs)
     return checked
+
+
+def _drop_states(model: ir.Model) -> None:
+    """Leave hidden states beside logits out, as those of a detector's encoder."""
+    import onnx_ir.passes.common as common
+
+    outputs = model.graph.outputs
+    kept = answers_among(str(value.name) for value in outputs)
+    outputs[:] = [value for value in outputs if value.name in kept]
+    common.RemoveUnusedNodesPass()(model)
 
 
 def sample_length(longest: int) -> int:
@@ -71,11 +83,24 @@ def sample_length(longest: int) -> int:
     return min(SAMPLE_SEQUENCE, longest or SAMPLE_SEQUENCE)
 
 
-def _sample_inputs(model: Any) -> dict[str, torch.Tensor]:
-    """Return seeded inputs: images, or ids inside the vocabulary with one row padded."""
+def sample_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Return seeded inputs: images, or ids inside the vocabulary with one row padded.
+
+    Raises:
+        GraphError: The model takes something else, or its config does not say how much.
+    """
     config = model.config
     generator = torch.Generator().manual_seed(0)
-    if getattr(model, "main_input_name", "") == PIXEL_VALUES:
+    main = getattr(model, "main_input_name", "input_ids")
+    if main not in {PIXEL_VALUES, "input_ids"}:
+        raise GraphError(
+            where=type(model).__name__,
+            found=f"a model that reads {main}",
+            expected="a model that reads text alone, or images alone",
+            why="it is traced with random token ids or an image",
+            fix="Merge per task instead (mtl-export merge)",
+        )
+    if main == PIXEL_VALUES:
         image = (SAMPLE_BATCH, *_image_shape(model))
         return {PIXEL_VALUES: torch.randn(image, generator=generator)}
     accepted = inspect.signature(model.forward).parameters

@@ -117,6 +117,7 @@ class Plan:
         recommended: The name of one of them.
         reason: Why, one sentence without a full stop.
         speeds: What the times rest on.
+        refused: Why no graph can be exported; empty if one can.
     """
 
     tasks: int
@@ -126,9 +127,16 @@ class Plan:
     recommended: str
     reason: str
     speeds: Speeds
+    refused: str = ""
 
 
-def make_plan(bound: BoundModel, tasks: Sequence[Task], dtype: str | None, speeds: Speeds) -> Plan:
+def make_plan(
+    bound: BoundModel,
+    tasks: Sequence[Task],
+    dtype: str | None,
+    speeds: Speeds,
+    refused: str = "",
+) -> Plan:
     """Return what each strategy costs for ``tasks``.
 
     Args:
@@ -137,6 +145,8 @@ def make_plan(bound: BoundModel, tasks: Sequence[Task], dtype: str | None, speed
         dtype: As for merging; graphs and engines compute in it, too, and in fp32 if it is None.
             The commands name it.
         speeds: What the machine does.
+        refused: Why no graph can be exported; empty if one can. Then neither graphs nor engines
+            are strategies.
     """
     alone = layout_of(bound, tasks, MergeOptions(dtype=dtype))
     shared = layout_of(bound, tasks, MergeOptions(dtype=dtype, layout="shared"))
@@ -164,7 +174,7 @@ def make_plan(bound: BoundModel, tasks: Sequence[Task], dtype: str | None, speed
     which = "--all-tasks"
     if count < total:
         which = " ".join(f"--task {task.name}" for task in tasks)
-    strategies = (
+    strategies: tuple[Strategy, ...] = (
         strategy(MERGED, f"merge {which}", alone.size_bytes, one, merging(alone), peak),
         strategy(SHARED, f"merge {which} --layout shared", shared.size_bytes, touched,
                  merging(shared), peak),
@@ -173,8 +183,11 @@ def make_plan(bound: BoundModel, tasks: Sequence[Task], dtype: str | None, speed
                  tracing + engine),
         strategy(SINGLE_ENGINE, "trt --all-tasks", single, 0, None, tracing + engine),
     )  # fmt: skip
+    if refused:
+        strategies = strategies[:2]
     name, reason = _recommendation(strategies, count, total)
-    return Plan(count, len(bound.adapters.layers), touched, strategies, name, reason, speeds)
+    layers = len(bound.adapters.layers)
+    return Plan(count, layers, touched, strategies, name, reason, speeds, refused)
 
 
 def measure_speeds(bound: BoundModel, folder: Path) -> Speeds:
@@ -286,7 +299,8 @@ def _recommendation(strategies: Sequence[Strategy], count: int, total: int) -> t
     if count == 1:
         return MERGED, "one task needs no routing: a plain model that everything loads"
     saved = 1 - by_name[SHARED].disk_bytes / by_name[MERGED].disk_bytes
-    if by_name[SINGLE_GRAPH].fits:
+    can_export = SINGLE_GRAPH in by_name
+    if can_export and by_name[SINGLE_GRAPH].fits:
         return SINGLE_GRAPH, (
             f"one copy of the base serves all {total} tasks, also mixed in one batch, and"
             f" switching costs nothing; where a runtime wants plain models, --layout shared"
@@ -294,4 +308,4 @@ def _recommendation(strategies: Sequence[Strategy], count: int, total: int) -> t
         )
     if by_name[SHARED].fits:
         return SHARED, f"it takes {saved:.0%} less disk than standalone models"
-    return SINGLE_GRAPH, "nothing fits on the disk; this needs the least"
+    return SINGLE_GRAPH if can_export else SHARED, "nothing fits on the disk; this needs the least"

@@ -1,6 +1,6 @@
 """Which outputs of a model are compared, and which of their numbers count.
 
-    a model with a head         logits
+    a model with a head         logits, and pred_boxes and the like beside them
     a bare encoder              everything it returns: last_hidden_state, pooler_output
     with pooling in the graph   sentence_embedding, pooled here from the oracle's hidden states
     heads of several kinds      every output, for the tasks whose answer it is
@@ -17,6 +17,7 @@ import numpy as np
 
 from mtl_export.checkpoint import sentence_embedding
 from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.model_outputs import answers_among
 from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import ParityError
@@ -24,8 +25,6 @@ from mtl_export.parity.cases import ATTENTION_MASK, Case
 from mtl_export.runtime.language import NEW_TOKENS
 
 LOGITS = "logits"
-# What a model says beside logits, of the same rows: boxes and masks of what it found.
-BESIDE_LOGITS = "pred_"
 # Of every row with every other one of the batch: rows of another batch have other columns.
 ACROSS_ROWS = "logits_per_"
 
@@ -115,10 +114,7 @@ def subjects(
             )
             for name in outputs
         ]
-    if LOGITS in outputs:
-        beside = [name for name in outputs if name.startswith(BESIDE_LOGITS)]
-        return [Subject(name) for name in (LOGITS, *beside)]
-    return [Subject(name) for name in outputs]
+    return [Subject(name) for name in answers_among(outputs)]
 
 
 def embedded(hidden: Array, mask: Array | None, embedding: SentenceEmbedding) -> Array:

@@ -158,9 +158,9 @@ def test_a_vision_model_of_no_size_is_refused() -> None:
     """An image must have a size to be traced with."""
     model = SimpleNamespace(main_input_name="pixel_values", config=Config(num_channels=3))
     with pytest.raises(GraphError, match="no image_size"):
-        trace_module._sample_inputs(model)
+        trace_module.sample_inputs(model)
     model.config = Config(num_channels=1, image_size=[6, 4])
-    assert trace_module._sample_inputs(model)["pixel_values"].shape == (3, 1, 6, 4)
+    assert trace_module.sample_inputs(model)["pixel_values"].shape == (3, 1, 6, 4)
 
 
 def test_inputs_that_the_model_does_not_take_are_left_out(
@@ -186,7 +186,7 @@ def test_inputs_that_the_model_does_not_take_are_left_out(
         config=Config(vocab_size=7, type_vocab_size=0),
         forward=lambda input_ids, token_type_ids: None,
     )
-    assert list(trace_module._sample_inputs(model)) == ["input_ids"]
+    assert list(trace_module.sample_inputs(model)) == ["input_ids"]
 
 
 @pytest.mark.parametrize(("positions", "length"), [(0, 11), (40, 11), (8, 8)])
@@ -196,7 +196,7 @@ def test_a_sample_fits_the_model(positions: int, length: int) -> None:
         config=Config(vocab_size=7, max_position_embeddings=positions),
         forward=lambda input_ids, attention_mask: None,
     )
-    sample = trace_module._sample_inputs(model)
+    sample = trace_module.sample_inputs(model)
     assert sample["input_ids"].shape == (3, length)
     assert sample["attention_mask"].sum(1).tolist() == [length, length - length // 3, length]
 

@@ -26,9 +26,11 @@ def command(settings: Settings) -> None:
     """Say what each way to deploy costs.
 
     Bytes, memory and time of merged models, graphs and engines, from shapes and from a
-    second's measurement of this machine's disks; no weight is read and nothing is kept.
+    second's measurement of this machine's disks; no weight is read and nothing is kept. Where
+    mtl-export onnx would refuse the model, it says so and leaves graphs and engines out.
     Without --task, for all tasks.
     """
+    from mtl_export.graph.parts import refusal_of
     from mtl_export.merge.plan import make_plan, measure_speeds
 
     place = settings.output or settings.output_dir
@@ -37,7 +39,9 @@ def command(settings: Settings) -> None:
     if settings.task:
         tasks = sources.selected_tasks(settings, tasks)
     speeds = measure_speeds(bound, place)
-    plan = make_plan(bound, tasks, settings.dtype, speeds)
+    refusal = refusal_of(bound)
+    refused = f"{refusal.where}: {refusal.found}" if refusal else ""
+    plan = make_plan(bound, tasks, settings.dtype, speeds, refused)
     if settings.json:
         render.print_json(_document(plan))
         return
@@ -57,6 +61,7 @@ def _document(plan: Plan) -> dict[str, object]:
         ],
         "recommended": plan.recommended,
         "reason": plan.reason,
+        "refused": plan.refused,
         "speeds": asdict(plan.speeds),
     }
 
@@ -75,6 +80,7 @@ def _print(plan: Plan) -> None:
                          f" write {size(int(speeds.write_bytes_per_s))}/s,"
                          f" fold {speeds.fold_per_s / 1e6:.0f} M/s a core, {speeds.cores} cores,"
                          f" {size(speeds.free_bytes)} free"),
+            *([("no graphs", plan.refused)] if plan.refused else []),
             ("recommended", f"{plan.recommended}: {plan.reason}."),
             ("type", next(s.command for s in plan.strategies if s.name == plan.recommended)),
         ]

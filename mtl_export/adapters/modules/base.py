@@ -31,17 +31,9 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
         BaseModelError: The class has a weight that neither the base nor the checkpoint
             provides.
     """
-    model_class = class_named(bound.adapters.model_class)
+    model_class = _class_of(bound)
     if own_class(bound.adapters.model_class) is not None:
         return model_class.from_tensors(bound.base.config, bound.base.tensors, dtype)
-    readouts = bound.checkpoint.readouts
-    if readouts:
-        # A task whose answer is another output has a head without labels.
-        shapes = {
-            module: max(head.weight.shape for head in heads)
-            for module, heads in bound.adapters.heads.items()
-        }
-        model_class = with_readouts(model_class, readouts, shapes)
     settings = _switched(bound)
     if dtype is torch.float64:
         # The kernel that mixtures of experts have by default takes no float64.
@@ -64,6 +56,34 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
         )
     _replace(model, bound, dtype, added)
     return model.eval()
+
+
+def model_of_shapes(bound: BoundModel) -> Any:
+    """Return the model of ``bound`` without numbers, in eval mode; no weight is read.
+
+    To be called, and the model run, in torch's ``FakeTensorMode``.
+
+    Raises:
+        AdapterError: The checkpoint names no model class, or an unknown one.
+    """
+    model_class = _class_of(bound)
+    with quiet_transformers():
+        config = model_class.config_class.from_pretrained(bound.base.folder, **_switched(bound))
+        return model_class(config).eval()
+
+
+def _class_of(bound: BoundModel) -> Any:
+    """Return the model's class, answering as the checkpoint says."""
+    model_class = class_named(bound.adapters.model_class)
+    readouts = bound.checkpoint.readouts
+    if not readouts:
+        return model_class
+    # A task whose answer is another output has a head without labels.
+    shapes = {
+        module: max(head.weight.shape for head in heads)
+        for module, heads in bound.adapters.heads.items()
+    }
+    return with_readouts(model_class, readouts, shapes)
 
 
 def load_with_info(model_class: Any, folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
