@@ -26,7 +26,8 @@ def test_markers_become_stock_gemms_and_custom_gathers() -> None:
     """Exact counts: a stock MatMul each, one delta each, biases last, and the guard of the ids."""
     assert marked.counts(routed()) == {
         ("", "MatMul"): 3, ("", "Add"): 5, ("", "Relu"): 1, ("", "Gather"): 1,
-        ("", "Constant"): 3, ("", "GreaterOrEqual"): 1, ("", "Less"): 1, ("", "And"): 1,
+        ("", "Constant"): 4, ("", "GreaterOrEqual"): 1, ("", "Less"): 2, ("", "And"): 2,
+        ("", "Cast"): 1, ("", "Abs"): 1,
         ("", "Where"): 1, ("mtl_export", "TaskDelta"): 2, ("mtl_export", "TaskDeltaRows"): 1,
         ("mtl_export", "TaskHeadRows"): 1,
     }  # fmt: skip
