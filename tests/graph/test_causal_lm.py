@@ -34,6 +34,7 @@ from mtl_export.runtime.tensorrt import build_engine, default_profile
 from mtl_export.runtime.tensorrt.differences import differing_weights
 from mtl_export.runtime.torch_language import MergedLanguageRunner, OracleLanguageRunner
 from tests.graph import language
+from tests.graph.constants import short_constants_below
 from tests.graph.language import TASKS, VOCABULARY
 
 # Neither is a traced size. Rows of 9 to 13 tokens with 12 new ones are past every window.
@@ -352,3 +353,8 @@ def test_a_model_with_another_kind_of_state_is_refused(
     assert caught.value.found == "no cache"
     assert "keys and values" in caught.value.expected
     assert "mtl-export merge" in caught.value.fix
+
+
+def test_constants_of_both_parts_are_tensors(exported: Exported) -> None:
+    """Tools read the other spellings each in its own way."""
+    assert short_constants_below(exported.folder) == []

@@ -32,6 +32,7 @@ from mtl_export.runtime.tensorrt import build_engine, default_profile
 from mtl_export.runtime.token_rules import TokenRules
 from mtl_export.runtime.torch_seq2seq import OracleSeq2SeqRunner
 from tests.graph import seq2seq_toys as toys
+from tests.graph.constants import short_constants_below
 from tests.graph.seq2seq_toys import Exported
 
 # Beyond what float32 itself costs.
@@ -362,3 +363,9 @@ def test_an_encoder_of_other_inputs_is_refused(
     with pytest.raises(GraphError, match="input_features") as caught:
         trace_seq2seq(bound)
     assert "BartForConditionalGeneration" in str(caught.value)
+
+
+def test_constants_of_all_parts_are_tensors(exported: Exported) -> None:
+    """Of the single graph and of each task's."""
+    assert short_constants_below(exported.single) == []
+    assert short_constants_below(exported.merged[0]) == []

@@ -19,6 +19,7 @@ from mtl_export_cli.quantising import refuse_parts
 from tests.cli.conftest import Run, files_below
 from tests.factories import TASKS, WORDS
 from tests.graph import marked
+from tests.graph.constants import short_constants_below
 from tests.graph.mixed_heads import NAMES as MIXED
 from tests.graph.mixed_heads import write_mixed
 
@@ -56,6 +57,12 @@ def test_every_exported_graph_is_quantised(rows: Path, run: Run) -> None:
     for task in TASKS:
         assert sum(f" {task.name} " in line and "passed" in line for line in table) == 2
     assert sum("ONNX Runtime, 8 x 40: fp32" in line for line in table) == 4
+
+
+def test_constants_of_quantised_graphs_are_tensors(rows: Path, run: Run) -> None:
+    """As of the graphs they were made from: the single one and each task's."""
+    assert run("calibrate", *LOOSE, "--layout", "both").code == 0
+    assert short_constants_below(rows / "out") == []
 
 
 def test_the_same_call_again_finds_it_done(rows: Path, run: Run) -> None:

@@ -11,6 +11,7 @@ from mtl_export.bundle.manifest import read_manifest
 from mtl_export.checkpoint.hashing import sha256_of_file
 from tests.cli.conftest import Run, files_below
 from tests.factories import TASKS
+from tests.graph.constants import short_constants_below
 
 FILES = (
     "config.json", "model.onnx", "model.onnx.data", "mtl-export.json", "tokenizer.json",
@@ -137,6 +138,7 @@ def test_adapters_as_input_from_export_to_parity(project: Path, run: Run) -> Non
     adapters = [f"{task.name}.onnx_adapter" for task in TASKS]
     folder = project / "out" / "onnx" / "adapter-input"
     assert files_below(folder) == sorted([*FILES, *adapters])
+    assert short_constants_below(folder) == []
     again = run(*words, "--json")
     assert [output["status"] for output in again.json["outputs"]] == ["up to date"]
     rows = [{"task": task.name, "text": text} for task in TASKS for text in ("good film", "who")]
