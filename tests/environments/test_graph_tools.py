@@ -80,7 +80,7 @@ def test_what_a_tool_makes_of_the_graph_answers_alike(
 ) -> None:
     """Every task's numbers, and NaN in the rows of unknown ids and in no other."""
     graph, feed = graphs[tool in INLINED], rows()
-    np.savez(tmp_path / "inputs.npz", **feed)
+    np.savez(tmp_path / "inputs.npz", **feed)  # type: ignore[arg-type]
     script = Path(__file__).with_name("graph_tools.py")
     files = [str(tmp_path / name) for name in ("made.onnx", "inputs.npz", "answers.npz")]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

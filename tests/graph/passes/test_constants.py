@@ -18,8 +18,8 @@ g (float[n] x) => (float[n] y) {
 }
 """
 EXPECTED = {
-    "f": np.float32(0.5), "fs": np.array([0.1, -2.0], np.float32), "i": np.int64(3),
-    "is": np.array([1, 2]), "t": np.float32(0.25),
+    "f": np.array(0.5, np.float32), "fs": np.array([0.1, -2.0], np.float32), "i": np.array(3),
+    "is": np.array([1, 2]), "t": np.array(0.25, np.float32),
 }  # fmt: skip
 
 
