@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtl_export.checkpoint.base_model import BaseModel
-from mtl_export.checkpoint.tensors import Array, Tensor
+from mtl_export.checkpoint.quantised import refuse_quantised
+from mtl_export.checkpoint.tensors import FLOAT_DTYPES, Array, Tensor
 from mtl_export.errors import BaseModelError
 
 # Model types whose layers of these names are transformers' Conv1D. Found by searching
@@ -58,6 +59,8 @@ class BaseLayer:
             BaseModelError: There is no base, or it has no such layer.
         """
         tensor = self._tensor("weight")
+        if self.base is not None and (tensor is None or tensor.dtype not in FLOAT_DTYPES):
+            refuse_quantised(self.base, [self.module])
         if tensor is None:
             raise BaseModelError(
                 where=f"{self.module}.weight",

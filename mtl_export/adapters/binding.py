@@ -21,22 +21,15 @@ from mtl_export.adapters.base_layer import is_conv1d
 from mtl_export.adapters.family import read_adapters
 from mtl_export.adapters.lazy import mapped
 from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Rows
+from mtl_export.adapters.tying import LM_ENDINGS, untied
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import Checkpoint
 from mtl_export.checkpoint.hidden_biases import biased_base
 from mtl_export.checkpoint.model_class import concrete_class
 from mtl_export.checkpoint.own_classes import own_class
+from mtl_export.checkpoint.quantised import refuse_quantised
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import BaseModelError, IntegrityError, shortened
-
-# How the classes of transformers end that have an output layer as large as the vocabulary.
-LM_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
-# What transformers calls these output layers, and the input embeddings they may be tied to.
-OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", "decoder", "output_projection"})
-EMBEDDING_ENDINGS = (
-    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
-    "shared.weight",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,11 +49,8 @@ class BoundModel:
     prefix: str
 
     def base_tensor(self, name: str) -> Tensor:
-        """Return the base tensor that the model class calls ``name``, or that it is tied to."""
-        base_name = name.removeprefix(self.prefix)
-        if base_name not in self.base.tensors:
-            base_name = tied_embedding(self.base, base_name) or base_name
-        return self.base.tensors[base_name]
+        """Return the base tensor that the model class calls ``name``."""
+        return self.base.tensors[name.removeprefix(self.prefix)]
 
 
 def bind(
@@ -76,8 +66,7 @@ def bind(
             all of it anyway may leave that to ``check_base_hash`` afterwards.
 
     Raises:
-        BaseModelError: Layers are missing in the base or have other shapes, or an adapted
-            embedding is also the output layer.
+        BaseModelError: Layers are missing in the base, have other shapes or are quantised.
         IntegrityError: The checkpoint names the SHA-256 of another base.
     """
     adapters = _settled(adapters, base)
@@ -85,6 +74,8 @@ def bind(
     adapters, base = _whole(checkpoint, adapters, base)
     base = _inside(base, adapters)
     prefix = _prefix(adapters, base)
+    refuse_quantised(base, _changed_modules(adapters), prefix)
+    base, prefix = untied(adapters, base, prefix)
     base = biased_base(base, prefix, _own_biases(adapters))
     problems = [
         problem
@@ -104,7 +95,6 @@ def bind(
             why="the delta is added to the base weight, element by element",
             fix=f"Pass that base to --base{_trained_on(checkpoint)}",
         )
-    _refuse_tied(checkpoint, adapters, base)
     bound = BoundModel(checkpoint, adapters, base, prefix)
     if check_hash:
         check_base_hash(bound)
@@ -164,6 +154,11 @@ def _as_stored(
         return checkpoint, adapters
     checkpoint = checkpoint.renamed(found)
     return checkpoint, _settled(read_adapters(checkpoint, base), base)
+
+
+def _changed_modules(adapters: AdapterSet) -> list[str]:
+    tensors = [*adapters.replaced, *adapters.own_tensors]
+    return [*adapters.outlines, *(name.rpartition(".")[0] for name in tensors)]
 
 
 def _own_biases(adapters: AdapterSet) -> list[str]:
@@ -240,21 +235,9 @@ def _prefix(adapters: AdapterSet, base: BaseModel) -> str:
     )
 
 
-def tied_embedding(base: BaseModel, name: str) -> str | None:
-    """Return the input embedding that serves as the output layer ``name``, which is not stored."""
-    text = base.config.get("text_config")
-    own = text if isinstance(text, dict) else {}
-    # transformers ties by default.
-    if not own.get("tie_word_embeddings", base.config.get("tie_word_embeddings", True)):
-        return None
-    module = name.removesuffix(".weight").rpartition(".")[2]
-    found = [other for other in base.tensors if other.endswith(EMBEDDING_ENDINGS) and name != other]
-    return found[0] if module in OUTPUT_LAYERS and len(found) == 1 else None
-
-
 def _mismatch(layer: AnyAdapter, base: BaseModel, prefix: str) -> str | None:
     name = f"{layer.module.removeprefix(prefix)}.weight"
-    tensor = base.tensors.get(name) or base.tensors.get(tied_embedding(base, name) or "")
+    tensor = base.tensors.get(name)
     if tensor is None:
         return f"{name!r} is missing"
     expected = (layer.out_features, layer.in_features)
@@ -332,26 +315,3 @@ def _altered(checkpoint: Checkpoint, base: BaseModel, prefix: str) -> list[str]:
             elif not np.array_equal(tensor.widened(), copy.widened()):
                 problems.append(f"{name!r} has other values than the checkpoint's copy of it")
     return problems
-
-
-def _refuse_tied(checkpoint: Checkpoint, adapters: AdapterSet, base: BaseModel) -> None:
-    """Refuse an adapted embedding whose weight is the output layer's too."""
-    # transformers ties by default; only an untied base stores the output layer.
-    is_tied = base.config.get("tie_word_embeddings", True)
-    if not (is_tied and adapters.model_class.endswith(LM_ENDINGS)):
-        return
-    embeddings = [
-        name
-        for member in [checkpoint, *checkpoint.members]
-        for name, layer in member.layers.items()
-        if layer.embedding
-    ]
-    if embeddings:
-        raise BaseModelError(
-            where=f"base {base.reference}",
-            found=f"its output layer is tied to the adapted embedding {shortened(embeddings)}",
-            expected="an output layer with a weight of its own",
-            why="the adapter was trained on the embedding alone",
-            fix="Save the base untied: config.tie_word_embeddings = False and a copy of the"
-            " embedding as output layer",
-        )

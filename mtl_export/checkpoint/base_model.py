@@ -25,6 +25,7 @@ from mtl_export.checkpoint.hashing import (
 )
 from mtl_export.checkpoint.json_file import read_json
 from mtl_export.checkpoint.model_inputs import CONFIG
+from mtl_export.checkpoint.quantised import without_leftover
 from mtl_export.checkpoint.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import BaseModelError, UsageError
@@ -49,6 +50,7 @@ class BaseModel:
         tensors: Its tensors by name, read on demand.
         weight_files: The files that hold them, in name order.
         file_of: For each tensor, by name, which of ``weight_files`` holds it.
+        untied: Tensors that the class ties and that are apart here, by the class's names.
     """
 
     reference: str
@@ -57,6 +59,7 @@ class BaseModel:
     tensors: Mapping[str, Tensor]
     weight_files: tuple[Path, ...]
     file_of: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    untied: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def file_names(self) -> tuple[str, ...]:
@@ -113,10 +116,13 @@ def open_base(reference: str) -> BaseModel:
         found = _tensors_of(file)
         tensors.update(found)
         file_of.update(dict.fromkeys(found, number))
+    config = without_leftover(
+        read_json(config_path, CONFIG, error=BaseModelError), tensors
+    )
     return BaseModel(
         reference=reference,
         folder=folder,
-        config=MappingProxyType(read_json(config_path, CONFIG, error=BaseModelError)),
+        config=MappingProxyType(config),
         tensors=MappingProxyType(tensors),
         weight_files=files,
         file_of=MappingProxyType(file_of),

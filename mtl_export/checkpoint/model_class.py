@@ -1,10 +1,11 @@
 """Which transformers class a checkpoint was trained as, told from its base's config.
 
-A trainer often says only "sequence classification". The class is then the base
-architecture's own name with the ending of that task, as transformers' Auto classes would
-find it; transformers itself is not imported.
+A trainer often says only "sequence classification". The class is then what transformers' Auto
+classes would find for the base, never a name put together; where they find none, or where a
+language model was trained and the base is one already, it is the base's own. The tables of the
+Auto classes are read as text: importing transformers takes seconds.
 
->>> concrete_class("AutoModelForSequenceClassification", {"architectures": ["BertModel"]})
+>>> concrete_class("AutoModelForSequenceClassification", {"model_type": "bert"})
 'BertForSequenceClassification'
 >>> concrete_class("AutoModelForCausalLM", {"architectures": ["GPT2LMHeadModel"]})
 'GPT2LMHeadModel'
@@ -18,47 +19,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mtl_export.checkpoint.own_classes import own_class
 
 AUTO_PREFIX = "AutoModel"
-# Auto class -> what transformers appends to an architecture's name.
-ENDINGS = {
-    "AutoModel": "Model",
-    "AutoModelForSequenceClassification": "ForSequenceClassification",
-    "AutoModelForTokenClassification": "ForTokenClassification",
-    "AutoModelForQuestionAnswering": "ForQuestionAnswering",
-    "AutoModelForCausalLM": "ForCausalLM",
-    "AutoModelForSeq2SeqLM": "ForConditionalGeneration",
+# Auto class -> its table: model_type -> class (models/auto/modeling_auto.py).
+TABLES = {
+    "AutoModel": "MODEL_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
-# Architectures whose causal language model is called otherwise in transformers 5.23
-# (models/auto/modeling_auto.py, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES).
-LM_HEAD_STEMS = frozenset({
-    "Bert", "CTRL", "GPT2", "OpenAIGPT", "XLNet",
-})  # fmt: skip
+_TABLE = re.compile(r"^(MODEL\w*_NAMES) = OrderedDict\(\s*\[(.*?)^ *\]", re.DOTALL | re.MULTILINE)
+_ENTRY = re.compile(r'\(\s*"([^"]+)",\s*[(\[]?\s*"([^"]+)"')
+# Auto classes of language models, and how the classes end that are such models.
+LANGUAGE_MODELS = frozenset({"AutoModelForCausalLM", "AutoModelForSeq2SeqLM"})
+LM_ENDINGS = (
+    "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel", "EncoderDecoderModel",
+    "ForTextToText",
+)  # fmt: skip
 # How transformers' classes end that predict next tokens.
 CAUSAL_LM_ENDINGS = ("ForCausalLM", "LMHeadModel")
 # And those that put any head on an encoder.
 HEAD_ENDING = re.compile(r"For[A-Z][A-Za-z]*$")
 # How those end that write from an encoder's states, where the config says that they have one.
 SEQ2SEQ_ENDINGS = ("ForConditionalGeneration", "MTModel")
-# What may end an architecture's name in config.json, longest first.
-KNOWN_ENDINGS = (
-    "ForSequenceClassification", "ForConditionalGeneration", "ForTokenClassification",
-    "ForQuestionAnswering", "ForQuestionAnsweringSimple", "DoubleHeadsModel", "EncoderModel",
-    "ForPreTraining", "WithLMHeadModel", "ForCausalLM", "ForMaskedLM", "LMHeadModel",
-    "PreTrainedModel", "Model",
-)  # fmt: skip
-# model_type -> name, for a base whose config.json names no architecture.
-STEMS = {
-    "albert": "Albert", "bert": "Bert", "deberta": "Deberta", "deberta-v2": "DebertaV2",
-    "distilbert": "DistilBert", "electra": "Electra", "gemma": "Gemma", "gemma2": "Gemma2",
-    "gpt2": "GPT2", "gpt_neo": "GPTNeo", "gpt_neox": "GPTNeoX", "llama": "Llama",
-    "mistral": "Mistral", "modernbert": "ModernBert", "mpnet": "MPNet", "opt": "OPT",
-    "phi": "Phi", "phi3": "Phi3", "qwen2": "Qwen2", "qwen3": "Qwen3", "roberta": "Roberta",
-    "t5": "T5", "xlm-roberta": "XLMRoberta",
-}  # fmt: skip
 
 
 def concrete_class(name: str, config: Mapping[str, Any]) -> str:
@@ -76,16 +68,24 @@ def concrete_class(name: str, config: Mapping[str, Any]) -> str:
     first = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     if not name.startswith(AUTO_PREFIX):
         return name or first
-    ending = ENDINGS.get(name)
-    stem = next(
-        (first.removesuffix(known) for known in KNOWN_ENDINGS if first.endswith(known)),
-        STEMS.get(str(config.get("model_type")), ""),
-    )
-    if not stem or ending is None:
-        return ""
-    if name == "AutoModelForCausalLM" and stem in LM_HEAD_STEMS:
-        ending = "LMHeadModel"
-    return stem + ending
+    if name in LANGUAGE_MODELS and first.endswith(LM_ENDINGS):
+        return first
+    tables = auto_tables()
+    kinds = [str(config.get("model_type", ""))]
+    kinds += [kind for table in tables.values() for kind, one in table.items() if one == first]
+    table = tables.get(TABLES.get(name, ""), {})
+    return next((table[kind] for kind in kinds if kind in table), first)
+
+
+@cache
+def auto_tables() -> Mapping[str, Mapping[str, str]]:
+    """Return the tables of transformers' Auto classes by name: model_type -> class."""
+    spec = find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return MappingProxyType({})
+    file = Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py"
+    found = _TABLE.findall(file.read_text(encoding="utf-8"))
+    return MappingProxyType({name: dict(_ENTRY.findall(body)) for name, body in found})
 
 
 def is_causal_lm(model_class: str) -> bool:

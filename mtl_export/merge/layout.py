@@ -229,15 +229,6 @@ def _pieces(bound: BoundModel, task: Task, dtype: str | None) -> list[Piece]:
         else:
             pieces.append(Piece(name, out, tensor.shape, tensor, order=order))
     order = len(bound.base.tensors)
-    for module in adapters.layers:
-        name = f"{module}.weight"
-        order += 1
-        if name.removeprefix(bound.prefix) in bound.base.tensors:
-            continue
-        if _is_folded(bound, module, index):
-            # The base ties it to another tensor; the task needs one of its own.
-            tensor = bound.base_tensor(name)
-            pieces.append(_folded(name, output_dtype(tensor, dtype), tensor, task, order))
     touched = bound.base_tensor(f"{next(iter(adapters.layers))}.weight")
     out = output_dtype(touched, dtype)
     # A head that the model class does not have goes to a file of its own: see ``head_file``.

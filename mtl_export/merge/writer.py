@@ -177,12 +177,7 @@ def write_companions(
         dtype: As in ``MergeOptions``.
         shared: Where the shared files lie, seen from ``folder``: "" or ending in "/".
     """
-    untied = any(
-        piece.task is not None and _is_output_embedding(bound, piece.shape)
-        for file in layout.own[task.name]
-        for piece in file.pieces
-    )
-    write_json(folder / "config.json", task_config(bound, task, dtype, untied=untied))
+    write_json(folder / "config.json", task_config(bound, task, dtype))
     index = layout.index(task, shared)
     if index is not None:
         write_json(folder / INDEX_FILE, index)
@@ -210,16 +205,13 @@ def merge_report(bound: BoundModel, task: Task, drift: TaskDrift) -> dict[str, o
     return drift.as_dict() | ({"head": note} if note else {})
 
 
-def task_config(
-    bound: BoundModel, task: Task, dtype: str | None, *, untied: bool = False
-) -> dict[str, Any]:
+def task_config(bound: BoundModel, task: Task, dtype: str | None) -> dict[str, Any]:
     """Return ``config.json`` for a model that serves only ``task``.
 
     Args:
         bound: The adapter and its base.
         task: The task.
         dtype: As written; None keeps the base's word.
-        untied: The output embedding has a tensor of its own.
     """
     config = dict(bound.base.config)
     if bound.adapters.model_class:
@@ -231,23 +223,7 @@ def task_config(
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = DTYPES[dtype][1]
-    if untied:
-        config["tie_word_embeddings"] = False
-        if isinstance(config.get("text_config"), dict):
-            config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
     return config
-
-
-def _is_output_embedding(bound: BoundModel, shape: tuple[int, ...]) -> bool:
-    """Return whether a folded weight of this shape is the output embedding.
-
-    Where the config ties it to the input embedding, ``from_pretrained`` would overwrite it.
-    """
-    sizes = {bound.base.config.get("vocab_size")}
-    text = bound.base.config.get("text_config")
-    if isinstance(text, dict):
-        sizes.add(text.get("vocab_size"))
-    return shape[0] in sizes
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

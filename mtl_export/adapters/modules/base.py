@@ -34,7 +34,7 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
     model_class = _class_of(bound)
     if own_class(bound.adapters.model_class) is not None:
         return model_class.from_tensors(bound.base.config, bound.base.tensors, dtype)
-    settings = _switched(bound)
+    settings: dict[str, Any] = {"config": _config(model_class, bound)}
     if dtype is torch.float64:
         # The kernel that mixtures of experts have by default takes no float64.
         settings["experts_implementation"] = "eager"
@@ -68,8 +68,7 @@ def model_of_shapes(bound: BoundModel) -> Any:
     """
     model_class = _class_of(bound)
     with quiet_transformers():
-        config = model_class.config_class.from_pretrained(bound.base.folder, **_switched(bound))
-        return model_class(config).eval()
+        return model_class(_config(model_class, bound)).eval()
 
 
 def _class_of(bound: BoundModel) -> Any:
@@ -101,10 +100,15 @@ def load_with_info(model_class: Any, folder: Path, **settings: Any) -> tuple[Any
     return model, info
 
 
-def _switched(bound: BoundModel) -> dict[str, Any]:
-    """Return what the bound base's config says beyond the one in its folder."""
-    switches = SWITCHES.get(str(bound.base.config.get("model_type")), {})
-    return {name: True for name in switches if bound.base.config.get(name)}
+def _config(model_class: Any, bound: BoundModel) -> Any:
+    """Return the config in the base's folder, with what the bound base's says beyond it."""
+    config = model_class.config_class.from_pretrained(bound.base.folder)
+    for name in SWITCHES.get(str(bound.base.config.get("model_type")), {}):
+        if bound.base.config.get(name):
+            setattr(config, name, True)
+    if "quantization_config" not in bound.base.config and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _replace(model: Any, bound: BoundModel, dtype: torch.dtype, added: Iterable[str]) -> None:
@@ -112,6 +116,11 @@ def _replace(model: Any, bound: BoundModel, dtype: torch.dtype, added: Iterable[
 
     Before, ``added`` ones get the values that the bound base has and its folder has not.
     """
+    for own, name in bound.base.untied.items():
+        module, _, kind = own.rpartition(".")
+        values = bound.base_tensor(name).widened()
+        weight = torch.nn.Parameter(torch.from_numpy(values).to(dtype), requires_grad=False)
+        setattr(model.get_submodule(module), kind, weight)
     state = model.state_dict()
     with torch.no_grad():
         for name in added:
@@ -146,7 +155,8 @@ def class_named(name: str) -> Any:
             found=f"transformers {transformers.__version__} has no model of that name",
             expected="a class such as BertForSequenceClassification",
             why="the model is rebuilt from its class to be traced",
-            fix="Correct model_class in adapter_config.json",
+            fix="Correct the class that the checkpoint names, or architectures in the base's"
+            " config.json",
         )
     return model_class
 

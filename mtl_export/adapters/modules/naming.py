@@ -11,6 +11,7 @@ either way. The renaming rules are transformers' own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,14 +56,8 @@ def stored_modules(
         stored: Names of the tensors in the files, those of a bare base lacking one part.
         own: Module names as the class has them; those that no tensor fits are left out.
     """
-    import transformers
-
-    model_class: Any = getattr(transformers, class_name, None)
-    try:
-        with torch.device("meta"):
-            model: Any = model_class(model_class.config_class.from_dict(dict(config)))
-    except Exception:
-        # Whoever needs the model says what is wrong with it; here it is only asked for names.
+    model = _empty_model(class_name, config)
+    if model is None:
         return {}
     by_own = {_module(new): _module(old) for old, new in _renamed(stored, model).items()}
     found = {}
@@ -70,9 +65,64 @@ def stored_modules(
         first, _, rest = name.partition(".")
         if name in by_own:
             found[name] = by_own[name]
-        elif rest in by_own:
+        elif rest and rest in by_own:
             found[name] = f"{first}.{by_own[rest]}"
     return {name: stored for name, stored in found.items() if name != stored}
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Which weights of a class are one.
+
+    Attributes:
+        groups: Names in the class, the one that the others are tied to first.
+        freed: Those that are not tied to it any more with another config.
+        biased: Weights in ``groups`` of layers that have a bias, too.
+        own: The class's names for names in files.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    freed: frozenset[str]
+    biased: frozenset[str]
+    own: Mapping[str, str]
+
+
+def ties_of(
+    class_name: str, config: Mapping[str, Any], other: Mapping[str, Any], stored: Iterable[str]
+) -> Ties | None:
+    """Return what a class of transformers ties, None if there is none to ask.
+
+    Args:
+        class_name: Of transformers.
+        config: Of the model.
+        other: Another config of it.
+        stored: Names of tensors in files.
+    """
+    model, changed = _empty_model(class_name, config), _empty_model(class_name, other)
+    if model is None or changed is None:
+        return None
+    groups: dict[str, tuple[str, ...]] = {}
+    for target, source in sorted(model.all_tied_weights_keys.items()):
+        groups[source] = (*groups.get(source, (source,)), target)
+    freed = model.all_tied_weights_keys.keys() - changed.all_tied_weights_keys.keys()
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    biased = {n for n in model.all_tied_weights_keys if f"{_module(n)}.bias" in known - {n}}
+    return Ties(
+        tuple(groups.values()), frozenset(freed), frozenset(biased), _renamed(stored, model)
+    )
+
+
+def _empty_model(class_name: str, config: Mapping[str, Any]) -> Any:
+    """Return the model without memory for its weights; None if it cannot be made."""
+    import transformers
+
+    model_class: Any = getattr(transformers, class_name, None)
+    try:
+        with torch.device("meta"):
+            return model_class(model_class.config_class.from_dict(dict(config)))
+    except Exception:
+        # Whoever needs the model says what is wrong with it; here it is only asked for names.
+        return None
 
 
 def _renamed(stored: Iterable[str], model: Any) -> dict[str, str]:
