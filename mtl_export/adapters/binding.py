@@ -22,6 +22,7 @@ from mtl_export.adapters.family import read_adapters
 from mtl_export.adapters.lazy import mapped
 from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Rows
 from mtl_export.adapters.tying import LM_ENDINGS, untied
+from mtl_export.adapters.uncalled import refuse_uncalled
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import Checkpoint
 from mtl_export.checkpoint.hidden_biases import biased_base
@@ -95,6 +96,7 @@ def bind(
             why="the delta is added to the base weight, element by element",
             fix=f"Pass that base to --base{_trained_on(checkpoint)}",
         )
+    refuse_uncalled(adapters, base)
     bound = BoundModel(checkpoint, adapters, base, prefix)
     if check_hash:
         check_base_hash(bound)

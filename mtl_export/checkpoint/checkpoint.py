@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from mtl_export.checkpoint.json_file import Shape, parse_json
-from mtl_export.errors import CheckpointError, TaskNotFoundError
+from mtl_export.errors import CheckpointError, TaskNotFoundError, shortened
 
 if TYPE_CHECKING:  # a service that serves tasks needs Task and no tensor formats
     from mtl_export.checkpoint.tensors import Tensor
@@ -317,4 +317,40 @@ def check_task_names(where: str, names: list[str]) -> None:
             expected="at least one, each different, of letters, digits, '_', '-' and '.'",
             why="a task name becomes a folder name",
             fix="Rename the tasks",
+        )
+
+
+# Where a head has several linear layers, the one that gives the logits (transformers 5.23).
+LOGIT_LAYERS = frozenset({"classifier", "score", "out_proj"})
+
+
+def check_label_counts(checkpoint: Checkpoint) -> None:
+    """Refuse tasks whose labels are not as many as the rows of their head.
+
+    Raises:
+        CheckpointError: With every such task.
+    """
+    for member in checkpoint.members:
+        check_label_counts(member)
+    problems = []
+    for index, task in enumerate(checkpoint.tasks if checkpoint.heads else ()):
+        readout = checkpoint.readout_of(task)
+        modules = list(checkpoint.heads if readout is None else readout.modules[-1:])
+        last = [name for name in modules if name.rpartition(".")[2] in LOGIT_LAYERS]
+        heads = {name: checkpoint.heads[name][index] for name in last or modules}
+        rows = {name: head.weight.shape[0] for name, head in heads.items() if head is not None}
+        if task.labels and rows and len(task.labels) not in rows.values():
+            problems += [
+                f"task {task.name} has {len(task.labels)} labels ({shortened(task.labels)}),"
+                f" its head {name} {count} rows"
+                for name, count in rows.items()
+            ]
+    if problems:
+        raise CheckpointError(
+            where=str(checkpoint.path),
+            found=shortened(problems),
+            expected="a label for every row",
+            why="a row's number is the label's: a merged folder would not load, or say the wrong"
+            " names",
+            fix="Correct the labels, in the order of the rows, and save the checkpoint again",
         )

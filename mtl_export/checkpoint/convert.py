@@ -12,7 +12,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mtl_export.checkpoint.checkpoint import BaseReference, Checkpoint, LayerTensors
+from mtl_export.checkpoint.checkpoint import (
+    BaseReference,
+    Checkpoint,
+    LayerTensors,
+    check_label_counts,
+)
 from mtl_export.checkpoint.folder import SUFFIXES, write_folder
 from mtl_export.checkpoint.folder_v2 import write_v2
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES
@@ -41,8 +46,10 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint`` to the folder ``path``, in the oldest version that can hold it.
 
     Raises:
-        CheckpointError: A task name is not usable, or a number is not finite.
+        CheckpointError: A task name is not usable, a number is not finite, or a task has other
+            labels than rows.
     """
+    check_label_counts(checkpoint)
     if not fits_version_1(checkpoint):
         write_v2(path, checkpoint)
         return

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from mtl_export.checkpoint.checkpoint import (
+    LOGIT_LAYERS,
     TASK_NAME,
     BaseReference,
     Checkpoint,
@@ -47,8 +48,6 @@ PICKLE_FILE = "adapter_model.bin"
 DEFAULT_ADAPTER = "default"
 # task_type of a classifier -> whether its last linear layer is the task's head.
 CLASSIFIERS = frozenset({"SEQ_CLS", "TOKEN_CLS"})
-# Where a head has several linear layers, the one that gives the logits (transformers 5.23).
-LOGIT_LAYERS = frozenset({"classifier", "score", "out_proj"})
 _TRAINER_FOLDER = re.compile(r"checkpoint-\d+")
 
 

@@ -19,7 +19,12 @@ from mtl_export.checkpoint import (
     peft,
     peft_config,
 )
-from mtl_export.checkpoint.checkpoint import Checkpoint, LayerTensors, check_task_names
+from mtl_export.checkpoint.checkpoint import (
+    Checkpoint,
+    LayerTensors,
+    check_label_counts,
+    check_task_names,
+)
 from mtl_export.checkpoint.contained import check_links
 from mtl_export.checkpoint.folder import FORMAT, is_own_folder, read_folder
 from mtl_export.checkpoint.hidden_biases import with_biases
@@ -142,6 +147,7 @@ def open_checkpoint(
                 checkpoint = entry.read(path)
             checkpoint = with_hyper(checkpoint, {"alpha": alpha, "temperature": temperature})
             checkpoint = _with_task_names(checkpoint, task_names)
+            check_label_counts(checkpoint)
             return checkpoint if biases is None else with_biases(checkpoint, biases)
     _refuse_broken_config(path)
     refuse_code(path)

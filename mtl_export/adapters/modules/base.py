@@ -118,10 +118,10 @@ def _replace(model: Any, bound: BoundModel, dtype: torch.dtype, added: Iterable[
     """
     for own, name in bound.base.untied.items():
         module, _, kind = own.rpartition(".")
-        values = bound.base_tensor(name).widened()
-        weight = torch.nn.Parameter(torch.from_numpy(values).to(dtype), requires_grad=False)
+        stored = bound.base_tensor(name).widened()
+        weight = torch.nn.Parameter(torch.from_numpy(stored).to(dtype), requires_grad=False)
         setattr(model.get_submodule(module), kind, weight)
-    state = model.state_dict()
+    state: dict[str, torch.Tensor] = model.state_dict()
     with torch.no_grad():
         for name in added:
             value = torch.from_numpy(bound.base_tensor(name).widened())

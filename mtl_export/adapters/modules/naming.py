@@ -56,7 +56,7 @@ def stored_modules(
         stored: Names of the tensors in the files, those of a bare base lacking one part.
         own: Module names as the class has them; those that no tensor fits are left out.
     """
-    model = _empty_model(class_name, config)
+    model = empty_model(class_name, config)
     if model is None:
         return {}
     by_own = {_module(new): _module(old) for old, new in _renamed(stored, model).items()}
@@ -98,7 +98,7 @@ def ties_of(
         other: Another config of it.
         stored: Names of tensors in files.
     """
-    model, changed = _empty_model(class_name, config), _empty_model(class_name, other)
+    model, changed = empty_model(class_name, config), empty_model(class_name, other)
     if model is None or changed is None:
         return None
     groups: dict[str, tuple[str, ...]] = {}
@@ -112,7 +112,7 @@ def ties_of(
     )
 
 
-def _empty_model(class_name: str, config: Mapping[str, Any]) -> Any:
+def empty_model(class_name: str, config: Mapping[str, Any]) -> Any:
     """Return the model without memory for its weights; None if it cannot be made."""
     import transformers
 
