@@ -7,6 +7,7 @@
     +-- CheckpointError              the checkpoint is broken, incomplete or of an unknown kind
     |   +-- HyperparameterError      a number the checkpoint does not carry and nobody gave
     +-- BaseModelError               the base is missing, broken, or does not fit the checkpoint
+    |   +-- UnusableBaseError        it fits, and what was trained cannot be folded into it
     +-- AdapterError                 the algebra cannot be held by the normal form
     +-- GraphError                   the model cannot be traced or lowered
     +-- BackendError                 a runtime or builder
@@ -117,6 +118,10 @@ class HyperparameterError(CheckpointError):
 
 class BaseModelError(MtlExportError):
     """The base model is missing, broken, or does not fit the checkpoint."""
+
+
+class UnusableBaseError(BaseModelError):
+    """The base fits, and what was trained cannot be folded into it: quantised, never called."""
 
 
 class AdapterError(MtlExportError):

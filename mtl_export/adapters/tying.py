@@ -22,7 +22,7 @@ from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.model_class import LM_ENDINGS as GENERATING
 from mtl_export.checkpoint.own_classes import own_class
 from mtl_export.checkpoint.tensors import Tensor
-from mtl_export.errors import BaseModelError, shortened
+from mtl_export.errors import UnusableBaseError, shortened
 
 if TYPE_CHECKING:
     from mtl_export.adapters.modules.naming import Ties
@@ -54,7 +54,7 @@ def untied(adapters: AdapterSet, base: BaseModel, prefix: str) -> tuple[BaseMode
         prefix: ``prefix + base tensor name`` is the name in the model class.
 
     Raises:
-        BaseModelError: transformers has no such class to ask, or rows were trained of one of
+        UnusableBaseError: transformers has no such class to ask, or rows were trained of one of
             several tied weights, and another one of them as a whole.
     """
     kind = str(base.config.get("model_type"))
@@ -188,7 +188,7 @@ def _refuse_lost_biases(
         rows = [called[name] for name in group if called.get(name) in adapters.rows]
         biased = sorted(set(group) & ties.biased)
         if rows and biased:
-            raise BaseModelError(
+            raise UnusableBaseError(
                 where=f"base {base.reference}",
                 found=f"trained rows of {shortened(rows)}, which is tied to {shortened(biased)}",
                 expected="an output layer without a bias",
@@ -201,7 +201,7 @@ def _refuse_lost_biases(
 def _refuse_rows(adapters: AdapterSet, base: BaseModel, names: Iterable[str]) -> None:
     rows = sorted(set(names) & set(adapters.rows))
     if rows:
-        raise BaseModelError(
+        raise UnusableBaseError(
             where=f"base {base.reference}",
             found=f"trained rows of {shortened(rows)}, and a weight that is tied to it trained too",
             expected="rows of one weight, or the whole of another",
@@ -213,7 +213,7 @@ def _refuse_rows(adapters: AdapterSet, base: BaseModel, names: Iterable[str]) ->
 def _refuse_unknown(adapters: AdapterSet, base: BaseModel, changed: Iterable[str]) -> None:
     tables = [n for n in changed if n.split(".")[-2] in EMBEDDINGS | OUTPUT_LAYERS]
     if tables:
-        raise BaseModelError(
+        raise UnusableBaseError(
             where=f"base {base.reference}",
             found=f"the adapter changes {shortened(tables)} of the class {adapters.model_class!r},"
             " which transformers does not have or cannot build",

@@ -20,7 +20,7 @@ from typing import Any
 from mtl_export.adapters.normal_form import AdapterSet
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.own_classes import own_class
-from mtl_export.errors import BaseModelError, shortened
+from mtl_export.errors import UnusableBaseError, shortened
 
 # A weight that is read for its numbers, and lines that do something else with its name.
 _READ = re.compile(
@@ -33,7 +33,7 @@ def refuse_uncalled(adapters: AdapterSet, base: BaseModel) -> None:
     """Refuse adapters of layers that the model class never calls.
 
     Raises:
-        BaseModelError: There are some.
+        UnusableBaseError: There are some.
     """
     if own_class(adapters.model_class) is not None:
         return
@@ -45,7 +45,7 @@ def refuse_uncalled(adapters: AdapterSet, base: BaseModel) -> None:
 
     found = uncalled(adapters.model_class, base.config, suspects)
     if found:
-        raise BaseModelError(
+        raise UnusableBaseError(
             where=f"base {base.reference}",
             found=f"{adapters.model_class} never calls the adapted {shortened(found)}: it reads"
             " their weight",

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES, Tensor
-from mtl_export.errors import BaseModelError, shortened
+from mtl_export.errors import UnusableBaseError, shortened
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.base_model import BaseModel
@@ -34,7 +34,7 @@ def refuse_quantised(base: BaseModel, modules: Iterable[str], prefix: str = "") 
         prefix: ``prefix + base tensor name`` is the name in the model class.
 
     Raises:
-        BaseModelError: One of ``modules`` is stored quantised.
+        UnusableBaseError: One of ``modules`` is stored quantised.
     """
     stored = quantised_modules(base.tensors)
     found = [module for module in modules if module.removeprefix(prefix) in stored]
@@ -42,7 +42,7 @@ def refuse_quantised(base: BaseModel, modules: Iterable[str], prefix: str = "") 
         return
     settings = base.config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-    raise BaseModelError(
+    raise UnusableBaseError(
         where=f"base {base.reference}",
         found=f"it is quantised ({_dtypes(base.tensors, stored)},"
         f" quant_method {str(method or 'unknown')!r}), in the adapted {shortened(found)} too",

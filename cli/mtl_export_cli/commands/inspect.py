@@ -151,6 +151,7 @@ def _trial(checkpoint: Checkpoint, base: BaseModel | None) -> Trial:
 
     Raises:
         CheckpointError: The checkpoint is broken, whatever is given.
+        UnusableBaseError: No export can be made from this base.
     """
     from mtl_export.adapters.binding import bind
     from mtl_export.adapters.family import read_adapters
@@ -160,6 +161,7 @@ def _trial(checkpoint: Checkpoint, base: BaseModel | None) -> Trial:
         BaseModelError,
         HyperparameterError,
         IntegrityError,
+        UnusableBaseError,
     )
 
     missing: list[str] = []
@@ -177,6 +179,8 @@ def _trial(checkpoint: Checkpoint, base: BaseModel | None) -> Trial:
             missing.append(f"{name}: {error.fix}")
             # Any number will do to see what else is missing, and whether the shapes fit.
             checkpoint = with_hyper(checkpoint, {name: 1.0})
+        except UnusableBaseError:
+            raise
         except BaseModelError as error:
             return Trial(tuple(missing), error.found if base is not None else "")
         except AdapterError as error:

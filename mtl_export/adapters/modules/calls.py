@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mtl_export.adapters.modules.base import quiet_transformers
 from mtl_export.adapters.modules.naming import empty_model, own_module
 from mtl_export.errors import BaseModelError
 
@@ -23,7 +24,8 @@ def uncalled(class_name: str, config: Mapping[str, Any], modules: Iterable[str])
         config: Of the model.
         modules: Their names; those that the class does not have are left out.
     """
-    model = empty_model(class_name, config)
+    with quiet_transformers():
+        model = empty_model(class_name, config)
     if model is None:
         return []
     found: list[str] = []
@@ -80,6 +82,8 @@ def _left_out(model: Any, modules: Mapping[str, str]) -> list[str]:
         layer = model.get_submodule(own)
         layer.register_forward_hook(lambda *_, k=seen_of: seen.setdefault(k, set()).add("layer"))
     # Anything may happen without numbers; whoever needs the model's answers runs it with.
-    with suppress(Exception), torch.device("meta"), torch.no_grad():
-        model.eval()(input_ids=torch.zeros(1, 3, dtype=torch.int64), use_cache=False)
+    with suppress(Exception), torch.device("meta"), torch.no_grad(), quiet_transformers():
+        model.set_attn_implementation("eager")
+        tokens = torch.ones(1, 3, dtype=torch.int64)
+        model.eval()(input_ids=tokens, attention_mask=tokens, use_cache=False)
     return [name for name, kind in kinds.items() if seen.get(kind) == {"parent"}]
