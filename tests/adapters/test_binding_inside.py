@@ -14,7 +14,6 @@ from mtl_export.adapters.family import read_adapters
 from mtl_export.checkpoint.base_model import BaseModel, open_base
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import BaseModelError
 from mtl_export.merge.writer import write_merged
 from tests.adapters.toys import memory_tensor
 from tests.checkpoint import adapterhub_toys as hub
@@ -78,8 +77,8 @@ def test_a_base_layer_is_found_behind_a_first_part(
 
 
 @pytest.mark.parametrize("is_copy", [True, False])
-def test_a_tied_output_layer_replaces_nothing(tmp_path: Path, is_copy: bool) -> None:
-    """A saved copy of the tied embedding is no change; anything else has nowhere to go."""
+def test_a_copy_of_a_tied_output_layer_replaces_nothing(tmp_path: Path, is_copy: bool) -> None:
+    """A saved copy of the tied embedding is no change; anything else unties the two."""
     embedding: Array = hub.draw(np.random.default_rng(1), VOCABULARY, HIDDEN)
     head = {"lm_head.weight": embedding if is_copy else embedding * 2}
     module = "model.layers.0.self_attn.q_proj"
@@ -97,10 +96,9 @@ def test_a_tied_output_layer_replaces_nothing(tmp_path: Path, is_copy: bool) -> 
     tensors = {name: memory_tensor(name, value) for name, value in stored.items()}
     base = BaseModel("toy", tmp_path, {"tie_word_embeddings": True}, tensors, ())
     checkpoint = open_checkpoint(tmp_path / "a")
-    adapters = read_adapters(checkpoint, base)
+    bound = bind(checkpoint, read_adapters(checkpoint, base), base)
     if is_copy:
-        bound = bind(checkpoint, adapters, base)
         assert dataclasses.replace(bound.base) == base
     else:
-        with pytest.raises(BaseModelError, match=r"'lm_head.weight' is missing"):
-            bind(checkpoint, adapters, base)
+        assert bound.base.config["tie_word_embeddings"] is False
+        np.testing.assert_array_equal(bound.base_tensor("lm_head.weight").numpy(), embedding)

@@ -280,16 +280,6 @@ def test_a_tied_embedding_is_refused(tmp_path: Path) -> None:
     assert "mtl-export merge" in caught.value.fix
 
 
-def test_an_adapted_tied_embedding_is_refused(tmp_path: Path) -> None:
-    """PEFT adapts the embedding alone; merged, the output layer would follow."""
-    tensors = toys.lora("transformer.wte")
-    checkpoint = open_checkpoint(toys.write(tmp_path / "lm", tensors, {"task_type": "CAUSAL_LM"}))
-    base = open_base(str(toys.gpt2_base(tmp_path / "base")))
-    with pytest.raises(BaseModelError) as caught:
-        bind(checkpoint, read_adapters(checkpoint, base), base)
-    assert_whole(caught.value, where="base", found="transformer.wte", expected="of its own")
-
-
 def test_a_kind_without_a_marker_is_refused() -> None:
     """Only linear layers, embeddings and LayerNorms can be told apart by row."""
     model = torch.nn.Module()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from mtl_export.adapters.modules.ta_lora import Gate, TALoRALinear
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.checkpoint import BaseReference
 from mtl_export.checkpoint.folder import CONFIG_FILE, WEIGHTS_FILE, read_folder
+from mtl_export.checkpoint.folder_v2 import write_v2
 from mtl_export.checkpoint.reader import open_checkpoint
+from mtl_export.errors import CheckpointError
 from mtl_export.runtime.pytorch import oracle_model
 from tests.adapters import toys
 from tests.factories import HIDDEN
@@ -109,3 +112,20 @@ def ta_lora_model(base: Path, gate: Gate) -> MultiTaskModel:
         },
     )  # fmt: skip
     return adapted.eval()
+
+
+def test_labels_that_the_head_has_no_rows_for_are_refused_when_saved_and_read(
+    tmp_path: Path,
+) -> None:
+    """The task, its labels and the rows are named; nothing is written."""
+    bound = toys.toy_bound(tmp_path)
+    model = oracle_model(bound, torch.float32)
+    task = toys.TASKS[0]
+    wrong = (dataclasses.replace(task, labels=(*task.labels, "extra")), *toys.TASKS[1:])
+    with pytest.raises(CheckpointError, match=f"task {task.name} has .* labels .*extra.* rows"):
+        save_checkpoint(model, tmp_path / "again", tasks=wrong, base=BaseReference())
+    assert not (tmp_path / "again").exists()
+    contradictory = dataclasses.replace(bound.checkpoint, tasks=wrong)
+    write_v2(tmp_path / "second", contradictory)
+    with pytest.raises(CheckpointError, match=f"task {task.name} has"):
+        open_checkpoint(tmp_path / "second")
