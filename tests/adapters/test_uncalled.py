@@ -19,8 +19,8 @@ from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.errors import UnusableBaseError
 from tests.checkpoint import peft_toys as toys
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 23}
-HEADS = {"num_attention_heads": 2, "intermediate_size": 32}
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 23}
+HEADS: dict[str, Any] = {"num_attention_heads": 2, "intermediate_size": 32}
 MIXER = "backbone.layers.0.mixer."
 # class, config, called layers, layers whose weight is read
 CASES: list[tuple[str, str, dict[str, Any], list[str], list[str]]] = [
@@ -64,7 +64,7 @@ def test_an_adapter_of_such_a_layer_is_refused(tmp_path: Path, layer: str) -> No
     with quiet_transformers():
         model = transformers.MambaForCausalLM(transformers.MambaConfig(**SMALL))
         model.save_pretrained(tmp_path / "base")
-    outputs, inputs = model.get_submodule(MIXER + layer).weight.shape
+    outputs, inputs = model.get_parameter(f"{MIXER}{layer}.weight").shape
     generator = np.random.default_rng(1)
     tensors = {
         f"{MIXER}{layer}.lora_A.weight": toys.draw(generator, 2, inputs),

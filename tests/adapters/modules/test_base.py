@@ -53,7 +53,7 @@ def test_an_unknown_model_class_is_refused(bound: BoundModel, name: str) -> None
         base_model(replace(bound, adapters=adapters), torch.float32)
     assert repr(name) in caught.value.where
     assert "BertForSequenceClassification" in caught.value.expected
-    assert "model_class" in caught.value.fix
+    assert "architectures" in caught.value.fix
 
 
 def test_a_weight_that_is_nowhere_is_refused(bound: BoundModel, tmp_path: Path) -> None:
