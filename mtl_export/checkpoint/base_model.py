@@ -116,9 +116,7 @@ def open_base(reference: str) -> BaseModel:
         found = _tensors_of(file)
         tensors.update(found)
         file_of.update(dict.fromkeys(found, number))
-    config = without_leftover(
-        read_json(config_path, CONFIG, error=BaseModelError), tensors
-    )
+    config = without_leftover(read_json(config_path, CONFIG, error=BaseModelError), tensors)
     return BaseModel(
         reference=reference,
         folder=folder,
