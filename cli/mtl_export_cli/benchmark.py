@@ -173,6 +173,7 @@ def _eager(settings: Settings, threads: int, new_tokens: int) -> Subject:
     given = {
         "alpha": settings.alpha,
         "temperature": settings.temperature,
+        "downsample": settings.downsample,
         "task_names": settings.tasks,
         "biases": settings.biases,
     }

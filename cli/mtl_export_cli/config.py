@@ -5,6 +5,7 @@
     tasks = ["ads_rel", "spam"]                  # names in id order, where the checkpoint has none
     alpha = 16.0                                 # where the checkpoint does not carry it
     temperature = 0.1                            # likewise
+    downsample = true                            # likewise, of a VL-BART
     biases = "hidden_biases.pt"                  # likewise
     dtype = "fp16"                               # of merged folders; of graphs: [onnx] dtype
 
@@ -285,6 +286,7 @@ OPTIONS: dict[str, Reader] = {
     "tasks": _names,
     "alpha": _number,
     "temperature": _number,
+    "downsample": _switch,
     "biases": _path,
     "dtype": _DTYPE,
 }

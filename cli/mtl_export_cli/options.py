@@ -43,6 +43,7 @@ class Settings:
         tasks: Task names in id order, where the checkpoint does not carry them.
         alpha: LoRA alpha, likewise.
         temperature: Softmax temperature, likewise.
+        downsample: Whether a VL-BART was trained with ``--downsample``, likewise.
         biases: File of biases that the trainer added, likewise.
         dtype: ``fp32``, ``fp16`` or ``bf16``; None keeps the base's.
         force: Replace an old result.
@@ -59,6 +60,7 @@ class Settings:
     tasks: tuple[str, ...] | None = None
     alpha: float | None = None
     temperature: float | None = None
+    downsample: bool | None = None
     biases: Path | None = None
     dtype: str | None = None
     force: bool = False
@@ -125,6 +127,10 @@ SOURCE: tuple[Decorator, ...] = (
     option(
         "--temperature", type=float,
         help="Softmax temperature, where the checkpoint does not carry it.",
+    ),
+    option(
+        "--downsample/--no-downsample", default=None,
+        help="Whether a VL-BART was trained with --downsample; its checkpoint does not carry it.",
     ),
     option(
         "--biases", type=click.Path(path_type=Path), metavar="FILE",

@@ -39,6 +39,7 @@ def open_settings_checkpoint(settings: Settings) -> Checkpoint:
         settings.checkpoint,
         alpha=settings.alpha,
         temperature=settings.temperature,
+        downsample=settings.downsample,
         task_names=settings.tasks,
         biases=settings.biases,
     )
@@ -147,9 +148,12 @@ def recipe(command: str, bound: BoundModel, options: dict[str, OptionValue]) -> 
 
 def hyper_parameters(checkpoint: Checkpoint) -> dict[str, float | None]:
     """Return the numbers all layers share, by name; None where layers differ or have none."""
+    from mtl_export.checkpoint.own_classes import switches_of
+
+    names = ("alpha", "temperature", *switches_of(checkpoint.model_class))
     layers = [layer for part in checkpoint.members or (checkpoint,)
               for layer in part.layers.values()]  # fmt: skip
-    found = {name: {layer.hyper.get(name) for layer in layers} for name in ("alpha", "temperature")}
+    found = {name: {layer.hyper.get(name) for layer in layers} for name in names}
     return {name: next(iter(v)) if len(v) == 1 else None for name, v in found.items()}
 
 

@@ -180,6 +180,7 @@ def _whole(
     own = own_class(adapters.model_class)
     if own is None:
         return adapters, base
+    hyper = next(iter(checkpoint.layers.values())).hyper
     tensors = {
         # Not read in one pass over a file: some tensors of the file are not the model's.
         name: dataclasses.replace(tensor, file=None)
@@ -188,7 +189,7 @@ def _whole(
     carried = BaseModel(
         reference=base.reference,
         folder=base.folder,
-        config=MappingProxyType(own.config(base.config, tensors)),
+        config=MappingProxyType(own.config(base.config, tensors, hyper)),
         tensors=MappingProxyType(tensors),
         weight_files=(checkpoint.path,),
         file_of=MappingProxyType(dict.fromkeys(tensors, 0)),

@@ -37,6 +37,7 @@ from mtl_export.checkpoint.checkpoint import (
     bare_modules,
     last_modules,
 )
+from mtl_export.checkpoint.own_classes import check_switches
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, CheckpointError, shortened
 
@@ -189,7 +190,7 @@ def read_adapters(checkpoint: Checkpoint, base: BaseModel | None = None) -> Adap
 
     Raises:
         CheckpointError: A tensor is missing, misshaped, or not finite.
-        HyperparameterError: alpha or temperature is unknown.
+        HyperparameterError: alpha, temperature or a switch of the model class is unknown.
         AdapterError: The family is unknown.
         BaseModelError: The family needs the base, and it was not given.
     """
@@ -200,10 +201,12 @@ def read_adapters(checkpoint: Checkpoint, base: BaseModel | None = None) -> Adap
         )
         return stacked(checkpoint, list(members.values()), base)
     family = family_named(checkpoint.family)
+    layers = _layers(family, checkpoint, base)
+    check_switches(checkpoint.model_class, checkpoint.layers)
     return AdapterSet(
         family=family.name,
         tasks=checkpoint.tasks,
-        layers=_layers(family, checkpoint, base),
+        layers=layers,
         heads=MappingProxyType(
             {
                 module: filled_heads(

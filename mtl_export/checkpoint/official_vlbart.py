@@ -16,7 +16,12 @@ files trainer_base.py (class mLoRALinear), modeling_bart.py and multitask.py.
 | ...obj_order_embedding.weight, lm_head.weight   |                                            |
 | every other weight, bias and final_logits_bias  | itself, adapted layers' weights among them |
 
-alpha, temperature and task names are asked for, as for the repository's other checkpoints.
+alpha, temperature and task names are asked for, as for the repository's other checkpoints, and
+whether the run had --downsample. Of the other options in the trainer's param.py, those that
+change the model's forward pass show in the tensors (use_vis_layer_norm, individual_vis_layer_norm)
+or are refused by them (use_vis_order_embedding False, vis_use_transformer, expand_vis_embedding,
+prompts, other adapters, classifier), are of training only (sparse_sample, dropout), or are in
+``NOTES``.
 """
 
 from __future__ import annotations
@@ -48,6 +53,10 @@ NOTES = (
     "the trainer's multitask.py numbers its tasks vqa, gqa, nlvr, caption",
     "the trainer adds the special tokens <extra_id_*> and <vis_extra_id_*> to the base's"
     " tokenizer; exports copy the base's tokenizer as it is",
+    "exports are right for runs without --oneddownsample and --share_vis_lang_layer_norm and, with"
+    " --downsample, with --n_boxes 36, as the trainer's scripts have it: these leave no trace",
+    "with --use_tasks_prompts texts begin with the trainer's prefix: 'vqa: ', 'gpa: ' (sic), 'nlvr:"
+    " ', 'caption: '",
 )
 TIED = frozenset({
     "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight",

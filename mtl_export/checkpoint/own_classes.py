@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mtl_export.checkpoint import vl_bart_config
+from mtl_export.errors import HyperparameterError
 
 if TYPE_CHECKING:
+    from mtl_export.checkpoint.checkpoint import LayerTensors
     from mtl_export.checkpoint.tensors import Array, Tensor
 
 
@@ -24,17 +26,21 @@ class OwnClass:
         name: What ``Checkpoint.model_class`` says.
         path: ``"module:class"``, imported lazily. The class is a transformers model with
             ``from_tensors(config, tensors, dtype)``.
-        config: Returns ``config.json`` for these tensors, from the base's own.
+        config: Returns ``config.json`` for these tensors, from the base's own and from what the
+            layers' ``hyper`` says of ``switches``.
         seeded_inputs: Draws what it takes besides text for so many rows, ``[rows, n, ...]``, to
             trace and to compare models on.
         axis: Name of the second axis of these inputs.
+        switches: Of the training command, off or on (0 or 1): they change what the model computes
+            and leave no tensor. Every layer's ``hyper`` has the same.
     """
 
     name: str
     path: str
-    config: Callable[[Mapping[str, Any], Mapping[str, Tensor]], dict[str, Any]]
+    config: Callable[[Mapping[str, Any], Mapping[str, Tensor], Mapping[str, float]], dict[str, Any]]
     seeded_inputs: Callable[[Mapping[str, Any], int], dict[str, Array]]
     axis: str
+    switches: tuple[str, ...] = ()
 
 
 OWN_CLASSES: tuple[OwnClass, ...] = (
@@ -44,6 +50,7 @@ OWN_CLASSES: tuple[OwnClass, ...] = (
         config=vl_bart_config.config_of,
         seeded_inputs=vl_bart_config.seeded_inputs,
         axis="regions",
+        switches=(vl_bart_config.DOWNSAMPLE,),
     ),
 )
 
@@ -51,3 +58,28 @@ OWN_CLASSES: tuple[OwnClass, ...] = (
 def own_class(name: str) -> OwnClass | None:
     """Return the class called ``name``, None if it is transformers' business."""
     return next((entry for entry in OWN_CLASSES if entry.name == name), None)
+
+
+def switches_of(name: str) -> tuple[str, ...]:
+    """Return the switches of the class called ``name``; none if it is transformers'."""
+    own = own_class(name)
+    return () if own is None else own.switches
+
+
+def check_switches(name: str, layers: Mapping[str, LayerTensors]) -> None:
+    """Refuse layers of the class called ``name`` that do not say how its switches were.
+
+    Raises:
+        HyperparameterError: With the switch.
+    """
+    for switch in switches_of(name):
+        for layer in layers.values():
+            if layer.hyper.get(switch) not in {0.0, 1.0}:
+                raise HyperparameterError(
+                    where=f"{layer.module}: {switch}",
+                    found="the checkpoint does not carry it",
+                    expected=f"whether the training command had --{switch}",
+                    why="it changes what the model computes and leaves no tensor",
+                    fix=f"Pass --{switch} or --no-{switch}"
+                    f" (or set {switch} in mtl-export.toml) as in training",
+                )

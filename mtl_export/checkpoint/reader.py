@@ -29,6 +29,7 @@ from mtl_export.checkpoint.contained import check_links
 from mtl_export.checkpoint.folder import FORMAT, is_own_folder, read_folder
 from mtl_export.checkpoint.hidden_biases import with_biases
 from mtl_export.checkpoint.json_file import read_json
+from mtl_export.checkpoint.own_classes import switches_of
 from mtl_export.checkpoint.torch_pickle import refuse_code
 from mtl_export.errors import CheckpointError, UsageError, shortened
 
@@ -112,6 +113,7 @@ def open_checkpoint(
     *,
     alpha: float | None = None,
     temperature: float | None = None,
+    downsample: bool | None = None,
     task_names: Sequence[str] | None = None,
     biases: Path | None = None,
 ) -> Checkpoint:
@@ -121,6 +123,7 @@ def open_checkpoint(
         path: File or folder.
         alpha: LoRA alpha, where the checkpoint does not carry it.
         temperature: Softmax temperature, where the checkpoint does not carry it.
+        downsample: Whether a VL-BART was trained with ``--downsample``, likewise.
         task_names: Names in id order, where the checkpoint does not carry them.
         biases: File of biases that the trainer added and the checkpoint does not carry.
 
@@ -146,6 +149,8 @@ def open_checkpoint(
             else:
                 checkpoint = entry.read(path)
             checkpoint = with_hyper(checkpoint, {"alpha": alpha, "temperature": temperature})
+            if downsample is not None:
+                checkpoint = _with_switch(checkpoint, "downsample", is_on=downsample)
             checkpoint = _with_task_names(checkpoint, task_names)
             check_label_counts(checkpoint)
             return checkpoint if biases is None else with_biases(checkpoint, biases)
@@ -199,6 +204,29 @@ def with_hyper(checkpoint: Checkpoint, given: dict[str, float | None]) -> Checkp
         for module, layer in checkpoint.layers.items()
     }
     return dataclasses.replace(checkpoint, layers=MappingProxyType(layers), members=members)
+
+
+def _with_switch(checkpoint: Checkpoint, name: str, *, is_on: bool) -> Checkpoint:
+    """Fill in a switch of the training command that no layer carries."""
+    typed = f"--{name}" if is_on else f"--no-{name}"
+    carried = {layer.hyper.get(name, float(is_on)) for layer in checkpoint.layers.values()}
+    if name not in switches_of(checkpoint.model_class):
+        raise UsageError(
+            where=typed,
+            found=f"a checkpoint of {checkpoint.model_class or 'an unknown class'}",
+            expected="a VL-BART",
+            why="no other model that is exported has this switch",
+            fix=f"Leave out {typed} (or {name} in mtl-export.toml)",
+        )
+    if carried - {float(is_on)}:
+        raise UsageError(
+            where=typed,
+            found="the checkpoint itself says the contrary",
+            expected="nothing, or what the checkpoint says",
+            why="the model must be the one that was trained",
+            fix=f"Leave out {typed}",
+        )
+    return with_hyper(checkpoint, {name: float(is_on)})
 
 
 def _with_task_names(checkpoint: Checkpoint, names: Sequence[str] | None) -> Checkpoint:

@@ -21,14 +21,21 @@ VISUAL = "model.encoder.visual_embedding"
 # The positions table begins with two rows that no position uses.
 POSITION_OFFSET = 2
 SEEDED_REGIONS = 7
+DOWNSAMPLE = "downsample"
+# The trainer's --n_boxes, in its recipe and by default: of each image so many regions stay.
+POOLED_REGIONS = 36
+SEEDED_GRID = 7
 
 
-def config_of(base: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def config_of(
+    base: Mapping[str, Any], tensors: Mapping[str, Tensor], hyper: Mapping[str, float]
+) -> dict[str, Any]:
     """Return the config of the VL-BART that has ``tensors``.
 
     Args:
         base: ``config.json`` of the BART it was trained from.
         tensors: By their names in the model class, without the tied copies.
+        hyper: What no tensor tells: ``downsample``, 1 if features are pooled, else 0.
 
     Raises:
         CheckpointError: A tensor is missing, one too many, or of another shape than the others
@@ -64,6 +71,8 @@ def config_of(base: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
         "n_images": tensors[f"{VISUAL}.img_order_embedding.weight"].shape[0],
         "individual_vis_layer_norm": individual,
         "use_vis_layer_norm": individual or f"{VISUAL}.layer_norm.weight" in tensors,
+        "downsample": bool(hyper[DOWNSAMPLE]),
+        "n_boxes": POOLED_REGIONS,
     }
 
 
@@ -71,22 +80,30 @@ def seeded_inputs(config: Mapping[str, Any], rows: int) -> dict[str, Array]:
     """Return features, boxes, image order, region order and mask of some regions a row.
 
     Features and boxes are float32 ``[rows, V, ...]``, the others int64 ``[rows, V]``: rows have
-    between one region and all of them, of several images where the model knows several.
+    between one region and all of them, of several images where the model knows several; where
+    it pools them, between one image and all of them, each a whole grid.
     """
     # Here, because --help of commands that ask for a model's class must not wait for it.
     import numpy as np
 
     generator = np.random.default_rng(0)
-    shape = (rows, SEEDED_REGIONS)
+    images, count = int(config["n_images"]), SEEDED_REGIONS
+    orders = generator.integers(0, images, (rows, count))
+    numbers = np.arange(count)
+    counts = generator.integers(1, count + 1, (rows, 1))
+    if config.get(DOWNSAMPLE):
+        cells = SEEDED_GRID**2
+        orders, numbers = np.arange(images).repeat(cells), np.tile(np.arange(cells), images)
+        count, counts = images * cells, cells * generator.integers(1, images + 1, (rows, 1))
+    shape = (rows, count)
     features = generator.normal(size=(*shape, int(config["feat_dim"])))
     boxes = generator.uniform(size=(*shape, int(config["pos_dim"])))
-    counts = generator.integers(1, SEEDED_REGIONS + 1, (rows, 1))
     return {
         "vis_feats": features.astype(np.float32),
         "boxes": boxes.astype(np.float32),
-        "img_order_ids": generator.integers(0, int(config["n_images"]), shape),
-        "obj_order_ids": np.tile(np.arange(SEEDED_REGIONS), (rows, 1)),
-        "vis_attention_mask": (np.arange(SEEDED_REGIONS) < counts).astype(np.int64),
+        "img_order_ids": np.array(np.broadcast_to(orders, shape)),
+        "obj_order_ids": np.array(np.broadcast_to(numbers, shape)),
+        "vis_attention_mask": (np.arange(count) < counts).astype(np.int64),
     }
 
 

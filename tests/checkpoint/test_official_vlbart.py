@@ -41,6 +41,7 @@ def bound_toy(folder: Path, state: Weights, **changes: Any) -> BoundModel:
         toys.write(folder / "run", state),
         alpha=toys.ALPHA,
         temperature=toys.TEMPERATURE,
+        downsample=False,
         task_names=NAMES.split(","),
     )
     opened = open_base(str(base))
@@ -70,7 +71,8 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = toys.base_folder(folder / "base")
     run = toys.write(folder / "run", toys.state_dict())
     words = ["-c", str(run), "-b", str(base), "--alpha", str(toys.ALPHA), "--temperature",
-             str(toys.TEMPERATURE), "--tasks", NAMES, "--all-tasks", "-o", str(folder / "out"),
+             str(toys.TEMPERATURE), "--no-downsample", "--tasks", NAMES, "--all-tasks", "-o",
+             str(folder / "out"),
              ]  # fmt: skip
     result = CliRunner().invoke(cli, ["merge", *words])
     assert result.exit_code == 0, result.output
@@ -111,7 +113,8 @@ def parity(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Return the exit code of ``mtl-export parity`` in a folder with base and run."""
     monkeypatch.chdir(folder)
     words = ["-c", "run", "-b", "base", "--alpha", str(toys.ALPHA), "--temperature",
-             str(toys.TEMPERATURE), "--tasks", NAMES, "--threads", "1"]  # fmt: skip
+             str(toys.TEMPERATURE), "--no-downsample", "--tasks", NAMES, "--threads",
+             "1"]  # fmt: skip
     return CliRunner().invoke(cli, ["parity", *words]).exit_code
 
 
@@ -200,7 +203,7 @@ def test_alpha_and_temperature_are_asked_for(tmp_path: Path) -> None:
 def graphs(merged: Path) -> Path:
     """Give the folder of the single graph's three parts, written by the command line."""
     words = ["-c", str(merged.parent / "run"), "-b", str(merged.parent / "base"), "--alpha",
-             str(toys.ALPHA), "--temperature", str(toys.TEMPERATURE), "--tasks", NAMES,
+             str(toys.ALPHA), "--temperature", str(toys.TEMPERATURE), "--no-downsample", "--tasks", NAMES,
              "--all-tasks", "-o", str(merged.parent / "graphs")]  # fmt: skip
     result = CliRunner().invoke(cli, ["onnx", *words])
     assert result.exit_code == 0, result.output
@@ -333,7 +336,7 @@ def test_converted_to_our_own_folder_it_merges_to_the_same_bytes(
     """Nothing is lost on the way, and the next run needs no alpha, temperature or names."""
     run, own = str(merged.parent / "run"), str(tmp_path / "own")
     words = ["-c", run, "--alpha", str(toys.ALPHA), "--temperature", str(toys.TEMPERATURE),
-             "--tasks", NAMES, "--convert", own]  # fmt: skip
+             "--no-downsample", "--tasks", NAMES, "--convert", own]  # fmt: skip
     assert CliRunner().invoke(cli, ["inspect", *words]).exit_code == 0
     words = ["-c", own, "-b", str(merged.parent / "base"), "--task", "nlvr"]
     result = CliRunner().invoke(cli, ["merge", *words, "-o", str(tmp_path / "out")])

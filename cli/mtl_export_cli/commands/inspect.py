@@ -259,6 +259,9 @@ def _print(report: dict[str, Any]) -> None:
     family, base = report["family"], report["base"]
     numbers = [("r", report["rank"]), ("n", report["up_projections"]), ("Lambda", report["lambda"])]
     numbers += [("alpha", report["alpha"]), ("temperature", report["temperature"])]
+    if "downsample" in report:
+        state = {None: "?", 0.0: "no", 1.0: "yes"}[report["downsample"]]
+        numbers.append(("downsample", state))
     shapes = ", ".join(f"{count} x {shape}" for shape, count in report["adapted_shapes"].items())
     parameters = report["parameters"]
     render.print_facts(
@@ -304,7 +307,7 @@ def _print(report: dict[str, Any]) -> None:
 def _value(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return "?" if value is None else f"{value:g}"
+    return value if isinstance(value, str) else "?" if value is None else f"{value:g}"
 
 
 def _base_sentence(base: dict[str, str | None]) -> str:

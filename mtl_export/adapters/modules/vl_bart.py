@@ -11,8 +11,9 @@ merged folder's tensors by name. Source of the architecture: Cho et al., "Unifyi
 Vision-and-Language Tasks via Text Generation", ICML 2021, arXiv:2102.02779, section 3, and
 https://github.com/pUmpKin-Co/MTL-LoRA/blob/7848a70/image_text_understanding/VL-T5/src/modeling_bart.py.
 
-Not done: pooling of features to fewer regions (the trainer's ``--downsample``), which has no
-weights: pass pooled features. Training, and flash attention.
+With ``downsample`` in its config it pools each image's features first (``region_pooling``).
+
+Not done: training, and flash attention.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import BartConfig, BartForConditionalGeneration, BartModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bart.modeling_bart import BartDecoder, BartEncoder, BartScaledWordEmbedding
 
+from mtl_export.adapters.modules.region_pooling import pooled_mask, pooled_regions
 from mtl_export.checkpoint.tensors import Tensor
 
 
@@ -111,12 +113,17 @@ class JointEncoder(BartEncoder):
         hidden = self.layernorm_embedding(hidden)
         if attention_mask is None:
             attention_mask = text_mask(input_ids, self.config)
+        region_mask = mask_of_regions(self.config, img_order_ids, vis_attention_mask)
         if vis_feats is not None:
             if boxes is None:
                 boxes = vis_feats.new_zeros(*vis_feats.shape[:2], 4)
+            if is_pooled(self.config):
+                vis_feats, boxes, img_order_ids, obj_order_ids = pooled_regions(
+                    self.config, vis_feats, boxes, img_order_ids, obj_order_ids, vis_attention_mask
+                )
             regions = self.visual_embedding(vis_feats, boxes, img_order_ids, obj_order_ids)
             hidden = torch.cat([hidden, regions], dim=1)
-        mask = joint_mask(attention_mask, vis_attention_mask, hidden.shape[1])
+        mask = joint_mask(attention_mask, region_mask, hidden.shape[1])
         lowest = torch.finfo(hidden.dtype).min
         added = (1 - mask[:, None, None, :].to(hidden.dtype)) * lowest
         for layer in self.layers:
@@ -127,6 +134,20 @@ class JointEncoder(BartEncoder):
 def text_mask(input_ids: torch.Tensor, config: Any) -> torch.Tensor:
     """Return what counts as a token where no mask is given: all but padding."""
     return torch.ne(input_ids, config.pad_token_id)
+
+
+def is_pooled(config: Any) -> bool:
+    """Return whether the model pools features; folders written before it could say nothing."""
+    return bool(getattr(config, "downsample", False))
+
+
+def mask_of_regions(
+    config: Any, img_order_ids: torch.Tensor | None, vis_attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the mask of the regions that the encoder reads; None where every one counts."""
+    if not is_pooled(config):
+        return vis_attention_mask
+    return pooled_mask(config, img_order_ids, vis_attention_mask)
 
 
 def joint_mask(text: torch.Tensor, regions: torch.Tensor | None, length: int) -> torch.Tensor:
@@ -167,7 +188,8 @@ class VLBart(BartForConditionalGeneration):
 
     Args:
         config: A BART's, with ``feat_dim`` F, ``pos_dim``, ``n_images``,
-            ``use_vis_layer_norm`` and ``individual_vis_layer_norm``.
+            ``use_vis_layer_norm``, ``individual_vis_layer_norm``, ``downsample`` and
+            ``n_boxes``.
 
     Shape:
         input_ids int64 ``[B, S]``, vis_feats ``[B, V, F]``, boxes ``[B, V, 4]``,
@@ -217,7 +239,9 @@ class VLBart(BartForConditionalGeneration):
             vis_attention_mask=vis_attention_mask,
             **regions,
         ).last_hidden_state
-        mask = joint_mask(attention_mask, vis_attention_mask, states.shape[1])
+        orders = regions.get("img_order_ids")
+        region_mask = mask_of_regions(self.config, orders, vis_attention_mask)
+        mask = joint_mask(attention_mask, region_mask, states.shape[1])
         return {"last_hidden_state": states, "encoder_attention_mask": mask}
 
     def forward(
@@ -248,7 +272,8 @@ class VLBart(BartForConditionalGeneration):
             attention_mask = text_mask(input_ids, self.config)
         if attention_mask is not None:
             length = encoder_outputs[0].shape[1]
-            attention_mask = joint_mask(attention_mask, vis_attention_mask, length)
+            region_mask = mask_of_regions(self.config, img_order_ids, vis_attention_mask)
+            attention_mask = joint_mask(attention_mask, region_mask, length)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
