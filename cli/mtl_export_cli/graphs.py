@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from mtl_export.checkpoint.model_class import has_head
+from mtl_export.checkpoint.sentence_pipeline import refuse_other_pooling
 from mtl_export.errors import GraphError, UsageError
 from mtl_export_cli import edited, sources
 from mtl_export_cli.graph_form import GRAPH_DTYPE, Form
@@ -205,6 +206,8 @@ class Exporter:
     ) -> None:
         self._form = form or Form()
         refuse_pooled_head(self._form, bound.adapters.model_class)
+        if self._form.embedding is not None:
+            refuse_other_pooling(bound.pipeline, self._form.embedding)
         self._bound, self._parent, self._is_linked = bound, parent, is_linked
         self._dtype = dtype or GRAPH_DTYPE
 

@@ -26,9 +26,10 @@ from mtl_export.adapters.uncalled import refuse_uncalled
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import Checkpoint
 from mtl_export.checkpoint.hidden_biases import biased_base
-from mtl_export.checkpoint.model_class import concrete_class
+from mtl_export.checkpoint.model_class import concrete_class, has_head, is_seq2seq
 from mtl_export.checkpoint.own_classes import own_class
 from mtl_export.checkpoint.quantised import refuse_quantised
+from mtl_export.checkpoint.sentence_pipeline import Pipeline, read_pipeline
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import BaseModelError, IntegrityError, shortened
 
@@ -48,6 +49,17 @@ class BoundModel:
     adapters: AdapterSet
     base: BaseModel
     prefix: str
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """Return what makes vectors of the base's hidden states, where tasks answer with these.
+
+        Raises:
+            BaseModelError: It is broken, or has what exports do not carry.
+        """
+        name = self.adapters.model_class
+        has_own = has_head(name) or is_seq2seq(name, self.base.config)
+        return None if has_own or self.adapters.heads else read_pipeline(self.base.folder)
 
     def base_tensor(self, name: str) -> Tensor:
         """Return the base tensor that the model class calls ``name``."""
@@ -98,6 +110,7 @@ def bind(
         )
     refuse_uncalled(adapters, base)
     bound = BoundModel(checkpoint, adapters, base, prefix)
+    bound.pipeline  # noqa: B018 - one that cannot be carried is refused before any work
     if check_hash:
         check_base_hash(bound)
     return bound

@@ -233,7 +233,7 @@ def _shards(reference: str, index: Path) -> tuple[Path, ...]:
 
 # Files that belong to a model whatever its weights: tokenizers, processors, generation
 # settings and licences, under the names transformers 5.23 writes. A sentence-transformers
-# pipeline (modules.json, 1_Pooling) describes another model and is left behind.
+# pipeline (modules.json, 1_Pooling) goes with bare encoders only: see ``sentence_pipeline``.
 COMPANION_PATTERNS = (
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "*.model", "chat_template*", "generation_config.json", "*processor_config.json",

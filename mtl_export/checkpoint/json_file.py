@@ -145,14 +145,14 @@ def misfit(value: Any, shape: Shape, at: str = "") -> tuple[str, str] | None:
         inner = [one for one in found if one and not one[0].startswith(f"{at} is ")]
         if None in found:
             return None
-        return inner[0] if inner else (_said(at, value), _word(shape))
+        return inner[0] if inner else (_said(at, value, shape), _word(shape))
     if isinstance(shape, dict) and isinstance(value, dict):
         return _misfit_inside(value, shape, at)
     if isinstance(shape, list) and isinstance(value, list):
         prefix = f"{at}." if at else "entry "
         parts = (misfit(one, shape[0], f"{prefix}{place}") for place, one in enumerate(value))
         return next(filter(None, parts), None)
-    return None if _fits(value, shape) else (_said(at, value), _word(shape))
+    return None if _fits(value, shape) else (_said(at, value, shape), _word(shape))
 
 
 def shown(value: object) -> str:
@@ -225,8 +225,10 @@ def _fits(value: Any, shape: Shape) -> bool:
     return value is None if shape is None else type(value) is shape
 
 
-def _said(at: str, value: Any) -> str:
-    return f"{at} is {shown(value)}" if at else f"no JSON object, but {shown(value)}"
+def _said(at: str, value: Any, shape: Shape) -> str:
+    if at:
+        return f"{at} is {shown(value)}"
+    return f"no {_word(shape).removeprefix('a ')}, but {shown(value)}"
 
 
 def _word(shape: Shape) -> str:

@@ -53,14 +53,17 @@ def merged_graph(
         traced: The base.
         bound: The adapters.
         task: The task.
-        embedding: Pool the hidden states of a bare encoder so; None keeps its outputs.
+        embedding: Pool the hidden states of a bare encoder so, and give both; None keeps its
+            outputs.
 
     Raises:
         GraphError: There are no hidden states to pool.
     """
     # Alone in its graph the task needs no output of its own name.
     metadata = _metadata(bound, LAYOUT_MERGED, (replace(task, output=""),))
-    lowering = [MergeTaskPass(bound, task), OwnOutputPass(task)]
+    lowering: list[ir.passes.InPlacePass] = [MergeTaskPass(bound, task), OwnOutputPass(task)]
+    if embedding is not None:
+        lowering.append(PoolStatesPass(embedding, keep_states=True))
     return _lowered(traced, lowering, metadata, embedding)
 
 
@@ -95,6 +98,7 @@ def routed_graph(
     ]
     passes += [SharedDownPass(), SharedCoresPass(), JointGemmPass(), ComposedUpPass()]
     passes += [GuardOutputsPass()]
+    passes += [PoolStatesPass(embedding)] if embedding is not None else []
     return _lowered(traced, passes, metadata, embedding)
 
 
@@ -126,7 +130,6 @@ def _lowered(
     embedding: SentenceEmbedding | None,
 ) -> ir.Model:
     if embedding is not None:
-        lowering = [*lowering, PoolStatesPass(embedding)]
         metadata[sentence_embedding.METADATA_KEY] = embedding.to_json()
     mark_common(traced.model)
     model = traced.model.clone()

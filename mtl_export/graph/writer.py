@@ -12,6 +12,8 @@ import onnx_ir as ir
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.base_model import companion_files
 from mtl_export.checkpoint.checkpoint import Task
+from mtl_export.checkpoint.sentence_embedding import METADATA_KEY, SentenceEmbedding
+from mtl_export.checkpoint.sentence_pipeline import Pipeline, pooled_pipeline
 from mtl_export.graph.external_data import (
     DATA_FILE,
     SHARED_FILE,
@@ -70,4 +72,24 @@ def write_graphs(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in companion_files(bound.base):
         shutil.copyfile(file, folder / file.name)
+    pipeline = pipeline_beside(bound, embedding_of(next(iter(models.values()))))
+    if pipeline is not None:
+        pipeline.write(folder)
     return files
+
+
+def embedding_of(model: ir.Model) -> SentenceEmbedding | None:
+    """Return how a graph pools, None if it does not."""
+    return SentenceEmbedding.from_json(model.metadata_props.get(METADATA_KEY, ""))
+
+
+def pipeline_beside(bound: BoundModel, embedding: SentenceEmbedding | None) -> Pipeline | None:
+    """Return the sentence-transformers pipeline that goes with a graph.
+
+    Raises:
+        UsageError: The graph pools otherwise than the base does.
+    """
+    is_text = any(file.name.startswith("tokenizer") for file in companion_files(bound.base))
+    if embedding is None or not is_text:
+        return bound.pipeline
+    return pooled_pipeline(bound.pipeline, embedding, bound.base.config)

@@ -183,6 +183,9 @@ def write_companions(
         write_json(folder / INDEX_FILE, index)
     for file in companion_files(bound.base):
         shutil.copyfile(file, folder / file.name)
+    pipeline = bound.pipeline
+    if pipeline is not None:
+        pipeline.write(folder)
     if has_head_file(bound, task):
         touched = bound.base_tensor(f"{next(iter(bound.adapters.layers))}.weight")
         write_head(bound, task, folder, output_dtype(touched, dtype))

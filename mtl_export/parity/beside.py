@@ -5,7 +5,8 @@
     config               config.json is what the base and the checkpoint make it: label names in
                          logit order, the decoder's first token, every size
     stored dtype         weights are stored in the dtype that is declared (``stored_dtype``)
-    companions           tokenizer and generation settings are the base's, byte by byte
+    companions           tokenizer, generation settings and sentence-transformers pipeline are the
+                         base's, byte by byte
 
 None of it changes a logit that is compared, so no comparison of logits tells.
 """
@@ -21,7 +22,9 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.base_model import companion_files
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.json_file import read_json
+from mtl_export.checkpoint.sentence_embedding import OUTPUT, SentenceEmbedding
 from mtl_export.errors import EngineRunError, MtlExportError, shortened
+from mtl_export.parity.outputs import Subject
 from mtl_export.parity.report import Cell
 from mtl_export.parity.stored_dtype import folder_problem, graph_problem
 
@@ -47,7 +50,7 @@ def beside_cells(
     path: Path,
     task: Task | None,
     dtype: str,
-    outputs: Collection[str],
+    subjects: Collection[Subject],
 ) -> list[Cell]:
     """Return the cells of an artefact in PyTorch or ONNX.
 
@@ -57,15 +60,17 @@ def beside_cells(
         path: Its folder, or its first ONNX file.
         task: The task of a merged artefact.
         dtype: ``fp32``, ``fp16`` or ``bf16``: what it computes in.
-        outputs: What is compared of it.
+        subjects: What is compared of it.
 
     Raises:
         EngineRunError: An ONNX file cannot be read.
     """
     folder = path if path.is_dir() else path.parent
+    outputs = {one.output if task is None else one.merged_output for one in subjects}
+    embedding = next((subject.embedding for subject in subjects), None)
     found = {
         CONFIG: _config_problems(bound, folder, task),
-        COMPANIONS: _companion_problems(bound, folder),
+        COMPANIONS: _companion_problems(bound, folder, embedding),
     }
     if path.suffix == ".onnx":
         found[INTERFACE] = _interface_problems(path, dtype, outputs)
@@ -84,6 +89,7 @@ def beside_cells(
 def _interface_problems(path: Path, dtype: str, outputs: Collection[str]) -> list[str]:
     is_whole, parts = path.name == WHOLE, _parts(path)
     known = {*outputs} if is_whole else {*outputs, HIDDEN, SOURCE_MASK}
+    known |= {HIDDEN} if OUTPUT in known else set()  # see PoolStatesPass
     problems: list[str] = []
     begun: dict[str, set[str]] = {}
     read: set[str] = set()
@@ -152,7 +158,11 @@ def _config_problems(bound: BoundModel, folder: Path, task: Task | None) -> list
     ]
 
 
-def _companion_problems(bound: BoundModel, folder: Path) -> list[str]:
+def _companion_problems(
+    bound: BoundModel, folder: Path, embedding: SentenceEmbedding | None
+) -> list[str]:
+    from mtl_export.graph.writer import pipeline_beside
+
     problems = []
     for original in companion_files(bound.base):
         copy = folder / original.name
@@ -160,4 +170,5 @@ def _companion_problems(bound: BoundModel, folder: Path) -> list[str]:
             problems.append(f"{original.name} is missing")
         elif copy.read_bytes() != original.read_bytes():
             problems.append(f"{original.name} is not the base's")
-    return problems
+    pipeline = pipeline_beside(bound, embedding)
+    return problems + ([] if pipeline is None else pipeline.problems(folder))

@@ -260,9 +260,8 @@ def _beside(bound: BoundModel, artefact: Artefact, exact: list[Reference]) -> li
     path, task = artefact.path, artefact.task
     if path is None or not (path.is_dir() or path.suffix == ".onnx"):
         return []
-    names = {one.subject.output if task is None else one.subject.merged_output for one in exact}
     cell = Cell(artefact.name, artefact.runner.name, _owner(artefact), "contract", "passed")
-    return beside_cells(cell, bound, path, task, artefact.dtype, names)
+    return beside_cells(cell, bound, path, task, artefact.dtype, [one.subject for one in exact])
 
 
 def _judge_quantised(

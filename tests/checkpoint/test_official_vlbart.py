@@ -203,8 +203,8 @@ def test_alpha_and_temperature_are_asked_for(tmp_path: Path) -> None:
 def graphs(merged: Path) -> Path:
     """Give the folder of the single graph's three parts, written by the command line."""
     words = ["-c", str(merged.parent / "run"), "-b", str(merged.parent / "base"), "--alpha",
-             str(toys.ALPHA), "--temperature", str(toys.TEMPERATURE), "--no-downsample", "--tasks", NAMES,
-             "--all-tasks", "-o", str(merged.parent / "graphs")]  # fmt: skip
+             str(toys.ALPHA), "--temperature", str(toys.TEMPERATURE), "--no-downsample", "--tasks",
+             NAMES, "--all-tasks", "-o", str(merged.parent / "graphs")]  # fmt: skip
     result = CliRunner().invoke(cli, ["onnx", *words])
     assert result.exit_code == 0, result.output
     return merged.parent / "graphs"

@@ -228,4 +228,7 @@ def test_pooling_is_refused(mixed_bound: BoundModel, mixed_trace: TracedModel) -
         routed_graph(mixed_trace, mixed_bound, embedding=embedding)
     task = task_named(mixed_bound.adapters.tasks, "states")
     merged = merged_graph(mixed_trace, mixed_bound, task, embedding=embedding)
-    assert [value.name for value in merged.graph.outputs] == ["sentence_embedding"]
+    assert [value.name for value in merged.graph.outputs] == [
+        "sentence_embedding",
+        "last_hidden_state",
+    ]

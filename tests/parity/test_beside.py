@@ -8,6 +8,7 @@ from onnx import TensorProto, helper
 
 from mtl_export.errors import EngineRunError
 from mtl_export.parity.beside import INTERFACE, beside_cells
+from mtl_export.parity.outputs import Subject
 from mtl_export.parity.report import Cell, Verdict
 from tests.adapters import toys
 
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def interface(folder: Path, path: Path, dtype: str = "fp32") -> tuple[Verdict, str]:
     """Return verdict and reason of the cell on inputs and outputs."""
     bound = toys.bound_model(folder / "base", folder / "adapter")
-    cells = beside_cells(CELL, bound, path, None, dtype, {"logits"})
+    cells = beside_cells(CELL, bound, path, None, dtype, [Subject("logits")])
     (cell,) = (cell for cell in cells if cell.case == INTERFACE)
     return cell.verdict, cell.reason
 

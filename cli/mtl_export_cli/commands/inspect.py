@@ -37,11 +37,13 @@ class Trial:
         missing: What must still be given, and how.
         shapes: How the base's shapes compare: "fit", what does not, or nothing without a base.
         unsupported: Why it cannot be exported; empty if it can.
+        pipeline: What the base's sentence-transformers pipeline does; empty if exports have none.
     """
 
     missing: tuple[str, ...]
     shapes: str
     unsupported: str = ""
+    pipeline: str = ""
 
 
 @click.command(short_help="Say what a checkpoint is and holds.", epilog=EPILOG)
@@ -132,6 +134,7 @@ def _report(settings: Settings, checkpoint: Checkpoint, base: BaseModel | None) 
         **sources.hyper_parameters(checkpoint),
         "fates": dict(sorted(Counter(entry.fate for entry in checkpoint.ledger).items())),
         "base": _base_facts(checkpoint, base, trial.shapes),
+        "pipeline": trial.pipeline,
         "missing": missing,
         "unsupported": trial.unsupported,
         "notes": list(checkpoint.notes),
@@ -168,8 +171,7 @@ def _trial(checkpoint: Checkpoint, base: BaseModel | None) -> Trial:
     while True:
         try:
             adapters = read_adapters(checkpoint, base)
-            if base is not None:
-                bind(checkpoint, adapters, base)
+            bound = None if base is None else bind(checkpoint, adapters, base)
         except HyperparameterError as error:
             name = error.where.rpartition(": ")[2]
             parts = checkpoint.members or (checkpoint,)
@@ -188,7 +190,9 @@ def _trial(checkpoint: Checkpoint, base: BaseModel | None) -> Trial:
         except IntegrityError:
             return Trial(tuple(missing), "fit")  # bind compares hashes once all shapes fit
         else:
-            return Trial(tuple(missing), "" if base is None else "fit")
+            pipeline = bound.pipeline if bound else None
+            shapes = "fit" if bound else ""
+            return Trial(tuple(missing), shapes, pipeline=str(pipeline) if pipeline else "")
 
 
 def _base_facts(
@@ -284,6 +288,7 @@ def _print(report: dict[str, Any]) -> None:
             ("model class", report["model_class"] or "unknown"),
             ("trained on", base["trained_on"] or "unknown"),
             ("base given", _base_sentence(base)),
+            *(("pipeline", text) for text in [report["pipeline"]] if text),
             *(("missing", line) for line in report["missing"]),
             *(("exports", text) for text in [report["unsupported"]] if text),
             *(("note", line) for line in report["notes"]),

@@ -24,7 +24,7 @@ SMALLEST_COUNT, SMALLEST_LENGTH = 1e-9, 1e-12
 
 
 class PoolStatesPass(ir.passes.InPlacePass):
-    """Replace all outputs of a bare encoder by ``sentence_embedding`` ``[batch, H]``.
+    """Replace the outputs of a bare encoder by ``sentence_embedding`` ``[batch, H]``.
 
     Cases
         1. ``mean`` with an ``attention_mask``: over the tokens that are not padding.
@@ -34,10 +34,13 @@ class PoolStatesPass(ir.passes.InPlacePass):
 
     Args:
         embedding: What is asked for.
+        keep_states: Keep ``last_hidden_state`` beside it: sentence-transformers opens no graph
+            without, because optimum, which runs it there, asks for that output.
     """
 
-    def __init__(self, embedding: SentenceEmbedding) -> None:
+    def __init__(self, embedding: SentenceEmbedding, *, keep_states: bool = False) -> None:
         super().__init__()
+        self._keep_states = keep_states
         self._embedding = embedding
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -68,7 +71,7 @@ class PoolStatesPass(ir.passes.InPlacePass):
         vector.shape = ir.Shape([hidden.shape[0], hidden.shape[2]])
         vector.type = hidden.type
         graph.outputs.clear()
-        graph.outputs.append(vector)
+        graph.outputs.extend([vector, hidden] if self._keep_states else [vector])
         return ir.passes.PassResult(model, modified=True)
 
 
