@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mtl_export.checkpoint.onnx_file import read_onnx
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, CalibrationError
 from mtl_export.runtime.ort import CPU, EXTRA
@@ -178,7 +179,7 @@ def _open(path: Path, outputs: Sequence[str], threads: int) -> Any:
     import onnx
 
     # From memory: nothing is written beside the graph, and its weights stay in their file.
-    model = onnx.load(str(path), load_external_data=False)
+    model = read_onnx(path)
     existing = {value.name for value in model.graph.output}
     model.graph.output.extend(
         onnx.ValueInfoProto(name=name) for name in outputs if name not in existing

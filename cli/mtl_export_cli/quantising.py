@@ -362,9 +362,9 @@ def _refuse_form(target: Target) -> None:
     Raises:
         UsageError: It has none, or takes one task for the whole batch.
     """
-    import onnx
+    from mtl_export.checkpoint.onnx_file import read_onnx
 
-    model = onnx.load(str(target.path), load_external_data=False)
+    model = read_onnx(target.path)
     outputs = [value.name for value in model.graph.output]
     if LOGITS not in outputs:
         raise UsageError(

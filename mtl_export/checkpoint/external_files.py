@@ -1,4 +1,4 @@
-"""A graph's external data: which files it names, that they lie beside it, and are whole.
+"""A graph's tensors: that each is as large as its shape says, and where external data lies.
 
 Entries are texts that whoever wrote the graph chose: ``location``, ``offset``, ``length``.
 Source: https://github.com/onnx/onnx/blob/v1.21.0/docs/ExternalData.md.
@@ -16,6 +16,8 @@ from mtl_export.checkpoint.contained import contained
 if TYPE_CHECKING:
     import onnx
 
+_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+
 
 def tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Yield every stored tensor: initializers, constants, and those of subgraphs and functions."""
@@ -26,7 +28,8 @@ def tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            one = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+            for sparse in (*one, *attribute.sparse_tensors):
                 yield from (sparse.values, sparse.indices)
             graphs = [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]
             for graph in graphs:
@@ -41,7 +44,7 @@ def _of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def external_files(path: Path, model: onnx.ModelProto) -> tuple[tuple[str, ...], list[str]]:
-    """Return the names of the files that hold its tensors, sorted, and what is wrong with them.
+    """Return the names of the files that hold its tensors, sorted, and what is wrong with these.
 
     Args:
         path: The graph's file.
@@ -54,6 +57,9 @@ def external_files(path: Path, model: onnx.ModelProto) -> tuple[tuple[str, ...],
     problems = []
     for tensor in tensors_of(model):
         if tensor.data_location != tensor.EXTERNAL:
+            problems += (
+                [] if _is_whole(tensor) else [f"{tensor.name!r} is not as large as its shape"]
+            )
             continue
         entry = {item.key: item.value for item in tensor.external_data}
         location = entry.get("location", "")
@@ -73,15 +79,32 @@ def external_files(path: Path, model: onnx.ModelProto) -> tuple[tuple[str, ...],
 
 def _end(tensor: onnx.TensorProto, offset: str, length: str | None) -> int | None:
     """Return where the tensor's bytes end; None if the numbers contradict each other."""
+    size = _size_bytes(tensor)
+    texts = [offset, str(size) if length is None else length]
+    if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in texts):
+        return None
+    begin, count = map(int, texts)
+    return begin + count if count == size else None
+
+
+def _is_whole(tensor: onnx.TensorProto) -> bool:
+    """Return whether a tensor in the graph's own file has the values that its shape asks for."""
+    size, count = _size_bytes(tensor), int(prod(tensor.dims))
+    if tensor.data_type == tensor.STRING:
+        return bool(len(tensor.string_data) == count)
+    if size is None or tensor.HasField("raw_data"):
+        return bool(len(tensor.raw_data) == size)
+    # In typed fields small types share an entry, of one byte, and complex numbers take two.
+    wanted = {count, 2 * count} if size >= 8 * count else {count, size}
+    return sum(len(getattr(tensor, field)) for field in _FIELDS) in wanted
+
+
+def _size_bytes(tensor: onnx.TensorProto) -> int | None:
+    """Return how many bytes its values take; None for texts, and for no dtype or shape."""
     import onnx_ir as ir
 
     try:
         bits = ir.DataType(tensor.data_type).bitwidth * prod(tensor.dims)
     except (TypeError, ValueError):  # texts have no width
         return None
-    size = -(-bits // 8)
-    texts = [offset, str(size) if length is None else length]
-    if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in texts):
-        return None
-    begin, count = map(int, texts)
-    return None if min(tensor.dims, default=0) < 0 or count != size else begin + count
+    return None if min(tensor.dims, default=0) < 0 else -(-bits // 8)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from mtl_export.checkpoint.external_files import external_files
+from mtl_export.checkpoint.onnx_file import read_onnx
 from mtl_export.errors import GraphError, IntegrityError, shortened
 
 
@@ -20,17 +19,16 @@ def open_graph(path: Path) -> ir.Model:
         IntegrityError: Its external data lies outside its folder, or is shared with another
             folder by a hard link.
     """
-    try:
-        model = onnx.load(path, load_external_data=False)
-        names, problems = external_files(path, model)
-        _refuse_links(path, names)
-        if not problems and model.graph.node:
+    names, problems = external_files(path, read_onnx(path))
+    _refuse_links(path, names)
+    if not problems:
+        try:
             return ir.load(path)
-    except (DecodeError, ValueError, KeyError, TypeError, NotImplementedError) as error:
-        problems = [f"no ONNX graph ({str(error)[:200]})"]
+        except Exception as error:  # whatever its steps happen to raise
+            problems = [f"no ONNX graph ({str(error)[:200]})"]
     raise GraphError(
         where=str(path),
-        found=shortened(problems or ["no ONNX graph"]),
+        found=shortened(problems),
         expected="a whole graph, with its external data beside it",
         fix=f"Copy {path.parent} as one folder, or export it again",
     )

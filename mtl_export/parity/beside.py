@@ -22,6 +22,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.base_model import companion_files
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.json_file import read_json
+from mtl_export.checkpoint.onnx_file import read_onnx
 from mtl_export.checkpoint.sentence_embedding import OUTPUT, SentenceEmbedding
 from mtl_export.errors import EngineRunError, MtlExportError, shortened
 from mtl_export.parity.outputs import Subject
@@ -123,18 +124,7 @@ def _parts(path: Path) -> list[Path]:
 
 def _values(path: Path) -> tuple[list[str], dict[str, int]]:
     """Return a graph's inputs by name, and its outputs' element types."""
-    import onnx
-
-    try:
-        graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception as error:
-        # protobuf and onnx raise their own, and none of it says which file.
-        raise EngineRunError(
-            where=str(path),
-            found=f"not an ONNX file ({str(error).strip().splitlines()[0]})",
-            expected="a whole ONNX file",
-            fix="Export it again with --force",
-        ) from error
+    graph = read_onnx(path, error=EngineRunError).graph
     outputs = {value.name: value.type.tensor_type.elem_type for value in graph.output}
     return [value.name for value in graph.input], outputs
 

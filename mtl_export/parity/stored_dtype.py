@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl_export.checkpoint.base_model import BaseModel, open_base
+from mtl_export.checkpoint.onnx_file import read_onnx
 from mtl_export.errors import MtlExportError
 
 # How config.json, ONNX and safetensors call what we do.
@@ -35,10 +36,8 @@ def graph_problem(path: Path, dtype: str) -> str:
     """
     if dtype not in WORDS:
         return ""
-    import onnx
-
-    graph = onnx.load(str(path), load_external_data=False).graph
-    scales = {node.input[1] for node in graph.node if node.op_type in _SCALED}
+    graph = read_onnx(path).graph
+    scales = {name for node in graph.node if node.op_type in _SCALED for name in node.input[1:2]}
     sizes: Counter[str] = Counter()
     for tensor in graph.initializer:
         if tensor.data_type in _ONNX and len(tensor.dims) > 1 and tensor.name not in scales:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtl_export.checkpoint.checkpoint import Task, tasks_of
+from mtl_export.checkpoint.onnx_file import read_onnx
 from mtl_export.errors import BackendMissingError, EngineRunError, UsageError, shortened
 from mtl_export.runtime.arguments import whole_number
 from mtl_export.runtime.task_batches import TASK_IDS, by_task
@@ -301,12 +302,7 @@ def onnx_metadata(path: Path) -> dict[str, str]:
     Raises:
         EngineRunError: The file is no ONNX model.
     """
-    import onnx
-
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:
-        raise _refused(path, "not an ONNX file", error) from error
+    model = read_onnx(path, error=EngineRunError)
     return {entry.key: entry.value for entry in model.metadata_props}
 
 

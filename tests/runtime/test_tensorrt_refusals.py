@@ -110,7 +110,7 @@ def test_truncated_graph_is_refused(tmp_path: Path, kept: int) -> None:
 
 def test_missing_graph_is_refused(tmp_path: Path) -> None:
     """The path is named."""
-    with refused_and_clean(tmp_path, r"absent\.onnx: it cannot be read \(No such file"):
+    with refused_and_clean(tmp_path, r"absent\.onnx: not an ONNX file \(No such file"):
         build_engine(tmp_path / "absent.onnx", tmp_path / "m.engine", profiles=[profile()])
 
 

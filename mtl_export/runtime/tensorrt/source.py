@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from mtl_export.checkpoint.external_files import external_files
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.checkpoint.json_file import Shape, parse_json
-from mtl_export.errors import EngineBuildError, MtlExportError, shortened
+from mtl_export.checkpoint.onnx_file import read_onnx
+from mtl_export.errors import EngineBuildError, shortened
 
 if TYPE_CHECKING:
     import onnx
@@ -111,27 +112,7 @@ def load_structure(path: Path) -> onnx.ModelProto:
     Raises:
         EngineBuildError: It is missing, truncated or no ONNX.
     """
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise _unreadable(path, f"it cannot be read ({error.strerror or error})") from error
-    except DecodeError as error:
-        raise _unreadable(path, f"it is truncated or no ONNX file ({error})") from error
-    if not model.graph.node:
-        raise _unreadable(path, "it holds no graph")
-    return model
-
-
-def _unreadable(path: Path, found: str) -> MtlExportError:
-    return EngineBuildError(
-        where=str(path),
-        found=found,
-        expected="a whole ONNX model",
-        fix="Write it again with mtl-export onnx",
-    )
+    return read_onnx(path, error=EngineBuildError)
 
 
 def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
