@@ -10,7 +10,8 @@ N rows, S tokens of the longest row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.json_file import parse_json
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CalibrationError, MtlExportError, shortened
+from mtl_export.runtime.texts import TOKENIZER_FILE, tokenizer_document
 
 TASK_IDS = "task_ids"
 
@@ -109,13 +111,14 @@ def tokenize(
         raise CalibrationError(
             where="input rows", found="none", expected="at least one", fix="Pass a file with rows"
         )
-    tokenizer = _tokenizer(tokenizer_folder)
-    # One by one: pairs and single texts may be mixed, which no batch call takes.
-    encoded = [
-        dict(tokenizer(row.text, row.text_pair, truncation=True, max_length=max_length))
-        for row in rows
-    ]
-    padded = tokenizer.pad(encoded, padding=True, return_tensors="np")
+    with _usable(tokenizer_folder):
+        tokenizer = _tokenizer(tokenizer_folder)
+        # One by one: pairs and single texts may be mixed, which no batch call takes.
+        encoded = [
+            dict(tokenizer(row.text, row.text_pair, truncation=True, max_length=max_length))
+            for row in rows
+        ]
+        padded = tokenizer.pad(encoded, padding=True, return_tensors="np")
     ids = {task.name: task.index for task in tasks}
     arrays: dict[str, Array] = {
         name: np.asarray(value).astype(np.int64) for name, value in padded.items()
@@ -229,16 +232,30 @@ def refuse_unknown(owners: Sequence[str], tasks: Sequence[Task]) -> None:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        # What transformers raises for a folder without a tokenizer, or with a broken one.
-        raise CalibrationError(
-            where=str(folder),
-            found=f"no tokenizer that transformers can load ({str(error).splitlines()[0]})",
-            expected="tokenizer.json or vocab files beside the base's weights",
-            fix="Add the base's tokenizer files to its folder",
-        ) from error
+    if (folder / TOKENIZER_FILE).is_file():
+        tokenizer_document(folder / TOKENIZER_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out, so that its id does not matter
     return tokenizer
+
+
+@contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    """Turn what transformers raises into our error: anything, and panics of Rust.
+
+    Raises:
+        CalibrationError: The folder has no tokenizer, or a broken one.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, ImportError):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CalibrationError(
+            where=str(folder),
+            found=f"no tokenizer that transformers can load ({reason})",
+            expected="tokenizer.json or vocab files beside the base's weights",
+            fix="Add the base's tokenizer files to its folder",
+        ) from error

@@ -248,6 +248,13 @@ def _followed(
         old = vector.inputs.get("task_ids")
         if old is None:
             continue
+        if old.ndim != 1 or old.dtype.kind not in "iu":
+            raise IntegrityError(
+                where=GOLDEN_FILE,
+                found=f"task_ids of {vector.name!r} are {old.dtype} {list(old.shape)}",
+                expected="whole numbers [B]",
+                fix="Run mtl-export parity --golden again",
+            )
         known = (old >= 0) & (old < len(before))
         new = np.where(known, ids[np.where(known, old, 0)], np.where(old < 0, old, ids[-1]))
         # -1 stands for the removed task only among the known.

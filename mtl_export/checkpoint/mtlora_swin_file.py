@@ -50,8 +50,8 @@ def candidates(path: Path) -> list[Path]:
         return [path] if path.suffix in SUFFIXES else []
     found = [
         (int(match[1]), child)
-        for child in path.iterdir()
-        if (match := FILE_NAME.fullmatch(child.name))
+        for child in (path.iterdir() if path.is_dir() else ())
+        if (match := FILE_NAME.fullmatch(child.name)) and child.is_file()
     ]
     return [child for _, child in sorted(found)]
 

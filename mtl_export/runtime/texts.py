@@ -161,18 +161,8 @@ class TextFiles:
                 expected="the tokenizer of the base, as save_pretrained writes it",
                 fix="Tokenise elsewhere and pass token ids",
             )
-        document = read_json(path, _TOKENIZER, error=EngineRunError, fix=_FIX)
         # The file carries the settings of whoever last used it.
-        document |= {"padding": None, "truncation": None}
-        largest = max(_whole_numbers(document), default=0)
-        if largest > MOST_ID:
-            raise EngineRunError(
-                where=str(path),
-                found=f"the id {largest:,}",
-                expected=f"ids up to {MOST_ID:,}",
-                why="the memory it takes grows with the largest",
-                fix=_FIX,
-            )
+        document = tokenizer_document(path) | {"padding": None, "truncation": None}
         with _in_library(path):
             # Of the text that was looked at: another parser may read the file otherwise.
             return Tokenizer.from_str(json.dumps(document))
@@ -201,6 +191,25 @@ class TextFiles:
             return {}
         found: dict[str, Any] = read_json(path, shape, error=EngineRunError, fix=_FIX)
         return found
+
+
+def tokenizer_document(path: Path) -> dict[str, Any]:
+    """Return the content of a ``tokenizer.json``, its ids within limits.
+
+    Raises:
+        EngineRunError: It is no JSON object, or has an id beyond any vocabulary.
+    """
+    document: dict[str, Any] = read_json(path, _TOKENIZER, error=EngineRunError, fix=_FIX)
+    largest = max(_whole_numbers(document), default=0)
+    if largest > MOST_ID:
+        raise EngineRunError(
+            where=str(path),
+            found=f"the id {largest:,}",
+            expected=f"ids up to {MOST_ID:,}",
+            why="the memory it takes grows with the largest",
+            fix=_FIX,
+        )
+    return document
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 
 from mtl_export.errors import CalibrationError
 from mtl_export_calibration.data import Row, balanced, load_rows, tokenize
-from tests.factories import TASKS, toy_tokenizer
+from tests.factories import TASKS, toy_base, toy_tokenizer
 
 ROWS = [
     Row("ads_rel", "night nurse", "good film"),
@@ -162,3 +162,23 @@ def test_at_least_one_row_per_task_is_asked_for() -> None:
     """Zero rows per task is no sample."""
     with pytest.raises(CalibrationError, match="0 rows per task"):
         balanced(MANY, TASKS, per_task=0, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("tokenizer.json", {"added_tokens": [{"id": 2**31, "content": "[X]"}]}),
+        ("tokenizer.json", {"model": {"type": "WordPiece"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"0": "x"}}),
+        ("config.json", {"num_hidden_layers": "-"}),
+    ],
+)
+def test_a_broken_tokenizer_is_refused(
+    tmp_path: Path, file: str, changes: dict[str, object]
+) -> None:
+    """Whatever transformers makes of it, and an id that would take gigabytes before it does."""
+    toy_base(tmp_path / "base")
+    path = tmp_path / "base" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(CalibrationError, match="no tokenizer that transformers can load"):
+        tokenize([Row("ads_rel", "free")], tmp_path / "base", TASKS, max_length=9)

@@ -237,3 +237,13 @@ def test_the_trainers_own_file_is_read() -> None:
         "mode": 0.0, "shared_scale": 0.75, "task_scale_0": 1.0, "task_scale_1": 1.25,
         "task_scale_2": 0.5, "task_scale_3": 0.75,
     }  # fmt: skip
+
+
+def test_only_files_are_checkpoints(tmp_path: Path) -> None:
+    """A folder, a pipe and a link to nothing of such a name are none, and are not opened."""
+    (tmp_path / "ckpt_epoch_1.pth").mkdir()
+    os.mkfifo(tmp_path / "ckpt_epoch_2.pth")
+    (tmp_path / "ckpt_epoch_3.pth").symlink_to("absent")
+    for path in (tmp_path, tmp_path / "ckpt_epoch_2.pth"):
+        with pytest.raises(CheckpointError, match="no known checkpoint"):
+            open_checkpoint(path)

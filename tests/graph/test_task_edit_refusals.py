@@ -15,6 +15,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.normal_form import AdapterSet
 from mtl_export.bundle import edited
 from mtl_export.bundle.edited import edit_folder
+from mtl_export.bundle.manifest import add_to_manifest
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.errors import (
     AdapterError,
@@ -27,6 +28,7 @@ from mtl_export.errors import (
 from mtl_export.graph.lower import routed_graph
 from mtl_export.graph.task_edit import add_task, remove_task, rename_task, task_table
 from mtl_export.graph.trace import TracedModel
+from mtl_export.runtime.golden import GOLDEN_FILE, golden_bytes, read_golden
 from tests.adapters import toys
 from tests.graph.task_edits import (
     add,
@@ -204,3 +206,19 @@ def test_a_stack_of_strangers_is_refused(served: Path) -> None:
     value.name = "classifier.quantized"
     with pytest.raises(GraphError, match=r"classifier\.quantized"):
         remove_task({"model": model}, "topics")
+
+
+@pytest.mark.parametrize("ids", [np.array([0.0, 1.0]), np.array([[0, 1], [1, 0]]), np.array(0)])
+def test_golden_vectors_without_ids_by_row_are_refused(served: Path, ids: Any) -> None:
+    """They cannot follow the tasks; the folder stays as it was."""
+    files = {name: (served / name).read_bytes() for name in ("model.onnx", GOLDEN_FILE)}
+    first = read_golden(served / GOLDEN_FILE)[0]
+    vectors = [dataclasses.replace(first, inputs={**first.inputs, "task_ids": ids})]
+    (served / GOLDEN_FILE).write_bytes(golden_bytes(vectors))
+    files[GOLDEN_FILE] = (served / GOLDEN_FILE).read_bytes()
+    add_to_manifest(served, GOLDEN_FILE)
+    with pytest.raises(IntegrityError, match="task_ids of 'sentiment' are"):
+        edit_folder(
+            served, lambda models: rename_task(models, "topics", "x"), "", renamed=("topics", "x")
+        )
+    assert {name: (served / name).read_bytes() for name in files} == files

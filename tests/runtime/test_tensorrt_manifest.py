@@ -185,3 +185,13 @@ def test_unknown_layout_is_not_run_with_the_reason(tmp_path: Path) -> None:
     headers = [check for check in found.validated if "header" in check.check]
     assert [check.verdict for check in headers] == ["not-run"] * 3
     assert all("tensorrt 11.4.0.106" in check.reason for check in headers)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(2**63, 1), (0, 2**62), (64, 2**40), (2**64 - 1, 1)])
+def test_graph_part_beyond_the_file_has_no_hash(tmp_path: Path, offset: int, size: int) -> None:
+    """A header may say anything: nothing is read that the file does not have."""
+    path = tmp_path / "model.engine"
+    content = bytearray(engine_bytes())
+    struct.pack_into("<QQ", content, 64 + 8, offset, size)
+    path.write_bytes(content)
+    assert sha256_of_graph(path, read_header(path)) == ""

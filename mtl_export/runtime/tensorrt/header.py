@@ -104,11 +104,11 @@ def sha256_of_graph(path: Path, header: EngineHeader | None) -> str:
     if header is None or GRAPH_PART not in header.parts:
         return ""
     offset, size = header.parts[GRAPH_PART]
+    if offset + size > path.stat().st_size:
+        return ""
     with path.open("rb") as file:
         file.seek(offset)
         part = file.read(size)
-    if len(part) < size:
-        return ""
     digest = hashlib.sha256()
     part = _INTERNAL_NUMBER.sub(rb"\1", part)
     words = (word for text in _TEXT.findall(part) for word in text.split())
