@@ -1,4 +1,4 @@
-# Everything anyone types: make demo, make test, make check, make bench.
+# Everything anyone types: make demo, make test, make check, make fuzz, make bench.
 # Each target makes .venv first, and again when pyproject.toml or constraints.txt change.
 #
 #   PYTHON      the interpreter .venv is made from (3.10 or newer)
@@ -6,10 +6,12 @@
 #               make demo PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 #               takes the CPU build.
 #   TEST_WORKERS   how many tests run at once; as many as there are cores, at most 8
+#   FUZZ_INPUTS    how many wrong files make fuzz tries
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 TEST_WORKERS ?= logical
+FUZZ_INPUTS ?= 100000
 
 VENV := $(CURDIR)/.venv
 BIN := $(VENV)/bin
@@ -19,12 +21,13 @@ DEMO := examples/01_ads_relevance
 CODE := mtl_export cli calibration tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench bench-merge bench-graph bench-trt bench-gate clean
+.PHONY: help venv demo test check fuzz bench bench-merge bench-graph bench-trt bench-gate clean
 
 help:
 	@echo 'make demo    take the example checkpoint through every stage; ends with the parity table'
 	@echo 'make test    run the tests'
 	@echo 'make check   lint, types, layers, names of the TensorRT API and the content of the wheel'
+	@echo 'make fuzz    100,000 wrong files through every reader: each is read or refused, none breaks it'
 	@echo 'make bench   measure, against named peers'
 	@echo 'make bench-merge   merging a 1.1 B model beside cp and PEFT; needs 70 GB in BENCH_CACHE'
 	@echo 'make bench-graph   the single graph beside merged graphs and PyTorch, on MiniLM'
@@ -67,6 +70,9 @@ check: $(INSTALLED)
 	done
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest -q tests/packaging tests/runtime/test_tensorrt_api_lint.py
+
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.robustness.fuzz --inputs $(FUZZ_INPUTS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest tests/benchmarks -m benchmark -s
