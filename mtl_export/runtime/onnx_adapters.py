@@ -74,6 +74,8 @@ def active(path: Path) -> ActiveAdapter:
     onnxruntime = load_onnxruntime()
     adapter, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
     try:
+        if not path.is_file():  # the library waits for a pipe's writer for ever
+            raise FileNotFoundError("no such file")
         adapter.Load(str(path))
         options.add_active_adapter(adapter)
     except Exception as error:  # its exception types are made by pybind and share no base

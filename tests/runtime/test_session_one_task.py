@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -118,3 +119,10 @@ def test_parts_of_language_models_choose_their_task_too(tmp_path: Path, kind: st
     np.testing.assert_array_equal(outputs["present.0.key"].numpy(), [[3], [7]])
     again = part({**inputs, "input_ids": ids[:, ::-1]})
     np.testing.assert_array_equal(again["logits"], outputs["logits"])
+
+
+def test_a_pipe_is_no_adapter(tmp_path: Path) -> None:
+    """Nobody writes to it, and the library would wait."""
+    os.mkfifo(tmp_path / "spam.onnx_adapter")
+    with pytest.raises(EngineRunError, match="no such file"):
+        active(tmp_path / "spam.onnx_adapter")
