@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -72,7 +73,7 @@ def test_what_is_no_onnx_file_is_refused(tmp_path: Path, content: str) -> None:
 def test_whole_tensors_pass_in_either_form(tmp_path: Path, values: np.ndarray) -> None:
     """As bytes, and in the field of their type as ``make_tensor`` writes them."""
     raw = onnx.numpy_helper.from_array(values, "w")
-    flat = [one.encode() if isinstance(one, str) else one for one in values.ravel().tolist()]
+    flat: Any = [one.encode() if isinstance(one, str) else one for one in values.ravel().tolist()]
     typed = onnx.helper.make_tensor("w", raw.data_type, values.shape, flat)
     for tensor in (raw, typed):
         assert external_files(tmp_path / "model.onnx", model(tensor)) == ((), [])
