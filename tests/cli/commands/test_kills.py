@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -65,7 +66,9 @@ COMMANDS = {
 ALONE = {"merge", "merge shared", "onnx"}
 
 
-def started(project: Path, words: tuple[str, ...]) -> subprocess.Popen[str]:
+def started(
+    project: Path, words: tuple[str, ...], largest_file: int = resource.RLIM_INFINITY
+) -> subprocess.Popen[str]:
     """Return ``mtl-export`` with those words, leading a group of processes of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", ENTRY, *words],
@@ -75,6 +78,7 @@ def started(project: Path, words: tuple[str, ...]) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2),
     )
 
 
@@ -146,6 +150,21 @@ def test_a_killed_command_leaves_old_none_or_new(
     assert files_below(place) == files_below(after)
     if command.is_same:
         assert contents(place) == new
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_changes_nothing(
+    case: tuple[str, Path, Path, float], tmp_path: Path
+) -> None:
+    """A write that the system refuses ends in exit code 2; what was there is there."""
+    name, before, *_ = case
+    place = tmp_path / "project"
+    shutil.copytree(before, place)
+    process = started(place, COMMANDS[name].words, largest_file=600)
+    said, complained = process.communicate()
+    assert process.returncode == 2, said + complained
+    assert "Traceback" not in complained
+    assert contents(place) == contents(before)
 
 
 def killed(place: Path, words: tuple[str, ...], delay_s: float) -> int:
