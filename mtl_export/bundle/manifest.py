@@ -31,6 +31,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mtl_export.checkpoint.contained import contained
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.checkpoint.json_file import Shape, read_json
 from mtl_export.errors import IntegrityError
@@ -243,11 +244,23 @@ def changed_files(
         path = folder / name
         if not path.is_file():
             problems.append(f"{name} is missing")
+        elif not _is_held(folder, name):
+            problems.append(f"{name} is a link to a file elsewhere")
         elif path.stat().st_size != entry.size_bytes:
             problems.append(f"{name} has {path.stat().st_size} bytes, not {entry.size_bytes}")
         elif hash_of(path) != entry.sha256:
             problems.append(f"{name} has changed")
     return problems
+
+
+def _is_held(folder: Path, name: str) -> bool:
+    """Return whether a file that is there lies where its name says; the hub cache's links do."""
+    root, inner = (folder / "..", name[3:]) if name.startswith("../") else (folder, name)
+    try:
+        contained(root, inner, where=name)
+    except IntegrityError:
+        return False
+    return True
 
 
 def own_files(folder: Path) -> Iterator[Path]:

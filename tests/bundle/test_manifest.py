@@ -77,6 +77,26 @@ def test_damage_names_every_file_that_changed(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_link_out_of_the_folder_is_damage(tmp_path: Path) -> None:
+    """The file elsewhere may have the right bytes now; links inside, and the hub cache's, may."""
+    folder, blobs = (
+        tmp_path / "models--a--b" / "snapshots" / "1",
+        tmp_path / "models--a--b" / "blobs",
+    )
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    (folder / "weights").write_bytes(b"1234")
+    manifest = write_manifest(folder, RECIPE)
+    for place, problems in (
+        (folder / "other", []), (blobs / "abc", []),
+        (tmp_path / "elsewhere", ["weights is a link to a file elsewhere"]),
+    ):  # fmt: skip
+        place.write_bytes(b"1234")
+        (folder / "weights").unlink()
+        (folder / "weights").symlink_to(place)
+        assert damage(folder, manifest) == problems
+
+
 def test_files_beside_the_folder_are_listed_apart(tmp_path: Path) -> None:
     """What a folder needs from beside it is checked with its own files, and kept by edits."""
     folder = tmp_path / "task"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import struct
 from collections.abc import Sequence
 from hashlib import sha256
@@ -115,11 +114,19 @@ def replace_file(file: Path, others: Sequence[Path], random: Random) -> None:
 
 
 def reseal(folder: Path, file: Path) -> None:
-    """Have the manifest of the folder list ``file`` as it is."""
-    manifest, name = folder / MANIFEST, file.relative_to(folder).as_posix()
-    if not (manifest.is_file() and file.is_file() and stat.S_ISREG(file.stat().st_mode)):
+    """Have the manifest of the folder list ``file`` as it is, and be whole itself."""
+    from mtl_export.bundle.manifest import _DIGEST, _digest
+
+    manifest = folder / MANIFEST
+    if not (manifest.is_file() and file.is_file()):
         return
-    document = json.loads(manifest.read_text(encoding="utf-8"))
-    content = file.read_bytes()
-    document["files"][name] = {"sha256": sha256(content).hexdigest(), "size_bytes": len(content)}
-    manifest.write_text(json.dumps(document), encoding="utf-8")
+    try:
+        document = json.loads(manifest.read_text(encoding="utf-8"))
+        if file != manifest:
+            content = file.read_bytes()
+            entry = {"sha256": sha256(content).hexdigest(), "size_bytes": len(content)}
+            document["files"][file.relative_to(folder).as_posix()] = entry
+        document[_DIGEST] = _digest(document)
+        manifest.write_text(json.dumps(document), encoding="utf-8")
+    except (ValueError, RecursionError, TypeError, AttributeError):
+        return  # the manifest is what was changed, beyond repair

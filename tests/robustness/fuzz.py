@@ -31,7 +31,7 @@ from random import Random
 
 from mtl_export.errors import MtlExportError
 from tests.robustness import guard
-from tests.robustness.damage import MANIFEST, replace_file, reseal
+from tests.robustness.damage import replace_file, reseal
 from tests.robustness.mutators import mutated
 from tests.robustness.seeds import Good
 from tests.robustness.targets import TARGETS, Target
@@ -147,7 +147,7 @@ class Fuzzer:
             replace_file(file, [folder / one for one in files], random)
         else:
             file.write_bytes(mutated(file.read_bytes(), file.name, random))
-        if target.is_resealed and file.name != MANIFEST and random.random() < 0.7:
+        if target.is_resealed and random.random() < 0.7:
             reseal(folder, file)
 
     def _files_of(self, target: Target) -> list[tuple[Path, list[str]]]:

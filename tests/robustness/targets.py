@@ -70,7 +70,8 @@ def _checkpoint(base: str | None = None, **given: Any) -> Read:
         if (folder / "second").exists():
             own["task_names"] = ["second", "first"]
         words = ["-c", str(folder), "--ledger", "--json"]
-        words += [word for key, value in numbers.items() for word in (f"--{key}", str(value))]
+        for key, value in numbers.items():
+            words += ["--no-downsample"] if key == "downsample" else [f"--{key}", str(value)]
         if "task_names" in own:
             words += ["--tasks", ",".join(own["task_names"])]
         reference = None if base is None else str(getattr(good, base) if base else folder / "base")
@@ -248,18 +249,21 @@ def _edit(verb: str, name: str, new: str = "") -> Read:
             edit_folder(
                 folder,
                 lambda models: task_edit.rename_task(models, name, new),
-                verb,
+                f"rename {name} {new}",
                 renamed=(name, new),
             )
         elif verb == "remove":
             edit_folder(
-                folder, lambda models: task_edit.remove_task(models, name), verb, removed=name
+                folder,
+                lambda models: task_edit.remove_task(models, name),
+                f"remove {name}",
+                removed=name,
             )
         else:
             edit_folder(
                 folder,
                 lambda models: task_edit.add_task(models, adapters, adapters.tasks[0], name),
-                verb,
+                f"add {name} of {adapters.tasks[0].name} from {adapters.checkpoint_sha256}",
                 added=name,
             )
 
@@ -323,7 +327,7 @@ def _engine(good: Good, folder: Path) -> None:
 PICKLED = {"alpha": 7.0, "temperature": 0.3}
 TARGETS = (
     Target("official", seeds.official, _checkpoint("llama", **PICKLED), WEIGHTS),
-    Target("vlbart", seeds.vlbart, _checkpoint("", alpha=7.0, temperature=0.8,
+    Target("vlbart", seeds.vlbart, _checkpoint("", alpha=7.0, temperature=0.8, downsample=False,
                                                task_names=list("abcd")), (*WEIGHTS, ".json"), 2),
     Target("mtlora", seeds.mtlora, _checkpoint(), (*WEIGHTS, ".json")),
     Target("peft", seeds.peft, _checkpoint("base"), (*WEIGHTS, ".json")),
