@@ -273,6 +273,7 @@ def _edit(verb: str, name: str, new: str = "") -> Read:
 def _parity(good: Good, folder: Path) -> None:
     """Read graphs as parity does, up to where they are compared."""
     from mtl_export.parity.beside import beside_cells
+    from mtl_export.parity.outputs import Subject
     from mtl_export.parity.report import Cell
     from mtl_export.parity.stored import stored_cell, table_cell
     from mtl_export_cli.artefacts import Places, find_artefacts
@@ -283,7 +284,9 @@ def _parity(good: Good, folder: Path) -> None:
     cell = Cell("single", "-", "*", "*", "passed")
     for artefact in artefacts:
         if artefact.path is not None and artefact.path.suffix == ".onnx" and not artefact.defect:
-            beside_cells(cell, bound, artefact.path, artefact.task, artefact.dtype, ["logits"])
+            beside_cells(
+                cell, bound, artefact.path, artefact.task, artefact.dtype, [Subject("logits")]
+            )
             table_cell(cell, artefact.path, bound.adapters.tasks)
             stored_cell(cell, artefact.path, bound.adapters)
 
