@@ -24,7 +24,6 @@ base = "./base"
 checkpoint = "adapter"
 tasks = ["a", "b"]
 alpha = 16
-temperature = 0.1
 biases = "b.pt"
 dtype = "fp16"
 [output]
@@ -35,26 +34,21 @@ max_shard_size = "1GB"
 [onnx]
 dtype = "fp16"
 pooling = "mean"
-normalize = true
 [parity]
 inputs = "rows.jsonl"
 atol = { logits = 1e-4 }
-rtol = 0.0
 dataset = "data.jsonl"
 max_drop = 0.5
 report = ["a.json"]
-threads = 2
 score = { spam = "f1" }
 [trt]
 layout = "both"
 max_shapes = "input_ids:32x256"
 opt_shapes = { x = [1, 2] }
-jobs = 2
 workspace = "1GB"
 compute_capability = ["8.6"]
 [calibrate]
 data = "rows.py:rows"
-samples = 8
 weight = { spam = 2.0 }
 max_excluded = 0.2
 [bench]
