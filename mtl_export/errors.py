@@ -17,6 +17,7 @@
     +-- ParityError                  the comparison itself could not be set up
     +-- CalibrationError             the calibration data cannot be used
     +-- IntegrityError               a hash differs, or a file asks to run code
+        +-- LinkedDataError          a data file with a second hard link: graph tools read none
 
 Bugs are not in the tree: they keep their traceback. Which exit code each branch
 gets is one table in ``mtl_export_cli.main``.
@@ -158,6 +159,10 @@ class CalibrationError(MtlExportError):
 
 class IntegrityError(MtlExportError):
     """A hash differs, or a file asks to run code."""
+
+
+class LinkedDataError(IntegrityError):
+    """External data with a second hard link: ONNX Runtime reads it, graph tools do not."""
 
 
 def shortened(items: Iterable[str], limit: int = 5) -> str:

@@ -150,14 +150,14 @@ def _is_done(note: str, edits: Sequence[str], tasks: set[str]) -> bool:
     """Return whether ``note`` removes or renames what it did already, and nothing since did."""
     names = _about(note)
     last = [edit for edit in edits if names & _about(edit)][-1:]
-    old, *new = note.split()[1:]
-    return last == [note] and old not in tasks and {*new} <= tasks
+    old, new = {*note.split()[1:2]}, {*note.split()[2:]}
+    return last == [note] and not old & tasks and new <= tasks
 
 
 def _about(edit: str) -> set[str]:
     """Return the names that an edit gives or takes: of an added task not what it is made from."""
-    verb, *words = edit.split()
-    return {*words} if verb == "rename" else {*words[:1]}
+    words = edit.split()
+    return {*words[1:]} if words[:1] == ["rename"] else {*words[1:2]}
 
 
 def _is_graph(name: str) -> bool:

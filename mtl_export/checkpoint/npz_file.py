@@ -16,14 +16,16 @@ import ast
 import re
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mtl_export.checkpoint.small_file import Refusal, regular_size, system_errors
-from mtl_export.checkpoint.tensors import Array
 from mtl_export.checkpoint.zip_file import ZipMember, open_zip
 from mtl_export.errors import CheckpointError, MtlExportError
+
+if TYPE_CHECKING:  # a device that verifies has numpy, and no ml_dtypes
+    from mtl_export.checkpoint.tensors import Array
 
 MOST_ARRAYS = 10_000
 MOST_AXES = 32

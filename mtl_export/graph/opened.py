@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from mtl_export.checkpoint.external_files import external_files
 from mtl_export.checkpoint.onnx_file import read_onnx
-from mtl_export.errors import GraphError, IntegrityError, shortened
+from mtl_export.errors import GraphError, IntegrityError, LinkedDataError, shortened
 
 
 def open_graph(path: Path) -> ir.Model:
@@ -16,8 +16,8 @@ def open_graph(path: Path) -> ir.Model:
 
     Raises:
         GraphError: It is no whole ONNX file, or its external data is missing or cut off.
-        IntegrityError: Its external data lies outside its folder, or is shared with another
-            folder by a hard link.
+        LinkedDataError: Its external data is shared with another folder by a hard link.
+        IntegrityError: Its external data lies outside its folder.
     """
     names, problems = external_files(path, read_onnx(path))
     _refuse_links(path, names)
@@ -38,12 +38,19 @@ def _refuse_links(path: Path, names: tuple[str, ...]) -> None:
     """Refuse files that onnx-ir does not open: it cannot tell whose they are."""
     for name in names:
         file = path.parent / name
-        is_elsewhere = not file.resolve().is_relative_to(path.parent.resolve())
-        if is_elsewhere or (file.is_file() and file.stat().st_nlink > 1):
+        copy = f"Copy the folder (cp -rL {path.parent} COPY) and use the copy"
+        if not file.resolve().is_relative_to(path.parent.resolve()):
             raise IntegrityError(
                 where=str(path),
                 found=f"its external data {name!r} is a link",
                 expected="a file of its own",
                 why="through a link it may be any file of this machine",
-                fix=f"Copy the folder (cp -rL {path.parent} COPY) and use the copy",
+                fix=copy,
+            )
+        if file.is_file() and file.stat().st_nlink > 1:
+            raise LinkedDataError(
+                where=str(path),
+                found=f"its external data {name!r} has a second hard link",
+                expected="a file of its own, as graph tools ask for",
+                fix=copy,
             )

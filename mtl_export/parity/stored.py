@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mtl_export.adapters.normal_form import AdapterSet
 from mtl_export.checkpoint.checkpoint import Task
-from mtl_export.errors import AdapterError, CheckpointError, GraphError, shortened
+from mtl_export.errors import AdapterError, CheckpointError, GraphError, LinkedDataError, shortened
 from mtl_export.parity.report import Cell
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def stored_cell(
             for task in adapters.tasks
             if task.index in ids and not _is_right(stack, adapters, task, ids[task.index])
         ]
-    except (ValueError, OSError) as error:
+    except (LinkedDataError, ValueError, OSError) as error:
         return replace(cell, verdict="not-run", reason=str(error))
     except GraphError as error:
         return replace(cell, verdict="failed", reason=str(error))

@@ -21,7 +21,7 @@ import numpy as np
 
 from mtl_export.checkpoint.checkpoint import Task, is_of_another_output
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import BackendMissingError, shortened
+from mtl_export.errors import BackendMissingError, LinkedDataError, shortened
 from mtl_export.parity.cases import Case
 from mtl_export.parity.outputs import Subject, answers
 from mtl_export.parity.presets import LAYERS, NOTHING, ZEROED
@@ -70,8 +70,7 @@ def weight_cells(
     names += [] if zeroed is None else [ZEROED]
     try:
         probe = _Probe(path, len(tasks), threads)
-    except (BackendMissingError, ValueError, OSError) as error:
-        # onnx-ir refuses data files with several hard links, which ONNX Runtime may still read.
+    except (BackendMissingError, LinkedDataError, ValueError, OSError) as error:
         return [replace(cell, case=n, verdict="not-run", reason=str(error)) for n in names]
     if not probe.stacks:
         reason = "none of its tensors can be exchanged from outside"

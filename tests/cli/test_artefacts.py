@@ -53,7 +53,7 @@ def test_an_engine_is_what_its_place_and_recipe_say(
     folder = tmp_path / "engines" / names[0]
     folder.mkdir(parents=True)
     (folder / "model.engine").write_bytes(b"engine")
-    tasks = tuple({"name": names[place]} for place in served)
+    tasks = tuple({"name": names[place], "index": place} for place in served)
     replace(ENGINE, layout=layout, tasks=tasks).write(manifest_path(folder / "model.engine"))
     write_manifest(folder, Recipe("trt", {"dtype": dtype}, {}, "0"))
     places = Places(tmp_path / "merged", tmp_path / "onnx", tmp_path / "engines")

@@ -170,10 +170,10 @@ def subclasses(kind: type[MtlExportError]) -> list[type[MtlExportError]]:
 DOCUMENTED = {
     "UsageError": 2, "TaskNotFoundError": 2, "OutputError": 2,
     "CheckpointError": 5, "HyperparameterError": 5, "BaseModelError": 5, "AdapterError": 5,
-    "GraphError": 5,
+    "UnusableBaseError": 5, "GraphError": 5,
     "BackendError": 6, "BackendMissingError": 6, "EngineBuildError": 6, "EngineRunError": 6,
     "ParityError": 2, "CalibrationError": 2,
-    "IntegrityError": 7,
+    "IntegrityError": 7, "LinkedDataError": 7,
 }  # fmt: skip
 
 

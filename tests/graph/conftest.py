@@ -66,7 +66,10 @@ def four(bound: BoundModel, tmp_path_factory: pytest.TempPathFactory) -> BoundMo
 @pytest.fixture
 def served(bound: BoundModel, traced: TracedModel, tmp_path: Path) -> Path:
     """Return a fresh folder of the single graph, as two parts, with golden vectors."""
-    sources = {"base_sha256": "", "checkpoint_sha256": ""}
+    sources = {
+        "base_sha256": bound.base.sha256,
+        "checkpoint_sha256": bound.adapters.checkpoint_sha256,
+    }
     recipe = Recipe("onnx", {"layout": "single-graph"}, sources, "1")
     with output_folder(tmp_path / "onnx", recipe=recipe) as plan:
         models = {stem: routed_graph(traced, bound) for stem in ("model", "other")}

@@ -36,7 +36,7 @@ def fingerprint(path: Path) -> tuple[int, str, str, str]:
 
 
 def without_engine_hashes(path: Path) -> Any:
-    """Return a manifest's JSON value without the SHA-256 of engine files."""
+    """Return a manifest's JSON value without the SHA-256 of engine files, and its own."""
 
     def cleaned(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
@@ -49,4 +49,5 @@ def without_engine_hashes(path: Path) -> Any:
             }
         return [cleaned(inner) for inner in value] if isinstance(value, list) else value
 
-    return cleaned(json.loads(path.read_text(encoding="utf-8")))
+    document = cleaned(json.loads(path.read_text(encoding="utf-8")))
+    return {name: value for name, value in document.items() if name != "manifest_sha256"}

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
+from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.errors import BackendMissingError, EngineRunError, UsageError
 from mtl_export.runtime.ort import CPU, OrtRunner, onnx_metadata, open_session, task_table
 
@@ -129,8 +130,8 @@ def test_metadata_is_read_without_the_weights(model: Path) -> None:
     model.with_name("model.onnx.data").unlink()
     metadata = onnx_metadata(model)
     assert metadata["other"] == "1"
-    assert task_table(metadata) == TASKS
-    assert task_table({}) == []
+    assert task_table(metadata) == tuple(map(Task.from_entry, TASKS))
+    assert task_table({}) == ()
 
 
 @pytest.mark.parametrize("content", [None, b"not a graph at all"])

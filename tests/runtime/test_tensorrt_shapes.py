@@ -260,5 +260,5 @@ def test_external_data_outside_the_folder_is_refused(tmp_path: Path, location: s
         if entry.key == "location":
             entry.value = location
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(IntegrityError, match="outside its folder"):
+    with pytest.raises(IntegrityError, match="lies outside"):
         read_source(path)

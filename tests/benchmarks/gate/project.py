@@ -105,9 +105,9 @@ def one_trace(name: str) -> Iterator[None]:
     """Trace the model called ``name`` at most once: a trace takes seconds."""
     original = parts.trace_parts
 
-    def cached(bound: Any) -> Any:
+    def cached(bound: Any, opset: int) -> Any:
         if name not in _TRACES:
-            _TRACES[name] = original(bound)
+            _TRACES[name] = original(bound, opset)
         return _TRACES[name]
 
     with patch.object(parts, "trace_parts", cached):
