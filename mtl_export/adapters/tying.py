@@ -81,6 +81,9 @@ def untied(adapters: AdapterSet, base: BaseModel, prefix: str) -> tuple[BaseMode
         for group in ties.groups
         if (there := [name for name in group if name in tensors])
     ]
+    _refuse_lone_rows(
+        adapters, base, ties, {called[n]: g for g in groups for n in g if n in called}
+    )
     _refuse_lost_biases(adapters, base, ties, called)
     apart = [group for group in groups if _is_pulled_apart(group, called, adapters)]
     if not apart:
@@ -120,9 +123,7 @@ def _may_be_tied(
     ]
     if len(set(tables)) < len(tables) and adapters.model_class.endswith(LM_ENDINGS):
         return True
-    if adapters.rows and any(
-        tensor.shape == (size,) for tensor in base.tensors.values() for size in sizes
-    ):
+    if adapters.rows:
         return True
     for name in changed:
         module = name.rpartition(".")[0]
@@ -177,6 +178,35 @@ def _is_pulled_apart(
     return False
 
 
+def _refuse_lone_rows(
+    adapters: AdapterSet, base: BaseModel, ties: Ties, groups: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Refuse rows that only one of several tied weights has, unless they are the base's.
+
+    Args:
+        adapters: With rows.
+        base: The base model.
+        ties: What its class ties.
+        groups: The base's tensors that are tied to it, by the adapter's names.
+    """
+    for name in adapters.rows.keys() & groups.keys():
+        group = groups[name]
+        if ties.own[name] in ties.spreading or len(group) == 1:
+            continue
+        values = group[ties.own[name]].widened()
+        trained = [rows for rows in adapters.rows[name] if rows is not None]
+        if all(np.array_equal(rows.placed_in(values), values) for rows in trained):
+            continue
+        others = sorted(group.keys() - {ties.own[name]})
+        raise UnusableBaseError(
+            where=f"base {base.reference}",
+            found=f"trained rows of {name}, which is tied to {shortened(others)}",
+            expected="rows of the input embedding, in a class that ties its output layer to it",
+            why="PEFT gives these rows to that one weight alone, and the base stores one for all",
+            fix=f"Train the ones that are meant of {shortened(sorted(group))} as modules_to_save",
+        )
+
+
 def _refuse_lost_biases(
     adapters: AdapterSet, base: BaseModel, ties: Ties, called: Mapping[str, str]
 ) -> None:
@@ -203,7 +233,7 @@ def _refuse_rows(adapters: AdapterSet, base: BaseModel, names: Iterable[str]) ->
     if rows:
         raise UnusableBaseError(
             where=f"base {base.reference}",
-            found=f"trained rows of {shortened(rows)}, and a weight that is tied to it trained too",
+            found=f"trained rows of {shortened(rows)}, and a weight that is tied to it differs",
             expected="rows of one weight, or the whole of another",
             why="PEFT gives the rows to all weights that are tied",
             fix="Train all of them as modules_to_save",

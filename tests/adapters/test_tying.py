@@ -24,7 +24,7 @@ from mtl_export.adapters.tying import FLAG_SAYS_MORE
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import UnusableBaseError
+from mtl_export.errors import BaseModelError, UnusableBaseError
 from mtl_export.merge.writer import write_merged
 from mtl_export.runtime.pytorch import OracleRunner
 from tests.checkpoint import peft_toys as toys
@@ -42,16 +42,20 @@ SIZES: dict[str, dict[str, Any]] = {
              "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 12,
              "decoder_ffn_dim": 12, "max_position_embeddings": 16},
 }  # fmt: skip
+SIZES["Marian"] = SIZES["Bart"] | {"pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0,
+                                   "decoder_start_token_id": 1}  # fmt: skip
 CLASSES = {
     "Llama": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel", "Bert": "BertForMaskedLM",
     "T5": "T5ForConditionalGeneration", "Bart": "BartForConditionalGeneration",
+    "Marian": "MarianMTModel",
 }  # fmt: skip
-TASK_TYPES = {"Bert": None, "T5": "SEQ_2_SEQ_LM", "Bart": "SEQ_2_SEQ_LM"}
+TASK_TYPES = {"Bert": None} | dict.fromkeys(["T5", "Bart", "Marian"], "SEQ_2_SEQ_LM")
 ADAPTED = {
     "Llama": "model.layers.0.self_attn.q_proj", "GPT2": "transformer.h.0.mlp.c_fc",
     "Bert": "bert.encoder.layer.0.attention.self.query",
     "T5": "encoder.block.0.layer.0.SelfAttention.q",
     "Bart": "model.encoder.layers.0.self_attn.q_proj",
+    "Marian": "model.encoder.layers.0.self_attn.q_proj",
 }  # fmt: skip
 # How a forward pass scales its output where the flag is set.
 SCALED = r"if self\.config\.tie_word_embeddings:\n(?: *#.*\n)* *\w+ = \w+ \* "
@@ -127,7 +131,7 @@ def logits_of(model: Any, kind: str) -> Array:
     """Return the model's answer to ``TEXT``."""
     ids = torch.from_numpy(TEXT)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if kind in {"T5", "Bart"}:
+    if TASK_TYPES.get(kind) == "SEQ_2_SEQ_LM":
         inputs["decoder_input_ids"] = ids[:, :4]
     with torch.no_grad():
         answer: Array = model(**inputs).logits.numpy()
@@ -145,7 +149,7 @@ def check(bound: BoundModel, kind: str, expected: Array, folder: Path) -> dict[s
     assert (set(info["missing_keys"]), set(info["unexpected_keys"])) == (set(), set())
     np.testing.assert_allclose(logits_of(model.eval(), kind), expected, atol=2e-5)
     inputs = {"input_ids": TEXT, "attention_mask": np.ones_like(TEXT), "task_ids": TEXT[:, 0] * 0}
-    if kind in {"T5", "Bart"}:
+    if TASK_TYPES.get(kind) == "SEQ_2_SEQ_LM":
         inputs["decoder_input_ids"] = TEXT[:, :4]
     with OracleRunner(bound, "fp64") as oracle:
         np.testing.assert_allclose(oracle.infer(inputs)["logits"], expected, atol=2e-5)
@@ -225,6 +229,45 @@ def test_trained_rows_beside_a_tied_bias_are_refused(tmp_path: Path) -> None:
     tensors |= lora(model, ADAPTED["Bert"], np.random.default_rng(11))
     with pytest.raises(UnusableBaseError, match=r"cls\.predictions\.decoder"):
         bound_to(tmp_path, tensors, "Bert", trainable_token_indices=[3])
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [("Bart", "model.encoder.embed_tokens"), ("T5", "decoder.embed_tokens"), ("Llama", "lm_head"),
+     ("Marian", "model.shared")],
+)  # fmt: skip
+def test_rows_that_peft_gives_to_one_of_several_tied_weights_are_refused(
+    kind: str, module: str, tmp_path: Path
+) -> None:
+    """PEFT spreads the rows of what get_input_embeddings returns, Marian's encoder's; no others."""
+    tensors = {f"{module}.token_adapter.trainable_tokens_delta": np.ones((1, WIDTH), np.float32)}
+    model = base_of(kind, tmp_path / "base")
+    tensors |= lora(model, ADAPTED[kind], np.random.default_rng(11))
+    with pytest.raises(UnusableBaseError, match="to that one weight alone"):
+        bound_to(tmp_path, tensors, kind, trainable_token_indices={module: [3]})
+
+
+def test_rows_that_are_the_bases_own_change_nothing(tmp_path: Path) -> None:
+    """Marian never calls its shared embedding, and what PEFT writes of it is what it was."""
+    module = "model.shared"
+    base_of("Marian", tmp_path / "base")
+    with quiet_transformers():  # positions are no parameters of its files
+        model = transformers.MarianMTModel.from_pretrained(tmp_path / "base").eval()
+    own = model.get_submodule(module).weight[[3]].detach().numpy()
+    tensors = lora(model, ADAPTED["Marian"], np.random.default_rng(12))
+    add_lora(model, ADAPTED["Marian"], tensors)
+    tensors[f"{module}.token_adapter.trainable_tokens_delta"] = own
+    bound = bound_to(tmp_path, tensors, "Marian", trainable_token_indices={module: [3]})
+    check(bound, "Marian", logits_of(model, "Marian"), tmp_path / "merged")
+
+
+def test_lengths_of_a_tied_head_say_that_the_base_has_no_such_tensor(tmp_path: Path) -> None:
+    """DoRA on lm_head: the base was given, it ties; the advice is a base that does not."""
+    model = base_of("Llama", tmp_path / "base")
+    tensors = lora(model, "lm_head", np.random.default_rng(13))
+    tensors["lm_head.lora_magnitude_vector"] = np.ones(VOCABULARY, np.float32)
+    with pytest.raises(BaseModelError, match="tie_word_embeddings = False"):
+        bound_to(tmp_path, tensors, "Llama", use_dora=True)
 
 
 def test_the_flag_stays_where_transformers_reads_more_from_it() -> None:

@@ -78,12 +78,14 @@ class Ties:
         groups: Names in the class, the one that the others are tied to first.
         freed: Those that are not tied to it any more with another config.
         biased: Weights in ``groups`` of layers that have a bias, too.
+        spreading: The weights whose trained rows PEFT gives to all that are tied to them.
         own: The class's names for names in files.
     """
 
     groups: tuple[tuple[str, ...], ...]
     freed: frozenset[str]
     biased: frozenset[str]
+    spreading: frozenset[str]
     own: Mapping[str, str]
 
 
@@ -108,8 +110,27 @@ def ties_of(
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     biased = {n for n in model.all_tied_weights_keys if f"{_module(n)}.bias" in known - {n}}
     return Ties(
-        tuple(groups.values()), frozenset(freed), frozenset(biased), _renamed(stored, model)
+        tuple(groups.values()),
+        frozenset(freed),
+        frozenset(biased),
+        frozenset(_spreading(model)),
+        _renamed(stored, model),
     )
+
+
+def _spreading(model: Any) -> set[str]:
+    """Return the input embedding's weight, if PEFT gives its rows to all that are tied to it.
+
+    Source: PEFT 0.21.2, utils/other.py, ``set_additional_trainable_modules``.
+    """
+    ties = getattr(model, "_tied_weights_keys", None)
+    if not isinstance(ties, dict) or not getattr(model.config, "tie_word_embeddings", False):
+        return set()
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        return set()
+    return {f"{name}.weight" for name, module in model.named_modules() if module is embedding}
 
 
 def empty_model(class_name: str, config: Mapping[str, Any]) -> Any:
