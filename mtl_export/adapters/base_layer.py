@@ -62,12 +62,18 @@ class BaseLayer:
         if self.base is not None and (tensor is None or tensor.dtype not in FLOAT_DTYPES):
             refuse_quantised(self.base, [self.module])
         if tensor is None:
+            is_given = self.base is not None
             raise BaseModelError(
                 where=f"{self.module}.weight",
-                found="the base model was not given or has no such tensor",
+                found="the base has no such tensor; a base that ties weights stores only one of"
+                " them"
+                if is_given
+                else "the base model was not given",
                 expected="the base the adapter was trained on",
                 why="this adapter's weights depend on it",
-                fix="Pass it to --base",
+                fix="Pass it to --base"
+                + ", saved untied if it is tied: config.tie_word_embeddings = False and a copy of"
+                " the embedding as output layer" * is_given,
             )
         values = tensor.widened()
         return values.T if self.stored_transposed else values

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mtl_export.adapters.normal_form import AdapterSet
+from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.own_classes import own_class
 from mtl_export.errors import UnusableBaseError, shortened
@@ -44,6 +44,7 @@ def refuse_uncalled(adapters: AdapterSet, base: BaseModel) -> None:
     from mtl_export.adapters.modules.calls import uncalled
 
     found = uncalled(adapters.model_class, base.config, suspects)
+    found = [name for name in found if _changes(adapters.layers[name])]
     if found:
         raise UnusableBaseError(
             where=f"base {base.reference}",
@@ -54,6 +55,12 @@ def refuse_uncalled(adapters: AdapterSet, base: BaseModel) -> None:
             fix="Remove these layers from the adapter (from its tensors and its target_modules), or"
             " train it without them",
         )
+
+
+def _changes(layer: AnyAdapter) -> bool:
+    """Return whether a layer has more than the zeros that PEFT starts from, and that stay."""
+    tasks = range(layer.task_count)
+    return layer.gain is not None or any(layer.delta(task).any() for task in tasks)
 
 
 def _model_types(config: Mapping[str, Any]) -> Iterator[str]:

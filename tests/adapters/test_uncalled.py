@@ -80,3 +80,21 @@ def test_an_adapter_of_such_a_layer_is_refused(tmp_path: Path, layer: str) -> No
     with pytest.raises(UnusableBaseError, match="never calls") as caught:
         bind(checkpoint, adapters, base)
     assert MIXER + layer in caught.value.found
+
+
+def test_zeros_that_stayed_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    """What PEFT writes of a layer that is never called is its start, a delta of zero."""
+    with quiet_transformers():
+        model = transformers.MambaForCausalLM(transformers.MambaConfig(**SMALL))
+        model.save_pretrained(tmp_path / "base")
+    outputs, inputs = model.get_parameter(f"{MIXER}dt_proj.weight").shape
+    tensors = {
+        f"{MIXER}dt_proj.lora_A.weight": toys.draw(np.random.default_rng(1), 2, inputs),
+        f"{MIXER}dt_proj.lora_B.weight": np.zeros((outputs, 2), np.float32),
+    }
+    fields = {"task_type": "CAUSAL_LM", "modules_to_save": None}
+    checkpoint = open_checkpoint(toys.write(tmp_path / "adapter", tensors, fields))
+    base = open_base(str(tmp_path / "base"))
+    assert set(bind(checkpoint, read_adapters(checkpoint, base), base).adapters.layers) == {
+        f"{MIXER}dt_proj"
+    }
