@@ -8,6 +8,7 @@ step is one plain line. NO_COLOR is obeyed (by rich).
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,18 +23,21 @@ if TYPE_CHECKING:
 
 # Where output is piped, lines are as long as their content, up to this.
 PIPE_COLUMNS = 400
+# What moves the cursor, recolours, begins a line or turns the order of letters around.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def print_json(document: Mapping[str, object]) -> None:
     """Print ``document`` on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    lines = json.dumps(document, indent=2, ensure_ascii=False).split("\n")
+    sys.stdout.write("\n".join(map(_plain, lines)) + "\n")
 
 
 def print_error(message: str) -> None:
     """Print the one message of a failed command on stderr."""
     console = _console(sys.stderr)
     console.print("error:", style="bold red", end=" ")
-    console.print(message, markup=False, soft_wrap=True)
+    console.print(_plain(message), markup=False, soft_wrap=True)
 
 
 def print_table(
@@ -58,11 +62,11 @@ def print_table(
     console = _console(sys.stdout)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        table.add_column(_plain(column), justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(_plain(cell)) for cell in row))
     if title:
-        console.print(title, style="bold", markup=False, soft_wrap=True)
+        console.print(_plain(title), style="bold", markup=False, soft_wrap=True)
     with console.capture() as capture:
         console.print(table)
     # rich pads every line to the table's width; pipes and READMEs are better off without.
@@ -75,13 +79,13 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     console = _console(sys.stdout)
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
-        console.print(f"{name:<{width}}", style="bold", end="  ", markup=False)
-        console.print(value, markup=False, soft_wrap=True)
+        console.print(_plain(f"{name:<{width}}"), style="bold", end="  ", markup=False)
+        console.print(_plain(value), markup=False, soft_wrap=True)
 
 
 def print_line(text: str) -> None:
     """Print one line on stdout."""
-    _console(sys.stdout).print(text, markup=False, soft_wrap=True)
+    _console(sys.stdout).print(_plain(text), markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +111,12 @@ class Talk:
     def note(self, text: str) -> None:
         """Say what the user should know."""
         if self.verbosity >= 0:
-            _console(sys.stderr).print(text, markup=False, soft_wrap=True)
+            _console(sys.stderr).print(_plain(text), markup=False, soft_wrap=True)
 
     def detail(self, text: str) -> None:
         """Say what only ``-v`` wants to know."""
         if self.verbosity > 0:
-            _console(sys.stderr).print(text, style="dim", markup=False, soft_wrap=True)
+            _console(sys.stderr).print(_plain(text), style="dim", markup=False, soft_wrap=True)
 
     @contextmanager
     def steps(self, total: int) -> Iterator[Steps]:
@@ -162,6 +166,7 @@ class Steps:
 
     def begin(self, name: str, *, is_beside: bool = False) -> None:
         """Begin the next step, which ends the one before, unless it goes on beside it."""
+        name = _plain(name)
         self._begun += 1
         if self._bar is not None and self._bar_id is not None:
             completed = None if is_beside else float(self._begun - 1)
@@ -208,6 +213,14 @@ def size_text(size_bytes: int) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def _plain(text: str) -> str:
+    """Return ``text``, parts of which come out of files, as no terminal obeys it.
+
+    Escapes are JSON's too.
+    """
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _console(stream: TextIO) -> Console:

@@ -131,3 +131,38 @@ def test_json_is_one_object_with_its_letters(capsys: pytest.CaptureFixture[str])
 def test_sizes_are_readable(size_bytes: int, text: str) -> None:
     """Decimal units, one place."""
     assert render.size_text(size_bytes) == text
+
+
+HOSTILE = "x\x1b]0;owned\x07\x1b[2J\u009b31m\n::error::fake\r\u202e\u2028y"
+
+
+@pytest.mark.parametrize(
+    "say",
+    [
+        render.print_error,
+        render.print_line,
+        lambda text: render.print_facts([(text, text)]),
+        lambda text: render.print_table([text], [[text]], title=text),
+        lambda text: render.print_json({text: text}),
+        render.Talk(1, bars=False).note,
+        render.Talk(1, bars=False).detail,
+        lambda text: render.Steps(1).begin(text),
+    ],
+)
+@pytest.mark.usefixtures("environment")
+def test_no_name_out_of_a_file_commands_the_terminal(
+    capsys: pytest.CaptureFixture[str], say: Callable[[str], object]
+) -> None:
+    """Control characters are shown, and no line begins with what a name says."""
+    say(HOSTILE)
+    written = "".join(capsys.readouterr())
+    assert written.replace("\n", "").isprintable()
+    assert not any(line.lstrip().startswith("::") for line in written.splitlines())
+    assert "[2J" in written
+    assert "fake" in written
+
+
+def test_json_keeps_what_it_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    """A reader of the JSON gets the name that the file has."""
+    render.print_json({"name": HOSTILE})
+    assert json.loads(capsys.readouterr().out) == {"name": HOSTILE}
