@@ -234,7 +234,9 @@ def _tokenizer(folder: Path) -> Any:
 
     if (folder / TOKENIZER_FILE).is_file():
         tokenizer_document(folder / TOKENIZER_FILE)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked out, so that its id does not matter
     return tokenizer

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mtl_export.checkpoint.config_limits import check_config
 from mtl_export.checkpoint.contained import contained
 from mtl_export.checkpoint.hashing import (
     cached_sha256,
@@ -98,7 +99,7 @@ def open_base(reference: str) -> BaseModel:
         BaseModelError: The folder has no ``config.json`` or no safetensors weights, or
             its JSON files are broken.
         CheckpointError: A weight file is truncated or no safetensors file.
-        IntegrityError: A weight file lies outside the folder, or asks to run code.
+        IntegrityError: A file lies outside the folder, or asks to run code.
     """
     folder = _folder_of(reference)
     config_path = contained(folder, "config.json", where=f"base {reference}")
@@ -117,6 +118,7 @@ def open_base(reference: str) -> BaseModel:
         tensors.update(found)
         file_of.update(dict.fromkeys(found, number))
     config = without_leftover(read_json(config_path, CONFIG, error=BaseModelError), tensors)
+    check_config(config, len(tensors), where=str(config_path))
     return BaseModel(
         reference=reference,
         folder=folder,

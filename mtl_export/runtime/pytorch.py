@@ -33,6 +33,9 @@ from mtl_export.adapters.modules.naming import own_module
 from mtl_export.adapters.modules.readout import with_readouts
 from mtl_export.adapters.normal_form import NO_LABEL
 from mtl_export.checkpoint.checkpoint import HeadTensors, Task
+from mtl_export.checkpoint.config_limits import check_config
+from mtl_export.checkpoint.json_file import read_json
+from mtl_export.checkpoint.model_inputs import CONFIG
 from mtl_export.checkpoint.outputs import LOGITS
 from mtl_export.checkpoint.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import Array
@@ -180,7 +183,11 @@ class MergedRunner:
         import transformers
 
         with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(self._folder)
+            file = self._folder / "config.json"
+            check_config(read_json(file, CONFIG, error=BaseModelError), 10_000, where=str(file))
+            config = transformers.AutoConfig.from_pretrained(
+                self._folder, trust_remote_code=False
+            )
             model_class = class_named(config.architectures[0])
             head_file = self._folder / HEAD_FILE
             if head_file.is_file():

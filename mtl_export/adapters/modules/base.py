@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from mtl_export.adapters.modules.naming import own_tensor
 from mtl_export.adapters.modules.readout import with_readouts
 from mtl_export.checkpoint.hidden_biases import SWITCHES
 from mtl_export.checkpoint.own_classes import own_class
-from mtl_export.errors import AdapterError, BaseModelError, shortened
+from mtl_export.errors import AdapterError, BaseModelError, MtlExportError, shortened
+
+# Of heads, and of tables that are computed: masks, rotations. 0.4 GB as float32.
+_NOT_STORED = 10**8
 
 
 def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
@@ -29,17 +33,22 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
     Raises:
         AdapterError: The checkpoint names no model class, or an unknown one.
         BaseModelError: The class has a weight that neither the base nor the checkpoint
-            provides.
+            provides, or transformers cannot build it from the base's config and weights.
     """
     model_class = _class_of(bound)
     if own_class(bound.adapters.model_class) is not None:
         return model_class.from_tensors(bound.base.config, bound.base.tensors, dtype)
-    settings: dict[str, Any] = {"config": _config(model_class, bound)}
+    with _built_by_transformers(model_class, bound):
+        settings: dict[str, Any] = {"config": _config(model_class, bound)}
     if dtype is torch.float64:
         # The kernel that mixtures of experts have by default takes no float64.
         settings["experts_implementation"] = "eager"
-    with quiet_transformers():
-        model, info = load_with_info(model_class, bound.base.folder, dtype=dtype, **settings)
+    with _built_by_transformers(model_class, bound):
+        _refuse_larger(model_class, settings["config"], bound)
+        model, info = load_with_info(
+            model_class, bound.base.folder, dtype=dtype, ignore_mismatched_sizes=True, **settings
+        )
+    _refuse_mismatched(info, model_class, bound)
     heads = tuple(f"{module}." for module in bound.adapters.heads)
     in_no_file = bound.base.tensors.keys() - bound.base.file_of.keys()
     added = {bound.prefix + name for name in in_no_file} & set(info["missing_keys"])
@@ -65,9 +74,10 @@ def model_of_shapes(bound: BoundModel) -> Any:
 
     Raises:
         AdapterError: The checkpoint names no model class, or an unknown one.
+        BaseModelError: transformers cannot build it from the base's config.
     """
     model_class = _class_of(bound)
-    with quiet_transformers():
+    with _built_by_transformers(model_class, bound):
         return model_class(_config(model_class, bound)).eval()
 
 
@@ -109,6 +119,60 @@ def _config(model_class: Any, bound: BoundModel) -> Any:
     if "quantization_config" not in bound.base.config and hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+@contextmanager
+def _built_by_transformers(model_class: Any, bound: BoundModel) -> Iterator[None]:
+    """Turn what transformers and torch raise for a config that fits no model into our error.
+
+    Raises:
+        BaseModelError: They raised.
+    """
+    try:
+        with quiet_transformers():
+            yield
+    except (MtlExportError, MemoryError):
+        raise
+    except Exception as error:
+        if "memory" in str(error) or getattr(error, "errno", None):
+            raise  # the system's fault, not the file's
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise _unfit(model_class, bound, f"cannot be built by transformers ({reason[:300]})") from (
+            error
+        )
+
+
+def _refuse_larger(model_class: Any, config: Any, bound: BoundModel) -> None:
+    """Refuse a model much larger than its files: the rest would be filled with random numbers.
+
+    Raises:
+        BaseModelError: It is.
+    """
+    with torch.device("meta"):
+        model = model_class(config)
+    tensors = (*bound.base.tensors.values(), *bound.checkpoint.replaced.values())
+    stored = sum(prod(tensor.shape) for tensor in tensors)
+    values = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if values > 4 * stored + _NOT_STORED:
+        raise _unfit(model_class, bound, f"has {values:,} numbers, the files {stored:,}")
+
+
+def _refuse_mismatched(info: dict[str, Any], model_class: Any, bound: BoundModel) -> None:
+    wrong = [f"{name} is {list(found)}, not {list(wanted)}"
+             for name, found, wanted in sorted(info["mismatched_keys"])
+             if not name.startswith(tuple(f"{head}." for head in bound.adapters.heads))]  # fmt: skip
+    if wrong:
+        raise _unfit(model_class, bound, f"has other shapes than the files: {shortened(wrong)}")
+
+
+def _unfit(model_class: Any, bound: BoundModel, found: str) -> BaseModelError:
+    return BaseModelError(
+        where=f"base {bound.base.reference}",
+        found=f"{model_class.__name__} of its config.json {found}",
+        expected="the config.json that was saved with the weights",
+        why="the model is built from its class, its config and its weights",
+        fix="Pass the whole base that the adapter was trained on",
+    )
 
 
 def _replace(model: Any, bound: BoundModel, dtype: torch.dtype, added: Iterable[str]) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.base import base_model, quiet_transformers
 from mtl_export.errors import AdapterError, BaseModelError
 from tests.adapters import toys
+from tests.checkpoint.messages import assert_whole
 from tests.graph import language
 
 
@@ -86,3 +89,37 @@ def test_transformers_logging_is_restored() -> None:
     with pytest.raises(KeyError):
         fail_quietly()
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+WRONG_CONFIGS: dict[str, dict[str, object]] = {
+    "no width": {"hidden_size": 0},
+    "negative": {"max_position_embeddings": -5},
+    "no heads": {"num_attention_heads": 0},
+    "of another type": {"intermediate_size": "x"},
+    "another width": {"intermediate_size": 24},
+    "no dtype": {"dtype": "load"},
+    "no activation": {"hidden_act": "__import__"},
+    "larger than memory": {"vocab_size": 10**9, "hidden_size": 10**5},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_CONFIGS.values(), ids=WRONG_CONFIGS)
+def test_a_config_that_fits_no_model_is_refused(
+    bound: BoundModel, tmp_path: Path, wrong: dict[str, object]
+) -> None:
+    """Whatever transformers and torch raise, it is a fault of the base, and said so."""
+    folder = Path(shutil.copytree(bound.base.folder, tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **wrong}))
+    broken = replace(bound, base=replace(bound.base, folder=folder))
+    with pytest.raises(BaseModelError) as caught:
+        base_model(broken, torch.float32)
+    assert_whole(caught.value, where=bound.base.reference, found="of its config.json")
+
+
+def test_a_model_much_larger_than_its_files_is_refused(bound: BoundModel) -> None:
+    """Else transformers fills gigabytes of a class that the base never was with random numbers."""
+    other = replace(bound, adapters=replace(bound.adapters, model_class="RagModel"))
+    with pytest.raises(BaseModelError) as caught:
+        base_model(other, torch.float32)
+    assert_whole(caught.value, where=bound.base.reference, found="numbers, the files")
