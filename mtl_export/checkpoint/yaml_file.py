@@ -23,8 +23,8 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         UsageError: The system does not let this user read it.
-        CheckpointError: It is too large, no UTF-8, no YAML, asks for other types, or nests too
-            deep.
+        CheckpointError: It is too large, no UTF-8, no YAML, asks for other types, merges
+            mappings, or nests too deep.
     """
     import yaml  # type: ignore[import-untyped]  # transformers depends on it
 
@@ -35,7 +35,7 @@ def read_yaml(path: Path) -> Any:
 
     text = text_of(path, refused, MOST_BYTES)
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _plain_loader(yaml))
     except RecursionError as error:
         raise refused(nested()) from error
     except Exception as error:  # its constructors of dates, numbers and sets raise anything
@@ -44,3 +44,14 @@ def read_yaml(path: Path) -> Any:
     refuse_nesting(value, refused)
     refuse_unspeakable(value, refused)
     return value
+
+
+def _plain_loader(yaml: Any) -> Any:
+    """Return the safe loader without merge keys: nine of them in nine lists make 9**9 pairs."""
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def flatten_mapping(self, node: Any) -> None:
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                raise yaml.constructor.ConstructorError(None, None, "merge keys (<<)")
+
+    return Loader

@@ -47,3 +47,13 @@ def test_a_configuration_is_read(tmp_path: Path) -> None:
         "COPY": {"R": [1, 2.5]},
         "TASKS": ["a"],
     }
+
+
+def test_merge_keys_that_multiply_are_refused(tmp_path: Path) -> None:
+    """A kilobyte of them takes all memory before the first value is there."""
+    lines = ["a0: &a0 {x: 1, y: 2}"]
+    lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 9)]
+    file = tmp_path / "config.yaml"
+    file.write_text("\n".join(lines))
+    with pytest.raises(CheckpointError, match="merge keys"):
+        read_yaml(file)
