@@ -14,8 +14,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 from mtl_export.checkpoint.json_file import Shape, json_or_none, misfit
@@ -86,6 +88,11 @@ REFUSED_INITS = {
 }  # fmt: skip
 
 
+# An expression can take longer than anybody lives; whole models take milliseconds.
+MATCHING_S = 2.0
+MOST_PATTERNS, MOST_LETTERS = 10_000, 1_000
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """One adapter's ``adapter_config.json``.
@@ -93,10 +100,12 @@ class PeftConfig:
     Attributes:
         path: The file.
         fields: Its object.
+        left_s: Seconds that matching its patterns may still take, in a list of one.
     """
 
     path: Path
     fields: Mapping[str, Any]
+    left_s: list[float] = field(default_factory=lambda: [MATCHING_S], compare=False, repr=False)
 
     @property
     def family(self) -> str:
@@ -127,11 +136,11 @@ class PeftConfig:
 
     def rank(self, module: str) -> int:
         """Return r of ``module``."""
-        return int(_by_pattern(self.fields, "rank_pattern", module, self.fields["r"]))
+        return int(self._by_pattern("rank_pattern", module, self.fields["r"]))
 
     def alpha(self, module: str) -> float:
         """Return alpha of ``module``."""
-        return _by_pattern(self.fields, "alpha_pattern", module, self.fields["lora_alpha"])
+        return self._by_pattern("alpha_pattern", module, self.fields["lora_alpha"])
 
     def scaling(self, module: str) -> float:
         """Return s of ``module``."""
@@ -146,6 +155,26 @@ class PeftConfig:
                 (ids for name, ids in given.items() if f".{module}".endswith(f".{name}")), None
             )
         return None if given is None else tuple(int(index) for index in given)
+
+    def _by_pattern(self, name: str, module: str, default: float) -> float:
+        patterns, begun = self.fields.get(name) or {}, process_time()
+        try:
+            for key, value in patterns.items():
+                left_s = self.left_s[0] - (process_time() - begun)
+                if left_s <= 0:
+                    raise TimeoutError
+                if _compiled(key).match(module, timeout=left_s):
+                    return float(value)
+        except TimeoutError as error:
+            raise CheckpointError(
+                where=f"{self.path}: {name}",
+                found=f"{len(patterns):,} patterns that take more than {MATCHING_S:g} s to match",
+                expected="names of modules, or expressions that are matched at once",
+                fix="Write the names of the modules instead",
+            ) from error
+        finally:
+            self.left_s[0] -= process_time() - begun
+        return float(default)
 
 
 # task_type -> the Auto class with which PEFT's documentation loads the base. A class in its
@@ -216,7 +245,12 @@ def _out_of_range(fields: Mapping[str, Any]) -> list[str]:
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = fields.get(name) or {}
         problems += [f"{name} is {patterns}"] * any(value <= 0 for value in patterns.values())
-        problems += [f"{name} has the bad key {key!r}" for key in patterns if not _compiles(key)]
+        if len(patterns) > MOST_PATTERNS:
+            problems.append(f"{name} has {len(patterns):,} keys, more than {MOST_PATTERNS:,}")
+            continue
+        problems += [
+            f"{name} has the bad key {key!r:.80}" for key in patterns if not _compiles(key)
+        ]
     tokens = fields.get("trainable_token_indices") or []
     lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
     if not all(min(ids, default=0) >= 0 and len(set(ids)) == len(ids) for ids in lists):
@@ -259,16 +293,19 @@ def _init_name(fields: Mapping[str, Any]) -> str:
     return str(fields.get("init_lora_weights", True)).lower()
 
 
-def _by_pattern(fields: Mapping[str, Any], name: str, module: str, default: float) -> float:
-    for key, value in (fields.get(name) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return float(value)
-    return float(default)
+@lru_cache(MOST_PATTERNS)
+def _compiled(key: str) -> Any:
+    import regex  # type: ignore[import-untyped]  # as re, with an end; transformers needs it too
+
+    return regex.compile(rf"(.*\.)?({key})$")
 
 
 def _compiles(key: str) -> bool:
+    if len(key) > MOST_LETTERS:
+        return False
     try:
-        re.compile(rf"(.*\.)?({key})$")
-    except (re.error, OverflowError, RecursionError):  # the last two: {99999999999}, ((((...
+        re.compile(rf"(.*\.)?({key})$")  # PEFT's own
+        _compiled(key)
+    except Exception:  # regex.error, OverflowError, RecursionError: {99999999999}, ((((...
         return False
     return True

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mtl_export.checkpoint import peft_config
 from mtl_export.checkpoint.peft_config import REFUSED_FIELDS, PeftConfig, read_config
 from mtl_export.errors import AdapterError, CheckpointError
 from tests.checkpoint import peft_toys as toys
@@ -126,3 +128,27 @@ def test_the_trained_class_is_used_where_it_is_known(tmp_path: Path) -> None:
         "AutoModelForTokenClassification"
     )
     assert written(tmp_path, task_type=None).model_class == ""
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", ["(.|..|...)*[0-9]", r"(\w|\.|[a-z]|[a-y])*[0-9]"])
+def test_expressions_that_never_end_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, pattern: str
+) -> None:
+    """Python's re would match them for years; all modules of an adapter share one limit."""
+    monkeypatch.setattr(peft_config, "MATCHING_S", 0.1)
+    config = written(tmp_path, **{name: {pattern: 2}})
+    for layer in "abc":
+        with pytest.raises(CheckpointError, match=r"more than 0\.1 s to match"):
+            config.scaling(f"bert.encoder.layer.{layer}.attention.self.query")
+
+
+def test_thousands_of_patterns_are_compiled_once_and_more_are_refused(tmp_path: Path) -> None:
+    """As many keys as modules are matched at once; 10,001 keys are no adapter."""
+    names = [f"layers.{number}.mlp.up_proj" for number in range(600)]
+    config = written(tmp_path, rank_pattern={re.escape(name): 3 for name in names})
+    assert {config.rank(f"model.{name}") for name in names} == {3}
+    with pytest.raises(CheckpointError, match="10,001 keys"):
+        written(tmp_path, rank_pattern={str(number): 3 for number in range(10_001)})
+    with pytest.raises(CheckpointError, match="bad key"):
+        written(tmp_path, rank_pattern={"a?" * 5000: 3})
