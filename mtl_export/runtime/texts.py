@@ -23,6 +23,7 @@ from mtl_export.checkpoint.model_inputs import (
 )
 from mtl_export.errors import BackendMissingError, EngineRunError, UsageError, shortened
 from mtl_export.runtime.arguments import listed, whole_number
+from mtl_export.runtime.tokenizer_limits import growth_problem
 
 TOKENIZER_FILE = "tokenizer.json"
 # transformers writes 1e30 for "no limit".
@@ -194,10 +195,11 @@ class TextFiles:
 
 
 def tokenizer_document(path: Path) -> dict[str, Any]:
-    """Return the content of a ``tokenizer.json``, its ids within limits.
+    """Return the content of a ``tokenizer.json``, its ids and what it adds within limits.
 
     Raises:
-        EngineRunError: It is no JSON object, or has an id beyond any vocabulary.
+        EngineRunError: It is no JSON object, has an id beyond any vocabulary, or multiplies
+            texts or tokens.
     """
     document: dict[str, Any] = read_json(path, _TOKENIZER, error=EngineRunError, fix=_FIX)
     largest = max(_whole_numbers(document), default=0)
@@ -207,6 +209,15 @@ def tokenizer_document(path: Path) -> dict[str, Any]:
             found=f"the id {largest:,}",
             expected=f"ids up to {MOST_ID:,}",
             why="the memory it takes grows with the largest",
+            fix=_FIX,
+        )
+    problem = growth_problem(document)
+    if problem:
+        raise EngineRunError(
+            where=str(path),
+            found=problem,
+            expected="a tokenizer whose texts and tokens are about as long as what it is given",
+            why="a short text must not fill the memory",
             fix=_FIX,
         )
     return document
