@@ -8,46 +8,20 @@ here; a test holds the two against each other in float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import nn
 from torch.nn import functional
 
-from mtl_export.adapters.modules.adapted import AdaptedLayer
-from mtl_export.adapters.modules.lora import values_and_scaling
-from mtl_export.adapters.modules.routing import TaskRouting
-from mtl_export.checkpoint.checkpoint import LayerTensors
+from mtl_export.adapters.modules.adapted import FrozenAdapter
 
 
-class AdapterHubDoRALinear(AdaptedLayer):
+class AdapterHubDoRALinear(FrozenAdapter):
     """A frozen linear layer with a DoRA adapter of AdapterHub's kind.
 
-    Args:
-        base: The layer to adapt.
-        values: ``down`` ``[r, I]``, ``up`` ``[O, r]`` and ``magnitude`` ``[O]``.
-        scaling: s.
+    Its values are ``down`` ``[r, I]``, ``up`` ``[O, r]`` and ``magnitude`` ``[O]``.
 
     Shape:
         x ``[..., I]``; result ``[..., O]``.
     """
-
-    def __init__(
-        self, base: nn.Linear, *, values: Mapping[str, torch.Tensor], scaling: float
-    ) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.scaling = scaling
-        for role, value in values.items():
-            self.register_buffer(role, value.to(base.weight.dtype))
-
-    @classmethod
-    def from_tensors(
-        cls, base: nn.Linear, routing: TaskRouting, layer: LayerTensors
-    ) -> AdapterHubDoRALinear:
-        """Return the layer with a checkpoint's values, in the base layer's dtype."""
-        values, scaling = values_and_scaling(layer)
-        return cls(base, values=values, scaling=scaling)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return h for every row of ``x``."""

@@ -9,36 +9,21 @@ test holds the two against each other in float64.
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from mtl_export.adapters.modules.adapted import AdaptedLayer
-from mtl_export.adapters.modules.routing import TaskRouting
+from mtl_export.adapters.modules.adapted import FrozenAdapter
 from mtl_export.checkpoint.checkpoint import LayerTensors
 
 
-class IA3Linear(AdaptedLayer):
-    """A frozen linear layer whose outputs are rescaled.
-
-    Args:
-        base: The layer to adapt.
-        scale: l ``[O]``.
-        scaling: s.
+class IA3Linear(FrozenAdapter):
+    """A frozen linear layer whose outputs are rescaled by ``scale`` ``[O]``, which is l.
 
     Shape:
         x ``[..., I]``; result ``[..., O]``.
     """
 
-    def __init__(self, base: nn.Linear, *, scale: torch.Tensor, scaling: float) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.scaling = scaling
-        self.register_buffer("scale", scale.to(base.weight.dtype))
-
-    @classmethod
-    def from_tensors(cls, base: nn.Linear, routing: TaskRouting, layer: LayerTensors) -> IA3Linear:
-        """Return the layer with a checkpoint's values, in the base layer's dtype."""
-        scale = torch.from_numpy(layer.tensors["scale"].widened())
-        return cls(base, scale=scale, scaling=layer.hyper.get("scaling", 1.0))
+    def scaling_of(self, layer: LayerTensors) -> float:
+        """Return s, 1 where the producer gave none."""
+        return layer.hyper.get("scaling", 1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return h for every row of ``x``."""

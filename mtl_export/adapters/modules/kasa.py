@@ -8,11 +8,14 @@ test holds the two against each other in float64.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.nn import functional
 
-from mtl_export.adapters.modules.lora import LoRALinear, values_and_scaling
+from mtl_export.adapters.modules.adapted import FrozenAdapter
+from mtl_export.adapters.modules.lora import LoRALinear
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.checkpoint.checkpoint import LayerTensors
 
@@ -20,19 +23,14 @@ from mtl_export.checkpoint.checkpoint import LayerTensors
 class KaSALinear(LoRALinear):
     """A linear layer of truncated rank, with a LoRA adapter that has a trained diagonal."""
 
-    @classmethod
-    def from_tensors(
-        cls, base: nn.Linear | nn.Embedding, routing: TaskRouting, layer: LayerTensors
-    ) -> nn.Module:
-        """Return the layer with a checkpoint's values; the base layer is changed."""
-        if not isinstance(base, nn.Linear):
-            raise TypeError(f"{layer.module}: KaSA adapts linear layers")
-        values, scaling = values_and_scaling(layer)
-        kept = min(base.weight.shape) - values["down"].shape[0]
+    embedding: ClassVar[type[FrozenAdapter] | None] = None
+
+    def __init__(self, base: nn.Linear, routing: TaskRouting, layer: LayerTensors) -> None:
+        super().__init__(base, routing, layer)
+        kept = min(base.weight.shape) - self.get_buffer("down").shape[0]
         with torch.no_grad():
             left, singular, right = torch.linalg.svd(base.weight.double(), full_matrices=False)
             base.weight.copy_(left[:, :kept] @ singular[:kept].diag() @ right[:kept])
-        return cls(base, values=values, scaling=scaling)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return h for every row of ``x``."""

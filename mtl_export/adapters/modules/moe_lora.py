@@ -11,50 +11,37 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mtl_export.adapters.modules.adapted import AdaptedLayer
-from mtl_export.adapters.modules.lora import tensors_of
+from mtl_export.adapters.modules.adapted import FrozenAdapter, tensors_of
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.checkpoint.checkpoint import LayerTensors
 
 
-class MoELoRALinear(AdaptedLayer):
+class MoELoRALinear(FrozenAdapter):
     """A frozen linear layer with E experts, weighted by each row's task.
 
-    Args:
-        base: The layer to adapt.
-        routing: Says which task each row belongs to.
-        layer: With ``down [E, q, I]``, ``up [E, O, q]``, ``gate [T, E]`` and ``alpha``.
+    Its values are ``down [E, q, I]``, ``up [E, O, q]`` and ``gate [T, E]``.
 
     Shape:
         x ``[B, ..., I]``; result ``[B, ..., O]``.
     """
 
     def __init__(self, base: nn.Linear, routing: TaskRouting, layer: LayerTensors) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.routing = routing
-        values = tensors_of(layer)
-        self.gates = torch.softmax(values.pop("gate").double(), dim=-1).to(base.weight.dtype)
-        self.experts = [
-            (down.to(base.weight.dtype), up.to(base.weight.dtype))
-            for down, up in zip(values["down"], values["up"], strict=True)
-        ]
-        experts, expert_rank, _ = values["down"].shape
-        self.scaling = layer.hyper["alpha"] / (experts * expert_rank)
+        super().__init__(base, routing, layer)
+        gates = torch.softmax(tensors_of(layer)["gate"].double(), dim=-1)
+        self.gates = gates.to(base.weight.dtype)
 
-    @classmethod
-    def from_tensors(
-        cls, base: nn.Linear, routing: TaskRouting, layer: LayerTensors
-    ) -> MoELoRALinear:
-        """Return the layer with a checkpoint's values, in the base layer's dtype."""
-        return cls(base, routing, layer)
+    def scaling_of(self, layer: LayerTensors) -> float:
+        """Return s = alpha / (E q)."""
+        experts, expert_rank, _ = self.get_buffer("down").shape
+        return layer.hyper["alpha"] / (experts * expert_rank)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return h for every row of ``x``."""
         gates = self.gates[self.routing.rows(x.shape[0])]
         one_per_row = (-1, *[1] * (x.ndim - 1))
         h: torch.Tensor = self.base(x)
-        for i, (down, up) in enumerate(self.experts):
+        experts = zip(self.get_buffer("down"), self.get_buffer("up"), strict=True)
+        for i, (down, up) in enumerate(experts):
             expert = functional.linear(functional.linear(x, down), up)  # B_i A_i x
             h = h + self.scaling * gates[:, i].view(one_per_row) * expert
         return h

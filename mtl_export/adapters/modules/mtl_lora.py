@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mtl_export.adapters.modules.adapted import AdaptedLayer
+from mtl_export.adapters.modules.adapted import AdaptedLayer, tensors_of
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.adapters.mtl_lora import NAME
 from mtl_export.checkpoint.checkpoint import LayerTensors
@@ -78,7 +78,7 @@ class MTLLoRALinear(AdaptedLayer):
         cls, base: nn.Linear, routing: TaskRouting, layer: LayerTensors
     ) -> MTLLoRALinear:
         """Return the layer with a checkpoint's values, in the base layer's dtype."""
-        values = {role: torch.from_numpy(t.widened()) for role, t in layer.tensors.items()}
+        values = tensors_of(layer)
         up_projections, _, rank = values["up"].shape
         module = cls(
             base,

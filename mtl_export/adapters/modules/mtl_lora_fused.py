@@ -11,42 +11,33 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mtl_export.adapters.modules.adapted import AdaptedLayer
-from mtl_export.adapters.modules.lora import tensors_of
+from mtl_export.adapters.modules.adapted import FrozenAdapter
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.checkpoint.checkpoint import LayerTensors
 
 BLOCKS = ("q", "k", "v")
 
 
-class MTLLoRAFusedLinear(AdaptedLayer):
+class MTLLoRAFusedLinear(FrozenAdapter):
     """A frozen fused linear layer with MTL-LoRA on some of its blocks.
 
-    Args:
-        base: The fused layer.
-        routing: Says which task each row belongs to.
-        layer: Roles and numbers as ``mtl_export.adapters.mtl_lora_fused`` lists them.
+    Roles and numbers as ``mtl_export.adapters.mtl_lora_fused`` lists them.
 
     Shape:
         x ``[B, ..., I]``; result ``[B, ..., O]``.
     """
 
     def __init__(self, base: nn.Linear, routing: TaskRouting, layer: LayerTensors) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.routing = routing
-        self.values = {role: v.to(base.weight.dtype) for role, v in tensors_of(layer).items()}
+        super().__init__(base, routing, layer)
+        self.values = dict(self.named_buffers(recurse=False))
         self.letters = [letter for letter in BLOCKS if f"up_{letter}" in self.values]
         self.rank = self.values[f"up_{self.letters[0]}"].shape[2]
-        self.scaling = layer.hyper["alpha"] / self.rank
         self.temperature = layer.hyper.get("temperature", float("nan"))
 
-    @classmethod
-    def from_tensors(
-        cls, base: nn.Linear, routing: TaskRouting, layer: LayerTensors
-    ) -> MTLLoRAFusedLinear:
-        """Return the layer with a checkpoint's values, in the base layer's dtype."""
-        return cls(base, routing, layer)
+    def scaling_of(self, layer: LayerTensors) -> float:
+        """Return s = alpha / r, r of one block."""
+        rank = next(t.shape[2] for role, t in layer.tensors.items() if role.startswith("up_"))
+        return layer.hyper["alpha"] / rank
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return h for every row of ``x``."""

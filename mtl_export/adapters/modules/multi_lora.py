@@ -8,44 +8,30 @@ Symbols and source: ``mtl_export.adapters.multi_lora``, whose normal form is NOT
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.nn import functional
 
-from mtl_export.adapters.modules.adapted import AdaptedLayer
-from mtl_export.adapters.modules.lora import tensors_of
-from mtl_export.adapters.modules.routing import TaskRouting
+from mtl_export.adapters.modules.adapted import FrozenAdapter
 from mtl_export.checkpoint.checkpoint import LayerTensors
 
 
-class MultiLoRALinear(AdaptedLayer):
+class MultiLoRALinear(FrozenAdapter):
     """A frozen linear layer with n parallel LoRAs, each with its output scaling.
 
-    Args:
-        base: The layer to adapt.
-        layer: With ``down [n, r, I]``, ``up [n, O, r]``, ``scaling_rows [n, O]``, ``alpha``.
+    Its values are ``down [n, r, I]``, ``up [n, O, r]`` and ``scaling_rows [n, O]``.
 
     Shape:
         x ``[..., I]``; result ``[..., O]``.
     """
 
-    def __init__(self, base: nn.Linear, layer: LayerTensors) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        values = {role: v.to(base.weight.dtype) for role, v in tensors_of(layer).items()}
-        self.parts = list(zip(values["down"], values["up"], values["scaling_rows"], strict=True))
-        self.scaling = layer.hyper["alpha"] / values["down"].shape[1]
-
-    @classmethod
-    def from_tensors(
-        cls, base: nn.Linear, routing: TaskRouting, layer: LayerTensors
-    ) -> MultiLoRALinear:
-        """Return the layer with a checkpoint's values; it needs no routing."""
-        return cls(base, layer)
+    def scaling_of(self, layer: LayerTensors) -> float:
+        """Return s = alpha / r."""
+        return layer.hyper["alpha"] / self.get_buffer("down").shape[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return h for every row of ``x``."""
+        values = map(self.get_buffer, ("down", "up", "scaling_rows"))
         h: torch.Tensor = self.base(x)
-        for down, up, scaling_row in self.parts:
+        for down, up, scaling_row in zip(*values, strict=True):
             part = functional.linear(functional.linear(x, down), up)  # B_i A_i x
             h = h + self.scaling * scaling_row * part
         return h

@@ -8,10 +8,13 @@ test holds the two against each other in float64.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
-from mtl_export.adapters.modules.lora import LoRALinear, values_and_scaling
+from mtl_export.adapters.modules.adapted import FrozenAdapter
+from mtl_export.adapters.modules.lora import LoRALinear
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.checkpoint.checkpoint import LayerTensors
 
@@ -19,17 +22,12 @@ from mtl_export.checkpoint.checkpoint import LayerTensors
 class PiSSALinear(LoRALinear):
     """A linear layer without its principal part, with a LoRA adapter in its place."""
 
-    @classmethod
-    def from_tensors(
-        cls, base: nn.Linear | nn.Embedding, routing: TaskRouting, layer: LayerTensors
-    ) -> nn.Module:
-        """Return the layer with a checkpoint's values; the base layer is changed."""
-        if not isinstance(base, nn.Linear):
-            raise TypeError(f"{layer.module}: PiSSA adapts linear layers")
-        values, scaling = values_and_scaling(layer)
-        rank = values["down"].shape[0]
+    embedding: ClassVar[type[FrozenAdapter] | None] = None
+
+    def __init__(self, base: nn.Linear, routing: TaskRouting, layer: LayerTensors) -> None:
+        super().__init__(base, routing, layer)
+        rank = self.get_buffer("down").shape[0]
         with torch.no_grad():
             left, singular, right = torch.linalg.svd(base.weight.double(), full_matrices=False)
             principal = left[:, :rank] @ singular[:rank].diag() @ right[:rank]
             base.weight.copy_(base.weight.double() - principal)
-        return cls(base, values=values, scaling=scaling)

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mtl_export.adapters.modules.adapted import AdaptedLayer
-from mtl_export.adapters.modules.lora import tensors_of
+from mtl_export.adapters.modules.adapted import AdaptedLayer, tensors_of
 from mtl_export.adapters.modules.routing import TaskRouting
 from mtl_export.adapters.ta_lora import NAME
 from mtl_export.checkpoint.checkpoint import LayerTensors
