@@ -69,7 +69,7 @@ check: $(INSTALLED)
 	    fi; \
 	done
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -q tests/packaging tests/runtime/test_tensorrt_api_lint.py
+	$(BIN)/python -m pytest -q tests/packaging tests/tensorrt/test_api_lint.py
 
 fuzz: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.robustness.fuzz --inputs $(FUZZ_INPUTS)

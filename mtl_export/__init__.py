@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mtl_export.adapters.family import read_adapters
     from mtl_export.adapters.modules.save import save_checkpoint
     from mtl_export.checkpoint.base_model import open_base
-    from mtl_export.checkpoint.folder import write_folder as write_checkpoint
+    from mtl_export.checkpoint.formats.own_folder import write_folder as write_checkpoint
     from mtl_export.checkpoint.reader import open_checkpoint
     from mtl_export.errors import MtlExportError
 
@@ -42,7 +42,7 @@ _LAZY = {
     "open_checkpoint": ("mtl_export.checkpoint.reader", "open_checkpoint"),
     "read_adapters": ("mtl_export.adapters.family", "read_adapters"),
     "save_checkpoint": ("mtl_export.adapters.modules.save", "save_checkpoint"),
-    "write_checkpoint": ("mtl_export.checkpoint.folder", "write_folder"),
+    "write_checkpoint": ("mtl_export.checkpoint.formats.own_folder", "write_folder"),
 }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.checkpoint import BaseReference, Task
-from mtl_export.checkpoint.folder import CONFIG_FILE, WEIGHTS_FILE, write_folder
+from mtl_export.checkpoint.formats.own_folder import CONFIG_FILE, WEIGHTS_FILE, write_folder
 from mtl_export.checkpoint.tensors import Array
 
 HIDDEN, HEADS, INTERMEDIATE, VOCABULARY, LAYERS, POSITIONS = 12, 3, 20, 53, 2, 40

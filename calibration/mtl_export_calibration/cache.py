@@ -25,8 +25,8 @@ import numpy as np
 from mtl_export.bundle.kinds import CACHE
 from mtl_export.bundle.manifest import MANIFEST_FILE, Recipe, own_files, write_manifest
 from mtl_export.bundle.staging import locked
-from mtl_export.checkpoint.json_file import OBJECT, Shape, json_or_none
-from mtl_export.checkpoint.npz_file import read_npz
+from mtl_export.checkpoint.files.json_file import OBJECT, Shape, json_or_none
+from mtl_export.checkpoint.files.npz_file import read_npz
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import MtlExportError
 from mtl_export.version import VERSION

@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from mtl_export.checkpoint.onnx_file import read_onnx
+from mtl_export.checkpoint.files.onnx_file import read_onnx
 from mtl_export.checkpoint.tensors import Array
+from mtl_export.data.rows import TASK_IDS
+from mtl_export.data.samples import MASK, Samples
 from mtl_export.errors import BackendMissingError, CalibrationError
 from mtl_export.runtime.ort import CPU, EXTRA
 from mtl_export_calibration.calibrators import CALIBRATORS
-from mtl_export_calibration.data import TASK_IDS
 from mtl_export_calibration.formats import NumberFormat
 from mtl_export_calibration.histogram import Histogram
 from mtl_export_calibration.layers import QuantLayer
-from mtl_export_calibration.samples import MASK, Samples
 
 GROUP_BYTES = 256 << 20
 BATCH = 16

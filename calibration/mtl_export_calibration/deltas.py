@@ -25,7 +25,7 @@ from mtl_export.adapters.base_layer import is_conv1d
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.merge.merge import Delta, task_delta
+from mtl_export.merge.fold import Delta, task_delta
 from mtl_export_calibration.formats import NumberFormat
 from mtl_export_calibration.layers import QuantLayer
 from mtl_export_calibration.weights import weight_grid

@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from mtl_export.data.samples import Samples
 from mtl_export.errors import BackendMissingError, UsageError
 from mtl_export_calibration import modelopt
 from mtl_export_calibration.collect import TensorStatistics, collect
 from mtl_export_calibration.formats import NumberFormat
 from mtl_export_calibration.layers import QuantLayer
 from mtl_export_calibration.ranges import WEIGHTED
-from mtl_export_calibration.samples import Samples
 
 ENGINES = ONNXRUNTIME, MODELOPT = ("onnxruntime", "modelopt")
 # Engine -> packages beside our own whose versions decide numbers.

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from mtl_export.checkpoint.checkpoint import Task
-from mtl_export.checkpoint.json_file import Shape
+from mtl_export.checkpoint.files.json_file import Shape
 from mtl_export.checkpoint.tensors import Array
+from mtl_export.data.rows import TASK_IDS
+from mtl_export.data.samples import MASK, NO_LABEL, Samples
 from mtl_export.errors import CalibrationError
+from mtl_export.parity.accuracy.scores import Answers, accuracy
 from mtl_export.parity.metrics import decisions, sqnr_db
-from mtl_export.parity.scores import Answers, accuracy
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export_calibration.data import TASK_IDS
-from mtl_export_calibration.samples import MASK, NO_LABEL, Samples
 
 BATCH = 32
 LATENCY_BATCH, LATENCY_LENGTH, LATENCY_ROUNDS = 8, 128, 15

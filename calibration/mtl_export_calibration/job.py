@@ -22,12 +22,12 @@ from typing import Any
 import onnx_ir as ir
 
 from mtl_export.bundle.manifest import own_files
+from mtl_export.checkpoint.files.json_file import Shape, read_json
 from mtl_export.checkpoint.hashing import sha256_of_file
-from mtl_export.checkpoint.json_file import Shape, read_json
 from mtl_export.errors import CalibrationError, GraphError, shortened
 from mtl_export.graph.opened import open_graph
 from mtl_export.graph.passes.split_gemm import SplitGemmPass
-from mtl_export.parity.scores import Answers
+from mtl_export.parity.accuracy.scores import Answers
 from mtl_export.runtime.golden import GOLDEN_FILE
 from mtl_export_calibration.cache import read_cache, versions, write_cache
 from mtl_export_calibration.deltas import APART, MERGED, DeltaSource, swallowed_layers

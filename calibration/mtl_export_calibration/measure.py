@@ -18,6 +18,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.checkpoint.tensors import Array
+from mtl_export.data.samples import Samples
 from mtl_export.errors import CalibrationError, shortened
 from mtl_export.graph.opened import open_graph
 from mtl_export.graph.passes.split_gemm import SplitGemmPass
@@ -35,7 +36,6 @@ from mtl_export_calibration.formats import NumberFormat
 from mtl_export_calibration.layers import QuantLayer, find_layers
 from mtl_export_calibration.ranges import CUT_FACTOR, PER_TASK, Cut, Ranges, combine, worst_cut
 from mtl_export_calibration.report import MEASURED, Measured
-from mtl_export_calibration.samples import Samples
 from mtl_export_calibration.sqnr import layer_sqnr_db
 from mtl_export_calibration.weights import refusal, weight_grid
 

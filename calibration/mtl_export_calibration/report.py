@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
-from mtl_export.checkpoint.json_file import Shape
+from mtl_export.checkpoint.files.json_file import Shape
 from mtl_export.checkpoint.tensors import Array
 from mtl_export_calibration.evaluate import TaskScore
 from mtl_export_calibration.ranges import CUT_FACTOR, Cut

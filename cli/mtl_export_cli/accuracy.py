@@ -15,10 +15,10 @@ from mtl_export_cli.options import MAX_DROP, Decorator, is_typed, option
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
-    from mtl_export.parity.labelled import LabelledRows
+    from mtl_export.parity.accuracy.labelled_rows import LabelledRows
     from mtl_export.parity.report import ParityReport
     from mtl_export.parity.run import Artefact
-    from mtl_export.runtime.runner import Runner
+    from mtl_export.runtime.runners.base import Runner
 
 EXIT_PARITY, EXIT_ACCURACY = 3, 4
 DEFAULT_MAX_DROP = 1.0
@@ -100,8 +100,8 @@ def open_gate(bound: BoundModel, gate: Gate) -> LabelledRows:
     """
     from mtl_export.checkpoint.checkpoint import task_named
     from mtl_export.checkpoint.model_inputs import longest_sequence
-    from mtl_export_calibration.labelled import open_labelled
-    from mtl_export_calibration.model_arrays import model_arrays
+    from mtl_export.data.model_arrays import model_arrays
+    from mtl_export.parity.accuracy.labelled_files import open_labelled
 
     tasks = bound.adapters.tasks
     for name in gate.scores:
@@ -131,7 +131,7 @@ def with_accuracy(
     talk: render.Talk,
 ) -> ParityReport:
     """Return ``report`` with the scores of every artefact, and the hash of the rows."""
-    from mtl_export.parity.labelled import accuracy_cells
+    from mtl_export.parity.accuracy.labelled_rows import accuracy_cells
 
     with talk.steps(1 + len(artefacts)) as steps:
         cells = accuracy_cells(

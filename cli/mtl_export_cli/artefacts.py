@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtl_export.checkpoint.json_file import read_json
+from mtl_export.checkpoint.files.json_file import read_json
 from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
 from mtl_export.checkpoint.sentence_embedding import METADATA_KEY, SentenceEmbedding
 from mtl_export.runtime.model_files import ENCODER, ENGINE_SUFFIX, PREFILL, WHOLE, runner_of
@@ -187,9 +187,9 @@ def _merged(
     folder: Path, task: Task, found: list[Artefact], missing: list[Cell], graph: str
 ) -> None:
     from mtl_export.parity.run import Artefact
-    from mtl_export.runtime.pytorch import MergedRunner
-    from mtl_export.runtime.torch_language import MergedLanguageRunner
-    from mtl_export.runtime.torch_seq2seq import MergedSeq2SeqRunner
+    from mtl_export.runtime.runners.pytorch import MergedRunner
+    from mtl_export.runtime.runners.torch_language import MergedLanguageRunner
+    from mtl_export.runtime.runners.torch_seq2seq import MergedSeq2SeqRunner
 
     runners: dict[str, type[MergedRunner]] = {
         PREFILL: MergedLanguageRunner,
@@ -226,8 +226,8 @@ def _onnx(
 ) -> None:
     from mtl_export.graph.origins import EditedGraph
     from mtl_export.parity.run import Artefact
-    from mtl_export.runtime.one_task import one_task
     from mtl_export.runtime.ort import onnx_metadata
+    from mtl_export.runtime.runners.one_task import one_task
 
     name = name or (SINGLE_ONNX if task is None else MERGED_ONNX)
     record = _record(path.parent)
@@ -263,8 +263,8 @@ def _onnx(
 def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[Cell]) -> None:
     from mtl_export.parity.report import Cell
     from mtl_export.parity.run import Artefact
-    from mtl_export.runtime.one_task import one_task
-    from mtl_export.runtime.tensorrt import TensorRTBackend
+    from mtl_export.runtime.runners.one_task import one_task
+    from mtl_export.tensorrt import TensorRTBackend
 
     name = ENGINE if task is None else MERGED_ENGINE
     record = _record(path.parent)
@@ -298,7 +298,7 @@ def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[
 def _engine_sources(path: Path, of_folder: Mapping[str, str]) -> Mapping[str, str]:
     """Return what the graph of an engine was made from, else what its folder was."""
     from mtl_export.errors import IntegrityError
-    from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
+    from mtl_export.tensorrt.manifest import EngineManifest, manifest_path
 
     try:
         return {**of_folder, **EngineManifest.read(manifest_path(path)).provenance}
@@ -309,8 +309,8 @@ def _engine_sources(path: Path, of_folder: Mapping[str, str]) -> Mapping[str, st
 def _engine_problem(path: Path, task: Task | None, dtype: str) -> str:
     """Return how an engine's manifest contradicts its place or dtype; "" if it does not."""
     from mtl_export.errors import IntegrityError
-    from mtl_export.parity.stored_dtype import WORDS
-    from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
+    from mtl_export.parity.checks.stored_dtype import WORDS
+    from mtl_export.tensorrt.manifest import EngineManifest, manifest_path
 
     try:
         manifest = EngineManifest.read(manifest_path(path))

@@ -15,8 +15,8 @@ from mtl_export_cli.options import Settings
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
+    from mtl_export.bench.measure import Shape, Subject
     from mtl_export.checkpoint.checkpoint import Task
-    from mtl_export.runtime.measure import Shape, Subject
 
 MERGED, SINGLE, ADAPTER_INPUT = "merged onnx", "single graph onnx", "adapter-input onnx"
 MERGED_ENGINE, SINGLE_ENGINE = "merged engine", "single graph engine"
@@ -91,7 +91,7 @@ def lineup(
         if path is None or reason:
             not_run.append((name, reason))
             continue
-        from mtl_export.runtime.subjects import Engine
+        from mtl_export.bench.candidates import Engine
 
         subjects.append(Engine(name, path))
         files[name] = path.stat().st_size
@@ -123,7 +123,7 @@ def _graphs(onnx: Path, tasks: Sequence[Task]) -> list[tuple[str, str, Path | No
 
 
 def _onnx_subject(name: str, folder: Path, threads: int, new_tokens: int, task: str) -> Subject:
-    from mtl_export.runtime.subjects import OnnxLanguageModel, OnnxModel, OnnxSeq2Seq
+    from mtl_export.bench.candidates import OnnxLanguageModel, OnnxModel, OnnxSeq2Seq
 
     if _graph(folder) == "prefill.onnx":
         return OnnxLanguageModel(name, folder, threads, new_tokens, task)
@@ -135,7 +135,7 @@ def _onnx_subject(name: str, folder: Path, threads: int, new_tokens: int, task: 
 
 def _why_no_engine(path: Path | None) -> str:
     """Return why the engine at ``path`` cannot run here, "" if it can."""
-    from mtl_export.runtime.tensorrt import TensorRTBackend
+    from mtl_export.tensorrt import TensorRTBackend
 
     if path is None:
         return "not built; mtl-export trt --all-tasks makes it"
@@ -166,7 +166,7 @@ def _refuse_nothing(
 
 
 def _eager(settings: Settings, threads: int, new_tokens: int) -> Subject:
-    from mtl_export.runtime.subjects import EagerModel
+    from mtl_export.bench.candidates import EagerModel
 
     if settings.checkpoint is None or settings.base is None:
         raise RuntimeError("the checkpoint was opened from these settings")

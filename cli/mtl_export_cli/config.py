@@ -39,8 +39,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtl_export.checkpoint.json_file import shown
-from mtl_export.checkpoint.toml_file import read_toml
+from mtl_export.checkpoint.files.json_file import shown
+from mtl_export.checkpoint.files.toml_file import read_toml
 from mtl_export.errors import UsageError
 
 CONFIG_FILE = "mtl-export.toml"

@@ -91,7 +91,7 @@ def refuse_not_run(report: ParityReport, lacking: Sequence[str]) -> BackendMissi
         report: What was compared.
         lacking: Tasks without an export, from ``lacking_exports``.
     """
-    from mtl_export.parity.quantised import PLAIN
+    from mtl_export.parity.checks.quantised import PLAIN
     from mtl_export_cli.artefacts import is_absent
 
     found = [

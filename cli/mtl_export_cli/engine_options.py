@@ -25,8 +25,8 @@ from mtl_export.errors import UsageError
 from mtl_export_cli.options import Decorator, option
 
 if TYPE_CHECKING:
-    from mtl_export.runtime.tensorrt.options import BuildOptions
-    from mtl_export.runtime.tensorrt.shapes import Profile
+    from mtl_export.tensorrt.options import BuildOptions
+    from mtl_export.tensorrt.shapes import Profile
 
 HARDWARE_LEVELS = ("ampere-plus", "same-compute-capability")
 SHAPES = ("min_shapes", "opt_shapes", "max_shapes")
@@ -97,13 +97,13 @@ class EngineChoices:
         Raises:
             UsageError: It would ignore, round or fail at one of the choices.
         """
-        from mtl_export.runtime.tensorrt.api import load_library
-        from mtl_export.runtime.tensorrt.options import check_choices
+        from mtl_export.tensorrt.api import load_library
+        from mtl_export.tensorrt.options import check_choices
 
         check_choices(load_library(library_name), self._options(()))
 
     def _options(self, profiles: tuple[Profile, ...]) -> BuildOptions:
-        from mtl_export.runtime.tensorrt.options import BuildOptions
+        from mtl_export.tensorrt.options import BuildOptions
 
         return BuildOptions(
             profiles=profiles,

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from mtl_export.bundle.manifest import Manifest, OptionValue, Recipe
     from mtl_export.bundle.output import OutputPlan
     from mtl_export.checkpoint.checkpoint import Task
-    from mtl_export.runtime.tensorrt.available import BuilderInfo
-    from mtl_export.runtime.tensorrt.job import EngineOrder, EnginePart
-    from mtl_export.runtime.tensorrt.manifest import Check, EngineManifest
+    from mtl_export.tensorrt.available import BuilderInfo
+    from mtl_export.tensorrt.job import EngineOrder, EnginePart
+    from mtl_export.tensorrt.manifest import Check, EngineManifest
     from mtl_export_cli.engine_options import EngineChoices
 
 BOTH = "both"
@@ -160,7 +160,7 @@ class Workshop:
             EngineBuildError: The graph cannot be read.
         """
         from mtl_export.bundle.manifest import read_manifest
-        from mtl_export.runtime.tensorrt.job import EngineOrder, EnginePart
+        from mtl_export.tensorrt.job import EngineOrder, EnginePart
 
         folder = graph.folder(self.onnx_folder)
         manifest = read_manifest(folder)
@@ -191,7 +191,7 @@ class Workshop:
         """
         from mtl_export.bundle.manifest import FileEntry
         from mtl_export.bundle.output import output_folder
-        from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
+        from mtl_export.tensorrt.manifest import EngineManifest, manifest_path
 
         with output_folder(
             order.target,
@@ -208,7 +208,7 @@ class Workshop:
 
     def built(self, order: EngineOrder, tasks: Sequence[str], seconds: float) -> Built:
         """Return the record of an order whose folder was put in place."""
-        from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
+        from mtl_export.tensorrt.manifest import EngineManifest, manifest_path
 
         manifests = [
             EngineManifest.read(manifest_path(order.target / part.file)) for part in order.parts
@@ -227,7 +227,7 @@ class Workshop:
     def _recipe(
         self, graph: graphs.Graph, parts: Sequence[EnginePart], manifest: Manifest
     ) -> Recipe:
-        from mtl_export.runtime.tensorrt.source import read_source
+        from mtl_export.tensorrt.source import read_source
 
         metadata: dict[str, str] = {}
         hashes: dict[str, str] = {}

@@ -11,10 +11,10 @@ from mtl_export_cli import render
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.parity.cases import Case
-    from mtl_export.parity.layer_errors import LayerError, Localisation
+    from mtl_export.parity.diagnosis.layer_errors import LayerError, Localisation
     from mtl_export.parity.report import ParityReport
     from mtl_export.parity.run import Artefact
-    from mtl_export.runtime.runner import Runner
+    from mtl_export.runtime.runners.base import Runner
 
 # Rows of the table of one artefact; the JSON report has all.
 MOST_ROWS = 12
@@ -32,8 +32,8 @@ def with_layers(
     bisect: bool = False,
 ) -> ParityReport:
     """Return ``result`` with where the error of each artefact that failed begins."""
-    from mtl_export.parity.localise import failed_cells, localise
-    from mtl_export.parity.precision_bisect import HALF_DTYPES
+    from mtl_export.parity.diagnosis.localise import failed_cells, localise
+    from mtl_export.parity.diagnosis.precision_bisect import HALF_DTYPES
 
     failed = [artefact for artefact in artefacts if failed_cells(result, artefact)]
     if not failed:

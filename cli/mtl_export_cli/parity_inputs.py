@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
     from mtl_export.parity.cases import Case
     from mtl_export.parity.model_rows import ModelRows
-    from mtl_export.runtime.runner import Runner
+    from mtl_export.runtime.runners.base import Runner
 
 # The largest array of a language model's logits that is compared.
 LARGEST_LOGITS_BYTES = 1 << 28
@@ -23,21 +23,21 @@ LARGEST_LOGITS_BYTES = 1 << 28
 def oracle_of(bound: BoundModel) -> Callable[[str], Runner]:
     """Return what makes the oracle in a dtype."""
     if is_causal_lm(bound.adapters.model_class):
-        from mtl_export.runtime.torch_language import OracleLanguageRunner
+        from mtl_export.runtime.runners.torch_language import OracleLanguageRunner
 
         return lambda dtype: OracleLanguageRunner(bound, dtype)
     if is_seq2seq(bound.adapters.model_class, bound.base.config):
-        from mtl_export.runtime.torch_seq2seq import OracleSeq2SeqRunner
+        from mtl_export.runtime.runners.torch_seq2seq import OracleSeq2SeqRunner
 
         return lambda dtype: OracleSeq2SeqRunner(bound, dtype)
-    from mtl_export.runtime.pytorch import OracleRunner
+    from mtl_export.runtime.runners.pytorch import OracleRunner
 
     return lambda dtype: OracleRunner(bound, dtype)
 
 
 def base_of(bound: BoundModel) -> Callable[[str], Runner] | str:
     """Return what makes the oracle of the model without adapters, or why there is none."""
-    from mtl_export.parity.asked import without_adapters
+    from mtl_export.parity.probes import without_adapters
 
     found = without_adapters(bound)
     return found if isinstance(found, str) else oracle_of(found)
@@ -53,9 +53,9 @@ def cases_of(bound: BoundModel, inputs: Path | None) -> list[Case]:
     """
     from mtl_export.checkpoint.model_inputs import longest_sequence
     from mtl_export.parity.cases import LONG_SEQUENCE, build_cases, more_cases, seeded_rows
-    from mtl_export.parity.generation import STEPS, step_cases
+    from mtl_export.parity.checks.generation import STEPS, step_cases
+    from mtl_export.parity.checks.seq2seq import decoder_cases
     from mtl_export.parity.model_rows import model_rows
-    from mtl_export.parity.seq2seq import decoder_cases
 
     config, model_class = bound.base.config, bound.adapters.model_class
     kind = model_rows(model_class, config)
@@ -105,8 +105,8 @@ def _arrays(bound: BoundModel, inputs: Path, kind: ModelRows) -> dict[str, Array
     """
     import numpy as np
 
-    from mtl_export_calibration.model_arrays import model_arrays
-    from mtl_export_calibration.samples import LABELS, QUERIES, load_data, owners_of
+    from mtl_export.data.model_arrays import model_arrays
+    from mtl_export.data.samples import LABELS, QUERIES, load_data, owners_of
 
     data = load_data(str(inputs))
     assert isinstance(data, dict)
@@ -150,8 +150,8 @@ def _no_text(bound: BoundModel, inputs: Path, kind: ModelRows) -> UsageError:
 
 
 def _tokenised(bound: BoundModel, inputs: Path, longest: int) -> dict[str, Array]:
-    from mtl_export_calibration.data import load_rows, tokenize
-    from mtl_export_calibration.model_arrays import model_arrays
+    from mtl_export.data.model_arrays import model_arrays
+    from mtl_export.data.rows import load_rows, tokenize
 
     tasks, folder = bound.adapters.tasks, bound.base.folder
     rows = tokenize(load_rows(inputs), folder, tasks, max_length=longest)

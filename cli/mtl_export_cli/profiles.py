@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mtl_export.runtime.tensorrt.shapes import Profile, Shape
-    from mtl_export.runtime.tensorrt.source import TensorInfo
+    from mtl_export.tensorrt.shapes import Profile, Shape
+    from mtl_export.tensorrt.source import TensorInfo
 
 SMALLEST, BEST, LARGEST = 0, 1, 2
 
@@ -40,13 +40,13 @@ def profile_from_options(
     Raises:
         UsageError: A shape is malformed or does not fit the model.
     """
-    from mtl_export.runtime.tensorrt.shapes import (
+    from mtl_export.tensorrt.shapes import (
         Profile,
         check_profiles,
         default_profile,
         parse_shapes,
     )
-    from mtl_export.runtime.tensorrt.source import read_source
+    from mtl_export.tensorrt.source import read_source
 
     given = [parse_shapes(text) if text else {} for text in (smallest, best, largest)]
     default = default_profile(onnx_path, given={name for shapes in given for name in shapes})
@@ -99,7 +99,7 @@ def _fits(tensor: TensorInfo, shape: Shape) -> bool:
 
 def _sizes_by_dimension(tensors: Sequence[TensorInfo], shapes: dict[str, Shape]) -> dict[str, int]:
     """Return the sizes given, and those of the dimensions that follow from them."""
-    from mtl_export.runtime.tensorrt.shapes import base_and_offset
+    from mtl_export.tensorrt.shapes import base_and_offset
 
     named = {
         dimension: size

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtl_export.checkpoint.json_file import Shape, parse_json, read_json
+from mtl_export.checkpoint.files.json_file import Shape, parse_json, read_json
 from mtl_export.errors import MtlExportError
 from mtl_export_cli import render
 
 if TYPE_CHECKING:
-    from mtl_export.parity.quantised import Quantised
+    from mtl_export.parity.checks.quantised import Quantised
     from mtl_export.parity.report import ParityReport, RecordedTask
     from mtl_export.parity.run import Artefact
 
@@ -42,7 +42,7 @@ def read_quantised(
         artefact: Its name.
         times: Where calibrate keeps what it timed; None where nothing is kept.
     """
-    from mtl_export.parity.quantised import Quantised
+    from mtl_export.parity.checks.quantised import Quantised
 
     if float_path is None and path.is_file():
         roots = [parent for parent in path.parents if parent.name == f"onnx-{number}"]

@@ -21,9 +21,9 @@ from mtl_export_cli.written import Written
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.bundle.manifest import Recipe
+    from mtl_export.data.samples import Samples
     from mtl_export_calibration.measure import Options, Target, Work
     from mtl_export_calibration.report import GraphReport, Measured
-    from mtl_export_calibration.samples import Samples
 
 BOTH = "both"
 
@@ -190,8 +190,8 @@ class Request:
             CalibrationError: The data cannot be used, or a task has none.
         """
         from mtl_export.checkpoint.model_inputs import longest_sequence
-        from mtl_export_calibration.model_arrays import model_arrays
-        from mtl_export_calibration.samples import open_samples
+        from mtl_export.data.model_arrays import model_arrays
+        from mtl_export.data.samples import open_samples
 
         tasks, folder = bound.adapters.tasks, bound.base.folder
         longest = longest_sequence(bound.base.config, unlimited=512)
@@ -362,7 +362,7 @@ def _refuse_form(target: Target) -> None:
     Raises:
         UsageError: It has none, or takes one task for the whole batch.
     """
-    from mtl_export.checkpoint.onnx_file import read_onnx
+    from mtl_export.checkpoint.files.onnx_file import read_onnx
 
     model = read_onnx(target.path)
     outputs = [value.name for value in model.graph.output]

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from mtl_export_cli.options import Settings
 
@@ -62,7 +62,8 @@ def print_table(
     console = _console(sys.stdout)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
-        table.add_column(_plain(column), justify="right" if column in right else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if column in right else "left"
+        table.add_column(_plain(column), justify=side, overflow="fold")
     for row in rows:
         table.add_row(*(Text(_plain(cell)) for cell in row))
     if title:

@@ -31,7 +31,7 @@ from mtl_export.adapters.binding import bind
 from mtl_export.adapters.family import read_adapters
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.reader import open_checkpoint
-from mtl_export.runtime.pytorch import oracle_model
+from mtl_export.runtime.runners.pytorch import oracle_model
 
 HERE = Path(__file__).parent
 MAX_TOKENS = 96

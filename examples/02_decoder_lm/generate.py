@@ -43,7 +43,7 @@ def oracle_answers(session: TaskSession, asked: Asked) -> list[list[int]]:
     from mtl_export.adapters.family import read_adapters
     from mtl_export.checkpoint.base_model import open_base
     from mtl_export.checkpoint.reader import open_checkpoint
-    from mtl_export.runtime.pytorch import oracle_model
+    from mtl_export.runtime.runners.pytorch import oracle_model
 
     checkpoint, base = open_checkpoint(HERE / "adapter"), open_base(str(HERE / "base"))
     bound = bind(checkpoint, read_adapters(checkpoint, base), base)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from mtl_export_calibration.data import Row
-from mtl_export_calibration.samples import load_data
+from mtl_export.data.rows import Row
+from mtl_export.data.samples import load_data
 
 TRAINED_ON = Path(__file__).parent.parent / "01_ads_relevance" / "calibration.py"
 TASK = "ads_rel"

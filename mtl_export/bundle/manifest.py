@@ -31,9 +31,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mtl_export.checkpoint.contained import contained
+from mtl_export.checkpoint.files.contained import contained
+from mtl_export.checkpoint.files.json_file import Shape, read_json
 from mtl_export.checkpoint.hashing import sha256_of_file
-from mtl_export.checkpoint.json_file import Shape, read_json
 from mtl_export.errors import IntegrityError
 
 MANIFEST_FILE = "mtl-export.json"

@@ -33,9 +33,9 @@ from mtl_export.bundle.shared import (
 )
 from mtl_export.bundle.staging import resumable_folder
 from mtl_export.checkpoint.checkpoint import Task
-from mtl_export.checkpoint.json_file import Shape, json_or_none, read_json
+from mtl_export.checkpoint.files.json_file import Shape, json_or_none, read_json
 from mtl_export.merge.drift import Squares, TaskDrift
-from mtl_export.merge.lanes import Progress
+from mtl_export.merge.hashed_files import Progress
 from mtl_export.merge.layout import Layout
 from mtl_export.merge.verify import verify_task
 from mtl_export.merge.writer import (

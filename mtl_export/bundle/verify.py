@@ -264,7 +264,7 @@ def _named_sources(path: Path) -> dict[str, str]:
             return {name: found.get(f"mtl_export.{name}", "") for name in _SOURCES}
         if path.suffix == ENGINE_SUFFIX:
             # Not above: graphs are checked where nothing that engines need is installed.
-            from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
+            from mtl_export.tensorrt.manifest import EngineManifest, manifest_path
 
             provenance = EngineManifest.read(manifest_path(path)).provenance
             return {name: str(provenance.get(name, "")) for name in _SOURCES}

@@ -17,17 +17,17 @@ from types import MappingProxyType
 from typing import Any
 
 from mtl_export.checkpoint.config_limits import check_config
-from mtl_export.checkpoint.contained import contained
+from mtl_export.checkpoint.files.contained import contained
+from mtl_export.checkpoint.files.json_file import read_json
+from mtl_export.checkpoint.files.safetensors import open_safetensors
 from mtl_export.checkpoint.hashing import (
     cached_sha256,
     remember_sha256,
     sha256_of_digests,
     sha256_of_file,
 )
-from mtl_export.checkpoint.json_file import read_json
 from mtl_export.checkpoint.model_inputs import CONFIG
 from mtl_export.checkpoint.quantised import without_leftover
-from mtl_export.checkpoint.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import BaseModelError, UsageError
 
@@ -140,7 +140,7 @@ def _sha256(file: Path) -> str:
 def _tensors_of(file: Path) -> Mapping[str, Tensor]:
     if file.suffix != ".bin":
         return open_safetensors(file).tensors
-    from mtl_export.checkpoint.torch_pickle import load_state_dict
+    from mtl_export.checkpoint.files.torch_pickle import load_state_dict
 
     return load_state_dict(file)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from mtl_export.checkpoint.json_file import Shape, parse_json
+from mtl_export.checkpoint.files.json_file import Shape, parse_json
 from mtl_export.errors import CheckpointError, TaskNotFoundError, shortened
 
 if TYPE_CHECKING:  # a service that serves tasks needs Task and no tensor formats

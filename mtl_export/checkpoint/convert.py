@@ -18,8 +18,8 @@ from mtl_export.checkpoint.checkpoint import (
     LayerTensors,
     check_label_counts,
 )
-from mtl_export.checkpoint.folder import SUFFIXES, write_folder
-from mtl_export.checkpoint.folder_v2 import write_v2
+from mtl_export.checkpoint.formats.own_folder import SUFFIXES, write_folder
+from mtl_export.checkpoint.formats.own_folder_v2 import write_v2
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES
 
 NUMBERS = frozenset({"alpha", "temperature"})

@@ -18,9 +18,9 @@ import numpy as np
 
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import Checkpoint
+from mtl_export.checkpoint.files.torch_pickle import load_state_dict
 from mtl_export.checkpoint.hashing import sha256_of_digests, sha256_of_file
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES, NUMPY_DTYPES, Array, Tensor
-from mtl_export.checkpoint.torch_pickle import load_state_dict
 from mtl_export.errors import BaseModelError, CheckpointError, UsageError, shortened
 
 SUFFIX = ".bias"

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mtl_export.checkpoint.json_file import Shape, shown
+from mtl_export.checkpoint.files.json_file import Shape, shown
 from mtl_export.errors import BaseModelError
 
 PIXEL_VALUES = "pixel_values"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mtl_export.checkpoint import vl_bart_config
+from mtl_export.checkpoint.formats import vl_bart_config
 from mtl_export.errors import HyperparameterError
 
 if TYPE_CHECKING:

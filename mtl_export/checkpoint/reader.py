@@ -11,26 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from mtl_export.checkpoint import (
-    adapterhub,
-    mtlora_swin,
-    official,
-    official_vlbart,
-    peft,
-    peft_config,
-)
 from mtl_export.checkpoint.checkpoint import (
     Checkpoint,
     LayerTensors,
     check_label_counts,
     check_task_names,
 )
-from mtl_export.checkpoint.contained import check_links
-from mtl_export.checkpoint.folder import FORMAT, is_own_folder, read_folder
+from mtl_export.checkpoint.files.contained import check_links
+from mtl_export.checkpoint.files.json_file import read_json
+from mtl_export.checkpoint.files.torch_pickle import refuse_code
+from mtl_export.checkpoint.formats import adapterhub, mtlora_swin, peft, peft_config
+from mtl_export.checkpoint.formats import mtl_lora_repo as official
+from mtl_export.checkpoint.formats import vl_bart as official_vlbart
+from mtl_export.checkpoint.formats.own_folder import FORMAT, is_own_folder, read_folder
 from mtl_export.checkpoint.hidden_biases import with_biases
-from mtl_export.checkpoint.json_file import read_json
 from mtl_export.checkpoint.own_classes import switches_of
-from mtl_export.checkpoint.torch_pickle import refuse_code
 from mtl_export.errors import CheckpointError, UsageError, shortened
 
 

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from mtl_export.checkpoint.json_file import parse_json
+from mtl_export.checkpoint.files.json_file import parse_json
 
 Pooling = Literal["mean", "cls"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "cls")

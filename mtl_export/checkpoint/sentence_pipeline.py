@@ -20,8 +20,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mtl_export.checkpoint.contained import contained
-from mtl_export.checkpoint.json_file import OBJECT, Shape, read_json
+from mtl_export.checkpoint.files.contained import contained
+from mtl_export.checkpoint.files.json_file import OBJECT, Shape, read_json
 from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.errors import BaseModelError, UsageError, shortened
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from mtl_export.checkpoint.external_files import external_files
-from mtl_export.checkpoint.onnx_file import read_onnx
+from mtl_export.checkpoint.files.external_files import external_files
+from mtl_export.checkpoint.files.onnx_file import read_onnx
 from mtl_export.errors import GraphError, IntegrityError, LinkedDataError, shortened
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mtl_export.checkpoint.checkpoint import Task, tasks_of
-from mtl_export.checkpoint.json_file import parse_json
+from mtl_export.checkpoint.files.json_file import parse_json
 
 TASKS_KEY, CHECKPOINT_KEY = "mtl_export.tasks", "mtl_export.checkpoint_sha256"
 EDITS_KEY, ORIGINS_KEY = "mtl_export.edits", "mtl_export.origins"

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mtl_export.adapters.normal_form import AdapterSet
-from mtl_export.checkpoint.json_file import parse_json
+from mtl_export.checkpoint.files.json_file import parse_json
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph import names
 from mtl_export.graph.stacks_on_disk import as_stored

@@ -10,7 +10,7 @@ import numpy as np
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array, Tensor
-from mtl_export.merge.lanes import Lane, read_at
+from mtl_export.merge.hashed_files import Lane, read_at
 
 
 class BaseFiles:

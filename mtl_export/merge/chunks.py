@@ -15,7 +15,7 @@ import numpy as np
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array, Tensor
-from mtl_export.merge.lanes import PAGE, WriteLane
+from mtl_export.merge.hashed_files import PAGE, WriteLane
 from mtl_export.merge.layout import Piece
 
 CHUNK_BYTES = 1 << 20

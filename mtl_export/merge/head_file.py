@@ -17,10 +17,10 @@ import numpy as np
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Pooling, Readout, Task
-from mtl_export.checkpoint.safetensors import open_safetensors, write_safetensors
+from mtl_export.checkpoint.files.safetensors import open_safetensors, write_safetensors
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CheckpointError
-from mtl_export.merge.merge import rounded
+from mtl_export.merge.fold import rounded
 
 HEAD_FILE = "head.safetensors"
 

@@ -22,7 +22,7 @@ from mtl_export.checkpoint.base_model import SINGLE_FILE
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES, NUMPY_DTYPES, Array, Tensor
 from mtl_export.errors import UsageError
-from mtl_export.merge.lanes import DIRECT_BYTES, PAGE
+from mtl_export.merge.hashed_files import DIRECT_BYTES, PAGE
 
 # --dtype word -> (safetensors dtype, transformers config dtype)
 DTYPES = {

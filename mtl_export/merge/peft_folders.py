@@ -21,7 +21,7 @@ import numpy as np
 
 from mtl_export.adapters.normal_form import AdapterSet, Factors
 from mtl_export.checkpoint.checkpoint import Checkpoint, Task
-from mtl_export.checkpoint.safetensors import write_safetensors
+from mtl_export.checkpoint.files.safetensors import write_safetensors
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, shortened
 

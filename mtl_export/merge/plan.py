@@ -33,10 +33,10 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.normal_form import LayerAdapter
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.merge.chunks import CHUNK_BYTES, TOGETHER
+from mtl_export.merge.fold import BLOCK, Delta
 from mtl_export.merge.layout import Layout, output_dtype
-from mtl_export.merge.merge import BLOCK, Delta
+from mtl_export.merge.one_pass import WRITERS, core_count
 from mtl_export.merge.rounding import Scratch
-from mtl_export.merge.stream import WRITERS, core_count
 from mtl_export.merge.writer import MergeOptions, layout_of
 
 # Measured: what python with numpy holds, and what torch, transformers and a trace add.

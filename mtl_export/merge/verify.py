@@ -17,7 +17,7 @@ import numpy as np
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
-from mtl_export.checkpoint.safetensors import open_safetensors
+from mtl_export.checkpoint.files.safetensors import open_safetensors
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array, Tensor
 from mtl_export.errors import IntegrityError, shortened
 from mtl_export.merge.layout import Layout, OutputFile, Piece

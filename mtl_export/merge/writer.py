@@ -21,10 +21,10 @@ from mtl_export.checkpoint.base_model import INDEX_FILE, companion_files
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES
 from mtl_export.merge.drift import Squares, TaskDrift, sum_of
+from mtl_export.merge.hashed_files import Progress
 from mtl_export.merge.head_file import has_head_file, head_note, write_head
-from mtl_export.merge.lanes import Progress
 from mtl_export.merge.layout import DTYPES, Layout, MergeLayout, merge_layout, output_dtype
-from mtl_export.merge.stream import Pass
+from mtl_export.merge.one_pass import Pass
 
 REPORT_FILE = "merge-report.json"
 

@@ -23,8 +23,8 @@ from mtl_export.parity.cases import ATTENTION_MASK, MIXED, TASK_IDS, Case
 from mtl_export.parity.outputs import LOGITS
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.golden import Vector
-from mtl_export.runtime.language import NEW_TOKENS
-from mtl_export.runtime.runner import Runner
+from mtl_export.runtime.runners.base import Runner
+from mtl_export.runtime.runners.language import NEW_TOKENS
 
 ROWS_PER_TASK = 2
 MOST_MIXED = 16

@@ -22,7 +22,7 @@ from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import ParityError
 from mtl_export.parity.cases import ATTENTION_MASK, Case
-from mtl_export.runtime.language import NEW_TOKENS
+from mtl_export.runtime.runners.language import NEW_TOKENS
 
 LOGITS = "logits"
 # Of every row with every other one of the batch: rows of another batch have other columns.

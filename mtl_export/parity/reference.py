@@ -19,7 +19,7 @@ from mtl_export.parity.cases import Case
 from mtl_export.parity.outputs import Subject, answers, subjects
 from mtl_export.parity.summation import AnotherOrder
 from mtl_export.parity.tolerance import Tolerance, noise_floor
-from mtl_export.runtime.runner import Runner
+from mtl_export.runtime.runners.base import Runner
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from mtl_export.parity.layer_errors import Finding, Localisation
+from mtl_export.parity.diagnosis.layer_errors import Finding, Localisation
 
 Verdict = Literal["passed", "failed", "not-run"]
 SCHEMA = "mtl-export.parity/1"

@@ -23,24 +23,24 @@ from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError
 from mtl_export.graph.origins import EditedGraph
-from mtl_export.parity.asked import Asked, asked, padding_of
-from mtl_export.parity.beside import beside_cells
 from mtl_export.parity.cases import ONE_ROW, Case
-from mtl_export.parity.compare import compare_case
-from mtl_export.parity.contract import bad_ids_cell, isolation_cell, row_cells
-from mtl_export.parity.edited import unjudged_cells, views_of
-from mtl_export.parity.generation import Speech, bad_step_ids, oracle_speech, token_cells
-from mtl_export.parity.inputs_contract import padding_only_cells, wrong_kind_cell
+from mtl_export.parity.checks.edited_graph import unjudged_cells, views_of
+from mtl_export.parity.checks.generation import Speech, bad_step_ids, oracle_speech, token_cells
+from mtl_export.parity.checks.inputs import padding_only_cells, wrong_kind_cell
+from mtl_export.parity.checks.logits import compare_case
+from mtl_export.parity.checks.metadata import beside_cells
+from mtl_export.parity.checks.provenance import wrong_files
+from mtl_export.parity.checks.quantised import Quantised, plain_cells, quantised_cells
+from mtl_export.parity.checks.rows import bad_ids_cell, isolation_cell, row_cells
+from mtl_export.parity.checks.stored_tensors import stored_cell, table_cell
+from mtl_export.parity.checks.task_tensors import weight_cells
 from mtl_export.parity.outputs import LOGITS, Subject
 from mtl_export.parity.presets import LAYERS, NOTHING, PADDING_ONLY, ZEROED
-from mtl_export.parity.quantised import Quantised, plain_cells, quantised_cells
+from mtl_export.parity.probes import Asked, asked, padding_of
 from mtl_export.parity.reference import Floors, Reference, noise_floors, references_of
 from mtl_export.parity.report import Cell, ParityReport
-from mtl_export.parity.stored import stored_cell, table_cell
-from mtl_export.parity.task_weights import weight_cells
 from mtl_export.parity.tolerance import Tolerance
-from mtl_export.parity.wrong_files import wrong_files
-from mtl_export.runtime.runner import Runner
+from mtl_export.runtime.runners.base import Runner
 from mtl_export.version import VERSION
 
 # Graphs that see every adapted layer and answer by themselves.

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mtl_export.checkpoint.json_file import Shape, parse_json
-from mtl_export.checkpoint.npz_file import read_npz
+from mtl_export.checkpoint.files.json_file import Shape, parse_json
+from mtl_export.checkpoint.files.npz_file import read_npz
 from mtl_export.errors import IntegrityError
 
 if TYPE_CHECKING:

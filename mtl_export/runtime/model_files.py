@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mtl_export.errors import UsageError, shortened
 
 if TYPE_CHECKING:
-    from mtl_export.runtime.runner import Runner
+    from mtl_export.runtime.runners.base import Runner
 
 WHOLE, PREFILL, ENCODER = "model.onnx", "prefill.onnx", "encoder.onnx"
 ENGINE_SUFFIX = ".engine"
@@ -36,15 +36,15 @@ def runner_of(path: Path, *, threads: int = 0) -> Runner:
         threads: Threads inside one operator; 0 lets the runtime decide.
     """
     if path.suffix == ENGINE_SUFFIX:
-        from mtl_export.runtime.tensorrt.runner import TensorRTBackend
+        from mtl_export.tensorrt.runner import TensorRTBackend
 
         return TensorRTBackend(path)
     if path.name == PREFILL:
-        from mtl_export.runtime.language import OrtLanguageRunner
+        from mtl_export.runtime.runners.language import OrtLanguageRunner
 
         return OrtLanguageRunner(path, decode="decode.onnx", threads=threads)
     if path.name == ENCODER:
-        from mtl_export.runtime.seq2seq import OrtSeq2SeqRunner
+        from mtl_export.runtime.runners.seq2seq import OrtSeq2SeqRunner
 
         return OrtSeq2SeqRunner(path.parent, threads=threads)
     if any(path.parent.glob("*.onnx_adapter")):

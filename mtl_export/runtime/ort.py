@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtl_export.checkpoint.checkpoint import Task, tasks_of
-from mtl_export.checkpoint.onnx_file import read_onnx
+from mtl_export.checkpoint.files.onnx_file import read_onnx
 from mtl_export.errors import BackendMissingError, EngineRunError, UsageError, shortened
 from mtl_export.runtime.arguments import whole_number
-from mtl_export.runtime.task_batches import TASK_IDS, by_task
+from mtl_export.runtime.runners.task_batches import TASK_IDS, by_task
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array

@@ -14,7 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mtl_export.checkpoint.json_file import Shape, read_json
+from mtl_export.checkpoint.files.json_file import Shape, read_json
+from mtl_export.checkpoint.files.tokenizer_file import (
+    EXPORT_AGAIN,
+    TOKENIZER,
+    TOKENIZER_FILE,
+    tokenizer_document,
+)
 from mtl_export.checkpoint.model_inputs import (
     CONFIG,
     has_position_table,
@@ -23,17 +29,10 @@ from mtl_export.checkpoint.model_inputs import (
 )
 from mtl_export.errors import BackendMissingError, EngineRunError, UsageError, shortened
 from mtl_export.runtime.arguments import listed, whole_number
-from mtl_export.runtime.tokenizer_limits import growth_problem
 
-TOKENIZER_FILE = "tokenizer.json"
 # transformers writes 1e30 for "no limit".
 _NO_LIMIT = 10**9
-# The library keeps a table as long as the largest id: 8.5 GB for 2**31. The largest vocabulary
-# known has a million tokens.
-MOST_ID = 2**24
-_FIX = "Export again with --force"
 _SETTINGS: Shape = {"model_max_length?": float, "pad_token?": (str, {"content?": str})}
-_TOKENIZER: Shape = {"added_tokens?": [{"id": int, "content": str}], "model": {}}
 
 
 @dataclass(frozen=True)
@@ -183,44 +182,15 @@ class TextFiles:
         content = token.get("content") if isinstance(token, dict) else token
         if not content:
             return None
-        added = self._read(TOKENIZER_FILE, _TOKENIZER).get("added_tokens") or []
+        added = self._read(TOKENIZER_FILE, TOKENIZER).get("added_tokens") or []
         return next((entry["id"] for entry in added if entry["content"] == content), None)
 
     def _read(self, name: str, shape: Shape) -> dict[str, Any]:
         path = self.folder / name
         if not path.is_file():
             return {}
-        found: dict[str, Any] = read_json(path, shape, error=EngineRunError, fix=_FIX)
+        found: dict[str, Any] = read_json(path, shape, error=EngineRunError, fix=EXPORT_AGAIN)
         return found
-
-
-def tokenizer_document(path: Path) -> dict[str, Any]:
-    """Return the content of a ``tokenizer.json``, its ids and what it adds within limits.
-
-    Raises:
-        EngineRunError: It is no JSON object, has an id beyond any vocabulary, or multiplies
-            texts or tokens.
-    """
-    document: dict[str, Any] = read_json(path, _TOKENIZER, error=EngineRunError, fix=_FIX)
-    largest = max(_whole_numbers(document), default=0)
-    if largest > MOST_ID:
-        raise EngineRunError(
-            where=str(path),
-            found=f"the id {largest:,}",
-            expected=f"ids up to {MOST_ID:,}",
-            why="the memory it takes grows with the largest",
-            fix=_FIX,
-        )
-    problem = growth_problem(document)
-    if problem:
-        raise EngineRunError(
-            where=str(path),
-            found=problem,
-            expected="a tokenizer whose texts and tokens are about as long as what it is given",
-            why="a short text must not fill the memory",
-            fix=_FIX,
-        )
-    return document
 
 
 @contextmanager
@@ -240,20 +210,8 @@ def _in_library(path: Path) -> Iterator[None]:
             where=str(path),
             found=f"the library tokenizers cannot use it ({reason[0]})",
             expected="the file that was exported, and texts that it can hold",
-            fix=_FIX,
+            fix=EXPORT_AGAIN,
         ) from error
-
-
-def _whole_numbers(document: dict[str, Any]) -> Iterator[int]:
-    """Yield every whole number in a JSON object."""
-    pending: list[Any] = [document]
-    while pending:
-        node = pending.pop()
-        for child in node.values() if isinstance(node, dict) else node:
-            if isinstance(child, dict | list):
-                pending.append(child)
-            elif type(child) is int:
-                yield child
 
 
 def _id_rows(tokens: Any) -> list[list[int]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mtl_export.checkpoint.json_file import Shape, read_json
+from mtl_export.checkpoint.files.json_file import Shape, read_json
 from mtl_export.errors import EngineRunError, UsageError
 
 if TYPE_CHECKING:

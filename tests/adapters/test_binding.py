@@ -11,7 +11,7 @@ from mtl_export.adapters.binding import BoundModel, bind
 from mtl_export.adapters.family import read_adapters
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import BaseReference, Checkpoint
-from mtl_export.checkpoint.folder import read_folder
+from mtl_export.checkpoint.formats.own_folder import read_folder
 from mtl_export.errors import BaseModelError, IntegrityError
 from tests.adapters import toys
 

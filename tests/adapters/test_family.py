@@ -9,7 +9,7 @@ import pytest
 
 from mtl_export.adapters.family import FAMILIES, family_named, read_adapters
 from mtl_export.checkpoint.checkpoint import BaseReference, Checkpoint
-from mtl_export.checkpoint.folder import read_folder
+from mtl_export.checkpoint.formats.own_folder import read_folder
 from mtl_export.errors import AdapterError, CheckpointError
 from tests.adapters import toys
 

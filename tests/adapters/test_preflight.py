@@ -11,7 +11,7 @@ from mtl_export.adapters.family import read_adapters
 from mtl_export.adapters.preflight import read_all
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.checkpoint import BaseReference, Checkpoint, LayerTensors
-from mtl_export.checkpoint.folder import read_folder
+from mtl_export.checkpoint.formats.own_folder import read_folder
 from mtl_export.errors import BaseModelError, CheckpointError, HyperparameterError
 from tests.adapters import toys
 from tests.checkpoint.own_toys import with_members

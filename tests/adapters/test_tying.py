@@ -26,7 +26,7 @@ from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BaseModelError, UnusableBaseError
 from mtl_export.merge.writer import write_merged
-from mtl_export.runtime.pytorch import OracleRunner
+from mtl_export.runtime.runners.pytorch import OracleRunner
 from tests.checkpoint import peft_toys as toys
 
 WIDTH, VOCABULARY = 8, 23

@@ -87,7 +87,7 @@ def graph_block(path: Path, rows: Mapping[str, Array], threads: int) -> Block:
 
 def eager_block(bound: BoundModel, rows: Mapping[str, Array], threads: int) -> Block:
     """Return a block of runs of PyTorch, unmerged."""
-    from mtl_export.runtime.pytorch import OracleRunner, use_threads
+    from mtl_export.runtime.runners.pytorch import OracleRunner, use_threads
 
     use_threads(threads)
 
@@ -100,7 +100,7 @@ def eager_block(bound: BoundModel, rows: Mapping[str, Array], threads: int) -> B
 
 def merged_block(folder: Path, rows: Mapping[str, Array], threads: int) -> Block:
     """Return a block of runs of PyTorch on one merged task."""
-    from mtl_export.runtime.pytorch import MergedRunner, use_threads
+    from mtl_export.runtime.runners.pytorch import MergedRunner, use_threads
 
     use_threads(threads)
 

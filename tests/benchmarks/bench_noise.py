@@ -28,7 +28,7 @@ from mtl_export.parity.cases import build_cases, seeded_rows
 from mtl_export.parity.run import Artefact, run_parity
 from mtl_export.parity.tolerance import FLOOR_FACTOR, Tolerance
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.pytorch import OracleRunner
+from mtl_export.runtime.runners.pytorch import OracleRunner
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "01_ads_relevance"
 SEEDS = range(3)

@@ -45,7 +45,7 @@ def write_checkpoint(folder: Path) -> Path:
     """Write the checkpoint of eight tasks to ``folder`` and return it."""
     from mtl_export.checkpoint.base_model import open_base
     from mtl_export.checkpoint.checkpoint import BaseReference, Task
-    from mtl_export.checkpoint.folder import write_folder
+    from mtl_export.checkpoint.formats.own_folder import write_folder
 
     generator = np.random.default_rng(0)
 

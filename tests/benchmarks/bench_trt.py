@@ -89,14 +89,14 @@ class Parse:
 
 def build() -> None:
     """Build the engines of the graphs in ``sys.argv``; print what it took as JSON."""
-    from mtl_export.runtime.tensorrt import (
+    from mtl_export.tensorrt import (
         EngineOrder,
         EnginePart,
         available_builder,
         default_profile,
         run_job,
     )
-    from mtl_export.runtime.tensorrt.options import BuildOptions
+    from mtl_export.tensorrt.options import BuildOptions
 
     folder, *names = map(Path, sys.argv[1:])
 

@@ -95,7 +95,7 @@ def _bound(
     from mtl_export.adapters.family import read_adapters
     from mtl_export.checkpoint.base_model import open_base
     from mtl_export.checkpoint.checkpoint import BaseReference, Task
-    from mtl_export.checkpoint.folder import write_folder
+    from mtl_export.checkpoint.formats.own_folder import write_folder
     from mtl_export.checkpoint.reader import open_checkpoint
 
     generator = np.random.default_rng(0)

@@ -29,8 +29,8 @@ import ml_dtypes
 import numpy as np
 
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.merge.lanes import PAGE, WriteLane
-from mtl_export.merge.merge import BLOCK, Delta
+from mtl_export.merge.fold import BLOCK, Delta
+from mtl_export.merge.hashed_files import PAGE, WriteLane
 from mtl_export.merge.rounding import Scratch
 
 # Stored shapes of a LLaMA of 1.1 B parameters: q and o, k and v, gate and up, down.

@@ -20,8 +20,9 @@ from mtl_export.bundle.manifest import read_manifest, write_manifest
 from mtl_export.bundle.merged import merge_tasks
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.errors import IntegrityError, OutputError
-from mtl_export.merge import chunks, stream
-from mtl_export.merge.lanes import WriteLane
+from mtl_export.merge import chunks
+from mtl_export.merge import one_pass as stream
+from mtl_export.merge.hashed_files import WriteLane
 from mtl_export.merge.writer import MergeOptions
 from mtl_export_cli.main import cli
 from tests.bundle.merges import REFERENCED, TASKS, assert_whole, request_for, statuses, tensors_of
@@ -145,7 +146,10 @@ def test_an_interrupt_leaves_what_resume_takes_up(
 SLOW_MERGE = """
 import sys, time
 from mtl_export.bundle import merged
-from mtl_export.merge import chunks, crew, lanes, stream
+from mtl_export.merge import chunks
+from mtl_export.merge import workers as crew
+from mtl_export.merge import hashed_files as lanes
+from mtl_export.merge import one_pass as stream
 crew.FORK_BYTES = 0
 chunks.CHUNK_BYTES, stream.TICK_S, merged.JOURNAL_EVERY_S = 2000, 0.002, 0.0
 write = lanes.write_at

@@ -12,7 +12,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.bundle.manifest import OptionValue, Recipe, write_manifest
 from mtl_export.bundle.merged import merge_tasks
 from mtl_export.bundle.verify import verify_folder
-from mtl_export.checkpoint.safetensors import open_safetensors
+from mtl_export.checkpoint.files.safetensors import open_safetensors
 from mtl_export.errors import OutputError
 from mtl_export.merge.writer import MergeOptions
 from tests.bundle.merges import REFERENCED, TASKS, assert_whole, request_for, statuses, tensors_of

@@ -7,10 +7,10 @@ import onnx_ir as ir
 import pytest
 
 import mtl_export_calibration.collect as module
+from mtl_export.data.samples import Samples
 from mtl_export.errors import CalibrationError
 from mtl_export_calibration.collect import collect
 from mtl_export_calibration.layers import QuantLayer, find_layers
-from mtl_export_calibration.samples import Samples
 from tests.calibration import toys
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph.passes.merge_task import MergeTaskPass
-from mtl_export.parity.dequantised import write_dequantised
+from mtl_export.parity.checks.dequantised import write_dequantised
 from mtl_export.runtime.ort import OrtRunner
 from mtl_export_calibration.deltas import DeltaSource
 from mtl_export_calibration.formats import FORMATS, INT4, INT8, NumberFormat

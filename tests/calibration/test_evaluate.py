@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mtl_export.checkpoint.checkpoint import Task, TaskKind
-from mtl_export.parity.scores import Answers
+from mtl_export.parity.accuracy.scores import Answers
 from mtl_export_calibration.evaluate import score
 
 LABELS = np.array([0, 1, 1, 0, -1])

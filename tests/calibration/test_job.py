@@ -14,6 +14,7 @@ import pytest
 import mtl_export_calibration.job as job_module
 import mtl_export_calibration.measure as measure_module
 from mtl_export.adapters.normal_form import LayerAdapter
+from mtl_export.data.samples import Samples
 from mtl_export.errors import CalibrationError
 from mtl_export.graph.passes.merge_task import MergeTaskPass
 from mtl_export.runtime.ort import OrtRunner, onnx_metadata
@@ -22,7 +23,6 @@ from mtl_export_calibration.formats import FP8, INT4, INT8
 from mtl_export_calibration.job import GraphJob
 from mtl_export_calibration.measure import Options, Target, Work, measure
 from mtl_export_calibration.report import GraphReport
-from mtl_export_calibration.samples import Samples
 from tests.calibration import toys
 from tests.graph import marked
 

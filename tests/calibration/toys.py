@@ -19,7 +19,7 @@ from mtl_export.adapters.normal_form import AdapterSet
 from mtl_export.checkpoint.base_model import BaseModel
 from mtl_export.checkpoint.checkpoint import BaseReference, Checkpoint, Task
 from mtl_export.checkpoint.tensors import Array
-from mtl_export_calibration.samples import Samples
+from mtl_export.data.samples import Samples
 
 FEATURES, LABELS, TOKENS, LENGTH = 64, 3, 40, 6
 LOUDNESS = 6.0

@@ -41,8 +41,17 @@ def test_code_from_the_hub_and_endless_models_are_refused(
 
 def test_configs_of_models_that_there_are_pass() -> None:
     """Attention by its usual names, shared layers, and as many layers as there are tensors."""
-    check_config({"attn_implementation": "sdpa", "num_hidden_layers": 12, "num_labels": 30000,
-                  "auto_map": {"AutoModel": "org/evil--m.M"}, "n_layer": None}, 30, where="x")  # fmt: skip
+    check_config(
+        {
+            "attn_implementation": "sdpa",
+            "num_hidden_layers": 12,
+            "num_labels": 30000,
+            "auto_map": {"AutoModel": "org/evil--m.M"},
+            "n_layer": None,
+        },
+        30,
+        where="x",
+    )
     check_config({"num_hidden_layers": 126, "depths": [3, 3, 27, 3]}, 1100, where="x")
 
 

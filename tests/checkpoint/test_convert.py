@@ -13,8 +13,8 @@ from safetensors import safe_open
 
 from mtl_export.checkpoint.checkpoint import BaseReference, Checkpoint, Task
 from mtl_export.checkpoint.convert import fits_version_1, with_base, write_checkpoint
-from mtl_export.checkpoint.folder import CONFIG_FILE, WEIGHTS_FILE
-from mtl_export.checkpoint.folder_v2 import write_v2
+from mtl_export.checkpoint.formats.own_folder import CONFIG_FILE, WEIGHTS_FILE
+from mtl_export.checkpoint.formats.own_folder_v2 import write_v2
 from mtl_export.checkpoint.reader import open_checkpoint
 from tests.adapters import toys
 from tests.checkpoint import mtlora_toys, official_toys

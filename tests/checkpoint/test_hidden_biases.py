@@ -18,7 +18,7 @@ from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BaseModelError, CheckpointError, UsageError
-from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
+from mtl_export.runtime.runners.pytorch import MergedRunner, OracleRunner
 from mtl_export_cli.main import cli
 from tests.checkpoint import official_toys as toys
 from tests.checkpoint.messages import assert_whole

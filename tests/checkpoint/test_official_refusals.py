@@ -145,7 +145,7 @@ def test_code_in_the_pickle_is_refused_unexecuted(
 
 def test_foreign_files_are_not_taken_for_it(tmp_path: Path) -> None:
     """PEFT's own keys, a plain model, and another suffix are some other format's business."""
-    from mtl_export.checkpoint.official import is_official
+    from mtl_export.checkpoint.formats.mtl_lora_repo import is_official
 
     state = toys.flat(layer_states("lora"))
     peft = toys.write(tmp_path / "peft.bin", {f"base_model.model.{k}": v for k, v in state.items()})

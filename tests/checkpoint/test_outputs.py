@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mtl_export.checkpoint.checkpoint import Readout, TaskKind
-from mtl_export.checkpoint.folder import CONFIG_FILE, read_folder
-from mtl_export.checkpoint.folder_v2 import write_v2
+from mtl_export.checkpoint.formats.own_folder import CONFIG_FILE, read_folder
+from mtl_export.checkpoint.formats.own_folder_v2 import write_v2
 from mtl_export.checkpoint.outputs import BARE, named_outputs
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.errors import CheckpointError

@@ -128,7 +128,7 @@ def placeholders(folder: Path) -> None:
     """Give the checkpoint's three tasks the names of one that carries none."""
     from safetensors.numpy import load_file, save_file
 
-    from mtl_export.checkpoint.folder import WEIGHTS_FILE
+    from mtl_export.checkpoint.formats.own_folder import WEIGHTS_FILE
 
     tensors = load_file(folder / WEIGHTS_FILE)
     for index, task in enumerate(TASKS):

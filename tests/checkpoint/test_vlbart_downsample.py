@@ -22,8 +22,8 @@ from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import HyperparameterError, UsageError
 from mtl_export.runtime.ort import OrtPart, open_session
-from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
-from mtl_export.runtime.seq2seq import FILES
+from mtl_export.runtime.runners.pytorch import MergedRunner, OracleRunner
+from mtl_export.runtime.runners.seq2seq import FILES
 from mtl_export.runtime.seq2seq_generation import Seq2SeqDecoding, Seq2SeqParts
 from mtl_export_cli.main import cli
 from tests.checkpoint import vl_bart_toys as toys

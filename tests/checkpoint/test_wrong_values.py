@@ -17,7 +17,8 @@ from mtl_export.adapters.family import read_adapters
 from mtl_export.bundle.manifest import damage, read_manifest
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.checkpoint import tasks_of
-from mtl_export.checkpoint.folder_v2 import write_v2
+from mtl_export.checkpoint.formats.mtlora_swin_settings import settings_of
+from mtl_export.checkpoint.formats.own_folder_v2 import write_v2
 from mtl_export.checkpoint.model_class import concrete_class
 from mtl_export.checkpoint.model_inputs import (
     has_position_table,
@@ -25,16 +26,15 @@ from mtl_export.checkpoint.model_inputs import (
     longest_sequence,
     placed_by,
 )
-from mtl_export.checkpoint.mtlora_swin_settings import settings_of
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
+from mtl_export.data.rows import load_rows
 from mtl_export.errors import MtlExportError
 from mtl_export.graph.origins import EditedGraph, origins_of
 from mtl_export.runtime.golden import read_golden
-from mtl_export.runtime.tensorrt.manifest import EngineManifest
 from mtl_export.runtime.texts import TextFiles
 from mtl_export.runtime.token_rules import TokenRules
-from mtl_export_calibration.data import load_rows
+from mtl_export.tensorrt.manifest import EngineManifest
 from tests.checkpoint import adapterhub_toys, mtlora_toys, own_toys, peft_toys
 from tests.factories import toy_base, toy_checkpoint, toy_tokenizer
 
@@ -386,7 +386,7 @@ def test_header_of_safetensors(tmp_path: Path) -> None:
     header |= {f"none{n}": {"dtype": "I8", "shape": s, "data_offsets": [24, 24]}
                for n, s in enumerate(shapes)}  # fmt: skip
 
-    from mtl_export.checkpoint.safetensors import open_safetensors
+    from mtl_export.checkpoint.files.safetensors import open_safetensors
 
     def load(text: str) -> None:
         written = text.encode()

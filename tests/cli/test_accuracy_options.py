@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mtl_export.errors import UsageError
-from mtl_export.parity.quantised import Quantised
+from mtl_export.parity.checks.quantised import Quantised
 from mtl_export.parity.run import Artefact
 from mtl_export_cli.accuracy import refuse_alone
 from mtl_export_cli.commands.parity import command

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mtl_export.bundle.manifest import Recipe, write_manifest
-from mtl_export.runtime.tensorrt.manifest import EngineManifest, manifest_path
+from mtl_export.tensorrt.manifest import EngineManifest, manifest_path
 from mtl_export_cli.artefacts import ADAPTER_ONNX, Places, find_artefacts
 from tests.adapters import toys
 from tests.graph import language

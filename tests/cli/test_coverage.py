@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mtl_export.parity.quantised import PLAIN
+from mtl_export.parity.checks.quantised import PLAIN
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export_cli.artefacts import NOT_EXPORTED, Places
 from mtl_export_cli.coverage import refuse_not_run, unclaimed_cells

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from mtl_export.errors import UsageError
 from mtl_export_cli.engine_options import ENGINE, EngineChoices, size_in_bytes, with_engine_choices
-from tests.runtime.tensorrt_models import write_decode, write_graph, write_routed
+from tests.tensorrt.models import write_decode, write_graph, write_routed
 
 
 def choices_of(

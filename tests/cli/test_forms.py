@@ -10,7 +10,7 @@ import pytest
 
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.checkpoint import BaseReference, Task
-from mtl_export.checkpoint.folder import write_folder
+from mtl_export.checkpoint.formats.own_folder import write_folder
 from tests.adapters import toys
 from tests.cli.conftest import Run
 from tests.factories import HIDDEN, INTERMEDIATE, toy_base

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from mtl_export.adapters.binding import BoundModel
-from mtl_export.parity.quantised import PLAIN, QUANTISED
+from mtl_export.parity.checks.quantised import PLAIN, QUANTISED
 from mtl_export.parity.report import ParityReport
 from mtl_export.parity.run import Artefact, run_parity
 from mtl_export.parity.tolerance import Tolerance

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.checkpoint import BaseReference, Task
-from mtl_export.checkpoint.folder import write_folder
+from mtl_export.checkpoint.formats.own_folder import write_folder
 from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.checkpoint.sentence_pipeline import pooled_pipeline, read_pipeline
 from mtl_export.errors import BaseModelError, IntegrityError, UsageError

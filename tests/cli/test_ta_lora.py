@@ -11,7 +11,7 @@ from mtl_export.adapters.modules.save import save_checkpoint
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.checkpoint import BaseReference
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.pytorch import MergedRunner
+from mtl_export.runtime.runners.pytorch import MergedRunner
 from tests.adapters import toys
 from tests.adapters.modules.test_save import ta_lora_model
 from tests.cli.conftest import Run

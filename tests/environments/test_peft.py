@@ -29,7 +29,7 @@ from mtl_export.graph.trace import trace
 from mtl_export.graph.writer import write_graph
 from mtl_export.merge.writer import write_merged
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
+from mtl_export.runtime.runners.pytorch import MergedRunner, OracleRunner
 
 pytestmark = [pytest.mark.peft_env, pytest.mark.timeout(1800)]
 

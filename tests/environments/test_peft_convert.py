@@ -35,7 +35,7 @@ from mtl_export.checkpoint.checkpoint import (
 from mtl_export.checkpoint.convert import write_checkpoint
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.tensors import Array, Tensor
-from mtl_export.runtime.pytorch import OracleRunner
+from mtl_export.runtime.runners.pytorch import OracleRunner
 from mtl_export_cli.main import cli
 from tests.adapters import toys
 from tests.adapters.test_ta_lora import layer_values as ta_lora_values

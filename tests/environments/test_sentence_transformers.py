@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 from mtl_export.checkpoint.checkpoint import BaseReference, Task
-from mtl_export.checkpoint.folder import write_folder
+from mtl_export.checkpoint.formats.own_folder import write_folder
 from mtl_export_cli.main import cli
 from tests.adapters import toys
 from tests.factories import HIDDEN, toy_base

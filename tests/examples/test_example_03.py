@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from mtl_export.checkpoint.reader import open_checkpoint
-from mtl_export_calibration.data import Row
+from mtl_export.data.rows import Row
 from mtl_export_cli.config import read_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

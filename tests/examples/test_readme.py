@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mtl_export.runtime.tensorrt import available_builder
+from mtl_export.tensorrt import available_builder
 from tests.examples.readme_blocks import ROOT, Block, blocks_of, copy_of, masked, run
 
 READMES = ("README.md",)

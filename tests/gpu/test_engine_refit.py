@@ -13,18 +13,18 @@ import pytest
 
 from mtl_export.errors import BackendMissingError
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.tensorrt import (
+from mtl_export.tensorrt import (
     TensorRTBackend,
     available_builder,
     default_profile,
     manifest_path,
     restore_weights,
 )
-from mtl_export.runtime.tensorrt.build import build_with_options
-from mtl_export.runtime.tensorrt.differences import differing_weights
-from mtl_export.runtime.tensorrt.options import BuildOptions
-from mtl_export.runtime.tensorrt.refit import ROUND_TRIP, RefitBuilds
-from tests.runtime.tensorrt_models import routed_inputs, write_merged
+from mtl_export.tensorrt.build import build_with_options
+from mtl_export.tensorrt.differences import differing_weights
+from mtl_export.tensorrt.options import BuildOptions
+from mtl_export.tensorrt.refit import ROUND_TRIP, RefitBuilds
+from tests.tensorrt.models import routed_inputs, write_merged
 
 pytestmark = pytest.mark.gpu
 

@@ -13,14 +13,14 @@ import pytest
 
 from mtl_export.errors import BackendMissingError, EngineRunError, IntegrityError
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.tensorrt import (
+from mtl_export.tensorrt import (
     TensorRTBackend,
     available_builder,
     build_engine,
     default_profile,
     manifest_path,
 )
-from tests.runtime.tensorrt_models import routed_inputs, write_routed
+from tests.tensorrt.models import routed_inputs, write_routed
 
 pytestmark = pytest.mark.gpu
 
@@ -76,7 +76,7 @@ def test_bad_task_id_is_refused_by_the_host_and_poisoned_by_the_graph(
                 backend.infer(inputs)
             with monkeypatch.context() as patch:
                 patch.setattr(
-                    "mtl_export.runtime.tensorrt.runner._refuse_unknown_tasks",
+                    "mtl_export.tensorrt.runner._refuse_unknown_tasks",
                     lambda ids, manifest: None,
                 )
                 poisoned = backend.infer(inputs)["logits"]

@@ -16,7 +16,7 @@ import torch
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.base import quiet_transformers
 from mtl_export.checkpoint.checkpoint import BaseReference, Task
-from mtl_export.checkpoint.folder import write_folder
+from mtl_export.checkpoint.formats.own_folder import write_folder
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph.lower import merged_graph, routed_graph
 from mtl_export.graph.parts import trace_parts

@@ -23,16 +23,16 @@ from mtl_export.graph.trace import TracedModel
 from mtl_export.graph.writer import write_graphs
 from mtl_export.merge.writer import write_merged
 from mtl_export.parity.cases import build_cases, seeded_rows
-from mtl_export.parity.generation import step_cases
+from mtl_export.parity.checks.generation import step_cases
 from mtl_export.parity.run import Artefact, run_parity
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.generation import Decoding, GreedyDecoder
-from mtl_export.runtime.language import NEW_TOKENS, OrtLanguageRunner
 from mtl_export.runtime.ort import OrtPart, open_session
-from mtl_export.runtime.pytorch import oracle_model
-from mtl_export.runtime.tensorrt import build_engine, default_profile
-from mtl_export.runtime.tensorrt.differences import differing_weights
-from mtl_export.runtime.torch_language import MergedLanguageRunner, OracleLanguageRunner
+from mtl_export.runtime.runners.language import NEW_TOKENS, OrtLanguageRunner
+from mtl_export.runtime.runners.pytorch import oracle_model
+from mtl_export.runtime.runners.torch_language import MergedLanguageRunner, OracleLanguageRunner
+from mtl_export.tensorrt import build_engine, default_profile
+from mtl_export.tensorrt.differences import differing_weights
 from tests.graph import language
 from tests.graph.constants import short_constants_below
 from tests.graph.language import TASKS, VOCABULARY

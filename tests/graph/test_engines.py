@@ -1,7 +1,7 @@
 """Graphs as this project exports them, in every precision, become TensorRT-RTX engines.
 
 Each holds local functions, cores and heads that are gathered by task, and heads of several
-widths. ``tests/runtime/test_tensorrt_graphs.py`` builds small graphs of one kind each.
+widths. ``tests/tensorrt/test_graphs.py`` builds small graphs of one kind each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mtl_export.graph.lower import routed_graph
 from mtl_export.graph.passes.precision import PrecisionPass
 from mtl_export.graph.trace import TracedModel
 from mtl_export.graph.writer import write_graph
-from mtl_export.runtime.tensorrt import EngineManifest, build_engine, default_profile
+from mtl_export.tensorrt import EngineManifest, build_engine, default_profile
 from mtl_export_calibration.formats import format_named
 from mtl_export_calibration.layers import find_layers
 from mtl_export_calibration.qdq import Recipe, quantise

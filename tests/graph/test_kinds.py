@@ -15,9 +15,9 @@ from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph.lower import merged_graph, routed_graph
 from mtl_export.graph.trace import TracedModel, trace
 from mtl_export.graph.writer import write_graph
-from mtl_export.runtime.one_task import OneTaskRunner
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.pytorch import OracleRunner
+from mtl_export.runtime.runners.one_task import OneTaskRunner
+from mtl_export.runtime.runners.pytorch import OracleRunner
 from tests.graph import kinds
 from tests.graph.kinds import KINDS, Kind
 

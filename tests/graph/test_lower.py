@@ -21,7 +21,7 @@ from mtl_export.graph.passes.split_gemm import SplitGemmPass
 from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE, TracedModel, trace
 from mtl_export.graph.writer import write_graph
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.pytorch import OracleRunner
+from mtl_export.runtime.runners.pytorch import OracleRunner
 from mtl_export.version import VERSION
 from tests.adapters import toys
 from tests.factories import toy_base

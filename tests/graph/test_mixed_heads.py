@@ -23,7 +23,7 @@ from mtl_export.merge.head_file import HEAD_FILE
 from mtl_export.merge.writer import write_merged
 from mtl_export.runtime.onnx_adapters import adapter_file, write_adapter
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
+from mtl_export.runtime.runners.pytorch import MergedRunner, OracleRunner
 from mtl_export.runtime.session import TaskSession
 from tests.adapters import toys
 from tests.factories import HIDDEN

@@ -21,8 +21,8 @@ from mtl_export.parity.report import ParityReport
 from mtl_export.parity.run import Artefact, run_parity
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.pytorch import OracleRunner
-from mtl_export.runtime.runner import Runner
+from mtl_export.runtime.runners.base import Runner
+from mtl_export.runtime.runners.pytorch import OracleRunner
 from tests.factories import VOCABULARY
 from tests.graph.mixed_heads import NAMES, OUTPUTS
 

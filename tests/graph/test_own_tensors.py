@@ -32,7 +32,7 @@ from mtl_export.graph.writer import write_graph, write_graphs
 from mtl_export.merge.writer import write_merged
 from mtl_export.runtime.onnx_adapters import AdapterRunner, adapter_file, write_adapter
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
+from mtl_export.runtime.runners.pytorch import MergedRunner, OracleRunner
 from tests import factories
 from tests.checkpoint import peft_toys as toys
 from tests.checkpoint.messages import assert_whole

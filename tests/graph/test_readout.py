@@ -26,7 +26,7 @@ from mtl_export.graph.writer import write_graph
 from mtl_export.merge.head_file import HEAD_FILE, head_note, read_readout
 from mtl_export.merge.writer import write_merged
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
+from mtl_export.runtime.runners.pytorch import MergedRunner, OracleRunner
 from tests.adapters import toys
 from tests.checkpoint import adapterhub_toys as hub
 from tests.factories import HIDDEN, toy_base

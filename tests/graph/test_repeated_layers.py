@@ -18,10 +18,10 @@ from mtl_export.graph.lower import adapter_input_graph, merged_graph, routed_gra
 from mtl_export.graph.taps import layer_taps
 from mtl_export.graph.trace import TracedModel, trace
 from mtl_export.graph.writer import write_graph
-from mtl_export.parity.activations import captured
-from mtl_export.runtime.one_task import OneTaskRunner
+from mtl_export.parity.diagnosis.activations import captured
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.pytorch import OracleRunner
+from mtl_export.runtime.runners.one_task import OneTaskRunner
+from mtl_export.runtime.runners.pytorch import OracleRunner
 from tests.graph import kinds
 
 # The targets that PEFT gives this model by default, with the model's own setting.

@@ -16,10 +16,10 @@ from mtl_export.graph.parts import trace_parts
 from mtl_export.graph.passes.markers import markers, module_of
 from mtl_export.graph.trace import TracedModel
 from mtl_export.graph.writer import write_graph, write_graphs
-from mtl_export.runtime.language import NEW_TOKENS, OrtLanguageRunner
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.pytorch import oracle_model
-from mtl_export.runtime.torch_language import OracleLanguageRunner
+from mtl_export.runtime.runners.language import NEW_TOKENS, OrtLanguageRunner
+from mtl_export.runtime.runners.pytorch import oracle_model
+from mtl_export.runtime.runners.torch_language import OracleLanguageRunner
 from tests.graph import language, seq2seq_toys
 
 ATOL = 2e-5

@@ -19,18 +19,18 @@ from mtl_export.errors import GraphError
 from mtl_export.graph.seq2seq import SAMPLE_TOKENS, STEMS, trace_seq2seq
 from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE
 from mtl_export.parity.cases import build_cases, seeded_rows
+from mtl_export.parity.checks.seq2seq import decoder_cases
 from mtl_export.parity.run import Artefact, run_parity
-from mtl_export.parity.seq2seq import decoder_cases
 from mtl_export.parity.tolerance import Tolerance
-from mtl_export.runtime.language import NEW_TOKENS
 from mtl_export.runtime.ort import OrtPart, OrtRunner, open_session
-from mtl_export.runtime.pytorch import oracle_model
-from mtl_export.runtime.seq2seq import FILES, OrtSeq2SeqRunner
+from mtl_export.runtime.runners.language import NEW_TOKENS
+from mtl_export.runtime.runners.pytorch import oracle_model
+from mtl_export.runtime.runners.seq2seq import FILES, OrtSeq2SeqRunner
+from mtl_export.runtime.runners.torch_seq2seq import OracleSeq2SeqRunner
 from mtl_export.runtime.seq2seq_generation import Seq2SeqGreedyDecoder, Seq2SeqParts
 from mtl_export.runtime.session import TaskSession
-from mtl_export.runtime.tensorrt import build_engine, default_profile
 from mtl_export.runtime.token_rules import TokenRules
-from mtl_export.runtime.torch_seq2seq import OracleSeq2SeqRunner
+from mtl_export.tensorrt import build_engine, default_profile
 from tests.graph import seq2seq_toys as toys
 from tests.graph.constants import short_constants_below
 from tests.graph.seq2seq_toys import Exported

@@ -30,7 +30,7 @@ from mtl_export.graph.task_edit import add_task, remove_task, rename_task, task_
 from mtl_export.graph.trace import TracedModel, trace
 from mtl_export.graph.writer import write_graphs
 from mtl_export.runtime.golden import GOLDEN_FILE, read_golden
-from mtl_export.runtime.pytorch import OracleRunner
+from mtl_export.runtime.runners.pytorch import OracleRunner
 from tests.adapters import toys
 from tests.checkpoint import peft_toys
 from tests.graph.task_edits import (

@@ -15,14 +15,14 @@ import pytest
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph import names
-from mtl_export.parity.asked import without_adapters, zeroed_of
 from mtl_export.parity.cases import MIXED, Case, build_cases, seeded_rows
+from mtl_export.parity.checks.stored_tensors import STORED, TABLE, stored_cell, table_cell
+from mtl_export.parity.checks.task_tensors import OTHERS, weight_cells
 from mtl_export.parity.outputs import Subject
 from mtl_export.parity.presets import LAYERS, ZEROED
+from mtl_export.parity.probes import without_adapters, zeroed_of
 from mtl_export.parity.reference import Reference
 from mtl_export.parity.report import Cell
-from mtl_export.parity.stored import STORED, TABLE, stored_cell, table_cell
-from mtl_export.parity.task_weights import OTHERS, weight_cells
 from tests.adapters import toys
 from tests.factories import VOCABULARY
 
@@ -57,7 +57,7 @@ def test_a_right_graph_passes(routed_folder: Path, mixed: Case, bound: BoundMode
 
 def looked_at(path: Path, mixed: Case, bound: BoundModel) -> dict[str, Cell]:
     """Return the cells on the file and on adapters of zero, by check."""
-    from mtl_export.runtime.pytorch import OracleRunner
+    from mtl_export.runtime.runners.pytorch import OracleRunner
 
     base = without_adapters(bound)
     assert isinstance(base, BoundModel)

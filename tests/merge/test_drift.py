@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtl_export.merge import drift, maker
+from mtl_export.merge import drift
+from mtl_export.merge import fold_chunk as maker
 from mtl_export.merge.drift import Squares, TaskDrift
 from mtl_export.merge.writer import MergeOptions, layout_of, task_drift, write_tasks
 from tests.merge import bases

@@ -7,7 +7,7 @@ import pytest
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
-from mtl_export.checkpoint.safetensors import open_safetensors
+from mtl_export.checkpoint.files.safetensors import open_safetensors
 from mtl_export.errors import IntegrityError
 from mtl_export.merge.layout import Layout
 from mtl_export.merge.verify import verify_task

@@ -17,12 +17,12 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.base import quiet_transformers
 from mtl_export.checkpoint.base_model import SINGLE_FILE, open_base
 from mtl_export.checkpoint.checkpoint import BaseReference, Task
-from mtl_export.checkpoint.folder import read_folder
+from mtl_export.checkpoint.formats.own_folder import read_folder
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array
 from mtl_export.errors import BaseModelError
 from mtl_export.merge.layout import DTYPES
 from mtl_export.merge.writer import merged_size_bytes, write_merged
-from mtl_export.runtime.pytorch import OracleRunner
+from mtl_export.runtime.runners.pytorch import OracleRunner
 from tests.adapters import toys
 from tests.factories import VOCABULARY
 

@@ -10,7 +10,7 @@ from mtl_export.parity.cases import MIXED, TASK_IDS, Case
 from mtl_export.parity.golden import STEPS, UNKNOWN, for_engine, golden_vectors
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.golden import Vector
-from mtl_export.runtime.language import NEW_TOKENS
+from mtl_export.runtime.runners.language import NEW_TOKENS
 from tests.parity.fakes import TASKS, Answer, FakeRunner, exact, right, right_for
 
 FLOORS = {task.name: 1e-6 for task in TASKS}

@@ -21,10 +21,10 @@ from mtl_export.parity.presets import choose
 from mtl_export.parity.report import ParityReport
 from mtl_export.parity.run import Artefact, run_parity
 from mtl_export.parity.tolerance import Tolerance
-from mtl_export.runtime.language import NEW_TOKENS
-from mtl_export.runtime.pytorch import OracleRunner
-from mtl_export.runtime.runner import Runner
-from mtl_export.runtime.torch_language import OracleLanguageRunner
+from mtl_export.runtime.runners.base import Runner
+from mtl_export.runtime.runners.language import NEW_TOKENS
+from mtl_export.runtime.runners.pytorch import OracleRunner
+from mtl_export.runtime.runners.torch_language import OracleLanguageRunner
 from mtl_export_cli.artefacts import Places, find_artefacts
 from mtl_export_cli.main import cli
 from mtl_export_cli.parity_inputs import cases_of, oracle_of

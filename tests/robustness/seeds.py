@@ -226,7 +226,7 @@ def adapterhub(good: Good, root: Path) -> None:
 
 def own_folder(good: Good, root: Path) -> None:
     """Write our own folder in both versions."""
-    from mtl_export.checkpoint.folder_v2 import write_v2
+    from mtl_export.checkpoint.formats.own_folder_v2 import write_v2
     from mtl_export.checkpoint.reader import open_checkpoint
 
     shutil.copytree(good.adapter, root / "v1")
@@ -382,8 +382,8 @@ def graphs(good: Good, root: Path) -> None:
 def engines(good: Good, root: Path) -> None:
     """Write engine files with their manifests."""
     from mtl_export.bundle.manifest import Recipe, write_manifest
-    from mtl_export.runtime.tensorrt import manifest_path
-    from tests.runtime.test_tensorrt_manifest import engine_bytes, manifest
+    from mtl_export.tensorrt import manifest_path
+    from tests.tensorrt.test_manifest import engine_bytes, manifest
 
     folder = root / "one"
     folder.mkdir(parents=True)

@@ -148,7 +148,7 @@ def _texts(good: Good, folder: Path) -> None:
 
 
 def _transformers_texts(good: Good, folder: Path) -> None:
-    from mtl_export_calibration.data import load_rows, tokenize
+    from mtl_export.data.rows import load_rows, tokenize
 
     tokenize(load_rows(good.rows)[:2], folder, TASKS, max_length=9)
 
@@ -173,8 +173,8 @@ def _settings(good: Good, folder: Path) -> None:
 
 
 def _data(good: Good, reference: Path) -> None:
-    from mtl_export_calibration.labelled import open_labelled
-    from mtl_export_calibration.samples import open_samples
+    from mtl_export.data.samples import open_samples
+    from mtl_export.parity.accuracy.labelled_files import open_labelled
     from mtl_export_cli.parity_inputs import cases_of
 
     def read(reader: Callable[[], Any]) -> None:
@@ -272,10 +272,10 @@ def _edit(verb: str, name: str, new: str = "") -> Read:
 
 def _parity(good: Good, folder: Path) -> None:
     """Read graphs as parity does, up to where they are compared."""
-    from mtl_export.parity.beside import beside_cells
+    from mtl_export.parity.checks.metadata import beside_cells
+    from mtl_export.parity.checks.stored_tensors import stored_cell, table_cell
     from mtl_export.parity.outputs import Subject
     from mtl_export.parity.report import Cell
-    from mtl_export.parity.stored import stored_cell, table_cell
     from mtl_export_cli.artefacts import Places, find_artefacts
 
     bound = good.bound
@@ -293,10 +293,10 @@ def _parity(good: Good, folder: Path) -> None:
 
 def _builder(good: Good, folder: Path) -> None:
     """Read a graph as ``trt`` does, up to where a builder takes it."""
-    from mtl_export.runtime.tensorrt.differences import refit_key
-    from mtl_export.runtime.tensorrt.shapes import check_profiles, default_profile
-    from mtl_export.runtime.tensorrt.source import load_structure, read_source
-    from mtl_export.runtime.tensorrt.task_engines import structure_key, weights_of
+    from mtl_export.tensorrt.differences import refit_key
+    from mtl_export.tensorrt.shapes import check_profiles, default_profile
+    from mtl_export.tensorrt.source import load_structure, read_source
+    from mtl_export.tensorrt.structure_cache import structure_key, weights_of
     from mtl_export_cli.edited import edited_graph
 
     path = folder / "model.onnx"
@@ -314,8 +314,8 @@ def _builder(good: Good, folder: Path) -> None:
 
 def _engine(good: Good, folder: Path) -> None:
     from mtl_export.bundle.verify import verify_folder
-    from mtl_export.runtime.tensorrt import EngineManifest, manifest_path
-    from mtl_export.runtime.tensorrt.header import read_header, sha256_of_graph
+    from mtl_export.tensorrt import EngineManifest, manifest_path
+    from mtl_export.tensorrt.header import read_header, sha256_of_graph
     from mtl_export_cli.artefacts import Places, find_artefacts
 
     engine = folder / "model.engine"

@@ -16,7 +16,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.adapters.modules.base import quiet_transformers
 from mtl_export.errors import TaskNotFoundError, UsageError
 from mtl_export.runtime import TaskSession
-from mtl_export.runtime.pytorch import oracle_model
+from mtl_export.runtime.runners.pytorch import oracle_model
 from tests.adapters import toys
 from tests.graph.language import POSITIONS
 

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mtl_export.checkpoint.files.tokenizer_file import MOST_ID
 from mtl_export.errors import EngineRunError, UsageError
 from mtl_export.runtime.rows import Field, rows_from
-from mtl_export.runtime.texts import MOST_ID, TextFiles
+from mtl_export.runtime.texts import TextFiles
 from tests.factories import toy_tokenizer
 
 

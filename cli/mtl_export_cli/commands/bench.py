@@ -16,8 +16,8 @@ from mtl_export_cli.options import Settings, option, with_settings
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
+    from mtl_export.bench.measure import Footprint, Measured, Shape, Timing
     from mtl_export.checkpoint.checkpoint import Task
-    from mtl_export.runtime.measure import Footprint, Measured, Shape, Timing
     from mtl_export_cli.benchmark import Lineup
 
 DEFAULT_SHAPES = "1x32,8x128"
@@ -102,8 +102,8 @@ def _measured(
     *,
     rounds: int,
 ) -> Measured:
-    from mtl_export.runtime.measure import measure
-    from mtl_export.runtime.subjects import Batches
+    from mtl_export.bench.candidates import Batches
+    from mtl_export.bench.measure import measure
     from mtl_export_cli.benchmark import machine, vocabulary, why_disturbed
 
     talk = render.Talk.from_settings(settings)
@@ -120,7 +120,7 @@ def parse_shapes(text: str) -> list[Shape]:
     Raises:
         UsageError: Something else stands there.
     """
-    from mtl_export.runtime.measure import Shape
+    from mtl_export.bench.measure import Shape
 
     parsed = []
     for word in text.split(","):

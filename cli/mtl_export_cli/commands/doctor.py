@@ -101,7 +101,7 @@ def _onnxruntime() -> Finding:
 
 
 def _gpu() -> Finding:
-    from mtl_export.runtime.tensorrt.available import find_gpu
+    from mtl_export.tensorrt.available import find_gpu
 
     gpu = find_gpu()
     if not gpu.problem:
@@ -112,7 +112,7 @@ def _gpu() -> Finding:
 
 
 def _builders() -> list[Finding]:
-    from mtl_export.runtime.tensorrt.available import INSTALL_FULL, INSTALL_RTX, available_builder
+    from mtl_export.tensorrt.available import INSTALL_FULL, INSTALL_RTX, available_builder
 
     findings = []
     for name, cost, fix in (

@@ -143,7 +143,7 @@ def _report(settings: Settings, checkpoint: Checkpoint, base: BaseModel | None) 
 
 def _has_placeholder_names(checkpoint: Checkpoint) -> bool:
     """Return whether the format does not carry task names; our own folder always does."""
-    from mtl_export.checkpoint.folder import FORMAT
+    from mtl_export.checkpoint.formats.own_folder import FORMAT
 
     names = [f"task{index}" for index in range(len(checkpoint.tasks))]
     return checkpoint.format != FORMAT and [task.name for task in checkpoint.tasks] == names

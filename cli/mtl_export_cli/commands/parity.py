@@ -239,7 +239,7 @@ def _compare(
     """Return the report on everything that was exported."""
     from mtl_export.parity.presets import choose
     from mtl_export.parity.run import run_parity, step_count
-    from mtl_export.runtime.pytorch import use_threads
+    from mtl_export.runtime.runners.pytorch import use_threads
     from mtl_export_cli.parity_inputs import base_of, cases_of, oracle_of
 
     use_threads(request.threads)

@@ -16,8 +16,8 @@ from mtl_export_cli.options import Settings, option, with_settings
 from mtl_export_cli.written import Written
 
 if TYPE_CHECKING:
-    from mtl_export.runtime.tensorrt.available import BuilderInfo
-    from mtl_export.runtime.tensorrt.job import EngineOrder
+    from mtl_export.tensorrt.available import BuilderInfo
+    from mtl_export.tensorrt.job import EngineOrder
 
 EPILOG = """\b
 Example:
@@ -98,7 +98,7 @@ def command(
     built first. A run that was killed is taken up where it was; where one engine fails the
     others are built all the same, and the exit code is 6.
     """
-    from mtl_export.runtime.tensorrt.available import available_builder
+    from mtl_export.tensorrt.available import available_builder
 
     _refuse_beside_quantize(settings, quantize, form)
     graphs.refuse_idle(graphs.layout_or_default(settings, layout), form)
@@ -176,7 +176,7 @@ def _build(
     talk: render.Talk,
 ) -> tuple[list[Built], list[Failed]]:
     """Return the engines of all graphs, and what there is instead where they failed."""
-    from mtl_export.runtime.tensorrt.job import run_job, with_changing_weights
+    from mtl_export.tensorrt.job import run_job, with_changing_weights
 
     workshop.clear()
     orders = [workshop.order(graph) for graph in wanted]

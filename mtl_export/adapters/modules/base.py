@@ -158,9 +158,11 @@ def _refuse_larger(model_class: Any, config: Any, bound: BoundModel) -> None:
 
 
 def _refuse_mismatched(info: dict[str, Any], model_class: Any, bound: BoundModel) -> None:
-    wrong = [f"{name} is {list(found)}, not {list(wanted)}"
-             for name, found, wanted in sorted(info["mismatched_keys"])
-             if not name.startswith(tuple(f"{head}." for head in bound.adapters.heads))]  # fmt: skip
+    wrong = [
+        f"{name} is {list(found)}, not {list(wanted)}"
+        for name, found, wanted in sorted(info["mismatched_keys"])
+        if not name.startswith(tuple(f"{head}." for head in bound.adapters.heads))
+    ]
     if wrong:
         raise _unfit(model_class, bound, f"has other shapes than the files: {shortened(wrong)}")
 

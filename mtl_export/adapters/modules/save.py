@@ -19,7 +19,7 @@ from mtl_export.checkpoint.checkpoint import (
     Task,
 )
 from mtl_export.checkpoint.convert import write_checkpoint
-from mtl_export.checkpoint.folder import FORMAT
+from mtl_export.checkpoint.formats.own_folder import FORMAT
 from mtl_export.checkpoint.tensors import Tensor
 
 # Layers that can be trained here; each says its family, tensors and numbers.
@@ -33,7 +33,7 @@ def save_checkpoint(
 
     Args:
         model: Adapted with layers of one class of ``TRAINABLE``.
-        path: Folder to create (see ``mtl_export.checkpoint.folder``).
+        path: Folder to create (see ``mtl_export.checkpoint.formats.own_folder``).
         tasks: In id order.
         base: The base it was trained on; ``BaseReference(id, open_base(id).sha256)``.
     """

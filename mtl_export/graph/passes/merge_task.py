@@ -13,7 +13,7 @@ from mtl_export.graph import names
 from mtl_export.graph.passes.markers import ensure_no_markers, markers, module_of, replace_marker
 from mtl_export.graph.passes.own_tensors import task_linear, task_tensor
 from mtl_export.graph.passes.weights import add_initializer
-from mtl_export.merge.merge import merged_weight
+from mtl_export.merge.fold import merged_weight
 
 
 class MergeTaskPass(ir.passes.InPlacePass):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mtl_export.parity.layer_errors import Localisation
+from mtl_export.parity.diagnosis.layer_errors import Localisation
 from mtl_export.parity.report import ParityReport
 from mtl_export.parity.reports import facts, html_plots
 from mtl_export.parity.reports.facts import escaped

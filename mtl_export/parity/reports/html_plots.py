@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from mtl_export.parity.layer_errors import LayerError, Localisation
+from mtl_export.parity.diagnosis.layer_errors import LayerError, Localisation
 from mtl_export.parity.report import Cell, ParityReport, worst
 from mtl_export.parity.reports import facts
 from mtl_export.parity.reports.facts import escaped

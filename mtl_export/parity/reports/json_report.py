@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mtl_export.checkpoint.json_file import read_json
+from mtl_export.checkpoint.files.json_file import read_json
 from mtl_export.parity.report import ParityReport
 
 SCHEMA_FILE = Path(__file__).with_name("parity.schema.json")

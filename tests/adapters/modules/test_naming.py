@@ -17,7 +17,7 @@ from mtl_export.adapters.modules.naming import own_module, own_tensor, stored_mo
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.checkpoint import Checkpoint
 from mtl_export.errors import BaseModelError
-from mtl_export.runtime.pytorch import OracleRunner
+from mtl_export.runtime.runners.pytorch import OracleRunner
 from tests.graph import kinds
 
 VIT = next(kind for kind in kinds.KINDS if kind.name == "vit")

@@ -14,7 +14,7 @@ from mtl_export.adapters.modules.base import quiet_transformers
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.errors import BaseModelError
 from mtl_export.merge.writer import write_merged
-from mtl_export.runtime.pytorch import MergedRunner, OracleRunner
+from mtl_export.runtime.runners.pytorch import MergedRunner, OracleRunner
 from tests.graph import kinds
 
 FEATURES = next(kind for kind in kinds.KINDS if kind.name == "bert features")

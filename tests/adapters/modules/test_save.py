@@ -14,11 +14,11 @@ from mtl_export.adapters.modules.save import save_checkpoint
 from mtl_export.adapters.modules.ta_lora import Gate, TALoRALinear
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.checkpoint import BaseReference
-from mtl_export.checkpoint.folder import CONFIG_FILE, WEIGHTS_FILE, read_folder
-from mtl_export.checkpoint.folder_v2 import write_v2
+from mtl_export.checkpoint.formats.own_folder import CONFIG_FILE, WEIGHTS_FILE, read_folder
+from mtl_export.checkpoint.formats.own_folder_v2 import write_v2
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.errors import CheckpointError
-from mtl_export.runtime.pytorch import oracle_model
+from mtl_export.runtime.runners.pytorch import oracle_model
 from tests.adapters import toys
 from tests.factories import HIDDEN
 

@@ -18,7 +18,7 @@ import torch
 from mtl_export.adapters.modules.base import class_named, quiet_transformers
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.checkpoint import BaseReference, Task
-from mtl_export.checkpoint.folder import write_folder
+from mtl_export.checkpoint.formats.own_folder import write_folder
 from mtl_export.checkpoint.tensors import Array
 from tests.adapters import toys
 from tests.checkpoint import peft_toys

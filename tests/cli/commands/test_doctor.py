@@ -37,7 +37,7 @@ def test_what_is_missing_costs_something_and_can_be_mended(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without runtimes and builders it still exits 0, and says what to install."""
-    import mtl_export.runtime.tensorrt.available as available
+    import mtl_export.tensorrt.available as available
 
     real = builtins.__import__
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from mtl_export.runtime import TaskSession
-from mtl_export.runtime.tensorrt import EngineManifest
+from mtl_export.tensorrt import EngineManifest
 from tests.cli.conftest import TOML, Run, files_below
 from tests.graph import language
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mtl_export.checkpoint.safetensors import open_safetensors
+from mtl_export.checkpoint.files.safetensors import open_safetensors
 from mtl_export_cli.main import cli
 from tests.cli.conftest import Run
 

@@ -99,7 +99,7 @@ def test_switches_of_old_are_answered(run: Run, words: list[str]) -> None:
 
 def test_no_builder_exits_6(exported: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any TensorRT the message has the pip command, and nothing is written."""
-    import mtl_export.runtime.tensorrt.available as available
+    import mtl_export.tensorrt.available as available
 
     def no_library(name: str) -> object:
         raise ImportError(f"No module named {name!r}", name=name)

@@ -11,7 +11,7 @@ from onnx import helper
 
 from mtl_export.bundle.manifest import read_manifest, write_manifest
 from mtl_export.errors import EngineBuildError
-from mtl_export.runtime.tensorrt import lanes
+from mtl_export.tensorrt import workers as lanes
 from tests.cli.conftest import Run, files_below
 from tests.factories import TASKS, WORDS
 

@@ -19,10 +19,10 @@ import pytest
 from mtl_export.bundle.manifest import damage, read_manifest
 from mtl_export.bundle.staging import is_staging
 from mtl_export.checkpoint.hashing import sha256_of_file
-from mtl_export.runtime.tensorrt.manifest import EngineManifest
+from mtl_export.tensorrt.manifest import EngineManifest
 from tests.cli.conftest import Run, files_below
 from tests.factories import TASKS
-from tests.runtime.engine_files import fingerprint, without_engine_hashes
+from tests.tensorrt.engine_files import fingerprint, without_engine_hashes
 
 pytest.importorskip("tensorrt_rtx", reason="engines are built by tensorrt_rtx")
 

@@ -21,7 +21,7 @@ from mtl_export.graph.trace import TracedModel
 from mtl_export.graph.writer import write_graphs
 from mtl_export.runtime.onnx_adapters import AdapterRunner, active, adapter_file, write_adapter
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.pytorch import OracleRunner
+from mtl_export.runtime.runners.pytorch import OracleRunner
 from tests.adapters import toys
 from tests.graph import marked
 

@@ -18,7 +18,7 @@ from mtl_export.graph.trace import TracedModel, trace
 from mtl_export.graph.writer import write_graph
 from mtl_export.parity.tolerance import FLOOR_FACTOR, noise_floor
 from mtl_export.runtime.ort import OrtRunner
-from mtl_export.runtime.pytorch import OracleRunner
+from mtl_export.runtime.runners.pytorch import OracleRunner
 from tests.adapters import toys
 from tests.graph import language, marked
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mtl_export.parity.layer_errors import Bisection, Finding, LayerError, Localisation
+from mtl_export.parity.diagnosis.layer_errors import Bisection, Finding, LayerError, Localisation
 from mtl_export.parity.report import AccuracyCell, ArtefactFiles, Cell, ParityReport
 
 TASKS = ("ads_rel", "topic <b>|*@who", "spam")

@@ -8,10 +8,10 @@ import pytest
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-from mtl_export.parity.layer_errors import Bisection, Finding, LayerError, Localisation
+from mtl_export.parity.accuracy.scores import SCORES
+from mtl_export.parity.diagnosis.layer_errors import Bisection, Finding, LayerError, Localisation
 from mtl_export.parity.report import SCHEMA, AccuracyCell, ArtefactFiles, Cell, RecordedTask
 from mtl_export.parity.reports.json_report import json_text, read_schema
-from mtl_export.parity.scores import SCORES
 from tests.parity.reports.samples import REPORTS, failing, localised, scored, scores
 
 VALIDATOR = Draft202012Validator(read_schema())

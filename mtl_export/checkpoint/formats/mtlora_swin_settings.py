@@ -1,0 +1,125 @@
+"""MTLoRA's configuration: what of it decides the numbers, however it was written down.
+
+A stored configuration has derived lists (``SCALE_PER_TASK_LIST``, one entry per stage); a
+YAML file that a user wrote has shorthands: one number for all stages, no per-task scales.
+``TASK_SCALE`` is never read by the trainer, and not here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mtl_export.checkpoint.files.json_file import misfit
+from mtl_export.errors import CheckpointError, shortened
+
+MODES = ("matrix", "matrixv2", "addition")
+STAGES = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the numbers.
+
+    Attributes:
+        mode: One of ``MODES``: how layers with task terms compute their shared output.
+        tasks: In id order; empty if the configuration does not say.
+        shared_scale: By stage.
+        task_scales: By task, then by stage; a task that is not in it has the shared scale.
+        heads: Kind of head, by task.
+    """
+
+    mode: str
+    tasks: tuple[str, ...]
+    shared_scale: tuple[float, ...]
+    task_scales: Mapping[str, tuple[float, ...]]
+    heads: Mapping[str, str]
+
+    def scales(self, stage: int, tasks: Sequence[str]) -> dict[str, float]:
+        """Return the scales of one stage by role: ``shared_scale``, ``task_scale_0``, ..."""
+        per_task = {
+            f"task_scale_{index}": self.task_scales.get(task, self.shared_scale)[stage]
+            for index, task in enumerate(tasks)
+        }
+        return {"shared_scale": self.shared_scale[stage], **per_task}
+
+    def head(self, task: str) -> str:
+        """Return the kind of head of a task."""
+        return self.heads.get(task, "hrnet")
+
+    def described(self, tasks: Sequence[str]) -> str:
+        """Return all scales as text."""
+        lists = {"shared": self.shared_scale}
+        lists |= {task: self.task_scales.get(task, self.shared_scale) for task in tasks}
+        return ", ".join(f"{name} {'/'.join(f'{v:g}' for v in v4)}" for name, v4 in lists.items())
+
+
+def settings_of(where: str, config: Mapping[str, Any]) -> Settings:
+    """Return the settings in a configuration.
+
+    Args:
+        where: The file it came from, for messages.
+        config: Dictionaries and lists, as in the YAML file.
+
+    Raises:
+        CheckpointError: A setting is missing, of a wrong kind, or not supported.
+    """
+    model = config.get("MODEL")
+    lora = model.get("MTLORA") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(lora, dict):
+        raise _refusal(where, ["no MODEL.MTLORA"])
+    mode = {"add": "addition", "lora_only": "matrix"}.get(
+        str(lora.get("SHARED_MODE", "matrix")), str(lora.get("SHARED_MODE", "matrix"))
+    )
+    problems = [] if mode in MODES else [f"SHARED_MODE {mode!r}"]
+    if lora.get("SPLIT_QKV"):
+        problems.append("SPLIT_QKV true, which the trainer cannot build")
+    shared = _stages("SHARED_SCALE", lora.get("SHARED_SCALE", 2.0), problems)
+    listed = lora.get("SCALE_PER_TASK_LIST")
+    per_task = lora.get("SCALE_PER_TASK") or {}
+    if isinstance(listed, (list, tuple)) and all(isinstance(stage, dict) for stage in listed):
+        names = {name for stage in listed for name in stage}
+        per_task = {name: [stage.get(name) for stage in listed] for name in sorted(names)}
+    elif listed:
+        problems.append("SCALE_PER_TASK_LIST is no list of scales by task")
+    if not isinstance(per_task, dict):
+        problems.append(f"SCALE_PER_TASK {per_task!r}")
+        per_task = {}
+    scales = {
+        str(task): _stages(f"scale of {task}", value, problems) for task, value in per_task.items()
+    }
+    tasks = config.get("TASKS") or ()
+    if problems or not isinstance(tasks, (list, tuple)):
+        raise _refusal(where, problems or [f"TASKS {tasks!r}"])
+    heads = model.get("DECODER_HEAD")
+    return Settings(
+        mode=mode,
+        tasks=tuple(map(str, tasks)),
+        shared_scale=shared,
+        task_scales=scales,
+        heads={str(k): str(v) for k, v in heads.items()} if isinstance(heads, dict) else {},
+    )
+
+
+def _stages(name: str, value: object, problems: list[str]) -> tuple[float, ...]:
+    """Return one number per stage; a single one counts for all."""
+    numbers: list[Any] = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(numbers) == 1:
+        numbers *= STAGES
+    fits = len(numbers) == STAGES and all(misfit(number, float) is None for number in numbers)
+    if not fits:
+        problems.append(f"{name} {value!r}")
+        return (math.nan,) * STAGES
+    return tuple(float(number) for number in numbers)
+
+
+def _refusal(where: str, problems: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        where=where,
+        found=shortened(problems),
+        expected=f"MODEL.MTLORA with SHARED_MODE and one scale for each of {STAGES} stages",
+        why="the scales are not in the state dict",
+        fix="Use the configuration that the trainer wrote beside the checkpoint",
+    )

@@ -1,0 +1,1 @@
+"""The accuracy gate: scores on labelled rows."""

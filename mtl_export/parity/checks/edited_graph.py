@@ -1,0 +1,243 @@
+"""A single graph that ``mtl-export tasks`` changed, judged for the tasks of one checkpoint.
+
+    of this checkpoint    asked as in an untouched graph, under the ids that they have now
+    of another            not-run, by name: parity with that checkpoint judges it
+    no longer there       not-run, by name
+
+Also compared: each of its tasks' labels, kind and stored slices. Not asked: what sets tensors
+of all tasks at once, because those of other checkpoints are not known here. A graph with no
+task of the checkpoint is not this checkpoint's, and fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mtl_export.adapters.normal_form import AdapterSet
+from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import shortened
+from mtl_export.graph.origins import EditedGraph
+from mtl_export.parity.cases import TASK_IDS, Case
+from mtl_export.parity.checks.generation import Speech
+from mtl_export.parity.checks.stored_tensors import TABLE, stored_cell
+from mtl_export.parity.checks.task_tensors import OTHERS
+from mtl_export.parity.presets import LAYERS, ZEROED
+from mtl_export.parity.probes import Asked, Padding
+from mtl_export.parity.reference import Reference
+from mtl_export.parity.report import WHOLE, Cell
+from mtl_export.runtime.runners.base import AroundRunner, Runner
+from mtl_export.runtime.runners.language import PROMPT_TASK_IDS, Generator
+
+if TYPE_CHECKING:
+    from mtl_export.parity.run import Artefact
+
+_NOT_ASKED = "not asked of a graph whose tasks were edited"
+
+
+@dataclass(frozen=True)
+class View:
+    """Tasks of a checkpoint in an edited graph.
+
+    Attributes:
+        edited: What the graph says of itself.
+        ids: Their ids in the graph, by their ids in the checkpoint.
+        names: By the names in the checkpoint, those that cells have instead: of a second copy.
+    """
+
+    edited: EditedGraph
+    ids: Mapping[int, int]
+    names: Mapping[str, str]
+
+    def references(self, exact: Sequence[Reference]) -> list[Reference]:
+        """Return the oracle's answers to rows of these tasks."""
+        cases: dict[int, tuple[Case, Array]] = {}
+        found = []
+        for one in exact:
+            if id(one.case) not in cases:
+                rows = np.isin(one.case.task_ids, list(self.ids))
+                cases[id(one.case)] = replace(one.case, inputs=one.case.rows(rows)), rows
+            case, rows = cases[id(one.case)]
+            if rows.any():
+                found.append(replace(one, case=case, logits=one.logits[rows]))
+        return found
+
+    def speech(self, speech: Speech | None) -> Speech | None:
+        """Return what the oracle says after prompts of these tasks."""
+        if speech is None:
+            return None
+        rows = np.isin(speech.case.task_ids, list(self.ids))
+        case = replace(speech.case, inputs=speech.case.rows(rows))
+        return Speech(case, speech.tokens[rows], speech.margins[rows]) if rows.any() else None
+
+    def asked(self, extra: Asked) -> Asked:
+        """Return what is asked of an edited graph beside the cases."""
+        padding = extra.padding
+        if padding is not None:
+            rows = np.isin(padding.inputs[TASK_IDS], list(self.ids))
+            padding = Padding(
+                {name: value[rows] for name, value in padding.inputs.items()},
+                {name: value[rows] for name, value in padding.is_nan.items()},
+            )
+        more = dict.fromkeys((OTHERS, LAYERS, ZEROED), _NOT_ASKED)
+        return Asked({**extra.left_out, **more}, padding)
+
+    def runner(self, runner: Runner, references: Sequence[Reference], task_count: int) -> Runner:
+        """Return ``runner`` as one that knows the checkpoint's ids, and gives its widths."""
+        widths = {one.subject.output: one.logits.shape[-1] for one in references}
+        kind = _EditedGenerator if isinstance(runner, Generator) else _EditedRunner
+        return kind(runner, self.ids, task_count, len(self.edited.tasks), widths)
+
+    def file_cells(self, cell: Cell, path: Path, adapters: AdapterSet) -> Iterator[Cell]:
+        """Yield the cells of what the file says of these tasks and holds for them.
+
+        Args:
+            cell: Says whose they are; ``passed``.
+            path: The ONNX file.
+            adapters: The checkpoint.
+        """
+        pairs = [(adapters.tasks[own], self.edited.tasks[index]) for own, index in self.ids.items()]
+        wrong = [
+            f"{name} of {task.name} is {found!r}, not {wanted!r}"
+            for task, known in pairs
+            for name, found, wanted in (
+                ("labels", known.labels, task.labels), ("kind", known.kind, task.kind)
+            )
+            if found != wanted
+        ]  # fmt: skip
+        verdict = replace(cell, verdict="failed", reason=shortened(wrong)) if wrong else cell
+        yield replace(verdict, case=TABLE)
+        yield stored_cell(cell, path, adapters, self.ids, len(self.edited.tasks))
+
+    def named(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Return the cells under the names that copies have."""
+        return [replace(cell, task=self.names.get(cell.task, cell.task)) for cell in cells]
+
+
+def views_of(edited: EditedGraph, adapters: AdapterSet) -> list[View]:
+    """Return the tasks that a graph has of a checkpoint; a view for each copy of one."""
+    known = {task.index: task.name for task in adapters.tasks}
+    copies: dict[int, list[int]] = {}
+    for index, origin in enumerate(edited.origins):
+        if origin.checkpoint_sha256 == adapters.checkpoint_sha256 and origin.index in known:
+            copies.setdefault(origin.index, []).append(index)
+    views = []
+    for number in range(max(map(len, copies.values()), default=0)):
+        ids = {own: found[number] for own, found in copies.items() if number < len(found)}
+        names = {known[own]: edited.tasks[index].name for own, index in ids.items()}
+        views.append(View(edited, ids, names if number else {}))
+    return views
+
+
+def no_task_of(edited: EditedGraph, adapters: AdapterSet) -> str:
+    """Return that a graph has no task of a checkpoint; empty if it has one."""
+    if views_of(edited, adapters):
+        return ""
+    if not edited.origins:
+        return (
+            f"{edited.text}, by a version that did not write down where its tasks came from: only"
+            " mtl-export verify holds the untouched ones, by its golden vectors"
+        )
+    sources = dict.fromkeys(f"{one.checkpoint_sha256[:12]}..." for one in edited.origins)
+    return (
+        f"no task of it is of this checkpoint ({adapters.checkpoint_sha256[:12]}...), they are of"
+        f" {', '.join(sources)}: pass one of these to --checkpoint; {edited.text}"
+    )
+
+
+def unjudged_cells(artefact: Artefact, edited: EditedGraph, adapters: AdapterSet) -> list[Cell]:
+    """Return a not-run cell for each task of the graph or of the checkpoint that is not judged."""
+    sha256 = adapters.checkpoint_sha256
+    there = {one.index for one in edited.origins if one.checkpoint_sha256 == sha256}
+    reasons = {
+        task.name: "the graph does not have it"
+        for task in adapters.tasks
+        if task.index not in there
+    }
+    for task, origin in zip(edited.tasks, edited.origins, strict=True):
+        if origin.checkpoint_sha256 != sha256:
+            reasons[task.name] = (
+                f"it is {origin.name} of another checkpoint ({origin.checkpoint_sha256[:12]}...):"
+                " mtl-export parity --checkpoint with that one judges it"
+            )
+    return [
+        Cell(
+            artefact.name, artefact.runner.name, name, WHOLE, "not-run", f"{reason}; {edited.text}"
+        )
+        for name, reason in reasons.items()
+    ]
+
+
+class _EditedRunner(AroundRunner):
+    """A runner of an edited graph that is asked by a checkpoint's ids.
+
+    Args:
+        runner: Of the graph.
+        ids: The graph's ids by the checkpoint's.
+        task_count: How many tasks the checkpoint has.
+        graph_count: How many the graph has.
+        widths: By output, how many columns the checkpoint's tasks have.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        ids: Mapping[int, int],
+        task_count: int,
+        graph_count: int,
+        widths: Mapping[str, int],
+    ) -> None:
+        super().__init__(runner)
+        self._widths, self._graph_count = widths, graph_count
+        # A task that the graph does not have is nobody's to compare: it is only a neighbour.
+        anyone = next(iter(ids.values()))
+        self._ids = np.array([ids.get(index, anyone) for index in range(task_count)], np.int64)
+
+    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the outputs by name."""
+        outputs = self._runner.infer(self._mapped(inputs))
+        return {
+            name: _as_wide(value, self._widths[name]) if name in self._widths else value
+            for name, value in outputs.items()
+        }
+
+    def _mapped(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return {
+            name: self._graph_ids(value) if name in {TASK_IDS, PROMPT_TASK_IDS} else value
+            for name, value in inputs.items()
+        }
+
+    def _graph_ids(self, ids: Array) -> Array:
+        if ids.dtype != np.int64:
+            return ids  # what is to be refused, or answered with NaN
+        known = (ids >= 0) & (ids < len(self._ids))
+        unknown = np.where(ids < 0, ids, np.maximum(ids, self._graph_count))
+        mapped: Array = np.where(known, self._ids[np.where(known, ids, 0)], unknown)
+        return mapped
+
+
+class _EditedGenerator(_EditedRunner):
+    """The same around a runner that generates."""
+
+    def generate(self, inputs: Mapping[str, Array], max_new_tokens: int) -> Array:
+        """Return exactly so many greedy tokens after each prompt, int64 ``[B, N]``."""
+        if not isinstance(self._runner, Generator):
+            raise TypeError(self.name)
+        return self._runner.generate(self._mapped(inputs), max_new_tokens)
+
+
+def _as_wide(values: Array, width: int) -> Array:
+    """Return ``values`` with so many columns, as far as those that differ are of no label."""
+    if not values.ndim:
+        return values
+    room = width - values.shape[-1]
+    if room > 0:
+        # A row of NaN, the answer to an unknown id, is NaN in every column.
+        fill = np.where(np.isnan(values[..., -1:]), np.nan, -np.inf).astype(values.dtype)
+        return np.concatenate([values, *[fill] * room], axis=-1)
+    rest = values[..., width:]
+    return values[..., :width] if (np.isnan(rest) | np.isneginf(rest)).all() else values

@@ -1,0 +1,94 @@
+"""An engine without its weights, and the graph it was built from -> a whole engine.
+
+``trt --strip-weights`` leaves the weights out, so that an engine is small to ship beside
+the ONNX graph that holds them. Such an engine takes back the very weights it was built
+with and no others (the builder has optimised for them), so the graph's hash is compared
+first. TensorRT with a GPU only.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from mtl_export.checkpoint.hashing import sha256_of_file
+from mtl_export.errors import IntegrityError, shortened
+from mtl_export.tensorrt.api import load_library
+from mtl_export.tensorrt.available import available_builder
+from mtl_export.tensorrt.manifest import PASSED, Check, EngineManifest, manifest_path
+from mtl_export.tensorrt.opened import not_taken, open_engine, write_with_weights
+from mtl_export.tensorrt.source import read_source
+
+STRIPPED = "strip_weights"
+RESTORED = "the weights are those of the graph, put back from it"
+
+
+def restore_weights(stripped_path: Path, onnx_path: Path, engine_path: Path) -> EngineManifest:
+    """Return the manifest of the whole engine, written to ``engine_path``.
+
+    The manifest is the caller's to write: ``manifest.write(manifest_path(engine_path))``.
+
+    Args:
+        stripped_path: The engine without weights; its manifest lies beside it.
+        onnx_path: The graph it was built from.
+        engine_path: The file to write.
+
+    Raises:
+        BackendMissingError: The library that built it is not here, or there is no GPU.
+        IntegrityError: Engine or graph are not those of the manifest.
+        EngineBuildError: The library refuses the engine or the weights.
+        OutputError: The engine cannot be written.
+    """
+    manifest = EngineManifest.read(manifest_path(stripped_path))
+    _check(manifest, stripped_path, onnx_path)
+    library = load_library(available_builder(manifest.builder).name)
+    partial = engine_path.with_name(f".{engine_path.name}.part")
+    runtime, engine = open_engine(library, stripped_path)
+    try:
+        with library.log.collect() as errors:
+            refitter = library.trt.Refitter(engine, library.log.handle)
+            parser_refitter = library.trt.OnnxParserRefitter(refitter, library.log.handle)
+            taken = parser_refitter.refit_from_file(str(onnx_path))
+            missing = sorted(refitter.get_missing_weights())
+            if missing:
+                errors.append(f"{shortened(missing)} are not in the graph")
+            if not taken or errors or not refitter.refit_cuda_engine() or errors:
+                raise not_taken(library, onnx_path, "the weights were not taken", errors)
+        sha256 = write_with_weights(library, engine, partial)
+        size_bytes = partial.stat().st_size
+        os.replace(partial, engine_path)
+        # Not before: the engine lives in it.
+        del engine, runtime
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+    done, last = manifest.validated[:-2], manifest.validated[-2:]
+    return replace(
+        manifest,
+        engine=engine_path.name,
+        engine_sha256=sha256,
+        engine_size_bytes=size_bytes,
+        options={name: value for name, value in manifest.options.items() if name != STRIPPED},
+        validated=(*done, Check(RESTORED, PASSED), *last),
+    )
+
+
+def _check(manifest: EngineManifest, stripped_path: Path, onnx_path: Path) -> None:
+    """Refuse another engine, an engine that has its weights, and another graph."""
+    wrong = ""
+    if not manifest.options.get(STRIPPED):
+        wrong = "the engine has its weights"
+    elif sha256_of_file(stripped_path) != manifest.engine_sha256:
+        wrong = "the engine is not the one its manifest describes"
+    elif read_source(onnx_path).sha256 != dict(manifest.source_sha256):
+        wrong = f"{onnx_path} is not the graph it was built from"
+    if wrong:
+        raise IntegrityError(
+            where=str(stripped_path),
+            found=wrong,
+            expected="an engine of trt --strip-weights, and its own graph, whole",
+            why="other weights than those it was built with would give wrong answers",
+            fix="Give both as they were when the engine was built, or build it again",
+        )

@@ -1,0 +1,318 @@
+"""Shapes on the command line or in a model -> optimization profiles.
+
+A profile gives, for each input, the smallest shape, the one to be fast at, and the
+largest. Builders miss some mistakes, so they are looked for here: a name that is no
+input, two inputs whose dimensions share a name but not a maximum (a request that fits
+one and not the other would fail only when served), a dimension such as ``past + 1``
+whose sizes are not one more than those of ``past``, and more tokens than the model has
+positions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from mtl_export.checkpoint.files.json_file import read_json
+from mtl_export.checkpoint.model_inputs import CONFIG, has_position_table, longest_sequence
+from mtl_export.errors import UsageError, shortened
+from mtl_export.tensorrt.source import OnnxSource, TensorInfo, read_source
+
+Shape: TypeAlias = tuple[int, ...]
+
+OPTIONS = "--min-shapes, --opt-shapes and --max-shapes"
+LIMITS = ("min", "opt", "max")
+BATCH_NAMES = ("batch", "batch_size")
+SEQUENCE_NAMES = ("sequence", "sequence_length", "decoder_sequence")
+# Tokens whose keys and values are kept. Exported graphs read at least one.
+PAST_NAMES = ("past", "past_sequence_length")
+OPT_BATCH = 8
+OPT_SEQUENCE = 64
+OPT_PAST = 128
+MAX_SEQUENCE = 512
+MAX_PAST = 2048
+_SUM = re.compile(r"(\w+)\s*\+\s*(\d+)|(\d+)\s*\+\s*(\w+)")
+# tokenizers without a limit store 1e30 here
+_NO_LIMIT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The range of shapes an engine accepts.
+
+    Attributes:
+        shapes: Input name -> (min, opt, max).
+    """
+
+    shapes: Mapping[str, tuple[Shape, Shape, Shape]]
+
+    def admits(self, shapes: Mapping[str, Shape]) -> bool:
+        """Return whether every given shape lies within this profile."""
+        return all(
+            len(shape) == len(self.shapes[name][0])
+            and all(
+                low <= size <= high
+                for low, size, high in zip(
+                    self.shapes[name][0], shape, self.shapes[name][2], strict=True
+                )
+            )
+            for name, shape in shapes.items()
+            if name in self.shapes
+        )
+
+
+def parse_shapes(text: str) -> dict[str, Shape]:
+    """Return shapes by input name, from trtexec's grammar.
+
+    ``input_ids:1x16,task_ids:1``; a scalar is ``name:scalar`` or the name alone.
+
+    >>> parse_shapes("input_ids:1x16,task_ids:1")
+    {'input_ids': (1, 16), 'task_ids': (1,)}
+
+    Raises:
+        UsageError: An item is not of that form, or a name comes twice.
+    """
+    shapes: dict[str, Shape] = {}
+    for item in text.split(","):
+        # Names may hold colons ("x:0"), shapes may not.
+        name, colon, sizes = item.strip().rpartition(":")
+        if not colon:
+            name, sizes = sizes, "scalar"
+        numbers = [] if sizes == "scalar" else sizes.split("x")
+        # No input has a billion of anything, and builders count in 32 bits.
+        if not name or not all(re.fullmatch("[0-9]{1,9}", number) for number in numbers):
+            raise UsageError(
+                where=f"shapes {text!r}",
+                found=f"{item.strip()!r} is not a name and a shape",
+                expected="name:1x16, several separated by commas",
+                fix="Write for example input_ids:1x16,task_ids:1",
+            )
+        if name in shapes:
+            raise UsageError(
+                where=f"shapes {text!r}", found=f"{name} is given twice", fix="Give it once"
+            )
+        shapes[name] = tuple(int(number) for number in numbers)
+    return shapes
+
+
+def base_and_offset(dimension: str) -> tuple[str, int]:
+    """Return the dimension that this one is counted from, and how much it adds.
+
+    >>> base_and_offset("past + 1"), base_and_offset("batch")
+    (('past', 1), ('batch', 0))
+    """
+    match = _SUM.fullmatch(dimension)
+    if match is None:
+        return dimension, 0
+    return match[1] or match[4], int(match[2] or match[3])
+
+
+def default_profile(
+    onnx_path: Path,
+    *,
+    max_batch: int = 32,
+    max_sequence: int | None = None,
+    max_past: int | None = None,
+    given: Collection[str] = (),
+) -> Profile:
+    """Return a profile for the model's named dimensions.
+
+    Every dimension called ``batch`` goes from 1 over 8 to ``max_batch``, every one
+    called ``sequence`` or ``decoder_sequence`` from 1 over 64 to ``max_sequence``,
+    ``past`` from 1 over 128 to ``max_past``, and ``past + 1`` is one more than that.
+
+    Args:
+        onnx_path: The model.
+        max_batch: Largest number of rows.
+        max_sequence: Largest number of tokens; by default what ``config.json`` and
+            ``tokenizer_config.json`` beside the model allow, at most 512.
+        max_past: Largest number of tokens in the cache; by default one less than
+            ``config.json`` allows, at most 2047.
+        given: Inputs whose shapes the caller has; those with other dimensions are left out.
+
+    Raises:
+        UsageError: A dynamic dimension has another name, or a maximum is below 1.
+        EngineBuildError: The model cannot be read.
+    """
+    source = read_source(onnx_path)
+    folder = onnx_path.parent
+    sequence = _token_limit(folder, MAX_SEQUENCE) if max_sequence is None else max_sequence
+    past = max(_token_limit(folder, MAX_PAST) - 1, 1) if max_past is None else max_past
+    for name, value in (("max_batch", max_batch), ("max_sequence", sequence), ("max_past", past)):
+        if value < 1:
+            raise UsageError(
+                where=name, found=f"it is {value}", expected="at least 1", fix="Give more"
+            )
+    ranges = dict.fromkeys(BATCH_NAMES, (1, min(OPT_BATCH, max_batch), max_batch))
+    ranges |= dict.fromkeys(SEQUENCE_NAMES, (1, min(OPT_SEQUENCE, sequence), sequence))
+    ranges |= dict.fromkeys(PAST_NAMES, (1, min(OPT_PAST, past), past))
+    unknown = {
+        tensor.name: f"{size or 'without a name'} in {tensor}"
+        for tensor in source.inputs
+        for size in tensor.shape
+        if isinstance(size, str) and base_and_offset(size)[0] not in ranges
+    }
+    nowhere = [text for name, text in unknown.items() if name not in given]
+    if nowhere:
+        raise UsageError(
+            where=str(onnx_path),
+            found=f"dynamic dimensions with no default: {shortened(nowhere)}",
+            expected="only batch, sequence, decoder_sequence and past",
+            fix=f"Give {OPTIONS}",
+        )
+    return Profile(
+        {
+            tensor.name: (
+                _sizes(tensor, ranges, 0),
+                _sizes(tensor, ranges, 1),
+                _sizes(tensor, ranges, 2),
+            )
+            for tensor in source.inputs
+            if tensor.is_dynamic and tensor.name not in unknown
+        }
+    )
+
+
+def check_profiles(source: OnnxSource, profiles: Sequence[Profile]) -> None:
+    """Refuse profiles that do not fit the model, naming every mistake at once.
+
+    Raises:
+        UsageError: A name is no input, a dynamic input is missing, a rank or fixed size
+            differs, 1 <= min <= opt <= max does not hold, equal names got unequal sizes, or
+            there are more tokens than the ``config.json`` beside the model has positions.
+    """
+    dynamic = [tensor.name for tensor in source.inputs if tensor.is_dynamic]
+    if dynamic and not profiles:
+        raise UsageError(
+            where=str(source.path),
+            found=f"no profile for its dynamic inputs {shortened(dynamic)}",
+            expected="at least one",
+            why="engines are built for a range of shapes",
+            fix=f"Give {OPTIONS}",
+        )
+    positions = _positions(source.path.parent)
+    for number, profile in enumerate(profiles, start=1):
+        problems = _problems(source, profile) or _too_long(source, profile, positions)
+        if problems:
+            raise UsageError(
+                where=f"profile {number} for {source.path}",
+                found="; ".join(problems),
+                expected=f"shapes for {'; '.join(str(tensor) for tensor in source.inputs)}",
+                fix=f"Correct {OPTIONS}",
+            )
+
+
+def _problems(source: OnnxSource, profile: Profile) -> list[str]:
+    inputs = {tensor.name: tensor for tensor in source.inputs}
+    problems = [f"{name} is not an input" for name in profile.shapes if name not in inputs]
+    named: dict[str, list[tuple[str, Shape]]] = {}
+    for name, tensor in inputs.items():
+        if name not in profile.shapes:
+            if tensor.is_dynamic:
+                problems.append(f"{name} is missing")
+            continue
+        wrong = _tensor_problems(tensor, profile.shapes[name])
+        problems.extend(wrong)
+        if not wrong:
+            for axis, size in enumerate(tensor.shape):
+                if isinstance(size, str) and size:
+                    limits = tuple(shape[axis] for shape in profile.shapes[name])
+                    named.setdefault(size, []).append((name, limits))
+    return problems + _unequal(named)
+
+
+def _tensor_problems(tensor: TensorInfo, shapes: tuple[Shape, Shape, Shape]) -> list[str]:
+    problems = []
+    for limit, shape in zip(LIMITS, shapes, strict=True):
+        text = "x".join(map(str, shape)) or "scalar"
+        if len(shape) != len(tensor.shape):
+            problems.append(f"{tensor.name} {limit} {text} has not the rank of {tensor}")
+        elif any(
+            isinstance(fixed, int) and fixed != size
+            for fixed, size in zip(tensor.shape, shape, strict=True)
+        ):
+            problems.append(f"{tensor.name} {limit} {text} changes a fixed size of {tensor}")
+    if not problems:
+        low, middle, high = shapes
+        if not all(
+            1 <= small <= good <= large
+            for small, good, large in zip(low, middle, high, strict=True)
+        ):
+            given = ", ".join("x".join(map(str, shape)) for shape in shapes)
+            problems.append(f"{tensor.name} is not 1 <= min <= opt <= max ({given})")
+    return problems
+
+
+def _too_long(source: OnnxSource, profile: Profile, positions: int | None) -> list[str]:
+    """Return which inputs may hold more tokens than the model has positions."""
+    if positions is None:
+        return []
+    return [
+        f"max of {tensor.name} has {length} tokens, the model {positions} positions"
+        for tensor in source.inputs
+        if tensor.name in profile.shapes
+        for size, length in zip(tensor.shape, profile.shapes[tensor.name][2], strict=True)
+        if isinstance(size, str)
+        and base_and_offset(size)[0] in {*SEQUENCE_NAMES, *PAST_NAMES}
+        and length > positions
+    ]
+
+
+def _unequal(named: Mapping[str, list[tuple[str, Shape]]]) -> list[str]:
+    problems = []
+    for dimension, uses in named.items():
+        for position, limit in enumerate(LIMITS):
+            if len({limits[position] for _, limits in uses}) > 1:
+                listed = ", ".join(f"{limits[position]} in {name}" for name, limits in uses)
+                problems.append(f"{limit} of dimension {dimension} differs: {listed}")
+        base, offset = base_and_offset(dimension)
+        if offset and base in named:
+            counted = zip(LIMITS, uses[0][1], named[base][0][1], strict=True)
+            problems.extend(
+                f"{limit} of dimension {dimension} is {size}, of {base} {base_size}"
+                for limit, size, base_size in counted
+                if size != base_size + offset
+            )
+    return problems
+
+
+def _sizes(tensor: TensorInfo, ranges: Mapping[str, tuple[int, int, int]], position: int) -> Shape:
+    sizes = []
+    for size in tensor.shape:
+        if isinstance(size, str):
+            base, offset = base_and_offset(size)
+            size = ranges[base][position] + offset
+        sizes.append(size)
+    return tuple(sizes)
+
+
+def _positions(folder: Path) -> int | None:
+    """Return how many positions the model beside ends at; None if it has no such end."""
+    config = _json_object(folder / "config.json", CONFIG)
+    return longest_sequence(config) if has_position_table(config) else None
+
+
+def _token_limit(folder: Path, limit: int) -> int:
+    """Return how many tokens the model beside takes, at most ``limit``."""
+    model = _json_object(folder / "config.json", CONFIG)
+    tokenizer = _json_object(folder / "tokenizer_config.json", {"model_max_length?": float})
+    for value in (
+        model.get("max_position_embeddings"),
+        model.get("n_positions"),
+        tokenizer.get("model_max_length"),
+    ):
+        if isinstance(value, int | float) and 0 < value < _NO_LIMIT:
+            limit = min(limit, int(value))
+    return min(limit, _positions(folder) or limit)
+
+
+def _json_object(file: Path, shape: Any) -> dict[str, Any]:
+    """Return what a file beside the model says; empty if there is none."""
+    if not file.is_file():
+        return {}
+    fix = "Give max_sequence, or export the graph again"
+    found: dict[str, Any] = read_json(file, shape, error=UsageError, fix=fix)
+    return found
