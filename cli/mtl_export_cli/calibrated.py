@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mtl_export.api.written import Written
 from mtl_export.errors import shortened
 from mtl_export_cli import render
-from mtl_export_cli.written import Written
 
 if TYPE_CHECKING:
     from mtl_export_calibration.measure import Options

@@ -10,66 +10,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from mtl_export.api.settings import DTYPES, LAYOUTS, TASK_INPUTS, Settings
 from mtl_export.checkpoint.sentence_embedding import POOLINGS
 from mtl_export.errors import UsageError
 from mtl_export.graph import names as graph_names
-from mtl_export_cli.config import Config, read_config
+from mtl_export_cli.config import CONFIG_FILE, Config, read_config
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-DTYPES = ("fp32", "fp16", "bf16")
-LAYOUTS = ("single-graph", "per-task")
-TASK_INPUTS = ("rows", "scalar")
 _CONFIG_KEY = "mtl_export_cli.config"
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the user asked for, wherever it was written.
-
-    Attributes:
-        checkpoint: The trained adapter.
-        base: Folder, ``package:NAME/FOLDER`` or hub id.
-        output: Write exactly here; None for the place under ``output_dir``.
-        output_dir: Parent of ``merged/``, ``onnx/`` and ``engines/``.
-        task: Tasks asked for by name.
-        all_tasks: All of them were asked for.
-        tasks: Task names in id order, where the checkpoint does not carry them.
-        alpha: LoRA alpha, likewise.
-        temperature: Softmax temperature, likewise.
-        downsample: Whether a VL-BART was trained with ``--downsample``, likewise.
-        biases: File of biases that the trainer added, likewise.
-        dtype: ``fp32``, ``fp16`` or ``bf16``; None keeps the base's.
-        force: Replace an old result.
-        json: Print the result as JSON.
-        verbosity: 0 as usual, 1 more, -1 plain lines, -2 only errors.
-    """
-
-    checkpoint: Path | None = None
-    base: str | None = None
-    output: Path | None = None
-    output_dir: Path = Path("out")
-    task: tuple[str, ...] = ()
-    all_tasks: bool = False
-    tasks: tuple[str, ...] | None = None
-    alpha: float | None = None
-    temperature: float | None = None
-    downsample: bool | None = None
-    biases: Path | None = None
-    dtype: str | None = None
-    force: bool = False
-    json: bool = False
-    verbosity: int = 0
-
-    def folder(self, kind: str) -> Path:
-        """Return where a command writes: ``--output``, or ``kind`` under the output folder."""
-        return self.output or self.output_dir / kind
 
 
 def _task_names(value: object) -> tuple[str, ...]:
@@ -153,7 +107,6 @@ MAX_DROP: Decorator = option(
 )  # fmt: skip
 LAYOUT_HELP = "single-graph (default with --all-tasks) or per-task (default with --task)."
 REQUIRE_RUN_HELP = "Exit 6 unless all that should have been run was there and was run."
-NUMBERS = ("int8", "fp8", "int4")
 QUANTIZE_HELP = "What numbers the graphs are quantised to; int4: weights only."
 # More than any machine has; a count that a runtime cannot hold would be its TypeError.
 THREADS: Decorator = option(
@@ -228,8 +181,9 @@ def _settings(context: click.Context, values: dict[str, Any]) -> Settings:
         name: values.pop(name) for name in Settings.__dataclass_fields__ if name in values
     }
     shared["verbosity"] = values.pop("verbose") - values.pop("quiet")
+    shared["typed"] = frozenset(name for name in context.params if _is_typed(context, name))
     if isinstance(config, Config):
-        shared["output_dir"] = config.output_dir
+        shared["output_dir"], shared["config_file"] = config.output_dir, CONFIG_FILE
         _refuse_root(config.output_dir, f"{config.path}: output.dir")
     _refuse_root(shared.get("output"), "--output")
     return Settings(**shared)
@@ -259,12 +213,6 @@ def _resolve_selection(context: click.Context, values: dict[str, Any]) -> None:
             fix="Leave one out",
         )
     values["task"], values["all_tasks"] = (values["task"], False) if named else ((), True)
-
-
-def reads_file() -> bool:
-    """Return whether the command at work takes values from ``mtl-export.toml``."""
-    context = click.get_current_context(silent=True)
-    return context is not None and _CONFIG_KEY in context.meta
 
 
 def is_typed(name: str) -> bool:

@@ -42,7 +42,7 @@ def print_report(result: ParityReport) -> None:
 
 def _table(result: ParityReport) -> tuple[list[str], list[list[str]]]:
     """Return columns and rows: task by artefact, the worst cell of each speaking for it."""
-    from mtl_export_cli.artefacts import KINDS
+    from mtl_export.api.artefacts import KINDS
 
     found = {cell.artefact for cell in result.cells}
     artefacts = [kind for kind in KINDS if kind in found]

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from mtl_export.api import graphs, sources
+from mtl_export.api.edited_graph import refuse_to_quantise
+from mtl_export.api.settings import LAYOUTS, Settings
+from mtl_export.api.written import Written
 from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
 from mtl_export.checkpoint.outputs import LOGITS
 from mtl_export.errors import UsageError, shortened
-from mtl_export_cli import graphs, render, sources
+from mtl_export_cli import render
 from mtl_export_cli.calibrated import Outcome
-from mtl_export_cli.edited import refuse_to_quantise
-from mtl_export_cli.options import LAYOUTS, Settings
-from mtl_export_cli.written import Written
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -65,17 +66,6 @@ def refuse_parts(bound: BoundModel, layout: str) -> None:
             why="what quantising a single graph costs is told by it",
             fix="Pass --layout per-task: each task's own graph has logits",
         )
-
-
-def other_source(bound: BoundModel, metadata: Mapping[str, str]) -> str:
-    """Return from what else than this model a graph says it was made; empty if from this."""
-    now = {"base": bound.base.sha256, "checkpoint": bound.adapters.checkpoint_sha256}
-    for name, digest in now.items():
-        found = metadata.get(f"mtl_export.{name}_sha256", "")
-        if found != digest:
-            was = f"{name} {found[:12]}..." if found else f"an unknown {name}"
-            return f"made from {was}, not from this one ({digest[:12]}...)"
-    return ""
 
 
 class _GateError(Exception):
@@ -345,7 +335,7 @@ def _refuse_stale(bound: BoundModel, targets: Sequence[Target]) -> None:
             continue
         if target.task is None:
             refuse_to_quantise(target.folder)
-        other = other_source(bound, onnx_metadata(target.path))
+        other = sources.other_source(bound, onnx_metadata(target.path))
         if other:
             raise UsageError(
                 where=str(target.path),

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from mtl_export_cli.options import Settings
+from mtl_export.api.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mtl_export.api.settings import Settings
+from mtl_export.api.sources import lies_in
 from mtl_export.errors import MtlExportError, OutputError, UsageError
-from mtl_export_cli.options import Settings
-from mtl_export_cli.sources import lies_in
 from mtl_export_cli.system_errors import refusal_of
 
 if TYPE_CHECKING:

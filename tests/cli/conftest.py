@@ -12,12 +12,12 @@ from click.testing import CliRunner
 
 import mtl_export.graph.parts
 from mtl_export.adapters.binding import BoundModel
+from mtl_export.api.settings import Settings
+from mtl_export.api.sources import open_bound
 from mtl_export.graph.names import OPSET
 from mtl_export.graph.parts import trace_parts
 from mtl_export.graph.trace import TracedModel
 from mtl_export_cli.main import cli
-from mtl_export_cli.options import Settings
-from mtl_export_cli.sources import open_bound
 from tests.factories import toy_base, toy_checkpoint
 
 TOML = """\

@@ -9,8 +9,9 @@ import click
 import pytest
 from onnx import TensorProto, helper
 
+from mtl_export.api.engine_choices import EngineChoices
 from mtl_export.errors import UsageError
-from mtl_export_cli.engine_options import ENGINE, EngineChoices, size_in_bytes, with_engine_choices
+from mtl_export_cli.engine_options import ENGINE, size_in_bytes, with_engine_choices
 from tests.tensorrt.models import write_decode, write_graph, write_routed
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import click
 import pytest
 
+from mtl_export.api.settings import Settings
 from mtl_export.errors import UsageError
 from mtl_export_cli import options
-from mtl_export_cli.options import Settings, with_settings
+from mtl_export_cli.options import with_settings
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from contextlib import redirect_stderr
 
 import pytest
 
+from mtl_export.api.settings import Settings
 from mtl_export_cli import render
-from mtl_export_cli.options import Settings
 
 
 class Terminal(io.StringIO):

@@ -13,6 +13,8 @@ from click.testing import CliRunner
 
 from mtl_export.adapters.binding import BoundModel, bind
 from mtl_export.adapters.family import read_adapters
+from mtl_export.api.artefacts import Places, find_artefacts
+from mtl_export.api.parity_inputs import cases_of, oracle_of
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.tensors import Array
@@ -25,9 +27,7 @@ from mtl_export.runtime.runners.base import Runner
 from mtl_export.runtime.runners.language import NEW_TOKENS
 from mtl_export.runtime.runners.pytorch import OracleRunner
 from mtl_export.runtime.runners.torch_language import OracleLanguageRunner
-from mtl_export_cli.artefacts import Places, find_artefacts
 from mtl_export_cli.main import cli
-from mtl_export_cli.parity_inputs import cases_of, oracle_of
 from tests.parity.kinds import TASKS, change_weight, write_kind
 
 # kind -> the outputs that are judged

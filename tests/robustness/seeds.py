@@ -137,13 +137,13 @@ class Good:
         return folder
 
     def _write_single(self, folder: Path) -> None:
+        from mtl_export.api.sources import recipe
         from mtl_export.bundle.output import output_folder
         from mtl_export.graph.lower import routed_graph
         from mtl_export.graph.trace import trace
         from mtl_export.graph.writer import write_graph
         from mtl_export.runtime.golden import GOLDEN_FILE, Vector, golden_bytes
         from mtl_export.runtime.ort import OrtRunner
-        from mtl_export_cli.sources import recipe
 
         names = [task.name for task in TASKS]
         options: dict[str, Any] = {"layout": "single-graph", "served": names}

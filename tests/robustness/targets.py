@@ -116,10 +116,10 @@ def _merged(good: Good, checkpoint: Any, reference: str) -> None:
 
 
 def _base(good: Good, folder: Path) -> None:
+    from mtl_export.api.artefacts import first_graph
+    from mtl_export.api.parity_inputs import cases_of
     from mtl_export.checkpoint.base_model import companion_files, open_base
     from mtl_export.checkpoint.reader import open_checkpoint
-    from mtl_export_cli.artefacts import first_graph
-    from mtl_export_cli.parity_inputs import cases_of
 
     opened = open_base(str(folder))
     for tensor in opened.tensors.values():
@@ -173,9 +173,9 @@ def _settings(good: Good, folder: Path) -> None:
 
 
 def _data(good: Good, reference: Path) -> None:
+    from mtl_export.api.parity_inputs import cases_of
     from mtl_export.data.samples import open_samples
     from mtl_export.parity.accuracy.labelled_files import open_labelled
-    from mtl_export_cli.parity_inputs import cases_of
 
     def read(reader: Callable[[], Any]) -> None:
         try:
@@ -197,9 +197,9 @@ def _data(good: Good, reference: Path) -> None:
 
 
 def _cache(good: Good, folder: Path) -> None:
+    from mtl_export.api.quantised import read_quantised
     from mtl_export.bundle.merged import _Journal
     from mtl_export_calibration.cache import read_arrays, read_cache
-    from mtl_export_cli.quantised import read_quantised
 
     read_cache(folder / "kept.json", CACHE_KEY, {"latency_ms": {str: float}})
     read_arrays(folder / "kept.npz", CACHE_KEY)
@@ -272,11 +272,11 @@ def _edit(verb: str, name: str, new: str = "") -> Read:
 
 def _parity(good: Good, folder: Path) -> None:
     """Read graphs as parity does, up to where they are compared."""
+    from mtl_export.api.artefacts import Places, find_artefacts
     from mtl_export.parity.checks.metadata import beside_cells
     from mtl_export.parity.checks.stored_tensors import stored_cell, table_cell
     from mtl_export.parity.outputs import Subject
     from mtl_export.parity.report import Cell
-    from mtl_export_cli.artefacts import Places, find_artefacts
 
     bound = good.bound
     places = Places(folder / "merged", folder, folder / "engines", folder)
@@ -293,11 +293,11 @@ def _parity(good: Good, folder: Path) -> None:
 
 def _builder(good: Good, folder: Path) -> None:
     """Read a graph as ``trt`` does, up to where a builder takes it."""
+    from mtl_export.api.edited_graph import edited_graph
     from mtl_export.tensorrt.differences import refit_key
     from mtl_export.tensorrt.shapes import check_profiles, default_profile
     from mtl_export.tensorrt.source import load_structure, read_source
     from mtl_export.tensorrt.structure_cache import structure_key, weights_of
-    from mtl_export_cli.edited import edited_graph
 
     path = folder / "model.onnx"
     edited_graph(folder)
@@ -313,10 +313,10 @@ def _builder(good: Good, folder: Path) -> None:
 
 
 def _engine(good: Good, folder: Path) -> None:
+    from mtl_export.api.artefacts import Places, find_artefacts
     from mtl_export.bundle.verify import verify_folder
     from mtl_export.tensorrt import EngineManifest, manifest_path
     from mtl_export.tensorrt.header import read_header, sha256_of_graph
-    from mtl_export_cli.artefacts import Places, find_artefacts
 
     engine = folder / "model.engine"
     if engine.is_file():

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mtl_export.api import sources
+from mtl_export.api.settings import Settings
 from mtl_export.errors import UsageError
-from mtl_export_cli import options, render, sources
-from mtl_export_cli.options import Settings, option, with_settings
+from mtl_export_cli import options, render
+from mtl_export_cli.options import option, with_settings
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
+    from mtl_export.api.lineup import Lineup
     from mtl_export.bench.measure import Footprint, Measured, Shape, Timing
     from mtl_export.checkpoint.checkpoint import Task
-    from mtl_export_cli.benchmark import Lineup
 
 DEFAULT_SHAPES = "1x32,8x128"
 EPILOG = """\b
@@ -60,7 +62,7 @@ def command(
     runs in a process of its own; blocks of calls alternate, and ratios compare blocks of the same
     round. Exit code 2 when nothing was exported, 6 when nothing of it can be run here.
     """
-    from mtl_export_cli.benchmark import conditions, lineup, machine, refuse_longer
+    from mtl_export.api.lineup import conditions, lineup, machine, refuse_longer
 
     wanted = parse_shapes(shapes)
     bound = sources.open_bound(settings, targets=())
@@ -102,9 +104,9 @@ def _measured(
     *,
     rounds: int,
 ) -> Measured:
+    from mtl_export.api.lineup import machine, vocabulary, why_disturbed
     from mtl_export.bench.candidates import Batches
     from mtl_export.bench.measure import measure
-    from mtl_export_cli.benchmark import machine, vocabulary, why_disturbed
 
     talk = render.Talk.from_settings(settings)
     if disturbed := why_disturbed(machine()):
@@ -165,7 +167,7 @@ def _document(found: Lineup, measured: Measured, conditions: dict[str, Any]) -> 
 
 def _ratio(measured: Measured, timing: Timing) -> float | None:
     """Return how many times the merged graph's latency this is; None without one."""
-    from mtl_export_cli.benchmark import MERGED
+    from mtl_export.api.lineup import MERGED
 
     merged = measured.timing(MERGED, timing.shape, timing.phase)
     return timing.ratio_to(merged) if merged else None

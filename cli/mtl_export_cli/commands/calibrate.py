@@ -8,9 +8,11 @@ from pathlib import Path
 
 import click
 
-from mtl_export_cli import options, sources
+from mtl_export.api import sources
+from mtl_export.api.settings import LAYOUTS, Settings
+from mtl_export_cli import options
 from mtl_export_cli.calibrated import print_outcomes
-from mtl_export_cli.options import Settings, option, with_settings
+from mtl_export_cli.options import option, with_settings
 from mtl_export_cli.quantising import BOTH, Request, refuse_parts
 
 EXIT_FAILED = 4
@@ -20,7 +22,7 @@ ENGINES = ("onnxruntime", "modelopt")
 COMBINATIONS = ("union", "weighted", "per-task")
 DELTAS = ("apart", "exclude", "merged")
 LAYOUT = option(
-    "--layout", type=click.Choice((*options.LAYOUTS, BOTH)), default=BOTH, show_default=True,
+    "--layout", type=click.Choice((*LAYOUTS, BOTH)), default=BOTH, show_default=True,
     help=options.LAYOUT_HELP,
 )  # fmt: skip
 EPILOG = """\b

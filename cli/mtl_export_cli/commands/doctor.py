@@ -8,10 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import click
 
+from mtl_export.api.settings import Settings
 from mtl_export.errors import BackendMissingError
 from mtl_export.version import VERSION
 from mtl_export_cli import options, render
-from mtl_export_cli.options import Settings, with_settings
+from mtl_export_cli.options import with_settings
 
 EPILOG = """\b
 Example:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mtl_export.api import sources
+from mtl_export.api.conversion import FORMATS, OWN, convert
+from mtl_export.api.settings import Settings
 from mtl_export.errors import UsageError
-from mtl_export_cli import options, render, sources
-from mtl_export_cli.conversion import FORMATS, OWN, convert
-from mtl_export_cli.options import Settings, option, with_settings
+from mtl_export_cli import options, render
+from mtl_export_cli.options import option, with_settings
 from mtl_export_cli.written import print_written
 
 if TYPE_CHECKING:

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mtl_export.api import sources
+from mtl_export.api.settings import Settings
+from mtl_export.api.written import WRITTEN, Written
 from mtl_export.errors import UsageError
-from mtl_export_cli import options, render, sources
-from mtl_export_cli.options import Settings, option, with_settings
-from mtl_export_cli.written import WRITTEN, Written, print_written
+from mtl_export_cli import options, render
+from mtl_export_cli.options import option, with_settings
+from mtl_export_cli.written import print_written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

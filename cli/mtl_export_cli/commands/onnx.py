@@ -6,9 +6,12 @@ import os
 
 import click
 
-from mtl_export_cli import graphs, options, render, sources
-from mtl_export_cli.graph_form import Form, with_form
-from mtl_export_cli.options import Settings, option, with_settings
+from mtl_export.api import graphs, sources
+from mtl_export.api.graph_form import Form
+from mtl_export.api.settings import LAYOUTS, Settings
+from mtl_export_cli import options, render
+from mtl_export_cli.graph_form import with_form
+from mtl_export_cli.options import option, with_settings
 from mtl_export_cli.written import print_written
 
 EPILOG = """\b
@@ -20,7 +23,7 @@ Example:
 """
 # One layout more than engines and calibration have.
 LAYOUT = option(
-    "--layout", type=click.Choice((*options.LAYOUTS, graphs.ADAPTER_INPUT)),
+    "--layout", type=click.Choice((*LAYOUTS, graphs.ADAPTER_INPUT)),
     help=options.LAYOUT_HELP,
 )  # fmt: skip
 
@@ -64,9 +67,10 @@ def command(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     graphs.refuse_form(layout, form, settings.dtype)
     graphs.refuse_idle(
+        settings,
         graphs.layout_or_default(settings, layout),
         form,
-        linked=link_data and options.is_typed("link_data"),
+        linked=link_data and "link_data" in settings.typed,
     )
     bound = sources.open_bound(settings, targets=[settings.folder("onnx")])
     wanted = graphs.wanted_graphs(settings, layout, bound.adapters.tasks)

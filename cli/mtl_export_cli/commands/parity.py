@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mtl_export.api import coverage, sources
+from mtl_export.api.quantised import with_max_drop
+from mtl_export.api.settings import Settings
 from mtl_export.errors import UsageError
-from mtl_export_cli import accuracy, coverage, options, render, reports, sources
+from mtl_export_cli import accuracy, options, render, reports
 from mtl_export_cli.localised import print_layers, with_layers
-from mtl_export_cli.options import Settings, option, with_settings
+from mtl_export_cli.options import option, with_settings
 from mtl_export_cli.parity_table import print_document, print_report
-from mtl_export_cli.quantised import print_quantised, with_max_drop
+from mtl_export_cli.quantised import print_quantised
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
+    from mtl_export.api.artefacts import Places
     from mtl_export.parity.presets import Preset
     from mtl_export.parity.report import Cell, ParityReport
     from mtl_export.parity.run import Artefact
     from mtl_export.parity.tolerance import Tolerance
-    from mtl_export_cli.artefacts import Places
 
 EXIT_MISSING = 6
 EPILOG = """\b
@@ -119,9 +122,9 @@ def command(
     runtime or device is exit code 6, and a task without an export (its own, or one that serves
     all tasks) where others have one. What a preset leaves out does not count.
     """
+    from mtl_export.api.artefacts import Places
     from mtl_export.parity.presets import preset_of
     from mtl_export.parity.tolerance import Tolerance
-    from mtl_export_cli.artefacts import Places
 
     with reports.errors_reported(report, settings):
         preset = preset_of(quick, full)
@@ -211,7 +214,7 @@ def _found(
     Raises:
         UsageError: There is nothing to compare, or an option judges none of it.
     """
-    from mtl_export_cli.artefacts import find_artefacts
+    from mtl_export.api.artefacts import find_artefacts
 
     places = request.places
     artefacts, not_there = find_artefacts(bound, places, threads=request.threads)
@@ -237,10 +240,10 @@ def _compare(
     not_there: list[Cell],
 ) -> ParityReport:
     """Return the report on everything that was exported."""
+    from mtl_export.api.parity_inputs import base_of, cases_of, oracle_of
     from mtl_export.parity.presets import choose
     from mtl_export.parity.run import run_parity, step_count
     from mtl_export.runtime.runners.pytorch import use_threads
-    from mtl_export_cli.parity_inputs import base_of, cases_of, oracle_of
 
     use_threads(request.threads)
     cases, left_out = choose(cases_of(bound, request.inputs), request.preset)
@@ -270,7 +273,7 @@ def _compare(
             max_drop=request.gate.max_drop, oracle=oracle_of(bound), talk=talk,
         )  # fmt: skip
     if request.golden:
-        from mtl_export_cli.golden import save_golden
+        from mtl_export.api.golden import save_golden
 
         for path in save_golden(bound, artefacts, cases, result, request.tolerance):
             talk.note(f"golden vectors: {path}")

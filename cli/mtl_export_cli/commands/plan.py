@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mtl_export_cli import options, render, sources
-from mtl_export_cli.options import Settings, with_settings
+from mtl_export.api import sources
+from mtl_export.api.settings import Settings
+from mtl_export_cli import options, render
+from mtl_export_cli.options import with_settings
 
 if TYPE_CHECKING:
     from mtl_export.merge.plan import Plan, Strategy

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mtl_export.api.settings import Settings
+from mtl_export.api.written import UP_TO_DATE, WRITTEN
 from mtl_export_cli import options, render
-from mtl_export_cli.options import Settings, option, with_settings
-from mtl_export_cli.written import UP_TO_DATE, WRITTEN
+from mtl_export_cli.options import option, with_settings
 
 if TYPE_CHECKING:
     from mtl_export.adapters.normal_form import AdapterSet
@@ -56,9 +57,9 @@ def add(settings: Settings, graph: Path, name: str, from_name: str | None) -> No
     Its id is the number of tasks before. The checkpoint must share with the graph what its
     tasks share: the base, and every projection number for number.
     """
+    from mtl_export.api import sources
     from mtl_export.bundle.edited import edit_folder
     from mtl_export.graph.task_edit import add_task
-    from mtl_export_cli import sources
 
     checkpoint = sources.open_settings_checkpoint(settings)
     source = _source(checkpoint.tasks, name, from_name)
@@ -118,7 +119,7 @@ def _adapters(settings: Settings, checkpoint: Checkpoint) -> tuple[AdapterSet, s
     """
     from mtl_export.adapters.binding import bind
     from mtl_export.adapters.family import read_adapters
-    from mtl_export_cli import sources
+    from mtl_export.api import sources
 
     if settings.base is None:
         return read_adapters(checkpoint), checkpoint.base.sha256

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mtl_export.api import engines, graphs, sources
+from mtl_export.api.engine_choices import EngineChoices
+from mtl_export.api.engines import Built, Failed, Workshop
+from mtl_export.api.graph_form import Form
+from mtl_export.api.settings import NUMBERS, Settings
+from mtl_export.api.written import Written
 from mtl_export.errors import BackendError, UsageError
-from mtl_export_cli import engines, graphs, options, render, sources
-from mtl_export_cli.engine_options import ENGINE, EngineChoices, with_engine_choices
-from mtl_export_cli.engines import Built, Failed, Workshop
-from mtl_export_cli.graph_form import Form, with_form
-from mtl_export_cli.options import Settings, option, with_settings
-from mtl_export_cli.written import Written
+from mtl_export_cli import options, render
+from mtl_export_cli.engine_options import ENGINE, with_engine_choices
+from mtl_export_cli.graph_form import with_form
+from mtl_export_cli.options import option, with_settings
 
 if TYPE_CHECKING:
     from mtl_export.tensorrt.available import BuilderInfo
@@ -56,7 +60,7 @@ HIDDEN = tuple(
 )  # fmt: skip
 JOB = (
     option("--layout", type=click.Choice(engines.LAYOUTS), help=options.LAYOUT_HELP),
-    option("--quantize", type=click.Choice(options.NUMBERS), help=options.QUANTIZE_HELP),
+    option("--quantize", type=click.Choice(NUMBERS), help=options.QUANTIZE_HELP),
     option(
         "--jobs", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
         help="Engines to build at a time; each takes up to three times its weights of memory."
@@ -101,7 +105,7 @@ def command(
     from mtl_export.tensorrt.available import available_builder
 
     _refuse_beside_quantize(settings, quantize, form)
-    graphs.refuse_idle(graphs.layout_or_default(settings, layout), form)
+    graphs.refuse_idle(settings, graphs.layout_or_default(settings, layout), form)
     bound = sources.open_bound(settings)
     info = available_builder()
     choices.refuse_impossible(info.name)

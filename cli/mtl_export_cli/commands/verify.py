@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mtl_export.api.settings import Settings
 from mtl_export.errors import shortened
 from mtl_export_cli import options, render
-from mtl_export_cli.options import Settings, option, with_settings
+from mtl_export_cli.options import option, with_settings
 
 if TYPE_CHECKING:
     from mtl_export.bundle.verify import Check

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mtl_export_cli.artefacts import MERGED, MERGED_ONNX, SINGLE_ONNX
+from mtl_export.api.artefacts import MERGED, MERGED_ONNX, SINGLE_ONNX
 from tests.benchmarks.gate.project import Project
 
 FAILED, REFUSED = 3, 7

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from mtl_export.api.lineup import lineup
+from mtl_export.api.settings import Settings
 from mtl_export.checkpoint.checkpoint import Task
-from mtl_export_cli.benchmark import lineup
-from mtl_export_cli.options import Settings
 from tests.cli.conftest import Run
 
 QUICK = ("bench", "--shapes", "1x8,5x7", "--rounds", "2", "--threads", "1")
@@ -140,7 +140,7 @@ def test_every_kind_of_graph_is_measured_under_its_adapter(tmp_path: Path) -> No
 
 def test_a_busy_machine_is_told() -> None:
     """Half the cores at work before the first call is worth a word."""
-    from mtl_export_cli.benchmark import why_disturbed
+    from mtl_export.api.lineup import why_disturbed
 
     idle: dict[str, Any] = {"load_average": [0.4, 3.0, 3.0], "cores_usable": 2, "cores": 8}
     assert why_disturbed(idle) == ""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mtl_export.api.engine_shapes import profile_from_options
 from mtl_export.errors import UsageError
-from mtl_export_cli.profiles import profile_from_options
 from tests.cli.conftest import Run, files_below
 
 ENGINE_FILES = ["model.engine", "model.engine.json", "mtl-export.json"]

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtl_export.api import quantised
+from mtl_export.api.settings import DTYPES
 from mtl_export.checkpoint.files.json_file import read_json
 from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
 from mtl_export.checkpoint.sentence_embedding import METADATA_KEY, SentenceEmbedding
 from mtl_export.runtime.model_files import ENCODER, ENGINE_SUFFIX, PREFILL, WHOLE, runner_of
-from mtl_export_cli import quantised
-from mtl_export_cli.options import DTYPES
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mtl_export.api.artefacts import ADAPTER_ONNX, Places, find_artefacts
 from mtl_export.bundle.manifest import Recipe, write_manifest
 from mtl_export.tensorrt.manifest import EngineManifest, manifest_path
-from mtl_export_cli.artefacts import ADAPTER_ONNX, Places, find_artefacts
 from tests.adapters import toys
 from tests.graph import language
 

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtl_export.api.settings import Settings
 from mtl_export.errors import BackendMissingError, IntegrityError, UsageError
-from mtl_export_cli.options import Settings
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel

@@ -16,24 +16,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtl_export.api import artefacts, graphs, sources
+from mtl_export.api.graph_form import GRAPH_DTYPE
+from mtl_export.api.settings import Settings
+from mtl_export.api.sources import other_source
+from mtl_export.api.written import Written
 from mtl_export.checkpoint.sentence_embedding import METADATA_KEY
 from mtl_export.errors import MtlExportError, UsageError, shortened
 from mtl_export.runtime.model_files import ENGINE_SUFFIX, WHOLE
-from mtl_export_cli import artefacts, graphs, sources
-from mtl_export_cli.graph_form import GRAPH_DTYPE
-from mtl_export_cli.options import Settings
-from mtl_export_cli.quantising import other_source
-from mtl_export_cli.written import Written
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
+    from mtl_export.api.engine_choices import EngineChoices
     from mtl_export.bundle.manifest import Manifest, OptionValue, Recipe
     from mtl_export.bundle.output import OutputPlan
     from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.tensorrt.available import BuilderInfo
     from mtl_export.tensorrt.job import EngineOrder, EnginePart
     from mtl_export.tensorrt.manifest import Check, EngineManifest
-    from mtl_export_cli.engine_options import EngineChoices
 
 BOTH = "both"
 LAYOUTS = (graphs.SINGLE_GRAPH, graphs.PER_TASK, BOTH)

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtl_export.api.settings import Settings
 from mtl_export.errors import UsageError, shortened
-from mtl_export_cli.options import Settings, reads_file
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -28,7 +28,7 @@ def open_settings_checkpoint(settings: Settings) -> Checkpoint:
     from mtl_export.checkpoint.reader import open_checkpoint
 
     if settings.checkpoint is None:
-        in_file = ", or set checkpoint in mtl-export.toml" if reads_file() else ""
+        in_file = f", or set checkpoint in {settings.config_file}" if settings.config_file else ""
         raise UsageError(
             where="--checkpoint",
             found="no checkpoint was given",
@@ -193,3 +193,14 @@ def _refuse_unknown(settings: Settings, tasks: Sequence[Task]) -> None:
 
     for name in settings.task:
         task_named(tuple(tasks), name)
+
+
+def other_source(bound: BoundModel, metadata: Mapping[str, str]) -> str:
+    """Return from what else than this model a graph says it was made; empty if from this."""
+    now = {"base": bound.base.sha256, "checkpoint": bound.adapters.checkpoint_sha256}
+    for name, digest in now.items():
+        found = metadata.get(f"mtl_export.{name}_sha256", "")
+        if found != digest:
+            was = f"{name} {found[:12]}..." if found else f"an unknown {name}"
+            return f"made from {was}, not from this one ({digest[:12]}...)"
+    return ""

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mtl_export.adapters.binding import BoundModel
+from mtl_export.api.parity_inputs import cases_of
 from mtl_export.errors import CalibrationError, UsageError
-from mtl_export_cli.parity_inputs import cases_of
 from tests.graph import marked
 
 SHAPE = (3, 8, 6)

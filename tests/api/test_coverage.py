@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from mtl_export.api.artefacts import NOT_EXPORTED, Places
+from mtl_export.api.coverage import refuse_not_run, unclaimed_cells
 from mtl_export.parity.checks.quantised import PLAIN
 from mtl_export.parity.report import Cell, ParityReport
-from mtl_export_cli.artefacts import NOT_EXPORTED, Places
-from mtl_export_cli.coverage import refuse_not_run, unclaimed_cells
 from tests.factories import TASKS
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from mtl_export_cli import sources
-from mtl_export_cli.options import Settings
-from mtl_export_cli.written import Written
+from mtl_export.api import sources
+from mtl_export.api.settings import Settings
+from mtl_export.api.written import Written
 
 if TYPE_CHECKING:
     from mtl_export.adapters.normal_form import AdapterSet

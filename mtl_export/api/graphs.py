@@ -9,14 +9,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from mtl_export.api import edited_graph as edited
+from mtl_export.api import sources
+from mtl_export.api.graph_form import GRAPH_DTYPE, Form
+from mtl_export.api.progress import Progress
+from mtl_export.api.settings import Settings
+from mtl_export.api.written import UP_TO_DATE, Written
 from mtl_export.checkpoint.model_class import has_head
 from mtl_export.checkpoint.sentence_pipeline import refuse_other_pooling
 from mtl_export.errors import GraphError, UsageError
-from mtl_export_cli import edited, sources
-from mtl_export_cli.graph_form import GRAPH_DTYPE, Form
-from mtl_export_cli.options import Settings, is_typed
-from mtl_export_cli.render import Steps
-from mtl_export_cli.written import UP_TO_DATE, Written
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -129,10 +130,11 @@ def refuse_form(layout: str | None, form: Form, dtype: str | None) -> None:
         )
 
 
-def refuse_idle(layout: str, form: Form, *, linked: bool = False) -> None:
+def refuse_idle(settings: Settings, layout: str, form: Form, *, linked: bool = False) -> None:
     """Refuse options that say nothing about graphs of ``layout``.
 
     Args:
+        settings: Say which options were typed.
         layout: What is to be written.
         form: Refused if it was typed; a settings file may mean other graphs.
         linked: ``--link-data`` was typed.
@@ -146,7 +148,7 @@ def refuse_idle(layout: str, form: Form, *, linked: bool = False) -> None:
     }
     for words, (is_asked, why) in idle.items():
         parameter = words.split()[0].removeprefix("--").replace("-", "_")
-        if is_asked and layout == PER_TASK and is_typed(parameter):
+        if is_asked and layout == PER_TASK and parameter in settings.typed:
             raise UsageError(
                 where=words,
                 found=f"graphs of layout {PER_TASK} beside it",
@@ -211,7 +213,7 @@ class Exporter:
         self._bound, self._parent, self._is_linked = bound, parent, is_linked
         self._dtype = dtype or GRAPH_DTYPE
 
-    def write(self, graph: Graph, steps: Steps, *, force: bool) -> Written:
+    def write(self, graph: Graph, steps: Progress, *, force: bool) -> Written:
         """Write ``graph`` unless it is there already.
 
         Raises:

@@ -10,14 +10,14 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtl_export.api.settings import NUMBERS
 from mtl_export.errors import BackendMissingError, shortened
-from mtl_export_cli.options import NUMBERS
 
 if TYPE_CHECKING:
+    from mtl_export.api.artefacts import Places
     from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.parity.report import Cell, ParityReport
     from mtl_export.parity.run import Artefact
-    from mtl_export_cli.artefacts import Places
 
 # Of what is not a folder of weights.
 _SUFFIXES = frozenset({".onnx", ".engine"})
@@ -33,9 +33,9 @@ def unclaimed_cells(places: Places, tasks: Sequence[Task]) -> list[Cell]:
         places: Where artefacts lie.
         tasks: The checkpoint's.
     """
+    from mtl_export.api.artefacts import ADAPTER_FOLDER
     from mtl_export.bundle.manifest import MANIFEST_FILE
     from mtl_export.parity.report import Cell
-    from mtl_export_cli.artefacts import ADAPTER_FOLDER
 
     known = {ADAPTER_FOLDER, *(task.name for task in tasks)}
     roots = list(_roots(places))
@@ -66,7 +66,7 @@ def unclaimed_cells(places: Places, tasks: Sequence[Task]) -> list[Cell]:
 
 def _checkpoints_of_graph(folder: Path) -> frozenset[str]:
     """Return the checkpoints that an edited single graph's tasks came from; empty without one."""
-    from mtl_export_cli.edited import edited_graph
+    from mtl_export.api.edited_graph import edited_graph
 
     edited = edited_graph(folder)
     return frozenset(one.checkpoint_sha256 for one in edited.origins) if edited else frozenset()
@@ -91,8 +91,8 @@ def refuse_not_run(report: ParityReport, lacking: Sequence[str]) -> BackendMissi
         report: What was compared.
         lacking: Tasks without an export, from ``lacking_exports``.
     """
+    from mtl_export.api.artefacts import is_absent
     from mtl_export.parity.checks.quantised import PLAIN
-    from mtl_export_cli.artefacts import is_absent
 
     found = [
         f"{cell.artefact}{'' if cell.task == '*' else f' of {cell.task}'}: {cell.reason}"
@@ -145,7 +145,7 @@ def lacking_exports(
 
 def _roots(places: Places) -> Iterator[tuple[str, str, Path]]:
     """Yield what a folder holds for one task, its files' suffix, and the folder."""
-    from mtl_export_cli.artefacts import MERGED, MERGED_ENGINE, MERGED_ONNX
+    from mtl_export.api.artefacts import MERGED, MERGED_ENGINE, MERGED_ONNX
 
     yield MERGED, "", places.merged
     yield MERGED_ONNX, ".onnx", places.onnx

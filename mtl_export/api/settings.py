@@ -1,0 +1,58 @@
+"""What the user asked for, as one record that every verb takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DTYPES = ("fp32", "fp16", "bf16")
+LAYOUTS = ("single-graph", "per-task")
+TASK_INPUTS = ("rows", "scalar")
+NUMBERS = ("int8", "fp8", "int4")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user asked for, wherever it was written.
+
+    Attributes:
+        checkpoint: The trained adapter.
+        base: Folder, ``package:NAME/FOLDER`` or hub id.
+        output: Write exactly here; None for the place under ``output_dir``.
+        output_dir: Parent of ``merged/``, ``onnx/`` and ``engines/``.
+        task: Tasks asked for by name.
+        all_tasks: All of them were asked for.
+        tasks: Task names in id order, where the checkpoint does not carry them.
+        alpha: LoRA alpha, likewise.
+        temperature: Softmax temperature, likewise.
+        downsample: Whether a VL-BART was trained with ``--downsample``, likewise.
+        biases: File of biases that the trainer added, likewise.
+        dtype: ``fp32``, ``fp16`` or ``bf16``; None keeps the base's.
+        force: Replace an old result.
+        json: Print the result as JSON.
+        verbosity: 0 as usual, 1 more, -1 plain lines, -2 only errors.
+        typed: Names of the options that the user wrote in the command line.
+        config_file: Name of the settings file that options may stand in; empty without one.
+    """
+
+    checkpoint: Path | None = None
+    base: str | None = None
+    output: Path | None = None
+    output_dir: Path = Path("out")
+    task: tuple[str, ...] = ()
+    all_tasks: bool = False
+    tasks: tuple[str, ...] | None = None
+    alpha: float | None = None
+    temperature: float | None = None
+    downsample: bool | None = None
+    biases: Path | None = None
+    dtype: str | None = None
+    force: bool = False
+    json: bool = False
+    verbosity: int = 0
+    typed: frozenset[str] = frozenset()
+    config_file: str = ""
+
+    def folder(self, kind: str) -> Path:
+        """Return where a command writes: ``--output``, or ``kind`` under the output folder."""
+        return self.output or self.output_dir / kind
