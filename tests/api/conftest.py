@@ -1,0 +1,5 @@
+"""The project that verbs are tried on is that of ``tests.cli``."""
+
+from tests.cli.conftest import known_traces, originals, project, run, traced_once
+
+__all__ = ["known_traces", "originals", "project", "run", "traced_once"]
