@@ -107,6 +107,8 @@ def _values(name: str, content: bytes, refused: Refusal, *, is_text: bool) -> Ar
     dtype, shape, order = _header(name, content[begin:end], refused)
     if (dtype.kind == "U") != is_text or (is_text and shape):
         raise refused(f"{name!r} is {dtype} {list(shape)}")
+    if prod(size or 1 for size in shape) >= 2**48:  # numpy multiplies these all the same
+        raise refused(f"{name!r} has the shape {shape!r:.60}")
     if prod(shape) * dtype.itemsize != len(content) - end:
         raise refused(f"{name!r} has {len(content) - end:,} bytes, not {dtype} {list(shape)}")
     if is_text:
