@@ -129,6 +129,7 @@ def recipe(command: str, bound: BoundModel, options: dict[str, OptionValue]) -> 
         options: The command's own options that change the bytes.
     """
     from mtl_export.bundle.manifest import Recipe
+    from mtl_export.checkpoint.base_model import settings_sha256
     from mtl_export.version import VERSION
 
     return Recipe(
@@ -140,6 +141,7 @@ def recipe(command: str, bound: BoundModel, options: dict[str, OptionValue]) -> 
         },
         sources={
             "base_sha256": bound.base.sha256,
+            "base_settings_sha256": settings_sha256(bound.base),
             "checkpoint_sha256": bound.adapters.checkpoint_sha256,
         },
         tool_version=VERSION,

@@ -256,3 +256,21 @@ def companion_files(base: BaseModel) -> tuple[Path, ...]:
         if path.is_file()
     }
     return tuple(sorted(found))
+
+
+# What an export is made from beside weights and companions: a sentence-transformers pipeline.
+_PIPELINE_PATTERNS = ("config.json", "modules.json", "*sentence_*.json", "[0-9]*_*/config.json",
+                      "[0-9]*_*/model.safetensors")  # fmt: skip
+
+
+def settings_sha256(base: BaseModel) -> str:
+    """Return the SHA-256 of what the base says beside its weights: config, tokenizer, pipeline.
+
+    Raises:
+        IntegrityError: A file is a link to one outside the base's folder.
+    """
+    found = [path for pattern in _PIPELINE_PATTERNS for path in base.folder.glob(pattern)]
+    files = {*found, *companion_files(base)}
+    names = {file.relative_to(base.folder).as_posix(): file for file in files if file.is_file()}
+    return sha256_of_digests({name: sha256_of_file(contained(base.folder, name, where=str(file)))
+                              for name, file in names.items()})  # fmt: skip

@@ -64,6 +64,24 @@ def test_the_same_command_again_does_nothing(project: Path, run: Run) -> None:
     assert {path: path.stat().st_mtime_ns for path in (project / "out").rglob("*")} == before
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_another_config_or_tokenizer_of_the_base_is_another_result(
+    project: Path, run: Run, name: str
+) -> None:
+    """A base that was mended gives a new folder, not the old one as up to date."""
+    run("merge", "--task", "spam")
+    file = project / "base" / name
+    is_config = name == "config.json"
+    config = (project / "base" / "config.json").read_text().replace("1e-12", "0.5")
+    file.write_text(config if is_config else '{"model": {"type": "x"}}')
+    refused = run("merge", "--task", "spam")
+    assert refused.code == 2
+    assert "base_settings_sha256 was" in refused.stderr
+    assert statuses(run("merge", "--task", "spam", "--force", "--json").json) == ["written"]
+    written = project / "out" / "merged" / "spam" / name
+    assert ("0.5" if is_config else '"x"') in written.read_text()
+
+
 def test_numbers_the_checkpoint_carries_may_be_repeated(project: Path, run: Run) -> None:
     """--alpha equal to the checkpoint's own is the same recipe."""
     run("merge", "--task", "spam")
