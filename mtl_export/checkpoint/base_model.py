@@ -8,7 +8,7 @@ A reference is one of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -29,7 +29,7 @@ from mtl_export.checkpoint.hashing import (
 from mtl_export.checkpoint.model_inputs import CONFIG
 from mtl_export.checkpoint.quantised import without_leftover
 from mtl_export.checkpoint.tensors import Tensor
-from mtl_export.errors import BaseModelError, UsageError
+from mtl_export.errors import BaseModelError, UsageError, shortened
 
 PACKAGE_PREFIX = "package:"
 SINGLE_FILE = "model.safetensors"
@@ -37,7 +37,8 @@ INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 # (index, single file), the better format first.
-_FORMATS = ((INDEX_FILE, SINGLE_FILE), (PICKLE_INDEX_FILE, PICKLE_FILE))
+# In the order of from_pretrained: of a folder with several, the oracle reads the same one.
+_FORMATS = ((SINGLE_FILE, INDEX_FILE), (PICKLE_FILE, PICKLE_INDEX_FILE))
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,11 @@ def open_base(reference: str) -> BaseModel:
     file_of: dict[str, int] = {}
     for number, file in enumerate(files):
         found = _tensors_of(file)
+        _refuse_twice(reference, file, found.keys() & tensors.keys())
         tensors.update(found)
         file_of.update(dict.fromkeys(found, number))
     config = without_leftover(read_json(config_path, CONFIG, error=BaseModelError), tensors)
+    _refuse_other_file(config, config_path, files)
     check_config(config, len(tensors), where=str(config_path))
     return BaseModel(
         reference=reference,
@@ -127,6 +130,31 @@ def open_base(reference: str) -> BaseModel:
         weight_files=files,
         file_of=MappingProxyType(file_of),
     )
+
+
+def _refuse_twice(reference: str, file: Path, names: Iterable[str]) -> None:
+    """Refuse a tensor that an earlier shard has too: loaders differ in which one counts."""
+    twice = shortened(sorted(names))
+    if twice != "none":
+        raise BaseModelError(
+            where=f"base {reference}",
+            found=f"{file.name} has what another shard has: {twice}",
+            expected="every tensor in one file",
+            fix="Save it once with model.save_pretrained(folder)",
+        )
+
+
+def _refuse_other_file(config: Mapping[str, Any], path: Path, files: Sequence[Path]) -> None:
+    """Refuse a config that has from_pretrained read another file than ``files``."""
+    stated = config.get("transformers_weights")
+    if stated is not None and [stated] != [file.name for file in files]:
+        raise BaseModelError(
+            where=str(path),
+            found=f"transformers_weights {str(stated)[:80]!r}",
+            expected=f"{files[0].name}, or no such key",
+            why="transformers would load that file, and this tool another",
+            fix="Save the base once with model.save_pretrained(folder)",
+        )
 
 
 def _sha256(file: Path) -> str:
@@ -203,12 +231,11 @@ def _hub_folder(reference: str) -> Path:
 
 
 def _weight_files(reference: str, folder: Path) -> tuple[Path, ...]:
-    for index_name, single in _FORMATS:
-        index = folder / index_name
-        if index.is_file():
-            return _shards(reference, index)
+    for single, index in _FORMATS:
         if (folder / single).is_file():
             return (contained(folder, single, where=f"base {reference}"),)
+        if (folder / index).is_file():
+            return _shards(reference, folder / index)
     raise BaseModelError(
         where=f"base {reference}",
         found=f"{folder} has none of {', '.join(name for pair in _FORMATS for name in pair)}",

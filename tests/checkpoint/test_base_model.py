@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from transformers import BertModel
 
 from mtl_export.checkpoint.base_model import (
     INDEX_FILE,
@@ -69,6 +70,34 @@ def test_shards_are_one_model(folder: Path, toy: Path) -> None:
     assert base.tensors.keys() == whole.keys()
     for name, value in whole.items():
         np.testing.assert_array_equal(base.tensors[name].numpy(), value)
+
+
+def test_of_two_kinds_of_weights_those_that_transformers_loads_count(
+    folder: Path, toy: Path
+) -> None:
+    """A folder with shards and model.safetensors: from_pretrained reads the latter."""
+    shard(folder)
+    whole = {name: 2 * value for name, value in load_file(toy / SINGLE_FILE).items()}
+    save_file(whole, folder / SINGLE_FILE, {"format": "pt"})
+    loaded = BertModel.from_pretrained(folder).state_dict()
+    base = open_base(str(folder))
+    name = "embeddings.LayerNorm.weight"
+    stored = next(value for key, value in base.tensors.items() if key.endswith(name))
+    np.testing.assert_array_equal(stored.numpy(), loaded[name].numpy())
+
+
+def test_weights_that_loaders_disagree_on_are_refused(folder: Path) -> None:
+    """A tensor in two shards, and a config that names another file."""
+    shard(folder)
+    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
+    save_file({**load_file(second), **load_file(first)}, second, {"format": "pt"})
+    with pytest.raises(BaseModelError, match="has what another shard has"):
+        open_base(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    save_file(load_file(first), folder / SINGLE_FILE, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "x.bin"}))
+    with pytest.raises(BaseModelError, match="transformers_weights"):
+        open_base(str(folder))
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
@@ -190,6 +219,7 @@ def test_missing_shards_are_listed(folder: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": []}'])
 def test_a_broken_index_is_refused(folder: Path, content: str) -> None:
     """An index without a weight map is refused, not read as an empty model."""
+    (folder / SINGLE_FILE).unlink()
     (folder / INDEX_FILE).write_text(content)
     with pytest.raises(BaseModelError) as caught:
         open_base(str(folder))
