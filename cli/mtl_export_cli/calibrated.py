@@ -1,56 +1,25 @@
-"""What ``mtl-export calibrate`` found, as a table for people or JSON for programs."""
+"""What ``mtl-export calibrate`` found, as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mtl_export.api.written import Written
 from mtl_export.errors import shortened
 from mtl_export_cli import render
 
 if TYPE_CHECKING:
     from mtl_export_calibration.measure import Options
     from mtl_export_calibration.report import GraphReport
+    from mtl_export_calibration.run import Outcome
 
 OWN_ENGINE = "onnxruntime"
 # Formats that cost less accuracy.
 GENTLER = {"int4": ("int8", "fp8"), "int8": ("fp8",), "fp8": ()}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One graph.
-
-    Attributes:
-        report: The verdict.
-        written: Its folder; None where it failed.
-    """
-
-    report: GraphReport
-    written: Written | None
-
-
-def print_outcomes(outcomes: Sequence[Outcome], options: Options, *, as_json: bool) -> None:
+def print_outcomes(outcomes: Sequence[Outcome], options: Options) -> None:
     """Print all graphs."""
-    if as_json:
-        render.print_json(
-            {
-                "ok": all(outcome.report.passed for outcome in outcomes),
-                "command": "calibrate",
-                "graphs": [
-                    {
-                        **outcome.report.as_dict(),
-                        "latency_ms": dict(outcome.report.latency_ms),
-                        "latency_length": outcome.report.latency_length,
-                        "output": outcome.written.as_dict() if outcome.written else None,
-                    }
-                    for outcome in outcomes
-                ],
-            }
-        )
-        return
     number = options.number.name
     columns = (
         *("graph", "task", "rows", "fp32", "fp16", number, "drop", "same", "SQNR", "range"),

@@ -1,56 +1,17 @@
-"""``parity`` after a failure: which layer is wrong, and why; looked into and printed."""
+"""``parity`` after a failure: which layer is wrong, and why, as tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mtl_export_cli import render
 
 if TYPE_CHECKING:
-    from mtl_export.adapters.binding import BoundModel
-    from mtl_export.parity.cases import Case
     from mtl_export.parity.diagnosis.layer_errors import LayerError, Localisation
     from mtl_export.parity.report import ParityReport
-    from mtl_export.parity.run import Artefact
-    from mtl_export.runtime.runners.base import Runner
 
 # Rows of the table of one artefact; the JSON report has all.
 MOST_ROWS = 12
-
-
-def with_layers(
-    result: ParityReport,
-    bound: BoundModel,
-    artefacts: Sequence[Artefact],
-    cases: Sequence[Case],
-    *,
-    oracle: Callable[[str], Runner],
-    threads: int,
-    talk: render.Talk,
-    bisect: bool = False,
-) -> ParityReport:
-    """Return ``result`` with where the error of each artefact that failed begins."""
-    from mtl_export.parity.diagnosis.localise import failed_cells, localise
-    from mtl_export.parity.diagnosis.precision_bisect import HALF_DTYPES
-
-    failed = [artefact for artefact in artefacts if failed_cells(result, artefact)]
-    if not failed:
-        return result
-    halves = sum(artefact.dtype in HALF_DTYPES for artefact in failed) if bisect else 0
-    with talk.steps(len(failed) + halves) as steps:
-        found = localise(
-            bound,
-            artefacts,
-            cases,
-            result,
-            oracle=oracle,
-            threads=threads,
-            bisect=bisect,
-            progress=steps.begin,
-        )
-    return replace(result, localised=found)
 
 
 def print_layers(result: ParityReport) -> None:

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mtl_export.errors import MtlExportError
 from mtl_export_cli import render
 
 if TYPE_CHECKING:
     from mtl_export.parity.report import Cell, ParityReport
-
-
-def print_document(result: ParityReport, code: int, error: MtlExportError | None) -> None:
-    """Print ``result`` as one JSON document, and what its exit code stands for."""
-    from mtl_export.parity.reports.json_report import document
-
-    told = document(result)
-    if error is not None:
-        told["error"] = error.as_dict()
-    render.print_json({"ok": code == 0, "exit_code": code, **told})
 
 
 def print_report(result: ParityReport) -> None:

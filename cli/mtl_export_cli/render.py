@@ -120,10 +120,10 @@ class Talk:
             _console(sys.stderr).print(_plain(text), style="dim", markup=False, soft_wrap=True)
 
     @contextmanager
-    def steps(self, total: int) -> Iterator[Steps]:
+    def steps(self, total: int = 0) -> Iterator[Steps]:
         """Show the progress of ``total`` steps during the block."""
         if not self.bars:
-            yield Steps(total, silent=self.verbosity < -1)
+            yield Steps(total, self)
             return
         from rich import progress
 
@@ -140,30 +140,50 @@ class Talk:
             *columns, console=_console(sys.stderr), transient=True,
             redirect_stdout=False, redirect_stderr=False,
         ) as bar:  # fmt: skip
-            yield Steps(total, bar=bar, bar_id=bar.add_task("", total=float(total)))
+            yield Steps(total, self, bar=bar, bar_id=bar.add_task("", total=float(total)))
 
 
 class Steps:
     """The steps of one command: a bar, or a line for each.
 
     Args:
-        total: How many there are; ``at`` may say so later.
+        total: How many there are; ``expect`` and ``at`` may say so later.
+        talk: How loud they are.
         bar: Where to draw; None for lines.
         bar_id: The bar's row.
-        silent: Draw nothing at all.
     """
 
     def __init__(
         self,
         total: int,
+        talk: Talk,
         *,
         bar: Progress | None = None,
         bar_id: TaskID | None = None,
-        silent: bool = False,
     ) -> None:
-        self._total = total
-        self._bar, self._bar_id, self._silent = bar, bar_id, silent
+        self._total, self._talk = total, talk
+        self._bar, self._bar_id = bar, bar_id
         self._begun = 0
+
+    def note(self, text: str) -> None:
+        """Say what the user should know, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(_plain(text), markup=False, soft_wrap=True)
+        else:
+            self._talk.note(text)
+
+    def detail(self, text: str) -> None:
+        """Say what only ``-v`` wants to know."""
+        if self._bar is None:
+            self._talk.detail(text)
+        elif self._talk.verbosity > 0:
+            self.note(text)
+
+    def expect(self, total: int) -> None:
+        """Begin to count ``total`` steps anew."""
+        self._begun, self._total = 0, total
+        if self._bar is not None and self._bar_id is not None:
+            self._bar.update(self._bar_id, total=float(total), completed=0.0)
 
     def begin(self, name: str, *, is_beside: bool = False) -> None:
         """Begin the next step, which ends the one before, unless it goes on beside it."""
@@ -172,7 +192,7 @@ class Steps:
         if self._bar is not None and self._bar_id is not None:
             completed = None if is_beside else float(self._begun - 1)
             self._bar.update(self._bar_id, description=name, completed=completed)
-        elif not self._silent:
+        elif self._talk.verbosity >= -1:
             line = f"[{self._begun}/{self._total}] {name}"
             _console(sys.stderr).print(line, markup=False, soft_wrap=True)
 

@@ -1,13 +1,9 @@
-"""What ``parity`` leaves behind: reports in files, and the evidence that goes into them."""
+"""``parity --report``: no report of an earlier run outlives this one, however it ends."""
 
 from __future__ import annotations
 
-import hashlib
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,9 +16,7 @@ from mtl_export.errors import MtlExportError, OutputError, UsageError
 from mtl_export_cli.system_errors import refusal_of
 
 if TYPE_CHECKING:
-    from mtl_export.parity.cases import Case
-    from mtl_export.parity.report import ArtefactFiles, ParityReport
-    from mtl_export.parity.run import Artefact
+    from mtl_export.parity.report import ParityReport
 
 # Stands in the reports until the comparison has ended.
 _UNFINISHED = {
@@ -32,32 +26,6 @@ _UNFINISHED = {
     "expected": "a comparison that has ended",
     "fix": "Run it again",
 }
-
-
-def write_reports(paths: Sequence[Path], report: ParityReport) -> None:
-    """Write ``report`` to every path, in the format of its suffix.
-
-    Raises:
-        OutputError: One cannot be written.
-    """
-    from mtl_export.parity.reports.formats import report_text
-
-    for path in paths:
-        text = report_text(report, path)
-        partial = path.with_name(f"{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise OutputError(
-                where=str(path),
-                found=f"it cannot be written ({error.strerror})",
-                expected="a file in a folder you may write to",
-                fix="Pass another file to --report",
-            ) from error
 
 
 @contextmanager
@@ -75,6 +43,8 @@ def errors_reported(paths: Sequence[Path], settings: Settings | None = None) -> 
         UsageError: The suffix of a path names no format.
         OutputError: A path lies in what is read or was exported, or cannot be written.
     """
+    from mtl_export.parity.reports.files import write_reports
+
     told = [path for path in paths if _is_written(path, settings)]
     write_reports(told, _report_of(_UNFINISHED))
     try:
@@ -97,6 +67,8 @@ class ReportingCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse ``args``, which click does before the command can guard its reports."""
+        from mtl_export.parity.reports.files import write_reports
+
         words = list(args)
         try:
             return super().parse_args(ctx, args)
@@ -179,64 +151,3 @@ def _report_of(error: dict[str, str]) -> ParityReport:
     from mtl_export.version import VERSION
 
     return ParityReport((), "", {}, {}, {"mtl-export": VERSION}, error=error)
-
-
-def with_evidence(
-    report: ParityReport, artefacts: Sequence[Artefact], cases: Sequence[Case], inputs: Path | None
-) -> ParityReport:
-    """Return ``report`` with the hashes of what was compared, and on what.
-
-    Args:
-        report: What came of it.
-        artefacts: What was judged.
-        cases: The batches.
-        inputs: The user's file of rows, if there was one.
-    """
-    from mtl_export.checkpoint.hashing import sha256_of_file
-
-    sources = {**report.sources, "cases_sha256": cases_sha256(cases)}
-    if inputs is not None:
-        sources["inputs_sha256"] = sha256_of_file(inputs)
-    versions = {**report.versions, "numpy": version("numpy"), "python": platform.python_version()}
-    files = tuple(_files(artefact) for artefact in artefacts if artefact.path is not None)
-    return replace(report, sources=sources, versions=versions, artefacts=files)
-
-
-def cases_sha256(cases: Sequence[Case]) -> str:
-    """Return one hash of all batches: names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for case in cases:
-        digest.update(f"{case.name}\n".encode())
-        for name, value in sorted(case.inputs.items()):
-            digest.update(f"{name} {value.dtype.str} {list(value.shape)}\n".encode())
-            digest.update(value.tobytes())
-    return digest.hexdigest()
-
-
-def _files(artefact: Artefact) -> ArtefactFiles:
-    from mtl_export.bundle.manifest import own_files, read_manifest
-    from mtl_export.checkpoint.hashing import sha256_of_file
-    from mtl_export.parity.report import ArtefactFiles
-
-    assert artefact.path is not None
-    folder = artefact.path if artefact.path.is_dir() else artefact.path.parent
-    manifest = None if artefact.defect else read_manifest(folder)
-    if manifest is not None:
-        # Without a defect the manifest's hashes have just been found to be true.
-        hashes = {name: entry.sha256 for name, entry in manifest.files.items()}
-    else:
-        there = [path for path in own_files(folder) if path.is_file()] if folder.is_dir() else []
-        hashes = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in there}
-    return ArtefactFiles(
-        artefact=artefact.name,
-        task=artefact.task.name if artefact.task else "*",
-        path=_shown(artefact.path),
-        sha256=hashes,
-    )
-
-
-def _shown(path: Path) -> str:
-    """Return ``path`` from the current folder if it lies there, else as it is."""
-    absolute = path.absolute()
-    here = Path.cwd()
-    return (absolute.relative_to(here) if absolute.is_relative_to(here) else path).as_posix()

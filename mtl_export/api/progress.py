@@ -8,6 +8,15 @@ from typing import Protocol
 class Progress(Protocol):
     """What hears of a verb's steps."""
 
+    def expect(self, total: int) -> None:
+        """Hear that ``total`` steps follow, counted anew."""
+
+    def note(self, text: str) -> None:
+        """Hear what the user should know."""
+
+    def detail(self, text: str) -> None:
+        """Hear what only who wants to know more should hear."""
+
     def begin(self, name: str, *, is_beside: bool = False) -> None:
         """Hear that the step ``name`` begins, which ends the one before unless it goes on."""
 
@@ -23,6 +32,15 @@ class Progress(Protocol):
 
 class Silent:
     """Progress that nobody hears."""
+
+    def expect(self, total: int) -> None:
+        """Say nothing."""
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
+
+    def detail(self, text: str) -> None:
+        """Say nothing."""
 
     def begin(self, name: str, *, is_beside: bool = False) -> None:
         """Say nothing."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 DTYPES = ("fp32", "fp16", "bf16")
 LAYOUTS = ("single-graph", "per-task")
@@ -56,3 +58,42 @@ class Settings:
     def folder(self, kind: str) -> Path:
         """Return where a command writes: ``--output``, or ``kind`` under the output folder."""
         return self.output or self.output_dir / kind
+
+
+class SourceOptions(TypedDict, total=False):
+    """What a checkpoint may not carry, given by hand.
+
+    Attributes:
+        alpha: LoRA alpha.
+        temperature: Softmax temperature.
+        downsample: Whether a VL-BART was trained with ``--downsample``.
+        biases: File of biases that the trainer added.
+        task_names: Task names in id order.
+    """
+
+    alpha: float
+    temperature: float
+    downsample: bool
+    biases: str | Path
+    task_names: Sequence[str]
+
+
+def settings_of(checkpoint: str | Path, base: str | Path, source: SourceOptions) -> Settings:
+    """Return the settings of a call from Python.
+
+    Raises:
+        TypeError: ``source`` has a key that is none of ``SourceOptions``.
+    """
+    unknown = source.keys() - SourceOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
+    names, biases = source.get("task_names"), source.get("biases")
+    return Settings(
+        checkpoint=Path(checkpoint),
+        base=str(base),
+        tasks=None if names is None else tuple(names),
+        alpha=source.get("alpha"),
+        temperature=source.get("temperature"),
+        downsample=source.get("downsample"),
+        biases=None if biases is None else Path(biases),
+    )

@@ -1,1 +1,7 @@
 """One task folded into the base: ``AdapterSet`` into a model folder."""
+
+from __future__ import annotations
+
+from mtl_export.callable_package import make_callable
+
+make_callable(__name__)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from mtl_export.api.accuracy import refuse_alone
 from mtl_export.errors import UsageError
 from mtl_export.parity.checks.quantised import Quantised
 from mtl_export.parity.run import Artefact
-from mtl_export_cli.accuracy import refuse_alone
 from mtl_export_cli.commands.parity import command
+from mtl_export_cli.options import is_typed
 from tests.parity.fakes import FakeRunner, right
 
 PLAIN = Artefact("merged onnx", "merged", FakeRunner(right), None, "fp32", "", "")
@@ -20,8 +21,9 @@ INT8 = replace(PLAIN, quantised=Quantised("int8"))
 
 def judge(words: list[str], *artefacts: Artefact) -> None:
     """Ask with the options of a command line."""
-    with command.make_context("parity", words):
-        refuse_alone(artefacts)
+    with command.make_context("parity", words) as context:
+        typed = {name for name in context.params if is_typed(name)}
+        refuse_alone(context.params["dataset"], typed, artefacts)
 
 
 @pytest.fixture(autouse=True)

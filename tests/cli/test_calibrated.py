@@ -7,7 +7,8 @@ from mtl_export_calibration.formats import format_named
 from mtl_export_calibration.measure import Options
 from mtl_export_calibration.ranges import Cut
 from mtl_export_calibration.report import GraphReport, Measured
-from mtl_export_cli.calibrated import Outcome, print_outcomes
+from mtl_export_calibration.run import Outcome
+from mtl_export_cli.calibrated import print_outcomes
 
 
 def printed(
@@ -22,7 +23,7 @@ def printed(
         excluded=(), apart=(), notes=(), max_drop=1.0, trials=trials, data={},
     )  # fmt: skip
     options = Options(format_named(number), "max")
-    print_outcomes([Outcome(report, None)], options, as_json=False)
+    print_outcomes([Outcome(report, None)], options)
     return capsys.readouterr().out
 
 

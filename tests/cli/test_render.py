@@ -146,7 +146,7 @@ HOSTILE = "x\x1b]0;owned\x07\x1b[2J\u009b31m\n::error::fake\r\u202e\u2028y"
         lambda text: render.print_json({text: text}),
         render.Talk(1, bars=False).note,
         render.Talk(1, bars=False).detail,
-        lambda text: render.Steps(1).begin(text),
+        lambda text: render.Steps(1, render.Talk(0, bars=False)).begin(text),
     ],
 )
 @pytest.mark.usefixtures("environment")

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mtl_export.api.evidence import cases_sha256
 from mtl_export.api.settings import Settings
 from mtl_export.errors import CheckpointError, OutputError, UsageError
 from mtl_export.parity.cases import Case
+from mtl_export.parity.reports.files import write_reports
 from mtl_export_cli.config import read_config
-from mtl_export_cli.reports import cases_sha256, errors_reported, write_reports
+from mtl_export_cli.reports import errors_reported
 from tests.cli.conftest import Run, files_below
 from tests.parity.reports.samples import failing, passing
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from mtl_export.api import sources
+from mtl_export.api.bench import BenchRequest, BenchResult, parse_shapes, run_bench
 from mtl_export.api.settings import Settings
-from mtl_export.errors import UsageError
 from mtl_export_cli import options, render
 from mtl_export_cli.options import option, with_settings
 
 if TYPE_CHECKING:
-    from mtl_export.adapters.binding import BoundModel
     from mtl_export.api.lineup import Lineup
-    from mtl_export.bench.measure import Footprint, Measured, Shape, Timing
-    from mtl_export.checkpoint.checkpoint import Task
+    from mtl_export.bench.measure import Footprint
 
 DEFAULT_SHAPES = "1x32,8x128"
 EPILOG = """\b
@@ -62,118 +56,25 @@ def command(
     runs in a process of its own; blocks of calls alternate, and ratios compare blocks of the same
     round. Exit code 2 when nothing was exported, 6 when nothing of it can be run here.
     """
-    from mtl_export.api.lineup import conditions, lineup, machine, refuse_longer
-
-    wanted = parse_shapes(shapes)
-    bound = sources.open_bound(settings, targets=())
-    refuse_longer(wanted, new_tokens, bound)
-    tasks = bound.adapters.tasks
-    if settings.task:
-        tasks = sources.selected_tasks(settings, tasks)
-    found = lineup(
-        settings,
-        tasks,
-        onnx or settings.output_dir / "onnx",
-        engines or settings.output_dir / "engines",
-        threads=threads,
+    request = BenchRequest(
+        shapes=parse_shapes(shapes),
+        onnx=onnx or settings.output_dir / "onnx",
+        engines=engines or settings.output_dir / "engines",
+        rounds=rounds,
         new_tokens=new_tokens,
-        with_eager=not no_eager,
+        eager=not no_eager,
+        threads=threads,
     )
-    if options.is_typed("new_tokens") and not found.is_generating:
-        raise UsageError(
-            where=f"--new-tokens {new_tokens}",
-            found="nothing that was exported generates",
-            expected="the graphs of a language model",
-            fix="Leave out --new-tokens",
-        )
-    before = machine()
-    measured = _measured(settings, bound, found, wanted, tasks, rounds=rounds)
-    facts = conditions(before, threads, rounds, tasks)
+    with render.Talk.from_settings(settings).steps() as steps:
+        result = run_bench(settings, request, steps)
     if settings.json:
-        render.print_json(_document(found, measured, facts))
+        render.print_json({"ok": True, "command": "bench", **result.as_dict()})
     else:
-        _print(found, measured, facts)
+        _print(result)
 
 
-def _measured(
-    settings: Settings,
-    bound: BoundModel,
-    found: Lineup,
-    shapes: list[Shape],
-    tasks: Sequence[Task],
-    *,
-    rounds: int,
-) -> Measured:
-    from mtl_export.api.lineup import machine, vocabulary, why_disturbed
-    from mtl_export.bench.candidates import Batches
-    from mtl_export.bench.measure import measure
-
-    talk = render.Talk.from_settings(settings)
-    if disturbed := why_disturbed(machine()):
-        talk.note(disturbed)
-    batches = Batches(vocabulary(bound.base.config), tuple(task.index for task in tasks))
-    with talk.steps(len(found.subjects) + len(shapes)) as steps:
-        return measure(found.subjects, shapes, batches, rounds=rounds, progress=steps.begin)
-
-
-def parse_shapes(text: str) -> list[Shape]:
-    """Return the shapes in ``1x32,8x128``.
-
-    Raises:
-        UsageError: Something else stands there.
-    """
-    from mtl_export.bench.measure import Shape
-
-    parsed = []
-    for word in text.split(","):
-        numbers = word.strip().lower().split("x")
-        if len(numbers) != 2 or not all(re.fullmatch("0*[1-9][0-9]{0,17}", n) for n in numbers):
-            raise UsageError(
-                where=f"--shapes {text}",
-                found=repr(word.strip()),
-                expected="rows x tokens, such as 8x128",
-                fix="Correct --shapes",
-            )
-        parsed.append(Shape(int(numbers[0]), int(numbers[1])))
-    return list(dict.fromkeys(parsed))
-
-
-def _document(found: Lineup, measured: Measured, conditions: dict[str, Any]) -> dict[str, object]:
-    return {
-        "ok": True,
-        "command": "bench",
-        "conditions": conditions,
-        "results": [
-            {
-                "artefact": timing.subject,
-                "shape": str(timing.shape),
-                "phase": timing.phase,
-                "calls": len(timing.calls),
-                "p50_ms": timing.percentile_ms(50),
-                "p95_ms": timing.percentile_ms(95),
-                "rows_per_s": timing.rows_per_s,
-                "tokens_per_s": timing.tokens_per_s,
-                "ratio_to_merged": _ratio(measured, timing),
-            }
-            for timing in measured.timings
-        ],
-        "artefacts": [
-            {**asdict(footprint), "file_bytes": found.files.get(footprint.subject)}
-            for footprint in measured.footprints
-        ],
-        "not_run": [{"artefact": name, "reason": reason} for name, reason in found.not_run],
-    }
-
-
-def _ratio(measured: Measured, timing: Timing) -> float | None:
-    """Return how many times the merged graph's latency this is; None without one."""
-    from mtl_export.api.lineup import MERGED
-
-    merged = measured.timing(MERGED, timing.shape, timing.phase)
-    return timing.ratio_to(merged) if merged else None
-
-
-def _print(found: Lineup, measured: Measured, conditions: dict[str, Any]) -> None:
+def _print(result: BenchResult) -> None:
+    found, measured, conditions = result.lineup, result.measured, result.conditions
     for name, reason in found.not_run:
         render.print_line(f"not run: {name}: {reason}")
     columns = ("shape", "phase", "artefact", "p50 ms", "p95 ms", "rows/s", "tokens/s", "/ merged")
@@ -186,7 +87,7 @@ def _print(found: Lineup, measured: Measured, conditions: dict[str, Any]) -> Non
             f"{timing.percentile_ms(95):.2f}",
             f"{timing.rows_per_s:.1f}",
             "" if (tokens := timing.tokens_per_s) is None else f"{tokens:.0f}",
-            "" if (ratio := _ratio(measured, timing)) is None else f"{ratio:.3f}",
+            "" if (ratio := result.ratio(timing)) is None else f"{ratio:.3f}",
         )
         for timing in measured.timings
     ]

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import click
 
-from mtl_export.api import sources
 from mtl_export.api.settings import LAYOUTS, Settings
-from mtl_export_cli import options
+from mtl_export_calibration.front_door import Calibration
+from mtl_export_calibration.targets import BOTH
+from mtl_export_cli import options, render
 from mtl_export_cli.calibrated import print_outcomes
 from mtl_export_cli.options import option, with_settings
-from mtl_export_cli.quantising import BOTH, Request, refuse_parts
 
-EXIT_FAILED = 4
 FORMATS = ("int8", "fp8", "int4")
 METHODS = ("max", "percentile", "entropy", "mse")
 ENGINES = ("onnxruntime", "modelopt")
@@ -109,9 +108,9 @@ def command(
     the exit code is 4. The single graph and those of every task are taken from onnx/ under
     the output folder, and exported there first where they are missing; from --onnx as they are.
     """
-    from mtl_export.checkpoint.checkpoint import task_named
     from mtl_export_calibration.formats import format_named
     from mtl_export_calibration.measure import Options
+    from mtl_export_calibration.run import CalibrationRequest
 
     number = format_named(quantize)
     chosen = Options(
@@ -127,13 +126,13 @@ def command(
         threads=threads,
         engine=engine,
     )
-    request = Request(settings, chosen, data or "", judge or data or "", samples, seed)
-    request.refuse_unknown()
-    bound = sources.open_bound(settings)
-    refuse_parts(bound, layout)
-    for name in weight:
-        task_named(bound.adapters.tasks, name)
-    given = request.read(bound)  # before graphs are exported for nothing
-    outcomes = request.run(bound, request.graphs(bound, layout, onnx), given)
-    print_outcomes(outcomes, chosen, as_json=settings.json)
-    return 0 if all(outcome.report.passed for outcome in outcomes) else EXIT_FAILED
+    with render.Talk.from_settings(settings).steps() as steps:
+        request = CalibrationRequest(
+            settings, chosen, data or "", judge or data or "", samples, seed, steps
+        )
+        found = Calibration(tuple(request.quantised(layout, onnx)))
+    if settings.json:
+        render.print_json(found.as_dict())
+    else:
+        print_outcomes(found.graphs, chosen)
+    return found.exit_code

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from mtl_export.api import coverage, sources
-from mtl_export.api.quantised import with_max_drop
+from mtl_export.api.parity import ParityRequest, judge_exports
 from mtl_export.api.settings import Settings
-from mtl_export.errors import UsageError
 from mtl_export_cli import accuracy, options, render, reports
-from mtl_export_cli.localised import print_layers, with_layers
+from mtl_export_cli.localised import print_layers
 from mtl_export_cli.options import option, with_settings
-from mtl_export_cli.parity_table import print_document, print_report
+from mtl_export_cli.parity_table import print_report
 from mtl_export_cli.quantised import print_quantised
 
-if TYPE_CHECKING:
-    from mtl_export.adapters.binding import BoundModel
-    from mtl_export.api.artefacts import Places
-    from mtl_export.parity.presets import Preset
-    from mtl_export.parity.report import Cell, ParityReport
-    from mtl_export.parity.run import Artefact
-    from mtl_export.parity.tolerance import Tolerance
-
-EXIT_MISSING = 6
 EPILOG = """\b
 Example:
   mtl-export parity
@@ -122,159 +109,37 @@ def command(
     runtime or device is exit code 6, and a task without an export (its own, or one that serves
     all tasks) where others have one. What a preset leaves out does not count.
     """
-    from mtl_export.api.artefacts import Places
     from mtl_export.parity.presets import preset_of
+    from mtl_export.parity.reports.files import write_reports
     from mtl_export.parity.tolerance import Tolerance
 
     with reports.errors_reported(report, settings):
-        preset = preset_of(quick, full)
-        tolerance = Tolerance.from_texts(atol, rtol)
-        bound = sources.open_bound(settings, targets=())
-        places = Places(
-            _existing("--merged", merged) or settings.output_dir / "merged",
-            _existing("--onnx", onnx) or settings.output_dir / "onnx",
-            _existing("--engines", engines) or settings.output_dir / "engines",
-            settings.output_dir,
+        request = ParityRequest(
+            preset=preset_of(quick, full),
+            merged=merged,
+            onnx=onnx,
+            engines=engines,
+            inputs=inputs,
+            tolerance=Tolerance.from_texts(atol, rtol),
+            dataset=dataset,
+            max_drop=max_drop,
+            scores=score,
+            threads=threads,
+            golden=golden,
+            localise=localise,
+            bisect=bisect,
+            require_run=require_run,
         )
-        gate = accuracy.gate_of(dataset, max_drop, score)
-        request = _Request(
-            places, inputs, tolerance, gate, preset, threads, golden, localise or bisect, bisect
-        )
-        artefacts, not_there = _found(bound, request, max_drop)
-        result = _compare(bound, request, settings, artefacts, not_there)
-        code, error = accuracy.outcome(result)
-        if code == 0 and require_run:
-            tasks, named = bound.adapters.tasks, [merged, onnx, engines]
-            lacking = coverage.lacking_exports(artefacts, places, tasks, named)
-            error = coverage.refuse_not_run(result, lacking)
-            if error is not None:
-                code, result = EXIT_MISSING, replace(result, error=error.as_dict())
-        reports.write_reports(report, result)
+        with render.Talk.from_settings(settings).steps() as steps:
+            result = judge_exports(settings, request, steps)
+        write_reports(report, result.report)
     if settings.json:
-        print_document(result, code, error)
-        return code
-    print_report(result)
-    print_layers(result)
-    print_quantised(result)
-    accuracy.print_accuracy(result)
-    if error is not None:
-        raise error
-    return code
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What is to be compared, and how.
-
-    Attributes:
-        places: Where the artefacts lie.
-        inputs: The user's rows, or None.
-        tolerance: What is allowed.
-        gate: What is asked of accuracy; None without labelled rows.
-        preset: How much is compared.
-        threads: Of the runtimes.
-        golden: Save golden vectors.
-        localise: Say in which layer an error begins.
-        bisect: Say which layers must compute in float32.
-    """
-
-    places: Places
-    inputs: Path | None
-    tolerance: Tolerance
-    gate: accuracy.Gate | None
-    preset: Preset
-    threads: int
-    golden: bool
-    localise: bool
-    bisect: bool
-
-
-def _existing(name: str, folder: Path | None) -> Path | None:
-    """Return a folder that the user named.
-
-    Raises:
-        UsageError: There is none of that name.
-    """
-    if folder is not None and not folder.is_dir():
-        raise UsageError(
-            where=f"{name} {folder}",
-            found="no such folder",
-            expected="a folder that mtl-export wrote",
-            why="what is not found is not compared",
-            fix=f"Correct {name}, or leave it out",
-        )
-    return folder
-
-
-def _found(
-    bound: BoundModel, request: _Request, max_drop: float | None
-) -> tuple[list[Artefact], list[Cell]]:
-    """Return what was exported, and a cell for each export that cannot be compared.
-
-    Raises:
-        UsageError: There is nothing to compare, or an option judges none of it.
-    """
-    from mtl_export.api.artefacts import find_artefacts
-
-    places = request.places
-    artefacts, not_there = find_artefacts(bound, places, threads=request.threads)
-    accuracy.refuse_alone(artefacts)
-    not_there += coverage.unclaimed_cells(places, bound.adapters.tasks)
-    if not artefacts:
-        raise UsageError(
-            where="parity",
-            found=f"nothing under {places.merged}, {places.onnx} or {places.engines}"
-            + "".join(f"; {cell.reason}" for cell in not_there if cell.verdict == "failed"),
-            expected="at least one exported model",
-            why="a check that compares nothing must not pass",
-            fix="Run mtl-export merge --all-tasks or mtl-export onnx --all-tasks first",
-        )
-    return artefacts if max_drop is None else with_max_drop(artefacts, max_drop), not_there
-
-
-def _compare(
-    bound: BoundModel,
-    request: _Request,
-    settings: Settings,
-    artefacts: list[Artefact],
-    not_there: list[Cell],
-) -> ParityReport:
-    """Return the report on everything that was exported."""
-    from mtl_export.api.parity_inputs import base_of, cases_of, oracle_of
-    from mtl_export.parity.presets import choose
-    from mtl_export.parity.run import run_parity, step_count
-    from mtl_export.runtime.runners.pytorch import use_threads
-
-    use_threads(request.threads)
-    cases, left_out = choose(cases_of(bound, request.inputs), request.preset)
-    rows = accuracy.open_gate(bound, request.gate) if request.gate else None
-    talk = render.Talk.from_settings(settings)
-    with talk.steps(step_count(artefacts)) as steps:
-        result = run_parity(
-            bound,
-            artefacts,
-            cases,
-            tolerance=request.tolerance,
-            oracle=oracle_of(bound),
-            not_there=not_there,
-            left_out=left_out,
-            base=base_of(bound),
-            threads=request.threads,
-            progress=steps.begin,
-        )
-    if request.localise:
-        result = with_layers(
-            result, bound, artefacts, cases,
-            oracle=oracle_of(bound), threads=request.threads, bisect=request.bisect, talk=talk,
-        )  # fmt: skip
-    if rows is not None and request.gate is not None:
-        result = accuracy.with_accuracy(
-            result, bound, artefacts, rows,
-            max_drop=request.gate.max_drop, oracle=oracle_of(bound), talk=talk,
-        )  # fmt: skip
-    if request.golden:
-        from mtl_export.api.golden import save_golden
-
-        for path in save_golden(bound, artefacts, cases, result, request.tolerance):
-            talk.note(f"golden vectors: {path}")
-    return reports.with_evidence(result, artefacts, cases, request.inputs)
+        render.print_json(result.as_dict())
+        return result.exit_code
+    print_report(result.report)
+    print_layers(result.report)
+    print_quantised(result.report)
+    accuracy.print_accuracy(result.report)
+    if result.error is not None:
+        raise result.error
+    return result.exit_code

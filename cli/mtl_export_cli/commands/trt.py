@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import click
 
-from mtl_export.api import engines, graphs, sources
+from mtl_export.api import engines
 from mtl_export.api.engine_choices import EngineChoices
-from mtl_export.api.engines import Built, Failed, Workshop
+from mtl_export.api.engines import Failed
 from mtl_export.api.graph_form import Form
 from mtl_export.api.settings import NUMBERS, Settings
-from mtl_export.api.written import Written
+from mtl_export.api.trt import EngineBuild, EngineRequest, build_requested
 from mtl_export.errors import BackendError, UsageError
 from mtl_export_cli import options, render
 from mtl_export_cli.engine_options import ENGINE, with_engine_choices
 from mtl_export_cli.graph_form import with_form
 from mtl_export_cli.options import option, with_settings
-
-if TYPE_CHECKING:
-    from mtl_export.tensorrt.available import BuilderInfo
-    from mtl_export.tensorrt.job import EngineOrder
 
 EPILOG = """\b
 Example:
@@ -102,106 +97,11 @@ def command(
     built first. A run that was killed is taken up where it was; where one engine fails the
     others are built all the same, and the exit code is 6.
     """
-    from mtl_export.tensorrt.available import available_builder
-
-    _refuse_beside_quantize(settings, quantize, form)
-    graphs.refuse_idle(settings, graphs.layout_or_default(settings, layout), form)
-    bound = sources.open_bound(settings)
-    info = available_builder()
-    choices.refuse_impossible(info.name)
-    wanted = engines.wanted_graphs(settings, layout, bound.adapters.tasks)
-    talk = render.Talk.from_settings(settings)
-    talk.note(f"Building with {info.name} {info.version}.")
-    workshop = Workshop(settings, bound, info, choices, quantize)
-    exported: list[Written] = []
-    if quantize:
-        engines.refuse_uncalibrated(bound, wanted, workshop.onnx_folder, quantize)
-        _note_on_number(talk, info, quantize)
-    else:
-        asked = form.as_asked(settings.dtype)
-        wanted = [graphs.as_edited(graph, workshop.onnx_folder, bound, asked) for graph in wanted]
-        exporter = graphs.Exporter(bound, workshop.onnx_folder, dtype=settings.dtype, form=form)
-        with talk.steps(len(wanted)) as steps:
-            exported = [exporter.write(graph, steps, force=settings.force) for graph in wanted]
-        for output in exported:
-            talk.note(f"ONNX {output.path}: {output.status}.")
-    built, failed = _build(workshop, wanted, info, jobs, talk)
-    _print(settings, exported, built, failed)
-    return _exit_code(failed)
-
-
-def _refuse_beside_quantize(settings: Settings, quantize: str | None, form: Form) -> None:
-    """Refuse what only an export decides, where nothing is exported.
-
-    Raises:
-        UsageError: It was given.
-    """
-    asked = [f"--dtype {settings.dtype}"] if settings.dtype else []
-    asked += form.as_words()
-    if quantize and asked:
-        raise UsageError(
-            where=f"--quantize {quantize}",
-            found=f"{' and '.join(asked)} beside it",
-            expected="neither --dtype nor an option of the graph's form",
-            why="the graphs that mtl-export calibrate wrote are taken as they are",
-            fix=f"Leave out {asked[0]}, or give it to mtl-export onnx and calibrate again",
-        )
-
-
-def _note_on_number(talk: render.Talk, info: BuilderInfo, number: str) -> None:
-    if number == "int8" and info.name == "tensorrt_rtx":
-        talk.note(
-            "TensorRT-RTX documents INT8 for weights, not for activations: these engines are"
-            " built, but may be refused by the GPU. FP8 (from compute capability 8.9) and INT4"
-            " weights are documented."
-        )
-
-
-class _Report:
-    """Shows a job's progress as steps."""
-
-    def __init__(self, steps: render.Steps) -> None:
-        self._steps = steps
-
-    def begin(self, order: EngineOrder) -> None:
-        """Name the order that begins."""
-        self._steps.begin(f"engine: {order.name}", is_beside=True)
-
-    def reached(self, share: float) -> None:
-        """Draw the bar."""
-        self._steps.reached(share)
-
-
-def _build(
-    workshop: Workshop,
-    wanted: Sequence[graphs.Graph],
-    info: BuilderInfo,
-    jobs: int,
-    talk: render.Talk,
-) -> tuple[list[Built], list[Failed]]:
-    """Return the engines of all graphs, and what there is instead where they failed."""
-    from mtl_export.tensorrt.job import run_job, with_changing_weights
-
-    workshop.clear()
-    orders = [workshop.order(graph) for graph in wanted]
-    if workshop.is_refit:
-        orders = with_changing_weights(orders)
-    with talk.steps(len(orders)) as steps:
-        outcomes = run_job(
-            orders,
-            workshop.open_place,
-            library_name=info.name,
-            jobs=jobs,
-            report=_Report(steps),
-        )
-    built, failed = [], []
-    for graph, outcome in zip(wanted, outcomes, strict=True):
-        order, tasks = outcome.order, tuple(task.name for task in graph.tasks)
-        if outcome.error is None:
-            built.append(workshop.built(order, tasks, outcome.seconds))
-        else:
-            failed.append(Failed(order.name, order.target, tasks, outcome.error))
-    return built, failed
+    request = EngineRequest(layout, quantize, jobs, form, choices)
+    with render.Talk.from_settings(settings).steps() as steps:
+        found = build_requested(settings, request, steps)
+    _print(settings, found)
+    return _exit_code(found.failed)
 
 
 def _exit_code(failed: Sequence[Failed]) -> int:
@@ -214,19 +114,15 @@ def _exit_code(failed: Sequence[Failed]) -> int:
     return codes.pop() if len(codes) == 1 else EXIT_CODES[BackendError]
 
 
-def _print(
-    settings: Settings,
-    exported: Sequence[Written],
-    built: Sequence[Built],
-    failed: Sequence[Failed],
-) -> None:
+def _print(settings: Settings, found: EngineBuild) -> None:
+    built, failed = found.built, found.failed
     if settings.json:
         document: dict[str, object] = {"ok": not failed, "command": "trt"}
         if failed:
             document |= {"error": failed[0].error.as_dict(), "exit_code": _exit_code(failed)}
         document["outputs"] = [one.as_dict() for one in built]
         document["failures"] = [one.as_dict() for one in failed]
-        render.print_json({**document, "onnx": [output.as_dict() for output in exported]})
+        render.print_json({**document, "onnx": [output.as_dict() for output in found.exported]})
         return
     rows = [
         (

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from mtl_export.api.settings import Settings
-from mtl_export.errors import shortened
+from mtl_export.api.verify import Verification, is_sha256, verify
 from mtl_export_cli import options, render
 from mtl_export_cli.options import option, with_settings
 
 if TYPE_CHECKING:
     from mtl_export.bundle.verify import Check
 
-EXIT_FAILED, EXIT_MISSING, EXIT_DAMAGED = 3, 6, 7
 VERDICTS = ("passed", "failed", "not-run")
 WORDS = {"files": "not run:", "golden": "not run:", "remark": "remark:"}
 EPILOG = """\b
@@ -30,10 +27,10 @@ Example:
 
 
 def _digests(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> tuple[str, ...]:
-    wrong = [one for one in value if not re.fullmatch("[0-9a-fA-F]{64}", one)]
+    wrong = [one for one in value if not is_sha256(one)]
     if wrong:
         raise click.BadParameter(f"{wrong[0]!r} is no SHA-256, 64 hex digits")
-    return tuple(one.lower() for one in value)
+    return tuple(value)
 
 
 @click.command(short_help="Check a finished folder again, also on the device.", epilog=EPILOG)
@@ -71,52 +68,38 @@ def command(
     whoever can change a file can write a manifest that fits. --expect, with a digest that came
     another way than the folder, shows that too.
     """
-    from mtl_export.bundle.verify import verify_folder
-
     talk = render.Talk.from_settings(settings)
-    checks = verify_folder(
+    found = verify(
         folder,
+        require_run=require_run,
+        require_all_tasks=require_all_tasks,
+        expect=expect,
         threads=threads,
-        all_tasks=require_all_tasks,
-        expected=expect,
-        progress=talk.detail,
+        progress=render.Steps(0, talk),
     )
-    failed = {check.kind for check in checks if check.verdict == "failed"}
-    code = EXIT_DAMAGED if "files" in failed else EXIT_FAILED if failed else 0
-    if code == 0 and require_run and (missing := _not_run(checks)):
-        code = EXIT_MISSING
-        talk.note(f"--require-run: {missing}")
-    _print(checks, settings, code)
-    return code
-
-
-def _not_run(checks: Sequence[Check]) -> str:
-    """Return what should have been run and was not; "" if nothing."""
-    from mtl_export.bundle.verify import NO_TORCH
-
-    golden = [check for check in checks if check.kind == "golden" and check.reason != NO_TORCH]
-    absent = [f"{check.folder}: {check.reason}" for check in golden if check.verdict == "not-run"]
-    if absent:
-        return shortened(absent)
-    return "" if golden else "there is no graph or engine to run"
-
-
-def _print(checks: Sequence[Check], settings: Settings, code: int) -> None:
+    if found.missing:
+        talk.note(f"--require-run: {found.missing}")
     if settings.json:
-        listed = [asdict(check) for check in checks]
-        render.print_json({"ok": code == 0, "exit_code": code, "checks": listed})
-        return
+        render.print_json(found.as_dict())
+    else:
+        _print(found)
+    return found.exit_code
+
+
+def _print(found: Verification) -> None:
+    checks = found.checks
     for check in checks:
         if check.verdict != "passed":
             word = WORDS[check.kind] if check.verdict == "not-run" else "FAILED"
             render.print_line(f"{word} {check.folder}, {check.what}: {check.reason}")
+    verdict = "passed" if found.passed else "not-run" if found.missing else "failed"
     render.print_table(
         ("folder", "files", "golden vectors"),
         [
             (folder, _summary(checks, folder, "files"), _summary(checks, folder, "golden"))
             for folder in dict.fromkeys(one.folder for one in checks if one.kind != "remark")
         ],
-        title=f"verify {'not-run' if code == EXIT_MISSING else 'failed' if code else 'passed'}",
+        title=f"verify {verdict}",
     )
 
 

@@ -15,7 +15,7 @@ from mtl_export.errors import UsageError
 from mtl_export_calibration import modelopt
 from mtl_export_calibration.formats import format_named
 from mtl_export_calibration.qdq import METADATA
-from mtl_export_cli.quantising import refuse_parts
+from mtl_export_calibration.targets import refuse_parts
 from tests.cli.conftest import Run, files_below
 from tests.factories import TASKS, WORDS
 from tests.graph import marked

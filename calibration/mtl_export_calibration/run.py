@@ -1,4 +1,4 @@
-"""What ``mtl-export calibrate`` does: find graphs, read rows, quantise each or say why not."""
+"""Exported graphs and rows -> quantised graphs in their folders, or why one is not written."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from mtl_export.api import graphs, sources
-from mtl_export.api.edited_graph import refuse_to_quantise
+from mtl_export.api.progress import SILENT, Progress
 from mtl_export.api.settings import LAYOUTS, Settings
 from mtl_export.api.written import Written
-from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
-from mtl_export.checkpoint.outputs import LOGITS
-from mtl_export.errors import UsageError, shortened
-from mtl_export_cli import render
-from mtl_export_cli.calibrated import Outcome
+from mtl_export.errors import UsageError
+from mtl_export_calibration.targets import (
+    BOTH,
+    nothing_exported,
+    refuse_form,
+    refuse_parts,
+    refuse_stale,
+    targets_of,
+)
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -26,46 +30,27 @@ if TYPE_CHECKING:
     from mtl_export_calibration.measure import Options, Target, Work
     from mtl_export_calibration.report import GraphReport, Measured
 
-BOTH = "both"
 
+@dataclass(frozen=True)
+class Outcome:
+    """One graph.
 
-def refuse_parts(bound: BoundModel, layout: str) -> None:
-    """Refuse a model that runs as several graphs, or has answers that are not logits.
-
-    Args:
-        bound: The model.
-        layout: One of ``LAYOUTS``, or ``BOTH``.
-
-    Raises:
-        UsageError: It generates tokens, or its tasks' heads differ in kind.
+    Attributes:
+        report: The verdict.
+        written: Its folder; None where it failed.
     """
-    model_class = bound.adapters.model_class
-    if is_causal_lm(model_class) or is_seq2seq(model_class, bound.base.config):
-        raise UsageError(
-            where=f"model class {model_class}",
-            found="it generates tokens, by several graphs that hand on keys and values",
-            expected="a model of one graph",
-            why="what quantising costs is counted on the decisions of one run",
-            fix="Quantise it with a tool for language models",
-        )
-    outputs = dict.fromkeys(task.output for task in bound.adapters.tasks if task.output)
-    bare = [task.name for task in bound.adapters.tasks if task.output and not task.labels]
-    if bare:
-        raise UsageError(
-            where=f"task {bare[0]}",
-            found="it has no head",
-            expected="tasks with logits",
-            why="what quantising costs is told by them",
-            fix="Quantise a checkpoint without it",
-        )
-    if outputs and layout != graphs.PER_TASK:
-        raise UsageError(
-            where="the tasks' heads",
-            found=f"they differ in kind: {shortened(outputs)}",
-            expected="one output logits",
-            why="what quantising a single graph costs is told by it",
-            fix="Pass --layout per-task: each task's own graph has logits",
-        )
+
+    report: GraphReport
+    written: Written | None
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the record as JSON's types."""
+        return {
+            **self.report.as_dict(),
+            "latency_ms": dict(self.report.latency_ms),
+            "latency_length": self.report.latency_length,
+            "output": self.written.as_dict() if self.written else None,
+        }
 
 
 class _GateError(Exception):
@@ -94,7 +79,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Request:
+class CalibrationRequest:
     """What was asked for.
 
     Attributes:
@@ -104,6 +89,7 @@ class Request:
         judge: Rows to count accuracy on.
         samples: Rows of each task to take ranges from.
         seed: Decides which.
+        progress: Hears of the steps.
     """
 
     settings: Settings
@@ -112,6 +98,24 @@ class Request:
     judge: str
     samples: int
     seed: int
+    progress: Progress = SILENT
+
+    def quantised(self, layout: str, onnx: Path | None) -> list[Outcome]:
+        """Quantise every graph; see ``calibrate``.
+
+        Args:
+            layout: One of ``LAYOUTS``, or ``BOTH``.
+            onnx: Holds the graphs; None for the output folder's, exported where missing.
+        """
+        from mtl_export.checkpoint.checkpoint import task_named
+
+        self.refuse_unknown()
+        bound = sources.open_bound(self.settings)
+        refuse_parts(bound, layout)
+        for name in self.options.weights:
+            task_named(bound.adapters.tasks, name)
+        given = self.read(bound)  # before graphs are exported for nothing
+        return self.run(bound, self.graphs(bound, layout, onnx), given)
 
     def refuse_unknown(self) -> None:
         """Refuse a call without data, or an engine that is not there or cannot do it.
@@ -148,15 +152,15 @@ class Request:
         """
         parent = folder or self.settings.output_dir / "onnx"
         layouts = LAYOUTS if layout == BOTH else (layout,)
-        groups = [_targets(bound, parent, one) for one in layouts]
-        _refuse_stale(bound, [target for group in groups for target in group])
+        groups = [targets_of(bound, parent, one) for one in layouts]
+        refuse_stale(bound, [target for group in groups for target in group])
         if folder is None:
             self._export(bound, parent, [target for group in groups for target in group])
         found = [[target for target in group if target.path.is_file()] for group in groups]
         for target in (target for group in found for target in group):
-            _refuse_form(target)
+            refuse_form(target)
         if not any(found):
-            raise _nothing_exported(parent, layout)
+            raise nothing_exported(parent, layout)
         return [group for group in found if group]
 
     def _export(self, bound: BoundModel, parent: Path, targets: Sequence[Target]) -> None:
@@ -165,13 +169,12 @@ class Request:
         if not missing:
             return
         exporter = graphs.Exporter(bound, parent)
-        talk = render.Talk.from_settings(self.settings)
-        with talk.steps(len(missing)) as steps:
-            for target in missing:
-                layout = graphs.PER_TASK if target.task else graphs.SINGLE_GRAPH
-                graph = graphs.Graph(target.tasks(bound.adapters.tasks), layout)
-                written = exporter.write(graph, steps, force=self.settings.force)
-                talk.note(f"ONNX {written.path}: {written.status}.")
+        self.progress.expect(len(missing))
+        for target in missing:
+            layout = graphs.PER_TASK if target.task else graphs.SINGLE_GRAPH
+            graph = graphs.Graph(target.tasks(bound.adapters.tasks), layout)
+            written = exporter.write(graph, self.progress, force=self.settings.force)
+            self.progress.note(f"ONNX {written.path}: {written.status}.")
 
     def read(self, bound: BoundModel) -> Given:
         """Return the rows to take ranges from, and those to count accuracy on.
@@ -185,7 +188,6 @@ class Request:
 
         tasks, folder = bound.adapters.tasks, bound.base.folder
         longest = longest_sequence(bound.base.config, unlimited=512)
-        talk = render.Talk.from_settings(self.settings)
         calibration, counts = open_samples(
             self.data, tasks, folder, max_length=longest, per_task=self.samples, seed=self.seed
         )
@@ -201,7 +203,7 @@ class Request:
         )
         for name, count in counts.items():
             repeated = f", fed {count.fed} times" if count.fed > count.used else ""
-            talk.detail(f"{name}: {count.used} of {count.available} rows{repeated}")
+            self.progress.detail(f"{name}: {count.used} of {count.available} rows{repeated}")
         rows = {
             task.name: {
                 "available": counts[task.name].available,
@@ -220,10 +222,9 @@ class Request:
         from mtl_export_calibration.measure import Work, measure
 
         outcomes = []
-        talk, place = render.Talk.from_settings(self.settings), self.settings.output_dir
         for group in groups:
-            with open_cache(place / "calibration") as cache, talk.steps(1) as steps:
-                meter = _Meter(steps)
+            self.progress.expect(1)
+            with open_cache(self.settings.output_dir / "calibration") as cache:
                 work = Work(
                     bound=bound,
                     targets=tuple(group),
@@ -231,7 +232,7 @@ class Request:
                     judged=given.judged,
                     options=self.options,
                     cache=cache,
-                    progress=meter,
+                    progress=_Meter(self.progress),
                     longest=given.longest,
                 )
                 measured = measure(work)
@@ -300,90 +301,14 @@ class Request:
 
 
 class _Meter:
-    """Shows parts of the work as steps."""
+    """Tells a progress of parts of the work as steps."""
 
-    def __init__(self, steps: render.Steps) -> None:
-        self._steps, self._name = steps, ""
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._name = progress, ""
 
     def __call__(self, name: str, done: int, total: int) -> None:
         """Say how much of the part ``name`` is done."""
         if name != self._name:
             self._name = name
-            self._steps.at(name, 0, 1)
-        self._steps.within(done, total)
-
-
-def _targets(bound: BoundModel, parent: Path, layout: str) -> list[Target]:
-    """Return the graphs of one layout, there or not."""
-    from mtl_export_calibration.measure import Target
-
-    if layout == graphs.SINGLE_GRAPH:
-        return [Target(parent, None)]
-    return [Target(parent / task.name, task) for task in bound.adapters.tasks]
-
-
-def _refuse_stale(bound: BoundModel, targets: Sequence[Target]) -> None:
-    """Refuse graphs that were exported from another model, or edited since.
-
-    Raises:
-        UsageError: There are some.
-    """
-    from mtl_export.runtime.ort import onnx_metadata
-
-    for target in targets:
-        if not target.path.is_file():
-            continue
-        if target.task is None:
-            refuse_to_quantise(target.folder)
-        other = sources.other_source(bound, onnx_metadata(target.path))
-        if other:
-            raise UsageError(
-                where=str(target.path),
-                found=other,
-                expected="a graph of this checkpoint and base",
-                why="what it is quantised to would be taken for this checkpoint's",
-                fix=f"Export it again: {_export_command(target.task is not None)} --force",
-            )
-
-
-def _refuse_form(target: Target) -> None:
-    """Refuse a graph without logits, or in which rows do not pick their own tasks.
-
-    Raises:
-        UsageError: It has none, or takes one task for the whole batch.
-    """
-    from mtl_export.checkpoint.files.onnx_file import read_onnx
-
-    model = read_onnx(target.path)
-    outputs = [value.name for value in model.graph.output]
-    if LOGITS not in outputs:
-        raise UsageError(
-            where=str(target.path),
-            found=f"outputs {shortened(outputs)}",
-            expected=f"an output {LOGITS}",
-            why="what quantising costs is told by it",
-            fix="Calibrate a model with heads",
-        )
-    metadata = {one.key: one.value for one in model.metadata_props}
-    if target.task is None and metadata.get("mtl_export.task_input") == "scalar":
-        raise UsageError(
-            where=str(target.path),
-            found="it takes one task for the whole batch",
-            expected="a graph in which each row picks its task",
-            why="tasks are mixed in the batches that it is judged on",
-            fix="Export it with --task-input rows, or pass --layout per-task",
-        )
-
-
-def _nothing_exported(parent: Path, layout: str) -> UsageError:
-    return UsageError(
-        where=str(parent),
-        found="no exported graph",
-        expected="model.onnx, or TASK/model.onnx",
-        why="it is the exported graph that is quantised",
-        fix=f"Run {_export_command(layout == graphs.PER_TASK)} first",
-    )
-
-
-def _export_command(per_task: bool) -> str:
-    return f"mtl-export onnx --all-tasks{' --layout per-task' if per_task else ''}"
+            self._progress.at(name, 0, 1)
+        self._progress.within(done, total)

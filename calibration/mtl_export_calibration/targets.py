@@ -1,0 +1,135 @@
+"""The exported graphs that are to be quantised, and which cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtl_export.api import graphs, sources
+from mtl_export.api.edited_graph import refuse_to_quantise
+from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
+from mtl_export.checkpoint.outputs import LOGITS
+from mtl_export.errors import UsageError, shortened
+
+if TYPE_CHECKING:
+    from mtl_export.adapters.binding import BoundModel
+    from mtl_export_calibration.measure import Target
+
+BOTH = "both"
+
+
+def refuse_parts(bound: BoundModel, layout: str) -> None:
+    """Refuse a model that runs as several graphs, or has answers that are not logits.
+
+    Args:
+        bound: The model.
+        layout: One of ``LAYOUTS``, or ``BOTH``.
+
+    Raises:
+        UsageError: It generates tokens, or its tasks' heads differ in kind.
+    """
+    model_class = bound.adapters.model_class
+    if is_causal_lm(model_class) or is_seq2seq(model_class, bound.base.config):
+        raise UsageError(
+            where=f"model class {model_class}",
+            found="it generates tokens, by several graphs that hand on keys and values",
+            expected="a model of one graph",
+            why="what quantising costs is counted on the decisions of one run",
+            fix="Quantise it with a tool for language models",
+        )
+    outputs = dict.fromkeys(task.output for task in bound.adapters.tasks if task.output)
+    bare = [task.name for task in bound.adapters.tasks if task.output and not task.labels]
+    if bare:
+        raise UsageError(
+            where=f"task {bare[0]}",
+            found="it has no head",
+            expected="tasks with logits",
+            why="what quantising costs is told by them",
+            fix="Quantise a checkpoint without it",
+        )
+    if outputs and layout != graphs.PER_TASK:
+        raise UsageError(
+            where="the tasks' heads",
+            found=f"they differ in kind: {shortened(outputs)}",
+            expected="one output logits",
+            why="what quantising a single graph costs is told by it",
+            fix="Pass --layout per-task: each task's own graph has logits",
+        )
+
+
+def targets_of(bound: BoundModel, parent: Path, layout: str) -> list[Target]:
+    """Return the graphs of one layout, there or not."""
+    from mtl_export_calibration.measure import Target
+
+    if layout == graphs.SINGLE_GRAPH:
+        return [Target(parent, None)]
+    return [Target(parent / task.name, task) for task in bound.adapters.tasks]
+
+
+def refuse_stale(bound: BoundModel, targets: Sequence[Target]) -> None:
+    """Refuse graphs that were exported from another model, or edited since.
+
+    Raises:
+        UsageError: There are some.
+    """
+    from mtl_export.runtime.ort import onnx_metadata
+
+    for target in targets:
+        if not target.path.is_file():
+            continue
+        if target.task is None:
+            refuse_to_quantise(target.folder)
+        other = sources.other_source(bound, onnx_metadata(target.path))
+        if other:
+            raise UsageError(
+                where=str(target.path),
+                found=other,
+                expected="a graph of this checkpoint and base",
+                why="what it is quantised to would be taken for this checkpoint's",
+                fix=f"Export it again: {_export_command(target.task is not None)} --force",
+            )
+
+
+def refuse_form(target: Target) -> None:
+    """Refuse a graph without logits, or in which rows do not pick their own tasks.
+
+    Raises:
+        UsageError: It has none, or takes one task for the whole batch.
+    """
+    from mtl_export.checkpoint.files.onnx_file import read_onnx
+
+    model = read_onnx(target.path)
+    outputs = [value.name for value in model.graph.output]
+    if LOGITS not in outputs:
+        raise UsageError(
+            where=str(target.path),
+            found=f"outputs {shortened(outputs)}",
+            expected=f"an output {LOGITS}",
+            why="what quantising costs is told by it",
+            fix="Calibrate a model with heads",
+        )
+    metadata = {one.key: one.value for one in model.metadata_props}
+    if target.task is None and metadata.get("mtl_export.task_input") == "scalar":
+        raise UsageError(
+            where=str(target.path),
+            found="it takes one task for the whole batch",
+            expected="a graph in which each row picks its task",
+            why="tasks are mixed in the batches that it is judged on",
+            fix="Export it with --task-input rows, or pass --layout per-task",
+        )
+
+
+def nothing_exported(parent: Path, layout: str) -> UsageError:
+    """Return the refusal of a folder that holds no graph of ``layout``."""
+    return UsageError(
+        where=str(parent),
+        found="no exported graph",
+        expected="model.onnx, or TASK/model.onnx",
+        why="it is the exported graph that is quantised",
+        fix=f"Run {_export_command(layout == graphs.PER_TASK)} first",
+    )
+
+
+def _export_command(per_task: bool) -> str:
+    return f"mtl-export onnx --all-tasks{' --layout per-task' if per_task else ''}"

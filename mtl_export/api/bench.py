@@ -1,0 +1,219 @@
+"""``mtl_export.bench``: latency, throughput and memory of what was exported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtl_export.api import sources
+from mtl_export.api.progress import SILENT, Progress
+from mtl_export.api.settings import Settings, SourceOptions, settings_of
+from mtl_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from mtl_export.api.lineup import Lineup
+    from mtl_export.bench.measure import Measured, Shape, Timing
+
+NEW_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRequest:
+    """What is to be measured, and how.
+
+    Attributes:
+        shapes: Batches, rows by tokens.
+        onnx: Holds ONNX graphs.
+        engines: Holds engines.
+        rounds: Turns that each model has.
+        new_tokens: Tokens that a language model generates in each call.
+        eager: Measure the unmerged PyTorch model as well.
+        threads: For each model; 0: all cores.
+    """
+
+    shapes: Sequence[Shape]
+    onnx: Path
+    engines: Path
+    rounds: int = 5
+    new_tokens: int = NEW_TOKENS
+    eager: bool = True
+    threads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """What was measured.
+
+    Attributes:
+        lineup: The models, their sizes on disk, and those that could not be run, with reasons.
+        measured: Times in seconds and memory in bytes.
+        conditions: The machine, versions, tasks and rounds that figures hold for.
+    """
+
+    lineup: Lineup
+    measured: Measured
+    conditions: Mapping[str, Any]
+
+    def ratio(self, timing: Timing) -> float | None:
+        """Return how many times the merged graph's latency ``timing`` is; None without one."""
+        from mtl_export.api.lineup import MERGED
+
+        merged = self.measured.timing(MERGED, timing.shape, timing.phase)
+        return timing.ratio_to(merged) if merged else None
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the record as JSON's types."""
+        return {
+            "conditions": dict(self.conditions),
+            "results": [
+                {
+                    "artefact": timing.subject,
+                    "shape": str(timing.shape),
+                    "phase": timing.phase,
+                    "calls": len(timing.calls),
+                    "p50_ms": timing.percentile_ms(50),
+                    "p95_ms": timing.percentile_ms(95),
+                    "rows_per_s": timing.rows_per_s,
+                    "tokens_per_s": timing.tokens_per_s,
+                    "ratio_to_merged": self.ratio(timing),
+                }
+                for timing in self.measured.timings
+            ],
+            "artefacts": [
+                {**asdict(footprint), "file_bytes": self.lineup.files.get(footprint.subject)}
+                for footprint in self.measured.footprints
+            ],
+            "not_run": [
+                {"artefact": name, "reason": reason} for name, reason in self.lineup.not_run
+            ],
+        }
+
+
+def bench(
+    checkpoint: str | Path,
+    *,
+    base: str | Path,
+    output: str | Path = "out",
+    onnx: str | Path | None = None,
+    engines: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    shapes: str = "1x32,8x128",
+    rounds: int = 5,
+    new_tokens: int | None = None,
+    eager: bool = True,
+    threads: int = 0,
+    progress: Progress = SILENT,
+    **source: Unpack[SourceOptions],
+) -> BenchResult:
+    """Measure what was exported, and the unmerged PyTorch model, in turns.
+
+    Args:
+        checkpoint: The trained adapter.
+        base: Folder, ``package:NAME/FOLDER`` or hub id.
+        output: Holds ``onnx/`` and ``engines/``, where these are not given.
+        onnx: ONNX graphs.
+        engines: Engines.
+        tasks: Those that rows take in turn; none: all.
+        shapes: Batches, rows x tokens, with commas.
+        rounds: Turns that each model has.
+        new_tokens: Tokens that a language model generates in each call; None: 16.
+        eager: Measure the unmerged PyTorch model.
+        threads: For each model; 0: each library's choice.
+        progress: Hears what is loaded and measured.
+        **source: What the checkpoint does not carry.
+
+    Raises:
+        UsageError: Nothing was exported, or a shape or ``new_tokens`` does not fit it.
+        BackendMissingError: Nothing of it can be run here.
+
+    Example:
+        >>> import mtl_export as mx
+        >>> result = mx.bench("adapter", base="base", shapes="1x8", rounds=1, eager=False)
+        >>> [timing.subject for timing in result.measured.timings]
+        ['merged onnx', 'single graph onnx']
+    """
+    settings = settings_of(checkpoint, base, source)
+    typed = frozenset() if new_tokens is None else frozenset({"new_tokens"})
+    settings = replace(settings, output_dir=Path(output), task=tuple(tasks), typed=typed)
+    request = BenchRequest(
+        shapes=parse_shapes(shapes),
+        onnx=Path(onnx or settings.output_dir / "onnx"),
+        engines=Path(engines or settings.output_dir / "engines"),
+        rounds=rounds,
+        new_tokens=NEW_TOKENS if new_tokens is None else new_tokens,
+        eager=eager,
+        threads=threads,
+    )
+    return run_bench(settings, request, progress)
+
+
+def run_bench(settings: Settings, request: BenchRequest, progress: Progress) -> BenchResult:
+    """Measure what ``request`` asks for; see ``bench``."""
+    from mtl_export.api.lineup import (
+        conditions,
+        lineup,
+        machine,
+        refuse_longer,
+        vocabulary,
+        why_disturbed,
+    )
+    from mtl_export.bench.candidates import Batches
+    from mtl_export.bench.measure import measure
+
+    bound = sources.open_bound(settings, targets=())
+    refuse_longer(request.shapes, request.new_tokens, bound)
+    tasks = bound.adapters.tasks
+    if settings.task:
+        tasks = sources.selected_tasks(settings, tasks)
+    found = lineup(
+        settings,
+        tasks,
+        request.onnx,
+        request.engines,
+        threads=request.threads,
+        new_tokens=request.new_tokens,
+        with_eager=request.eager,
+    )
+    if "new_tokens" in settings.typed and not found.is_generating:
+        raise UsageError(
+            where=f"--new-tokens {request.new_tokens}",
+            found="nothing that was exported generates",
+            expected="the graphs of a language model",
+            fix="Leave out --new-tokens",
+        )
+    before = machine()
+    if disturbed := why_disturbed(before):
+        progress.note(disturbed)
+    batches = Batches(vocabulary(bound.base.config), tuple(task.index for task in tasks))
+    progress.expect(len(found.subjects) + len(request.shapes))
+    measured = measure(
+        found.subjects, request.shapes, batches, rounds=request.rounds, progress=progress.begin
+    )
+    return BenchResult(found, measured, conditions(before, request.threads, request.rounds, tasks))
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    """Return the shapes in ``1x32,8x128``.
+
+    Raises:
+        UsageError: Something else stands there.
+    """
+    from mtl_export.bench.measure import Shape
+
+    parsed = []
+    for word in text.split(","):
+        numbers = word.strip().lower().split("x")
+        if len(numbers) != 2 or not all(re.fullmatch("0*[1-9][0-9]{0,17}", n) for n in numbers):
+            raise UsageError(
+                where=f"--shapes {text}",
+                found=repr(word.strip()),
+                expected="rows x tokens, such as 8x128",
+                fix="Correct --shapes",
+            )
+        parsed.append(Shape(int(numbers[0]), int(numbers[1])))
+    return list(dict.fromkeys(parsed))
