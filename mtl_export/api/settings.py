@@ -78,7 +78,7 @@ class SourceOptions(TypedDict, total=False):
     task_names: Sequence[str]
 
 
-def settings_of(checkpoint: str | Path, base: str | Path, source: SourceOptions) -> Settings:
+def settings_of(checkpoint: str | Path, base: str | Path | None, source: SourceOptions) -> Settings:
     """Return the settings of a call from Python.
 
     Raises:
@@ -90,7 +90,7 @@ def settings_of(checkpoint: str | Path, base: str | Path, source: SourceOptions)
     names, biases = source.get("task_names"), source.get("biases")
     return Settings(
         checkpoint=Path(checkpoint),
-        base=str(base),
+        base=None if base is None else str(base),
         tasks=None if names is None else tuple(names),
         alpha=source.get("alpha"),
         temperature=source.get("temperature"),

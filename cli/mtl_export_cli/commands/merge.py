@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 import click
 
-from mtl_export.api import sources
+from mtl_export.api.merge import Layout, MergeChoices, Merged, SharedBy, merge_requested
 from mtl_export.api.settings import Settings
-from mtl_export.api.written import WRITTEN, Written
-from mtl_export.errors import UsageError
 from mtl_export_cli import options, render
 from mtl_export_cli.options import option, with_settings
 from mtl_export_cli.written import print_written
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from mtl_export.adapters.binding import BoundModel
-    from mtl_export.bundle.manifest import OptionValue, Recipe
     from mtl_export.bundle.merged import MergedTask
-    from mtl_export.checkpoint.checkpoint import Task
-    from mtl_export.merge.writer import MergeOptions
 
 EPILOG = """\b
 Example:
@@ -60,8 +51,8 @@ REPORT = click.option(
 def command(
     settings: Settings,
     *,
-    layout: str,
-    shared_by: str,
+    layout: Layout,
+    shared_by: SharedBy,
     max_shard_size: str | None,
     resume: bool,
     verify: bool,
@@ -73,92 +64,18 @@ def command(
     adapter left in it: merged/TASK under the output folder, or --output/TASK. The base
     is read once, however many tasks there are.
     """
-    # One thread a core folds already; OpenBLAS reads this when numpy is first imported.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from mtl_export.bundle.merged import MergeRequest, merge_tasks
-    from mtl_export.merge.head_file import head_note
-    from mtl_export.merge.layout import parse_size
-    from mtl_export.merge.writer import MergeOptions
-
-    started = perf_counter()
-    if shared_by == "reference" and layout != "shared" and options.is_typed("shared_by"):
-        raise UsageError(
-            where="--shared-by reference",
-            found=f"--layout {layout}",
-            expected="--layout shared beside it",
-            why="standalone folders share nothing",
-            fix="Add --layout shared, or leave out --shared-by",
-        )
-    bound = sources.open_bound(settings, check_hash=False, targets=[settings.folder("merged")])
-    tasks = sources.selected_tasks(settings, bound.adapters.tasks)
-    merge_options = MergeOptions(
-        dtype=settings.dtype,
-        layout="shared" if layout == "shared" else "standalone",
-        max_shard_bytes=parse_size(max_shard_size) if max_shard_size else None,
-        is_linked=shared_by == "link",
+    # Links are what folders get anyway; a settings file may mean other merges.
+    is_meant = shared_by == "reference" and (layout == "shared" or options.is_typed("shared_by"))
+    choices = MergeChoices(
+        layout, "reference" if is_meant else None, max_shard_size, resume, verify
     )
-    request = MergeRequest(
-        bound=bound,
-        tasks=tasks,
-        parent=settings.folder("merged"),
-        options=merge_options,
-        recipe=_recipe(bound, tasks, merge_options),
-        force=settings.force,
-        resume=resume,
-        verify=verify,
-    )
-    talk = render.Talk.from_settings(settings)
-    with talk.steps(1) as steps:
-        steps.begin(f"merge: {', '.join(task.name for task in tasks)}")
-        merged = merge_tasks(request, steps.within)
-    for note in dict.fromkeys(filter(None, (head_note(bound, task) for task in tasks))):
-        talk.note(note)
-    _warn(talk, merged)
-    if any(one.is_restored for one in merged):
-        talk.note("what the tasks share was lost or changed in _shared/, and is written again")
-    _print(settings, merged, perf_counter() - started, report=report)
+    with render.Talk.from_settings(settings).steps() as steps:
+        merged = merge_requested(settings, choices, steps)
+    _print(settings, merged, report=report)
 
 
-def _recipe(
-    bound: BoundModel, tasks: Sequence[Task], merge_options: MergeOptions
-) -> Callable[[str], Recipe]:
-    """Return the function that makes a folder's recipe; it asks for the base's hash."""
-
-    def recipe(name: str) -> Recipe:
-        own: dict[str, OptionValue] = {"task": name, "dtype": merge_options.dtype}
-        if merge_options.max_shard_bytes is not None:
-            own["max_shard_bytes"] = merge_options.max_shard_bytes
-        if merge_options.layout == "shared":
-            # What is shared depends on all of them.
-            own["layout"] = "shared"
-            own["shared_by"] = "link" if merge_options.is_linked else "reference"
-            own["shared_with"] = [task.name for task in tasks]
-            if not merge_options.is_linked:
-                own["shared_in"] = "_shared/<id>"  # earlier versions: _shared itself
-        return sources.recipe("merge", bound, own)
-
-    return recipe
-
-
-def _warn(talk: render.Talk, merged: Sequence[MergedTask]) -> None:
-    for drift in (one.drift for one in merged if one.drift is not None):
-        if drift.loses_much:
-            talk.note(
-                f"{drift.task}: {drift.dtype} loses {drift.total.lost:.0%} of what the task"
-                " changes; --dtype fp32 keeps it, and so does one routed graph"
-                " (mtl-export onnx), where the adapter stays apart"
-            )
-
-
-def _written(one: MergedTask, seconds: float) -> Written:
-    written = Written.from_plan(one.plan, [one.task.name], seconds)
-    return replace(written, status=WRITTEN) if one.is_restored else written
-
-
-def _print(
-    settings: Settings, merged: Sequence[MergedTask], seconds: float, *, report: bool
-) -> None:
-    written = [_written(one, seconds) for one in merged]
+def _print(settings: Settings, result: Merged, *, report: bool) -> None:
+    merged, written = result.tasks, result.outputs
     if settings.json:
         reports = [{k: v for k, v in one.report.items() if k != "head"} for one in merged]
         more: dict[str, object] = {"drift": reports}

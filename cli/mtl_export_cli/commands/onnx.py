@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
-from mtl_export.api import graphs, sources
+from mtl_export.api import graphs
 from mtl_export.api.graph_form import Form
+from mtl_export.api.onnx import export_requested
 from mtl_export.api.settings import LAYOUTS, Settings
 from mtl_export_cli import options, render
 from mtl_export_cli.graph_form import with_form
@@ -62,21 +61,8 @@ def command(
     positions float32; results are given as float32. Without it graphs are fp32. --inline: the
     single graph has stock nodes only, for tools and runtimes that know no functions.
     """
-    # Weights are folded in small blocks, for which OpenBLAS's threads wait longer than they
-    # compute; it reads this when numpy is first imported.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    graphs.refuse_form(layout, form, settings.dtype)
-    graphs.refuse_idle(
-        settings,
-        graphs.layout_or_default(settings, layout),
-        form,
-        linked=link_data and "link_data" in settings.typed,
-    )
-    bound = sources.open_bound(settings, targets=[settings.folder("onnx")])
-    wanted = graphs.wanted_graphs(settings, layout, bound.adapters.tasks)
-    exporter = graphs.Exporter(
-        bound, settings.folder("onnx"), dtype=settings.dtype, is_linked=link_data, form=form
-    )
-    with render.Talk.from_settings(settings).steps(len(wanted)) as steps:
-        written = [exporter.write(graph, steps, force=settings.force) for graph in wanted]
+    is_per_task = graphs.layout_or_default(settings, layout) == graphs.PER_TASK
+    linked = link_data and (is_per_task or "link_data" in settings.typed)
+    with render.Talk.from_settings(settings).steps() as steps:
+        written = export_requested(settings, layout, form, steps, link_data=linked)
     print_written("onnx", written, as_json=settings.json)

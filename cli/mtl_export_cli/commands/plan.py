@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mtl_export.api import sources
+from mtl_export.api.plan import plan_of
 from mtl_export.api.settings import Settings
 from mtl_export_cli import options, render
 from mtl_export_cli.options import with_settings
@@ -32,18 +32,7 @@ def command(settings: Settings) -> None:
     mtl-export onnx would refuse the model, it says so and leaves graphs and engines out.
     Without --task, for all tasks.
     """
-    from mtl_export.graph.parts import refusal_of
-    from mtl_export.merge.plan import make_plan, measure_speeds
-
-    place = settings.output or settings.output_dir
-    bound = sources.open_bound(settings, check_hash=False, targets=[place])
-    tasks = bound.adapters.tasks
-    if settings.task:
-        tasks = sources.selected_tasks(settings, tasks)
-    speeds = measure_speeds(bound, place)
-    refusal = refusal_of(bound)
-    refused = f"{refusal.where}: {refusal.found}" if refusal else ""
-    plan = make_plan(bound, tasks, settings.dtype, speeds, refused)
+    plan = plan_of(settings)
     if settings.json:
         render.print_json(_document(plan))
         return

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from mtl_export.api.settings import Settings
+from mtl_export.api.tasks import add_requested, remove_task, rename_task
 from mtl_export.api.written import UP_TO_DATE, WRITTEN
 from mtl_export_cli import options, render
 from mtl_export_cli.options import option, with_settings
 
 if TYPE_CHECKING:
-    from mtl_export.adapters.normal_form import AdapterSet
     from mtl_export.bundle.edited import Edited
-    from mtl_export.checkpoint.checkpoint import Checkpoint, Task
 
 EPILOG = """\b
 Example:
@@ -57,21 +56,7 @@ def add(settings: Settings, graph: Path, name: str, from_name: str | None) -> No
     Its id is the number of tasks before. The checkpoint must share with the graph what its
     tasks share: the base, and every projection number for number.
     """
-    from mtl_export.api import sources
-    from mtl_export.bundle.edited import edit_folder
-    from mtl_export.graph.task_edit import add_task
-
-    checkpoint = sources.open_settings_checkpoint(settings)
-    source = _source(checkpoint.tasks, name, from_name)
-    adapters, base_sha256 = _adapters(settings, checkpoint)
-    of = f" of {source.name}" if source.name != name else ""
-    note = f"add {name}{of} from {adapters.checkpoint_sha256}"
-    edited = edit_folder(
-        graph,
-        lambda models: add_task(models, adapters, source, name, base_sha256),
-        note,
-        added=name,
-    )
+    edited = add_requested(graph, name, settings, from_name)
     _print(settings, "add", edited)
 
 
@@ -84,13 +69,7 @@ def remove(settings: Settings, graph: Path, name: str) -> None:
 
     Ids of later tasks go down by one, as the table says; logits keep their width.
     """
-    from mtl_export.bundle.edited import edit_folder
-    from mtl_export.graph.task_edit import remove_task
-
-    edited = edit_folder(
-        graph, lambda models: remove_task(models, name), f"remove {name}", removed=name
-    )
-    _print(settings, "remove", edited)
+    _print(settings, "remove", remove_task(graph, name))
 
 
 @command.command("rename", short_help="Give a task another name.")
@@ -100,41 +79,7 @@ def remove(settings: Settings, graph: Path, name: str) -> None:
 @with_settings(options.TALK)
 def rename(settings: Settings, graph: Path, old: str, new: str) -> None:
     """Call task OLD of GRAPH NEW from now on; its id stays."""
-    from mtl_export.bundle.edited import edit_folder
-    from mtl_export.graph.task_edit import rename_task
-
-    edited = edit_folder(
-        graph,
-        lambda models: rename_task(models, old, new),
-        f"rename {old} {new}",
-        renamed=(old, new),
-    )
-    _print(settings, "rename", edited)
-
-
-def _adapters(settings: Settings, checkpoint: Checkpoint) -> tuple[AdapterSet, str]:
-    """Return the new checkpoint in normal form, and its base's hash as far as it is known.
-
-    It is bound to its base, if that is given; else the checkpoint may name it.
-    """
-    from mtl_export.adapters.binding import bind
-    from mtl_export.adapters.family import read_adapters
-    from mtl_export.api import sources
-
-    if settings.base is None:
-        return read_adapters(checkpoint), checkpoint.base.sha256
-    base = sources.open_settings_base(settings, checkpoint)
-    bound = bind(checkpoint, read_adapters(checkpoint, base), base)
-    return bound.adapters, bound.base.sha256
-
-
-def _source(tasks: tuple[Task, ...], name: str, from_name: str | None) -> Task:
-    from mtl_export.checkpoint.checkpoint import task_named
-
-    known = {task.name for task in tasks}
-    if from_name is None and name not in known and len(tasks) == 1:
-        return tasks[0]
-    return task_named(tasks, from_name or name, option="--from")
+    _print(settings, "rename", rename_task(graph, old, new))
 
 
 def _print(settings: Settings, verb: str, edited: Edited) -> None:
