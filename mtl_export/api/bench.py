@@ -137,6 +137,10 @@ def bench(
         >>> [timing.subject for timing in result.measured.timings]
         ['merged onnx', 'single graph onnx']
     """
+    if rounds < 1:
+        raise UsageError(
+            where="rounds", found=str(rounds), expected="1 or more", fix="Give each a turn"
+        )
     settings = settings_of(checkpoint, base, source)
     typed = frozenset() if new_tokens is None else frozenset({"new_tokens"})
     settings = replace(settings, output_dir=Path(output), task=tuple(tasks), typed=typed)

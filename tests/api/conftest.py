@@ -1,5 +1,13 @@
 """The project that verbs are tried on is that of ``tests.cli``."""
 
-from tests.cli.conftest import known_traces, originals, project, run, traced_once
+from tests.cli.conftest import (
+    exported,
+    graphs,
+    known_traces,
+    originals,
+    project,
+    run,
+    traced_once,
+)
 
-__all__ = ["known_traces", "originals", "project", "run", "traced_once"]
+__all__ = ["exported", "graphs", "known_traces", "originals", "project", "run", "traced_once"]
