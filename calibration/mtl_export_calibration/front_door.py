@@ -8,15 +8,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl_export.api.progress import SILENT, Progress
-from mtl_export.api.settings import SourceOptions, settings_of
+from mtl_export.api.settings import (
+    LAYOUTS,
+    NUMBERS,
+    SourceOptions,
+    refuse_unknown_values,
+    settings_of,
+)
+from mtl_export.errors import UsageError
+from mtl_export_calibration.targets import BOTH
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from mtl_export_calibration.run import Outcome
 
-
 EXIT_FAILED = 4
+METHODS = ("max", "percentile", "entropy", "mse")
+ENGINES = ("onnxruntime", "modelopt")
+COMBINATIONS = ("union", "weighted", "per-task")
+DELTAS = ("apart", "exclude", "merged")
+# What the plain values of ``calibrate`` may be.
+KNOWN = {
+    "quantize": NUMBERS,
+    "layout": (*LAYOUTS, BOTH),
+    "method": METHODS,
+    "engine": ENGINES,
+    "combine": COMBINATIONS,
+    "deltas": DELTAS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +138,16 @@ def calibrate(
     from mtl_export_calibration.measure import Options
     from mtl_export_calibration.run import CalibrationRequest
 
+    given = {"quantize": quantize, "layout": layout, "method": method, "engine": engine}
+    refuse_unknown_values({**given, "combine": combine, "deltas": deltas}, KNOWN)
+    if weights and combine != "weighted":
+        raise UsageError(
+            where="weights",
+            found=f"combine is {combine}",
+            expected="combine='weighted'",
+            why="nothing else weighs tasks",
+            fix="Leave weights out, or combine by them",
+        )
     number = format_named(quantize)
     chosen = Options(
         number=number,

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mtl_export.api.accuracy import SCORES
 from mtl_export_cli import render
 from mtl_export_cli.options import MAX_DROP, Decorator, option
 
 if TYPE_CHECKING:
     from mtl_export.parity.report import ParityReport
-
-SCORES = ("accuracy", "f1", "auc", "ndcg", "spearman")
 
 
 def _scores(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EXIT_PARITY, EXIT_ACCURACY, EXIT_MISSING = 3, 4, 6
 DEFAULT_MAX_DROP = 1.0
+SCORES = ("accuracy", "f1", "auc", "ndcg", "spearman")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mtl_export.api import accuracy, coverage, sources
 from mtl_export.api.progress import SILENT, Progress
 from mtl_export.api.quantised import with_max_drop
-from mtl_export.api.settings import Settings, SourceOptions, settings_of
+from mtl_export.api.settings import Settings, SourceOptions, refuse_unknown_values, settings_of
 from mtl_export.errors import MtlExportError, UsageError
 
 if TYPE_CHECKING:
@@ -187,6 +187,8 @@ def parity(
     from mtl_export.parity.presets import preset_of
     from mtl_export.parity.tolerance import Tolerance
 
+    scores = {"": score} if isinstance(score, str) else dict(score or {})
+    refuse_unknown_values(scores, dict.fromkeys(scores, accuracy.SCORES))
     given = {"max_drop": max_drop, "score": score}
     typed = frozenset(name for name, value in given.items() if value is not None)
     settings = replace(settings_of(checkpoint, base, source), output_dir=Path(output), typed=typed)
@@ -198,7 +200,7 @@ def parity(
         tolerance=Tolerance.from_texts(_texts(atol), _texts(rtol)),
         dataset=None if dataset is None else str(dataset),
         max_drop=max_drop,
-        scores={"": score} if isinstance(score, str) else score or {},
+        scores=scores,
         preset=preset_of(quick, full),
         threads=threads,
         golden=golden,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
+
+from mtl_export.errors import UsageError, shortened
 
 DTYPES = ("fp32", "fp16", "bf16")
 LAYOUTS = ("single-graph", "per-task")
@@ -97,3 +99,25 @@ def settings_of(checkpoint: str | Path, base: str | Path | None, source: SourceO
         downsample=source.get("downsample"),
         biases=None if biases is None else Path(biases),
     )
+
+
+def refuse_unknown_values(
+    given: Mapping[str, object], known: Mapping[str, Sequence[object]]
+) -> None:
+    """Refuse what the command line's own types would, for calls from Python; None is no value.
+
+    Args:
+        given: Values by parameter.
+        known: What each may be.
+
+    Raises:
+        UsageError: One is none of these.
+    """
+    for name, value in given.items():
+        if value is not None and value not in known[name]:
+            raise UsageError(
+                where=name,
+                found=repr(value),
+                expected=f"one of {shortened(map(str, known[name]), 12)}",
+                fix=f"Correct {name}",
+            )

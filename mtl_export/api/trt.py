@@ -12,10 +12,19 @@ from mtl_export.api.engine_choices import EngineChoices
 from mtl_export.api.engines import Built, Failed, Workshop
 from mtl_export.api.graph_form import Form, form_of
 from mtl_export.api.progress import SILENT, Progress
-from mtl_export.api.settings import Settings, SourceOptions, settings_of
+from mtl_export.api.settings import (
+    DTYPES,
+    NUMBERS,
+    TASK_INPUTS,
+    Settings,
+    SourceOptions,
+    refuse_unknown_values,
+    settings_of,
+)
 from mtl_export.api.written import Written
+from mtl_export.checkpoint.sentence_embedding import POOLINGS
 from mtl_export.errors import UsageError
-from mtl_export.graph.names import OPSET
+from mtl_export.graph.names import NEWEST_OPSET, OLDEST_OPSET, OPSET
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,6 +33,17 @@ if TYPE_CHECKING:
     from mtl_export.graph.passes.routing import TaskInput
     from mtl_export.tensorrt.available import BuilderInfo
     from mtl_export.tensorrt.job import EngineOrder
+
+
+# What the plain values of ``build_engines`` may be.
+KNOWN = {
+    "layout": engines.LAYOUTS,
+    "quantize": NUMBERS,
+    "dtype": DTYPES,
+    "task_input": TASK_INPUTS,
+    "pooling": POOLINGS,
+    "opset": range(OLDEST_OPSET, NEWEST_OPSET + 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +142,8 @@ def build_engines(
         >>> [str(one.output.path) for one in found.built]
         ['out/engines/spam']
     """
+    given = {"layout": layout, "quantize": quantize, "dtype": dtype, "task_input": task_input}
+    refuse_unknown_values({**given, "pooling": pooling, "opset": opset}, KNOWN)
     form = form_of(task_input, pooling, normalize=normalize, inline=inline, opset=opset)
     settings = replace(
         settings_of(checkpoint, base, source),

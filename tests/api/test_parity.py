@@ -58,6 +58,7 @@ def test_what_could_not_be_run_is_an_error_of_the_record(exported: Path) -> None
         ({"atol": 1e-5}, "only one of them"),
         ({"max_drop": 0.5}, "without --dataset"),
         ({"score": "auc"}, "without --dataset"),
+        ({"score": {"spam": "luck"}}, "one of accuracy"),
         ({"output": "elsewhere"}, "nothing under"),
     ],
 )

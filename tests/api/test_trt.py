@@ -38,6 +38,8 @@ def test_the_record_is_what_the_command_line_says(
         ({"tasks": ["spam"], "inline": True}, "--inline"),
         ({"tasks": ["spam"], "task_input": "scalar"}, "--task-input scalar"),
         ({"normalize": True}, "no --pooling"),
+        ({"layout": "task"}, "one of single-graph, per-task, both"),
+        ({"opset": 7}, "one of"),
     ],
 )
 def test_what_would_be_ignored_is_refused(options: dict[str, object], said: str) -> None:

@@ -42,7 +42,21 @@ def test_the_record_is_what_the_command_line_says(
     assert document == record
 
 
-def test_without_rows_nothing_is_calibrated(rows: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layout": "all"}, "one of single-graph, per-task, both"),
+        ({"quantize": "int7"}, "one of int8, fp8, int4"),
+        ({"weights": {"spam": 2.0}}, "nothing else weighs tasks"),
+    ],
+)
+def test_a_value_that_means_nothing_is_refused(options: dict[str, object], said: str) -> None:
+    """Before anything is opened."""
+    with pytest.raises(UsageError, match=said):
+        calibrate("adapter", base="base", data="rows.jsonl", **options)  # type: ignore[arg-type]
+
+
+def test_without_rows_nothing_is_calibrated() -> None:
     """An empty name is no data, and an unknown keyword no option."""
     with pytest.raises(UsageError, match="no calibration data"):
         calibrate("adapter", base="base", data="")

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import click
 
-from mtl_export.api.settings import LAYOUTS, Settings
-from mtl_export_calibration.front_door import Calibration
+from mtl_export.api.settings import LAYOUTS, NUMBERS, Settings
+from mtl_export_calibration.front_door import (
+    COMBINATIONS,
+    DELTAS,
+    ENGINES,
+    METHODS,
+    Calibration,
+)
 from mtl_export_calibration.targets import BOTH
 from mtl_export_cli import options, render
 from mtl_export_cli.calibrated import print_outcomes
 from mtl_export_cli.options import option, with_settings
 
-FORMATS = ("int8", "fp8", "int4")
-METHODS = ("max", "percentile", "entropy", "mse")
-ENGINES = ("onnxruntime", "modelopt")
-COMBINATIONS = ("union", "weighted", "per-task")
-DELTAS = ("apart", "exclude", "merged")
 LAYOUT = option(
     "--layout", type=click.Choice((*LAYOUTS, BOTH)), default=BOTH, show_default=True,
     help=options.LAYOUT_HELP,
@@ -57,7 +58,7 @@ def _weights(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
         help="Rows of each task to take ranges from.")  # fmt: skip
 @option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
         help="Decides which rows.")  # fmt: skip
-@option("--quantize", type=click.Choice(FORMATS), default="int8", show_default=True,
+@option("--quantize", type=click.Choice(NUMBERS), default="int8", show_default=True,
         help=options.QUANTIZE_HELP)  # fmt: skip
 @option("--method", type=click.Choice(METHODS),
         help="How ranges are chosen; by default percentile for int8, max for fp8.")  # fmt: skip
