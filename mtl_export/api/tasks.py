@@ -42,7 +42,7 @@ def add_task(
 
     Example:
         >>> import mtl_export as mx
-        >>> edited = mx.add_task("graphs", "spam_2", checkpoint="adapter", from_name="spam")
+        >>> edited = mx.add_task("out/onnx", "spam_2", checkpoint="adapter", from_name="spam")
         >>> edited.after[-1].name
         'spam_2'
     """
@@ -62,8 +62,8 @@ def remove_task(graph: str | Path, name: str) -> Edited:
 
     Example:
         >>> import mtl_export as mx
-        >>> [task.name for task in mx.remove_task("graphs", "spam").after]
-        ['sentiment', 'topic']
+        >>> [task.name for task in mx.remove_task("out/onnx", "spam").after]
+        ['ads_rel', 'topic']
     """
     from mtl_export.bundle.edited import edit_folder
     from mtl_export.graph import task_edit
@@ -91,7 +91,7 @@ def rename_task(graph: str | Path, old: str, new: str) -> Edited:
 
     Example:
         >>> import mtl_export as mx
-        >>> mx.rename_task("graphs", "spam", "junk").after[0].name
+        >>> mx.rename_task("out/onnx", "spam", "junk").after[2].name
         'junk'
     """
     from mtl_export.bundle.edited import edit_folder
