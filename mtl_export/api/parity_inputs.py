@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
-from mtl_export.errors import UsageError
+from mtl_export.errors import BaseModelError, UsageError
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -61,6 +61,13 @@ def cases_of(bound: BoundModel, inputs: Path | None) -> list[Case]:
     kind = model_rows(model_class, config)
     longest = longest_sequence(kind.text or config, unlimited=512)
     token_types = int(kind.text.get("type_vocab_size") or 1)
+    if min(kind.vocabulary, token_types) < 1:
+        raise BaseModelError(
+            where=f"base {bound.base.reference}, config.json",
+            found=f"a vocabulary of {kind.vocabulary}, {token_types} types of tokens",
+            expected="one or more of each, because rows are made of them",
+            fix="Pass the base that the adapter was trained on to --base",
+        )
     task_count = len(bound.adapters.tasks)
     is_lm = is_causal_lm(model_class)
     if is_lm:

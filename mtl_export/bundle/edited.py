@@ -129,7 +129,7 @@ def _edited(
         places, files = write_data(models, plan.folder)
         with externalised(models, places):
             for stem, model in models.items():
-                ir.save(model, plan.folder / f"{stem}.onnx")
+                _save(model, plan.folder / f"{stem}.onnx", folder)
         data = files[DATA_FILE]
         plan.known[DATA_FILE] = FileEntry(data.sha256, data.size_bytes)
         written = {DATA_FILE, *(f"{stem}.onnx" for stem in stems)}
@@ -144,6 +144,23 @@ def _edited(
                 (plan.folder / GOLDEN_FILE).write_bytes(golden_bytes(vectors))
         _check(plan.folder, stems)
     return Edited(folder, before, after, tuple(unverified))
+
+
+def _save(model: ir.Model, path: Path, source: Path) -> None:
+    """Write one graph.
+
+    Raises:
+        GraphError: The graph that was read holds something that no ONNX file can.
+    """
+    try:
+        ir.save(model, path)
+    except ir.serde.SerdeError as error:
+        raise GraphError(
+            where=f"{source / path.name}",
+            found=f"it cannot be written again ({str(error)[:200]})",
+            expected="a graph that mtl-export onnx wrote",
+            fix="Export it again with --force",
+        ) from error
 
 
 def _is_done(note: str, edits: Sequence[str], tasks: set[str]) -> bool:

@@ -31,7 +31,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mtl_export.checkpoint.files.contained import contained
+from mtl_export.checkpoint.files.contained import contained, is_file
 from mtl_export.checkpoint.files.json_file import Shape, read_json
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.errors import IntegrityError
@@ -242,7 +242,7 @@ def changed_files(
     problems = []
     for name, entry in sorted(files.items()):
         path = folder / name
-        if not path.is_file():
+        if not is_file(path):
             problems.append(f"{name} is missing")
         elif not _is_held(folder, name):
             problems.append(f"{name} is a link to a file elsewhere")

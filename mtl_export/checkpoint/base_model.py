@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mtl_export.checkpoint.config_limits import check_config
-from mtl_export.checkpoint.files.contained import contained
+from mtl_export.checkpoint.files.contained import contained, is_file
 from mtl_export.checkpoint.files.json_file import read_json
 from mtl_export.checkpoint.files.safetensors import open_safetensors
 from mtl_export.checkpoint.hashing import (
@@ -249,7 +249,7 @@ def _shards(reference: str, index: Path) -> tuple[Path, ...]:
     weight_map = read_json(index, {"weight_map": {str: str}}, error=BaseModelError)["weight_map"]
     names = sorted(set(weight_map.values()))
     files = {contained(index.parent, name, where=str(index)): name for name in names}
-    missing = [name for file, name in files.items() if not file.is_file()]
+    missing = [name for file, name in files.items() if not is_file(file)]
     if missing or not files:
         raise BaseModelError(
             where=f"base {reference}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -11,6 +12,13 @@ from tests.robustness.damage import DEEP, NUMBERS, PLAIN, TEXTS, damaged
 
 def json_values(content: bytes, random: Random) -> bytes:
     """Change a value at a random path, or a key."""
+    try:
+        return _json_values(content, random)
+    except RecursionError:  # nested by an earlier change, as deep as can just be read
+        return damaged(content, random)
+
+
+def _json_values(content: bytes, random: Random) -> bytes:
     try:
         document = json.loads(content)
     except (ValueError, RecursionError):
@@ -24,7 +32,7 @@ def json_values(content: bytes, random: Random) -> bytes:
         holder[key] = random.choice(PLAIN)
     elif kind == 6:
         other_holder, other = random.choice(places)
-        holder[key] = json.loads(json.dumps(other_holder[other]))
+        holder[key] = deepcopy(other_holder[other])
     elif kind == 7:
         holder[key] = [holder[key]]
     elif kind == 8 and isinstance(holder, dict):
@@ -144,19 +152,19 @@ def _set_field(message: Any, random: Random) -> None:
         if field.message_type:
             del value[place : random.choice((place + 1, len(value)))]
         else:
-            value[place] = _scalar(kind, text, random)
+            value[place] = _value_for(field, kind, text, random)
     elif field.message_type and _is_list(value):
         value.add()
     elif field.message_type or random.random() < 0.1:
         message.ClearField(field.name)
     elif _is_list(value):
-        value.append(_scalar(kind, text, random))
+        value.append(_value_for(field, kind, text, random))
     else:
-        setattr(
-            message,
-            field.name,
-            text.encode() if field.type == field.TYPE_BYTES else _scalar(kind, text, random),
-        )
+        setattr(message, field.name, _value_for(field, kind, text, random))
+
+
+def _value_for(field: Any, kind: Any, text: str, random: Random) -> Any:
+    return text.encode() if field.type == field.TYPE_BYTES else _scalar(kind, text, random)
 
 
 def _scalar(kind: int, text: str, random: Random) -> Any:

@@ -48,6 +48,13 @@ def contained(folder: Path, name: str, *, where: str) -> Path:
     )
 
 
+def is_file(path: Path) -> bool:
+    """Return whether ``path`` is a file; a name that the system cannot have is none."""
+    with suppress(OSError):  # longer than names may be
+        return path.is_file()
+    return False
+
+
 def check_links(folder: Path) -> None:
     """Refuse a checkpoint folder with a link to a file outside it, two levels deep.
 
