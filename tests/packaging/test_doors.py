@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("mtl_export", "cli/mtl_export_cli", "calibration/mtl_export_calibration")
-CHECKPOINT = "mtl_export/checkpoint"
+CHECKPOINT = "mtl_export/checkpoint/files"
 # What parses a kind of file -> the one module that may use it.
 DOORS = {
     "json.load": f"{CHECKPOINT}/json_file.py",
