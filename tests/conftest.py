@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # A value in the developer's shell must not steer a test.
 for variable in [name for name in os.environ if name.startswith("MTL_EXPORT_")]:
-    if variable != "MTL_EXPORT_FIXTURES":
+    if variable not in {"MTL_EXPORT_FIXTURES", "MTL_EXPORT_REPORTS"}:
         del os.environ[variable]
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)

@@ -21,13 +21,19 @@ from mtl_export.checkpoint.checkpoint import (
 from mtl_export.checkpoint.convert import write_checkpoint
 from mtl_export.checkpoint.formats.own_folder import FORMAT
 from mtl_export.checkpoint.tensors import Tensor
+from mtl_export.errors import OutputError
 
 # Layers that can be trained here; each says its family, tensors and numbers.
 TRAINABLE = (MTLLoRALinear, TALoRALinear)
 
 
 def save_checkpoint(
-    model: MultiTaskModel, path: Path, *, tasks: tuple[Task, ...], base: BaseReference
+    model: MultiTaskModel,
+    path: str | Path,
+    *,
+    tasks: tuple[Task, ...],
+    base: BaseReference,
+    overwrite: bool = False,
 ) -> None:
     """Write ``model``'s adapters and heads to the folder ``path``.
 
@@ -36,7 +42,21 @@ def save_checkpoint(
         path: Folder to create (see ``mtl_export.checkpoint.formats.own_folder``).
         tasks: In id order.
         base: The base it was trained on; ``BaseReference(id, open_base(id).sha256)``.
+        overwrite: Replace what the folder holds.
+
+    Raises:
+        OutputError: The folder holds something, and ``overwrite`` was not asked for.
+        CheckpointError: Names of tasks, or their labels and the rows of a head, do not fit.
     """
+    path = Path(path)
+    if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
+        raise OutputError(
+            where=str(path),
+            found="it is there already",
+            expected="a new or an empty folder",
+            why="a trained checkpoint must not be lost",
+            fix="Pass another path, or overwrite=True",
+        )
     modules = dict(model.model.named_modules())
     adapted = {name: layer for name, layer in modules.items() if isinstance(layer, TRAINABLE)}
     heads = {name: module for name, module in modules.items() if isinstance(module, TaskHeads)}

@@ -17,7 +17,7 @@ from mtl_export.checkpoint.checkpoint import BaseReference
 from mtl_export.checkpoint.formats.own_folder import CONFIG_FILE, WEIGHTS_FILE, read_folder
 from mtl_export.checkpoint.formats.own_folder_v2 import write_v2
 from mtl_export.checkpoint.reader import open_checkpoint
-from mtl_export.errors import CheckpointError
+from mtl_export.errors import CheckpointError, OutputError
 from mtl_export.runtime.runners.pytorch import oracle_model
 from tests.adapters import toys
 from tests.factories import HIDDEN
@@ -28,7 +28,12 @@ def test_a_trained_model_is_saved_as_it_was_read(tmp_path: Path, diagonal: bool)
     """Reading a checkpoint into the module and saving it again gives the same bytes."""
     bound = toys.toy_bound(tmp_path, toys.checkpoint_parts(diagonal=diagonal))
     model = oracle_model(bound, torch.float32)
-    save_checkpoint(model, tmp_path / "again", tasks=toys.TASKS, base=bound.checkpoint.base)
+    save_checkpoint(model, str(tmp_path / "again"), tasks=toys.TASKS, base=bound.checkpoint.base)
+    with pytest.raises(OutputError, match="overwrite=True"):
+        save_checkpoint(model, tmp_path / "again", tasks=toys.TASKS, base=bound.checkpoint.base)
+    save_checkpoint(
+        model, tmp_path / "again", tasks=toys.TASKS, base=bound.checkpoint.base, overwrite=True
+    )
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         assert (tmp_path / "again" / name).read_bytes() == (
             tmp_path / "adapter" / name
