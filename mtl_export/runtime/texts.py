@@ -162,7 +162,7 @@ class TextFiles:
                 fix="Tokenise elsewhere and pass token ids",
             )
         # The file carries the settings of whoever last used it.
-        document = tokenizer_document(path) | {"padding": None, "truncation": None}
+        document = tokenizer_document(path, unused=("padding", "truncation"))
         with _in_library(path):
             # Of the text that was looked at: another parser may read the file otherwise.
             return Tokenizer.from_str(json.dumps(document))

@@ -18,6 +18,9 @@ def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+FILE = "mtl-export.toml"
+
+
 def settings_of(
     *words: str, env: dict[str, str] | None = None, toml: str | None = None
 ) -> tuple[Settings, dict[str, Any]]:
@@ -42,7 +45,7 @@ def settings_of(
 
 def test_defaults() -> None:
     """Nothing given means nothing assumed."""
-    assert settings_of() == (Settings(), {"layout": None})
+    assert settings_of() == (Settings(config_file=FILE), {"layout": None})
 
 
 def test_settings_are_frozen() -> None:
@@ -70,6 +73,11 @@ def test_every_flag_arrives() -> None:
         force=True,
         json=True,
         verbosity=-2,
+        typed=frozenset(
+            ("checkpoint", "base", "output", "task", "tasks", "alpha", "temperature", "dtype")
+            + ("force", "json", "quiet", "layout")
+        ),
+        config_file=FILE,
     )
     assert own == {"layout": "per-task"}
 
@@ -97,6 +105,7 @@ def test_every_flag_can_come_from_the_environment() -> None:
         force=True,
         json=True,
         verbosity=2,
+        config_file=FILE,
     )
     assert settings_of(env={"MTL_EXPORT_ALL_TASKS": "1"})[0].all_tasks
 

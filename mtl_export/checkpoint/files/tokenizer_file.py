@@ -11,7 +11,7 @@ are its size: sentencepiece, ``src/normalizer.cc``, ``Normalizer::DecodePrecompi
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,19 @@ MOST_ADDED = 4096
 _TIMES_OF_TEXT = 4
 
 
-def tokenizer_document(path: Path) -> dict[str, Any]:
+def tokenizer_document(path: Path, *, unused: Collection[str] = ()) -> dict[str, Any]:
     """Return the content of a ``tokenizer.json``, its ids and what it adds within limits.
+
+    Args:
+        path: The file.
+        unused: Parts that the caller has no use for, which are left out.
 
     Raises:
         EngineRunError: It is no JSON object, has an id beyond any vocabulary, or multiplies
             texts or tokens.
     """
-    document: dict[str, Any] = read_json(path, TOKENIZER, error=EngineRunError, fix=EXPORT_AGAIN)
+    content = read_json(path, TOKENIZER, error=EngineRunError, fix=EXPORT_AGAIN)
+    document = {name: part for name, part in content.items() if name not in unused}
     largest = max(_whole_numbers(document), default=0)
     if largest > MOST_ID:
         raise EngineRunError(

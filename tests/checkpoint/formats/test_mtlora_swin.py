@@ -244,6 +244,7 @@ def test_only_files_are_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "ckpt_epoch_1.pth").mkdir()
     os.mkfifo(tmp_path / "ckpt_epoch_2.pth")
     (tmp_path / "ckpt_epoch_3.pth").symlink_to("absent")
-    for path in (tmp_path, tmp_path / "ckpt_epoch_2.pth"):
-        with pytest.raises(CheckpointError, match="no known checkpoint"):
-            open_checkpoint(path)
+    with pytest.raises(CheckpointError, match="no known checkpoint"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(UsageError, match="a device or a pipe"):
+        open_checkpoint(tmp_path / "ckpt_epoch_2.pth")
