@@ -73,12 +73,12 @@ def test_every_flag_arrives() -> None:
         force=True,
         json=True,
         verbosity=-2,
-        typed=frozenset(
-            ("checkpoint", "base", "output", "task", "tasks", "alpha", "temperature", "dtype")
-            + ("force", "json", "quiet", "layout")
-        ),
+        typed=frozenset({
+            "checkpoint", "base", "output", "task", "tasks", "alpha", "temperature", "dtype",
+            "force", "json", "quiet", "layout",
+        }),
         config_file=FILE,
-    )
+    )  # fmt: skip
     assert own == {"layout": "per-task"}
 
 
