@@ -61,10 +61,10 @@ def cases_of(bound: BoundModel, inputs: Path | None) -> list[Case]:
     kind = model_rows(model_class, config)
     longest = longest_sequence(kind.text or config, unlimited=512)
     token_types = int(kind.text.get("type_vocab_size") or 1)
-    if min(kind.vocabulary, token_types) < 1:
+    if min(kind.vocabulary, token_types, longest) < 1:
         raise BaseModelError(
             where=f"base {bound.base.reference}, config.json",
-            found=f"a vocabulary of {kind.vocabulary}, {token_types} types of tokens",
+            found=f"vocabulary {kind.vocabulary}, {token_types} token types, {longest} positions",
             expected="one or more of each, because rows are made of them",
             fix="Pass the base that the adapter was trained on to --base",
         )
