@@ -30,46 +30,31 @@ from difflib import get_close_matches
 
 
 class MtlExportError(Exception):
-    """An error with the five parts a user needs.
+    """An error with the three parts a user needs.
 
     Args:
-        where: File, tensor, task or option that the error is about.
-        found: What was there.
-        expected: What should have been there.
-        why: Why that was expected.
+        problem: What is wrong, behind the file, tensor, task or option it is about.
+        expected: What should have been there, and why where that is no matter of course.
         fix: What to do, ideally the command to type.
     """
 
-    def __init__(
-        self, *, where: str, found: str, expected: str = "", why: str = "", fix: str = ""
-    ) -> None:
-        self.where = where
-        self.found = found
+    def __init__(self, problem: str, *, expected: str = "", fix: str = "") -> None:
+        self.problem = problem
         self.expected = expected
-        self.why = why
         self.fix = fix
         super().__init__(str(self))
 
     def __str__(self) -> str:
         """Return the whole message as one paragraph."""
-        sentences = [f"{self.where}: {self.found}."]
-        if self.expected:
-            because = f", because {self.why}" if self.why else ""
-            sentences.append(f"Expected {self.expected}{because}.")
-        elif self.why:
-            sentences.append(f"{self.why[0].upper()}{self.why[1:]}.")
-        if self.fix:
-            sentences.append(f"{self.fix}.")
-        return " ".join(sentences)
+        expected = f"Expected {self.expected}" if self.expected else ""
+        return " ".join(f"{part}." for part in (self.problem, expected, self.fix) if part)
 
     def as_dict(self) -> dict[str, str]:
         """Return the parts for ``--json``."""
         return {
             "error": type(self).__name__,
-            "where": self.where,
-            "found": self.found,
+            "problem": self.problem,
             "expected": self.expected,
-            "why": self.why,
             "fix": self.fix,
         }
 
@@ -98,8 +83,7 @@ class TaskNotFoundError(UsageError):
         meant = " ".join(filter(None, ("Did you mean", option, *near)))
         other = f"Pass one of these to {option}" if option else "Name one of these"
         return cls(
-            where=f"task {name!r}",
-            found=f"the {of} has no task of that name",
+            f"task {name!r}: the {of} has no task of that name",
             expected=f"one of {shortened(names)}",
             fix=meant if near else other,
         )
@@ -114,7 +98,19 @@ class CheckpointError(MtlExportError):
 
 
 class HyperparameterError(CheckpointError):
-    """A number the checkpoint does not carry and nobody gave."""
+    """A number the checkpoint does not carry and nobody gave.
+
+    Args:
+        module: The layer that needs it.
+        name: The number's name, as in the options.
+        state: What is wrong with it.
+        expected: As for every error.
+        fix: As for every error.
+    """
+
+    def __init__(self, module: str, name: str, state: str, *, expected: str, fix: str) -> None:
+        super().__init__(f"{module}: {name}: {state}", expected=expected, fix=fix)
+        self.name = name
 
 
 class BaseModelError(MtlExportError):

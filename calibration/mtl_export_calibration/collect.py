@@ -149,8 +149,7 @@ class _Session:
         missing = sorted(self._inputs - feed.keys())
         if missing:
             raise CalibrationError(
-                where="calibration data",
-                found=f"no array for the input {missing[0]} of {self._path}",
+                f"calibration data: no array for the input {missing[0]} of {self._path}",
                 expected=f"arrays {', '.join(sorted(self._inputs))}",
                 fix="Add it to the data",
             )
@@ -160,8 +159,7 @@ class _Session:
             )
         except Exception as error:  # its exception types are made by pybind and share no base
             raise CalibrationError(
-                where=str(self._path),
-                found=f"onnxruntime cannot run it on the data ({_first_line(error)})",
+                f"{self._path}: onnxruntime cannot run it on the data ({_first_line(error)})",
                 expected="arrays of the graph's own shapes and types",
                 fix="Correct the data, or export the graph again with --force",
             ) from error
@@ -173,9 +171,8 @@ def _open(path: Path, outputs: Sequence[str], threads: int) -> Any:
         import onnxruntime
     except ImportError as error:
         raise BackendMissingError(
-            where="onnxruntime", found="not installed",
-            expected="the package that runs ONNX files", fix=EXTRA,
-        ) from error  # fmt: skip
+            "onnxruntime: not installed", expected="the package that runs ONNX files", fix=EXTRA
+        ) from error
     import onnx
 
     # From memory: nothing is written beside the graph, and its weights stay in their file.
@@ -194,8 +191,7 @@ def _open(path: Path, outputs: Sequence[str], threads: int) -> Any:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[CPU])
     except Exception as error:
         raise CalibrationError(
-            where=str(path),
-            found=f"onnxruntime cannot open it ({_first_line(error)})",
+            f"{path}: onnxruntime cannot open it ({_first_line(error)})",
             expected="a whole ONNX file with its external data beside it",
             fix="Export it again with --force",
         ) from error
@@ -203,10 +199,8 @@ def _open(path: Path, outputs: Sequence[str], threads: int) -> Any:
 
 def _not_finite(path: Path, name: str) -> CalibrationError:
     return CalibrationError(
-        where=str(path),
-        found=f"NaN or Inf in {name}",
-        expected="finite activations",
-        why="no range can be given to them",
+        f"{path}: NaN or Inf in {name}",
+        expected="finite activations, because no range can be given to them",
         fix="Check the data, and that mtl-export parity passes",
     )
 

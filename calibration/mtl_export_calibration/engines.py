@@ -58,8 +58,7 @@ def engine_named(name: str, method: str, number: NumberFormat) -> Engine:
         return collect
     if name != MODELOPT:
         raise BackendMissingError(
-            where=f"calibration engine {name}",
-            found="there is none of that name",
+            f"calibration engine {name}: there is none of that name",
             expected=" or ".join(ENGINES),
             fix=f"Leave the engine out: {ONNXRUNTIME} is always there",
         )
@@ -76,9 +75,7 @@ def refuse_combination(name: str, combine: str | None) -> None:
     """
     if name != ONNXRUNTIME and combine == WEIGHTED:
         raise UsageError(
-            where=f"--engine {name} --combine {WEIGHTED}",
-            found="tasks of different weight",
-            expected="union or per-task",
-            why="its calibrators count every value once",
+            f"--engine {name} --combine {WEIGHTED}: tasks of different weight",
+            expected="union or per-task, because its calibrators count every value once",
             fix="Leave out --engine, or --combine",
         )

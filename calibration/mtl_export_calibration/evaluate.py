@@ -96,10 +96,8 @@ def answers(
             outputs = runner.infer({n: v for n, v in feed.items() if n in wanted})
             if OUTPUT not in outputs:
                 raise CalibrationError(
-                    where=str(path),
-                    found=f"outputs {', '.join(outputs)}",
-                    expected=f"an output {OUTPUT}",
-                    why="what quantising costs is told by it",
+                    f"{path}: outputs {', '.join(outputs)}",
+                    expected=f"an output {OUTPUT}, because what quantising costs is told by it",
                     fix="Calibrate a model with classification heads",
                 )
             logits = outputs[OUTPUT].astype(np.float64)

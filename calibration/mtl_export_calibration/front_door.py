@@ -142,10 +142,8 @@ def calibrate(
     refuse_unknown_values({**given, "combine": combine, "deltas": deltas}, KNOWN)
     if weights and combine != "weighted":
         raise UsageError(
-            where="weights",
-            found=f"combine is {combine}",
-            expected="combine='weighted'",
-            why="nothing else weighs tasks",
+            f"weights: combine is {combine}",
+            expected="combine='weighted', because nothing else weighs tasks",
             fix="Leave weights out, or combine by them",
         )
     number = format_named(quantize)

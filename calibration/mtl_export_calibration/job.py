@@ -100,8 +100,7 @@ class GraphJob:
         order = [n for n in worst_first(self._measured.sqnr_db) if n not in always]
         if not order:
             raise CalibrationError(
-                where=self._target.name,
-                found="every layer's steps are larger than what the task changes",
+                f"{self._target.name}: every layer's steps are larger than what the task changes",
                 expected="at least one layer to quantise",
                 fix="Pass --deltas apart: the base is quantised, the change is added in float",
             )
@@ -129,8 +128,7 @@ class GraphJob:
         lacking = [task.name for task in self._tasks if task.name not in kept["tasks"]]
         if lacking:
             raise CalibrationError(
-                where=str(self._folder / FILE),
-                found=f"nothing on {shortened(lacking)}",
+                f"{self._folder / FILE}: nothing on {shortened(lacking)}",
                 expected="every task of the graph",
                 fix="Run calibrate again with --force",
             )

@@ -83,10 +83,11 @@ def find_layers(
     ]
     if idle:
         raise UsageError(
-            where=f"--exclude {idle[0]}",
-            found="it is found in no layer's name",
-            expected=f"part of a name such as {shortened([layer.name for layer in named], 3)}",
-            why="a misspelt expression would quantise what you meant to keep",
+            f"--exclude {idle[0]}: it is found in no layer's name",
+            expected=(
+                f"part of a name such as {shortened([layer.name for layer in named], 3)}, because "
+                "a misspelt expression would quantise what you meant to keep"
+            ),
             fix="Correct it, or leave it out",
         )
     return [layer for layer in named if not any(pattern.search(layer.name) for pattern in patterns)]
@@ -117,8 +118,7 @@ def _pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise UsageError(
-            where=f"--exclude {text}",
-            found=f"not a regular expression ({error})",
+            f"--exclude {text}: not a regular expression ({error})",
             expected="one in Python's syntax",
             fix="Correct it",
         ) from error

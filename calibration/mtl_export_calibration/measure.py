@@ -195,8 +195,7 @@ def layers_of(work: Work, target: Target, model: ir.Model) -> tuple[list[QuantLa
     layers = [layer for layer in found if not reasons[layer.name]]
     if not layers:
         raise CalibrationError(
-            where=str(target.path),
-            found=f"no layer to quantise ({shortened(filter(None, reasons.values()), 1)})",
+            f"{target.path}: no layer to quantise ({shortened(filter(None, reasons.values()), 1)})",
             expected="MatMul or Conv nodes with weights of the base",
             fix="Exclude less, or pass another format to --quantize",
         )
@@ -247,10 +246,8 @@ def _refuse_missing(work: Work) -> None:
     absent = [task.name for task in work.bound.adapters.tasks if task.name not in served]
     if absent and work.combine != PER_TASK:
         raise CalibrationError(
-            where=f"--combine {work.combine}",
-            found=f"no exported graph for {shortened(absent)}",
-            expected="the graphs of all tasks",
-            why="the ranges of all of them are combined",
+            f"--combine {work.combine}: no exported graph for {shortened(absent)}",
+            expected="the graphs of all tasks, because the ranges of all of them are combined",
             fix="Run mtl-export onnx --all-tasks --layout per-task, or pass --combine per-task",
         )
 

@@ -62,18 +62,14 @@ def refuse_without_calibrator(method: str, number: NumberFormat) -> None:
     """
     if not number.quantises_activations:
         raise UsageError(
-            where=f"--engine modelopt --quantize {number.name}",
-            found="a format of weights alone",
-            expected="int8 or fp8",
-            why="an engine chooses the ranges of activations",
+            f"--engine modelopt --quantize {number.name}: a format of weights alone",
+            expected="int8 or fp8, because an engine chooses the ranges of activations",
             fix="Leave --engine out",
         )
     if method == "entropy" and not number.is_integer:
         raise UsageError(
-            where="--engine modelopt --method entropy",
-            found=f"--quantize {number.name}",
-            expected="int8",
-            why="its entropy calibrator knows evenly spaced numbers alone",
+            f"--engine modelopt --method entropy: --quantize {number.name}",
+            expected="int8, because its entropy calibrator knows evenly spaced numbers alone",
             fix="Pass --method max, or leave --engine out",
         )
 
@@ -110,10 +106,12 @@ class ModeloptStatistics(TensorStatistics):
         self._first_amax = self._first_amax or amax
         if amax > MAX_GROWTH * self._first_amax:
             raise CalibrationError(
-                where="--engine modelopt",
-                found=f"a batch with values up to {amax:g} after one up to {self._first_amax:g}",
-                expected=f"at most {MAX_GROWTH:g} times as large",
-                why="its histograms keep the bin width of the first batch",
+                f"--engine modelopt: a batch with values up to {amax:g} after one up to "
+                f"{self._first_amax:g}",
+                expected=(
+                    f"at most {MAX_GROWTH:g} times as large, because its histograms keep the bin "
+                    "width of the first batch"
+                ),
                 fix="Leave --engine out",
             )
         self._collect(np.array(values, np.float32).reshape(-1))
@@ -172,8 +170,7 @@ def _bits(number: NumberFormat) -> int | tuple[int, int]:
 
 def _missing(found: str) -> BackendMissingError:
     return BackendMissingError(
-        where="calibration engine modelopt",
-        found=found,
+        f"calibration engine modelopt: {found}",
         expected="the package nvidia-modelopt",
         fix=f"{EXTRA}, or leave --engine out: onnxruntime is always there",
     )

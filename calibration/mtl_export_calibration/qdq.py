@@ -74,7 +74,7 @@ def quantise(model: ir.Model, recipe: Recipe, deltas: DeltaSource | None = None)
         node = nodes.get(layer.node)
         if node is None:
             raise GraphError(
-                where=layer.node, found="no such node", expected="the graph that was calibrated"
+                f"{layer.node}: no such node", expected="the graph that was calibrated"
             )
         _LayerRewrite(model.graph, node, layer, recipe, deltas).apply()
     common.RemoveUnusedNodesPass()(model)

@@ -131,10 +131,8 @@ def combine(
     if how == PER_TASK:
         if len(tasks) != 1:
             raise CalibrationError(
-                where="--combine per-task",
-                found=f"a graph that serves {len(tasks)} tasks",
-                expected="a merged graph",
-                why="a graph has one range for each activation",
+                f"--combine per-task: a graph that serves {len(tasks)} tasks",
+                expected="a merged graph, because a graph has one range for each activation",
                 fix="Pass --combine union, or --layout per-task",
             )
         return Ranges(dict(own[tasks[0]]), {tasks[0]: own[tasks[0]]})
@@ -154,9 +152,8 @@ def _mixed(statistics: Statistics, name: str, weights: Mapping[str, float]) -> H
             mixture.merge(histogram, weights.get(task, 1.0) / histogram.total)
     if not mixture.total:
         raise CalibrationError(
-            where="task weights", found="none above 0", expected="at least one",
-            fix="Give a task a weight",
-        )  # fmt: skip
+            "task weights: none above 0", expected="at least one", fix="Give a task a weight"
+        )
     return mixture
 
 

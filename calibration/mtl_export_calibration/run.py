@@ -128,10 +128,11 @@ class CalibrationRequest:
 
         if not self.data:
             raise UsageError(
-                where="--data",
-                found="no calibration data was given",
-                expected="rows of every task: JSONL, a folder, npz, or module:function",
-                why="ranges are taken from them",
+                "--data: no calibration data was given",
+                expected=(
+                    "rows of every task: JSONL, a folder, npz, or module:function, because ranges "
+                    "are taken from them"
+                ),
                 fix="Pass --data, or set data in the [calibrate] section of mtl-export.toml",
             )
         chosen = self.options

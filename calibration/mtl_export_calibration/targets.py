@@ -32,28 +32,28 @@ def refuse_parts(bound: BoundModel, layout: str) -> None:
     model_class = bound.adapters.model_class
     if is_causal_lm(model_class) or is_seq2seq(model_class, bound.base.config):
         raise UsageError(
-            where=f"model class {model_class}",
-            found="it generates tokens, by several graphs that hand on keys and values",
-            expected="a model of one graph",
-            why="what quantising costs is counted on the decisions of one run",
+            f"model class {model_class}: it generates tokens, by several graphs that hand on keys "
+            "and values",
+            expected=(
+                "a model of one graph, because what quantising costs is counted on the decisions "
+                "of one run"
+            ),
             fix="Quantise it with a tool for language models",
         )
     outputs = dict.fromkeys(task.output for task in bound.adapters.tasks if task.output)
     bare = [task.name for task in bound.adapters.tasks if task.output and not task.labels]
     if bare:
         raise UsageError(
-            where=f"task {bare[0]}",
-            found="it has no head",
-            expected="tasks with logits",
-            why="what quantising costs is told by them",
+            f"task {bare[0]}: it has no head",
+            expected="tasks with logits, because what quantising costs is told by them",
             fix="Quantise a checkpoint without it",
         )
     if outputs and layout != graphs.PER_TASK:
         raise UsageError(
-            where="the tasks' heads",
-            found=f"they differ in kind: {shortened(outputs)}",
-            expected="one output logits",
-            why="what quantising a single graph costs is told by it",
+            f"the tasks' heads: they differ in kind: {shortened(outputs)}",
+            expected=(
+                "one output logits, because what quantising a single graph costs is told by it"
+            ),
             fix="Pass --layout per-task: each task's own graph has logits",
         )
 
@@ -83,10 +83,11 @@ def refuse_stale(bound: BoundModel, targets: Sequence[Target]) -> None:
         other = sources.other_source(bound, onnx_metadata(target.path))
         if other:
             raise UsageError(
-                where=str(target.path),
-                found=other,
-                expected="a graph of this checkpoint and base",
-                why="what it is quantised to would be taken for this checkpoint's",
+                f"{target.path}: {other}",
+                expected=(
+                    "a graph of this checkpoint and base, because what it is quantised to would "
+                    "be taken for this checkpoint's"
+                ),
                 fix=f"Export it again: {_export_command(target.task is not None)} --force",
             )
 
@@ -103,19 +104,18 @@ def refuse_form(target: Target) -> None:
     outputs = [value.name for value in model.graph.output]
     if LOGITS not in outputs:
         raise UsageError(
-            where=str(target.path),
-            found=f"outputs {shortened(outputs)}",
-            expected=f"an output {LOGITS}",
-            why="what quantising costs is told by it",
+            f"{target.path}: outputs {shortened(outputs)}",
+            expected=f"an output {LOGITS}, because what quantising costs is told by it",
             fix="Calibrate a model with heads",
         )
     metadata = {one.key: one.value for one in model.metadata_props}
     if target.task is None and metadata.get("mtl_export.task_input") == "scalar":
         raise UsageError(
-            where=str(target.path),
-            found="it takes one task for the whole batch",
-            expected="a graph in which each row picks its task",
-            why="tasks are mixed in the batches that it is judged on",
+            f"{target.path}: it takes one task for the whole batch",
+            expected=(
+                "a graph in which each row picks its task, because tasks are mixed in the batches "
+                "that it is judged on"
+            ),
             fix="Export it with --task-input rows, or pass --layout per-task",
         )
 
@@ -123,10 +123,10 @@ def refuse_form(target: Target) -> None:
 def nothing_exported(parent: Path, layout: str) -> UsageError:
     """Return the refusal of a folder that holds no graph of ``layout``."""
     return UsageError(
-        where=str(parent),
-        found="no exported graph",
-        expected="model.onnx, or TASK/model.onnx",
-        why="it is the exported graph that is quantised",
+        f"{parent}: no exported graph",
+        expected=(
+            "model.onnx, or TASK/model.onnx, because it is the exported graph that is quantised"
+        ),
         fix=f"Run {_export_command(layout == graphs.PER_TASK)} first",
     )
 

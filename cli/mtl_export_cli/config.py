@@ -119,8 +119,7 @@ def _values(
             values[key] = readers[key](value, folder)
         except ValueError as error:
             raise UsageError(
-                where=f"{path}: {prefix}{key}",
-                found=shown(value),
+                f"{path}: {prefix}{key}: {shown(value)}",
                 expected=str(error),
                 fix="Correct the value",
             ) from error
@@ -132,8 +131,7 @@ def _unknown(path: Path, prefix: str, key: str, known: Mapping[str, Reader]) -> 
 
     near = get_close_matches(key, known, n=1)
     return UsageError(
-        where=f"{path}: {prefix}{key}",
-        found="there is no such key",
+        f"{path}: {prefix}{key}: there is no such key",
         expected=f"one of {', '.join(known)}",
         fix=f"Did you mean {prefix}{near[0]}?"[:-1] if near else "Remove it",
     )

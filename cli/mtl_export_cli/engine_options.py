@@ -56,8 +56,7 @@ def size_in_bytes(text: str) -> int:
     size = int(match[1]) * _UNITS[match[2]] if match else 0
     if not size:
         raise UsageError(
-            where=f"--workspace {text}",
-            found="it is no size",
+            f"--workspace {text}: it is no size",
             expected="a whole number of bytes, or one with K, M or G (powers of 1024)",
             fix="Write for example 512M or 2G",
         )
@@ -147,10 +146,11 @@ def _profiles(given: Mapping[str, Sequence[str]]) -> tuple[ShapeTexts, ...]:
             f"--{name.replace('_', '-')} {len(texts)} times" for name, texts in given.items()
         )
         raise UsageError(
-            where="several profiles",
-            found=said,
-            expected="each shapes option left out, or given once for every profile",
-            why="the first of each make the first profile, the second of each the second",
+            f"several profiles: {said}",
+            expected=(
+                "each shapes option left out, or given once for every profile, because the first "
+                "of each make the first profile, the second of each the second"
+            ),
             fix="Repeat each of them as often, or leave it out",
         )
     rows = [given[limit] or (None,) * max(counts, default=0) for limit in SHAPES]

@@ -108,8 +108,7 @@ class LazyGroup(click.Group):
 
             near = get_close_matches(args[0], COMMANDS, n=1)
             raise UsageError(
-                where=f"command {args[0]!r}",
-                found="there is none of that name",
+                f"command {args[0]!r}: there is none of that name",
                 expected=f"one of {', '.join(COMMANDS)}",
                 fix=f"Type mtl-export {near[0]}" if near else "See mtl-export --help",
             )
@@ -226,10 +225,8 @@ def _refuse_blank(arguments: Sequence[str]) -> None:
             blank.append(option)
     if blank:
         raise UsageError(
-            where=blank[0],
-            found="its value is empty, or has a null byte",
-            expected="a value",
-            why="an empty path is the current folder, which nobody means",
+            f"{blank[0]}: its value is empty, or has a null byte",
+            expected="a value, because an empty path is the current folder, which nobody means",
             fix="Give one, or leave it out; a shell variable in it may be unset",
         )
 
@@ -247,8 +244,8 @@ def _leave_unwritable(error: OSError) -> NoReturn:
     for stream in closed.values():
         silence(stream)
     refusal = OutputError(
-        where=" and ".join(closed) or "stdout, stderr or a temporary file",
-        found=f"it cannot be written ({error.strerror})",
+        f"{' and '.join(closed) or 'stdout, stderr or a temporary file'}: it cannot be written ("
+        f"{error.strerror})",
         expected="a file or device that takes the result",
         fix="Send it elsewhere",
     )
@@ -266,9 +263,7 @@ def _wants_json(arguments: list[str]) -> bool:
 def _translated(error: click.ClickException) -> UsageError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "mtl-export"
-    return UsageError(
-        where=path, found=error.format_message().rstrip("."), fix=f"See {path} --help"
-    )
+    return UsageError(f"{path}: {error.format_message().rstrip('.')}", fix=f"See {path} --help")
 
 
 def _fail(error: MtlExportError, arguments: list[str]) -> int:
@@ -289,7 +284,7 @@ def _report_bug(error: Exception, arguments: list[str]) -> int:
     if _wants_json(arguments):
         from mtl_export_cli import render
 
-        parts = {"error": "Bug", "where": "mtl-export", "found": f"{type(error).__name__}: {error}"}
-        report = {**parts, "expected": "", "why": "", "fix": "Please report it"}
+        problem = f"mtl-export: {type(error).__name__}: {error}"
+        report = {"error": "Bug", "problem": problem, "expected": "", "fix": "Please report it"}
         render.print_json({"ok": False, "error": report, "exit_code": EXIT_BUG})
     return EXIT_BUG

@@ -192,10 +192,8 @@ def _settings(context: click.Context, values: dict[str, Any]) -> Settings:
 def _refuse_root(place: Path | None, where: str) -> None:
     if place is not None and place.resolve() == Path(place.resolve().anchor):
         raise UsageError(
-            where=where,
-            found=f"{place} is the root of the file system",
-            expected="a folder in it",
-            why="every task would get a folder there",
+            f"{where}: {place} is the root of the file system",
+            expected="a folder in it, because every task would get a folder there",
             fix="Pass another folder; a shell variable in the path may be unset",
         )
 
@@ -207,10 +205,7 @@ def _resolve_selection(context: click.Context, values: dict[str, Any]) -> None:
     named, everything = _is_typed(context, "task"), _is_typed(context, "all_tasks")
     if named == everything:
         raise UsageError(
-            where="--task and --all-tasks",
-            found="both were given",
-            expected="one of them",
-            fix="Leave one out",
+            "--task and --all-tasks: both were given", expected="one of them", fix="Leave one out"
         )
     values["task"], values["all_tasks"] = (values["task"], False) if named else ((), True)
 

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 # Stands in the reports until the comparison has ended.
 _UNFINISHED = {
     "error": "Unfinished",
-    "where": "mtl-export parity",
-    "found": "it is at work, or was interrupted",
+    "problem": "mtl-export parity: it is at work, or was interrupted",
     "expected": "a comparison that has ended",
     "fix": "Run it again",
 }
@@ -53,11 +52,8 @@ def errors_reported(paths: Sequence[Path], settings: Settings | None = None) -> 
         yield
     except Exception as error:
         ours = error if isinstance(error, MtlExportError) else refusal_of(error)
-        parts = (
-            ours.as_dict()
-            if ours
-            else {"error": type(error).__name__, "where": "mtl-export", "found": str(error)}
-        )
+        name = type(error).__name__
+        parts = ours.as_dict() if ours else {"error": name, "problem": f"mtl-export: {error}"}
         write_reports(told, _report_of(parts))
         raise
 
@@ -79,8 +75,8 @@ class ReportingCommand(click.Command):
             if isinstance(error, MtlExportError):
                 parts = error.as_dict()
             else:
-                found = error.format_message().rstrip(".")
-                parts = {"error": "UsageError", "where": ctx.command_path, "found": found}
+                problem = f"{ctx.command_path}: {error.format_message().rstrip('.')}"
+                parts = {"error": "UsageError", "problem": problem}
             with suppress(OutputError):
                 write_reports(paths, _report_of(parts))
             raise
@@ -109,10 +105,8 @@ def _refuse_report(path: Path, settings: Settings | None = None) -> None:
     found = "it is a folder" if path.is_dir() else _holder(path.parent, settings)
     if found:
         raise OutputError(
-            where=f"--report {path}",
-            found=found,
-            expected="a file elsewhere",
-            why="what is read or was exported is never written to",
+            f"--report {path}: {found}",
+            expected="a file elsewhere, because what is read or was exported is never written to",
             fix="Pass another file to --report",
         )
 

@@ -52,8 +52,7 @@ def refusal_of(error: BaseException) -> UsageError | None:
     if _is_of_memory(error):
         said = _NO_MEMORY.search(str(error))
         return UsageError(
-            where="memory",
-            found=f"the system gives no more ({said[0] if said else type(error).__name__})",
+            f"memory: the system gives no more ({said[0] if said else type(error).__name__})",
             expected="memory and threads for the work",
             fix="Raise ulimit -v and ulimit -u, or run it where more is free",
         )
@@ -67,8 +66,8 @@ def refusal_of(error: BaseException) -> UsageError | None:
         return None
     path = error.filename
     return UsageError(
-        where=str(path) if isinstance(path, int) else os.fsdecode(path),
-        found=f"the system refused it ({error.strerror})",
+        f"{str(path) if isinstance(path, int) else os.fsdecode(path)}: the system refused it ("
+        f"{error.strerror})",
         expected=known[0],
         fix=known[1],
     )

@@ -53,19 +53,15 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
     weight, product = base.weight().astype(np.float64), up @ down
     if weight.shape != product.shape:
         raise CheckpointError(
-            where=layer.module,
-            found=f"the base weight is {list(weight.shape)}",
-            expected=f"{list(product.shape)}",
-            why="the norm of W + B A is part of the weight",
+            f"{layer.module}: the base weight is {list(weight.shape)}",
+            expected=f"{list(product.shape)}, because the norm of W + B A is part of the weight",
             fix="Pass the base that the adapter was trained on to --base",
         )
     gain = row_gain(values["magnitude"].astype(np.float64), weight=weight, product=product)
     if not np.isfinite(gain).all():
         raise CheckpointError(
-            where=layer.module,
-            found=f"row {int(np.argmin(np.isfinite(gain[0])))} of W + B A is zero",
-            expected="rows with a direction",
-            why="DoRA divides each row by its length",
+            f"{layer.module}: row {int(np.argmin(np.isfinite(gain[0])))} of W + B A is zero",
+            expected="rows with a direction, because DoRA divides each row by its length",
             fix="Check that the base is the one the adapter was trained on",
         )
     rank, kept = down.shape[0], base.bias()

@@ -63,14 +63,10 @@ class BaseLayer:
             refuse_quantised(self.base, [self.module])
         if tensor is None:
             is_given = self.base is not None
+            missing = "the base has no such tensor" if is_given else "no base model was given"
             raise BaseModelError(
-                where=f"{self.module}.weight",
-                found="the base has no such tensor; a base that ties weights stores only one of"
-                " them"
-                if is_given
-                else "the base model was not given",
-                expected="the base the adapter was trained on",
-                why="this adapter's weights depend on it",
+                f"{self.module}.weight: {missing}",
+                expected="the base the adapter was trained on, which its weights depend on",
                 fix="Pass it to --base"
                 + ", saved untied if it is tied: config.tie_word_embeddings = False and a copy of"
                 " the embedding as output layer" * is_given,

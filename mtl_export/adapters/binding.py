@@ -101,11 +101,12 @@ def bind(
         trained_on = checkpoint.base.sha256
         other = bool(trained_on) and base.sha256 != trained_on
         raise BaseModelError(
-            where=f"base {base.reference}",
-            found=f"{len(problems)} tensors do not fit: {shortened(problems)}"
-            + (f"; SHA-256 {base.sha256}, trained on {trained_on}" if other else ""),
-            expected="the base that the adapter was trained on",
-            why="the delta is added to the base weight, element by element",
+            f"base {base.reference}: {len(problems)} tensors do not fit: {shortened(problems)}"
+            f"{f'; SHA-256 {base.sha256}, trained on {trained_on}' if other else ''}",
+            expected=(
+                "the base that the adapter was trained on, because the delta is added to the base "
+                "weight, element by element"
+            ),
             fix=f"Pass that base to --base{_trained_on(checkpoint)}",
         )
     refuse_uncalled(adapters, base)
@@ -125,10 +126,8 @@ def check_base_hash(bound: BoundModel) -> None:
     expected = bound.checkpoint.base.sha256
     if expected and bound.base.sha256 != expected:
         raise IntegrityError(
-            where=f"base {bound.base.reference}",
-            found=f"its weights have SHA-256 {bound.base.sha256}",
-            expected=expected,
-            why="the checkpoint was trained on that very base",
+            f"base {bound.base.reference}: its weights have SHA-256 {bound.base.sha256}",
+            expected=f"{expected}, because the checkpoint was trained on that very base",
             fix=f"Pass that base to --base{_trained_on(bound.checkpoint)}",
         )
 

@@ -61,10 +61,8 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
     gain = row_gain(values["magnitude"].astype(np.float64), weight + direction.delta(0))
     if not np.isfinite(gain).all():
         raise CheckpointError(
-            where=layer.module,
-            found=f"row {int(np.argmin(np.isfinite(gain[0])))} of W + s B A is zero",
-            expected="rows with a direction",
-            why="DoRA divides each row by its length",
+            f"{layer.module}: row {int(np.argmin(np.isfinite(gain[0])))} of W + s B A is zero",
+            expected="rows with a direction, because DoRA divides each row by its length",
             fix="Check that the base is the one the adapter was trained on",
         )
     return dataclasses.replace(direction, gain=gain)

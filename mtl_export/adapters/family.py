@@ -174,8 +174,7 @@ def family_named(name: str) -> Family:
         if family.name == name:
             return family
     raise AdapterError(
-        where=f"adapter type {name!r}",
-        found="no family of that name",
+        f"adapter type {name!r}: no family of that name",
         expected=f"one of {', '.join(family.name for family in FAMILIES)}",
         fix="Export this checkpoint with a version of mtl-export that knows it",
     )
@@ -283,9 +282,8 @@ def _not_finite(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _not_finite_error(checkpoint: Checkpoint, bad: Mapping[str, str]) -> CheckpointError:
     return CheckpointError(
-        where=str(checkpoint.path),
-        found="NaN or Inf in " + shortened(f"{name!r} ({where})" for name, where in bad.items()),
-        expected="finite numbers",
-        why="they would spread to every output of the task",
+        f"{checkpoint.path}: NaN or Inf in "
+        f"{shortened((f'{name!r} ({where})' for name, where in bad.items()))}",
+        expected="finite numbers, because they would spread to every output of the task",
         fix="Export an earlier checkpoint of the run, from before it diverged",
     )

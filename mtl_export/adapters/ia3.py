@@ -43,17 +43,20 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> OwnAdapter:
     out_features, in_features = base.weight().shape
     if found != {"scale": (out_features,)}:
         raise CheckpointError(
-            where=layer.module,
-            found=", ".join(f"{role} {list(shape)}" for role, shape in sorted(found.items())),
-            expected=f"scale [{out_features}]",
-            why=f"the base layer has {out_features} outputs, each with a factor of its own",
+            f"{layer.module}: "
+            f"{', '.join((f'{role} {list(shape)}' for role, shape in sorted(found.items())))}",
+            expected=(
+                f"scale [{out_features}], because the base layer has {out_features} outputs, each "
+                "with a factor of its own"
+            ),
             fix="Pass the base that the adapter was trained on to --base",
         )
     scaling = layer.hyper.get("scaling", 1.0)
     if not np.isfinite(scaling):
         raise HyperparameterError(
-            where=f"{layer.module}: scaling",
-            found=f"{scaling}",
+            layer.module,
+            "scaling",
+            f"{scaling}",
             expected="a finite number",
             fix="Correct alpha in the adapter's config",
         )

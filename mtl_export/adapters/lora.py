@@ -78,10 +78,10 @@ def scaling_of(layer: LayerTensors, rank: int) -> float:
         scaling = layer.hyper["alpha"] / rank
     if scaling is None or not np.isfinite(scaling):
         raise HyperparameterError(
-            where=f"{layer.module}: alpha",
-            found="the checkpoint does not carry it" if scaling is None else f"s = {scaling}",
-            expected="a finite number",
-            why="the delta is multiplied by alpha / r",
+            layer.module,
+            "alpha",
+            "the checkpoint does not carry it" if scaling is None else f"s = {scaling}",
+            expected="a finite number, because the delta is multiplied by alpha / r",
             fix="Pass --alpha (or set alpha in mtl-export.toml) with the value used in training",
         )
     return float(scaling)
@@ -111,10 +111,8 @@ def base_weight(values: Mapping[str, Array], base: BaseLayer) -> Array:
     expected = (values["up"].shape[0], values["down"].shape[1])
     if weight.shape != expected:
         raise BaseModelError(
-            where=f"{base.module}.weight",
-            found=f"shape {list(weight.shape)}",
-            expected=f"{list(expected)}",
-            why="this adapter's weights depend on it",
+            f"{base.module}.weight: shape {list(weight.shape)}",
+            expected=f"{list(expected)}, because this adapter's weights depend on it",
             fix="Pass the base that the adapter was trained on to --base",
         )
     return weight
@@ -150,10 +148,9 @@ def checked_values(
         wanted = "".join(f", {role} [{of}]" for role, of in required.items())
         allowed = "".join(f", and maybe {role} [{of}]" for role, of in optional.items())
         raise CheckpointError(
-            where=layer.module,
-            found=", ".join(f"{role} {list(shape)}" for role, shape in sorted(found.items())),
-            expected=f"down [r, I], up [O, r]{wanted}{allowed}",
-            why="the delta is up @ down",
+            f"{layer.module}: "
+            f"{', '.join((f'{role} {list(shape)}' for role, shape in sorted(found.items())))}",
+            expected=f"down [r, I], up [O, r]{wanted}{allowed}, because the delta is up @ down",
             fix="Re-save the adapter; all tensors of a layer must come from one training run",
         )
     return {role: tensor.widened() for role, tensor in layer.tensors.items()}

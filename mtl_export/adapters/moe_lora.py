@@ -85,9 +85,11 @@ def _check_shapes(layer: LayerTensors) -> None:
         )
     if not fits:
         raise CheckpointError(
-            where=layer.module,
-            found=", ".join(f"{role} {list(shape)}" for role, shape in sorted(found.items())),
-            expected="down [E, q, I], up [E, O, q], gate [T, E]",
-            why="that is MoE-LoRA's sum over experts",
+            f"{layer.module}: "
+            f"{', '.join((f'{role} {list(shape)}' for role, shape in sorted(found.items())))}",
+            expected=(
+                "down [E, q, I], up [E, O, q], gate [T, E], because that is MoE-LoRA's sum over "
+                "experts"
+            ),
             fix="Re-save the adapter; all experts of a layer must have one rank",
         )

@@ -117,16 +117,17 @@ def hyper_parameter(layer: LayerTensors, name: str) -> float:
     value = layer.hyper.get(name)
     if value is None:
         raise HyperparameterError(
-            where=f"{layer.module}: {name}",
-            found="the checkpoint does not carry it",
-            expected="a number",
-            why="the training command knew it and the delta depends on it",
+            layer.module,
+            name,
+            "the checkpoint does not carry it",
+            expected="a number, because the training command knew it and the delta depends on it",
             fix=f"Pass --{name} (or set {name} in mtl-export.toml) with the value used in training",
         )
     if not np.isfinite(value) or (name == "temperature" and value <= 0):
         raise HyperparameterError(
-            where=f"{layer.module}: {name}",
-            found=f"{value}",
+            layer.module,
+            name,
+            f"{value}",
             expected="a finite number" + (" above 0" if name == "temperature" else ""),
             fix=f"Pass the value used in training to --{name}",
         )
@@ -152,9 +153,11 @@ def _check_shapes(layer: LayerTensors) -> None:
         )
     if not fits:
         raise CheckpointError(
-            where=layer.module,
-            found=", ".join(f"{role} {list(shape)}" for role, shape in sorted(found.items())),
-            expected="down [r, I], lambda [T, r, r] or [T, r], up [n, O, r], mixing [T, n]",
-            why="that is MTL-LoRA's equation for h_t",
+            f"{layer.module}: "
+            f"{', '.join((f'{role} {list(shape)}' for role, shape in sorted(found.items())))}",
+            expected=(
+                "down [r, I], lambda [T, r, r] or [T, r], up [n, O, r], mixing [T, n], because "
+                "that is MTL-LoRA's equation for h_t"
+            ),
             fix="Re-save the adapter; all four tensors of a layer must come from one training run",
         )

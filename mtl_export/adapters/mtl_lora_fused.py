@@ -88,10 +88,12 @@ def block_count_of(layer: LayerTensors, base: BaseLayer, head: int, letters: lis
     out_features = base.shape()[0]
     if out_features % head or out_features // head < needed:
         raise CheckpointError(
-            where=layer.module,
-            found=f"blocks of {head} rows for {', '.join(letters)}, base layer of {out_features}",
-            expected=f"a multiple of {head}, at least {needed * head}",
-            why="the blocks q, k, v lie one after another in a fused layer",
+            f"{layer.module}: blocks of {head} rows for {', '.join(letters)}, base layer of "
+            f"{out_features}",
+            expected=(
+                f"a multiple of {head}, at least {needed * head}, because the blocks q, k, v lie "
+                "one after another in a fused layer"
+            ),
             fix="Pass the base that the adapter was trained on to --base",
         )
     return int(out_features // head)
@@ -125,11 +127,12 @@ def _checked_letters(layer: LayerTensors) -> list[str]:
         )
     if not fits:
         raise CheckpointError(
-            where=layer.module,
-            found=", ".join(f"{role} {list(shape)}" for role, shape in sorted(found.items())),
-            expected="down [g r, I], lambda [T, g r, g r] or [T, g r], and per block"
-            " up [n, h, r] with mixing [T, n], or up [1, h, r] alone",
-            why="that is MTL-LoRA's fused layer",
+            f"{layer.module}: "
+            f"{', '.join((f'{role} {list(shape)}' for role, shape in sorted(found.items())))}",
+            expected=(
+                "down [g r, I], lambda [T, g r, g r] or [T, g r], and per block up [n, h, r] with "
+                "mixing [T, n], or up [1, h, r] alone, because that is MTL-LoRA's fused layer"
+            ),
             fix="Re-save the adapter; all tensors of a layer must come from one training run",
         )
     return letters

@@ -29,10 +29,11 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
         AdapterError: Always.
     """
     raise AdapterError(
-        where=layer.module,
-        found="MTLoRA (Swin) is not supported yet",
-        expected="an adapter whose task layers have one input",
-        why="its task layers add a low-rank term on the task's own stream to the shared one's"
-        " output, and no merged weight gives that",
+        f"{layer.module}: MTLoRA (Swin) is not supported yet",
+        expected=(
+            "an adapter whose task layers have one input, because its task layers add a low-rank "
+            "term on the task's own stream to the shared one's output, and no merged weight gives "
+            "that"
+        ),
         fix="Use mtl-export inspect, which reads it; every other command refuses it for now",
     )

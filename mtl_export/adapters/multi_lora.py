@@ -78,9 +78,11 @@ def _check_shapes(layer: LayerTensors) -> None:
         )
     if not fits:
         raise CheckpointError(
-            where=layer.module,
-            found=", ".join(f"{role} {list(shape)}" for role, shape in sorted(found.items())),
-            expected="down [n, r, I], up [n, O, r], scaling_rows [n, O]",
-            why="that is MultiLoRA's sum over parallel LoRAs",
+            f"{layer.module}: "
+            f"{', '.join((f'{role} {list(shape)}' for role, shape in sorted(found.items())))}",
+            expected=(
+                "down [n, r, I], up [n, O, r], scaling_rows [n, O], because that is MultiLoRA's "
+                "sum over parallel LoRAs"
+            ),
             fix="Re-save the adapter; all tensors of a layer must come from one training run",
         )

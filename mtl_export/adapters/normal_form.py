@@ -166,10 +166,11 @@ def _check_rows(layer: AnyAdapter) -> None:
 
 def _misfit(module: str, found: str) -> AdapterError:
     return AdapterError(
-        where=module,
-        found=found,
-        expected="up [O, U], core [T, U, D], down [D, I], gain and bias [T, O]",
-        why="the delta of task t is up @ core[t] @ down",
+        f"{module}: {found}",
+        expected=(
+            "up [O, U], core [T, U, D], down [D, I], gain and bias [T, O], because the delta of "
+            "task t is up @ core[t] @ down"
+        ),
         fix="This is a reader's fault; please report it with the checkpoint's key list",
     )
 
@@ -277,10 +278,11 @@ class AdapterSet:
         ]
         if wrong:
             raise CheckpointError(
-                where="adapter",
-                found=shortened(wrong),
-                expected=f"{len(self.tasks)} tasks everywhere",
-                why=f"the tasks are {shortened(task.name for task in self.tasks)}",
+                f"adapter: {shortened(wrong)}",
+                expected=(
+                    f"{len(self.tasks)} tasks everywhere, because the tasks are "
+                    f"{shortened(task.name for task in self.tasks)}"
+                ),
                 fix="Pass the right number of names to --tasks",
             )
 

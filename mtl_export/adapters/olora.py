@@ -45,10 +45,11 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
     """
     if base.stored_transposed:
         raise AdapterError(
-            where=layer.module,
-            found="OLoRA on a Conv1D layer",
-            expected="linear layers",
-            why="PEFT decomposes the weight as it is stored, and its factors do not fit then",
+            f"{layer.module}: OLoRA on a Conv1D layer",
+            expected=(
+                "linear layers, because PEFT decomposes the weight as it is stored, and its "
+                "factors do not fit then"
+            ),
             fix='Train with another initialisation, such as "pissa"',
         )
     values = lora.checked_values(layer)

@@ -36,7 +36,7 @@ def read_all(
     """
     values: dict[str, Value] = {}
     errors: list[CheckpointError | BaseModelError] = [earlier] if earlier else []
-    texts = [f"{error.where}: {error.found}" for error in errors]
+    texts = [error.problem for error in errors]
     for name in names:
         try:
             values[name] = load(name)
@@ -45,19 +45,16 @@ def read_all(
                 raise
         except (CheckpointError, BaseModelError) as error:
             errors.append(error)
-            place = error.where if name in error.where else f"{name}: {error.where}"
-            texts.append(f"{place}: {error.found}")
+            texts.append(error.problem if name in error.problem else f"{name}: {error.problem}")
     if not errors:
         return values
     first = errors[0]
     if len(errors) == 1:
         raise first
-    if isinstance(first, BaseModelError) and len({error.found for error in errors}) == 1:
+    if isinstance(first, BaseModelError) and len({error.problem for error in errors}) == 1:
         raise first  # one cause: the base was not given
     raise type(first)(
-        where=where,
-        found=f"{len(errors)} problems: {shortened(texts, 6)}",
+        f"{where}: {len(errors)} problems: {shortened(texts, 6)}",
         expected=first.expected,
-        why=first.why,
         fix=first.fix,
     )

@@ -41,10 +41,11 @@ def stacked(
     ]
     if lacking:
         raise AdapterError(
-            where=str(checkpoint.path),
-            found=shortened(lacking),
-            expected="a head for every task or for none",
-            why="one graph cannot give some rows a trained head and others a random one",
+            f"{checkpoint.path}: {shortened(lacking)}",
+            expected=(
+                "a head for every task or for none, because one graph cannot give some rows a "
+                "trained head and others a random one"
+            ),
             fix="Export the tasks with heads and those without separately",
         )
     names = _union([member.replaced for member in members])

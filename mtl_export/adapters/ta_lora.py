@@ -116,10 +116,13 @@ def has_softmax_gate(layer: LayerTensors) -> bool:
     value = layer.hyper.get("gate_softmax")
     if value not in {0.0, 1.0}:
         raise HyperparameterError(
-            where=f"{layer.module}: gate_softmax",
-            found="the checkpoint does not carry it" if value is None else f"{value:g}",
-            expected="1 (softmax over the branches) or 0 (sigmoid of each)",
-            why="the two gates give other weights from the same numbers",
+            layer.module,
+            "gate_softmax",
+            "the checkpoint does not carry it" if value is None else f"{value:g}",
+            expected=(
+                "1 (softmax over the branches) or 0 (sigmoid of each), because the two gates give "
+                "other weights from the same numbers"
+            ),
             fix="Save the adapter with save_checkpoint, which writes it",
         )
     return value == 1.0
@@ -142,10 +145,12 @@ def _check_shapes(layer: LayerTensors) -> None:
         )
     if not fits:
         raise CheckpointError(
-            where=layer.module,
-            found=", ".join(f"{role} {list(shape)}" for role, shape in sorted(found.items())),
-            expected="down [n + 1, r, I], up [n + 1, O, r], task_embedding [T, d], gate [n, d],"
-            " and maybe gate_bias [n]",
-            why="that is TA-LoRA's sum of a shared branch and n gated ones",
+            f"{layer.module}: "
+            f"{', '.join((f'{role} {list(shape)}' for role, shape in sorted(found.items())))}",
+            expected=(
+                "down [n + 1, r, I], up [n + 1, O, r], task_embedding [T, d], gate [n, d], and "
+                "maybe gate_bias [n], because that is TA-LoRA's sum of a shared branch and n "
+                "gated ones"
+            ),
             fix="Re-save the adapter; all tensors of a layer must come from one training run",
         )

@@ -199,10 +199,12 @@ def _refuse_lone_rows(
             continue
         others = sorted(group.keys() - {ties.own[name]})
         raise UnusableBaseError(
-            where=f"base {base.reference}",
-            found=f"trained rows of {name}, which is tied to {shortened(others)}",
-            expected="rows of the input embedding, in a class that ties its output layer to it",
-            why="PEFT gives these rows to that one weight alone, and the base stores one for all",
+            f"base {base.reference}: trained rows of {name}, which is tied to {shortened(others)}",
+            expected=(
+                "rows of the input embedding, in a class that ties its output layer to it, "
+                "because PEFT gives these rows to that one weight alone, and the base stores one "
+                "for all"
+            ),
             fix=f"Train the ones that are meant of {shortened(sorted(group))} as modules_to_save",
         )
 
@@ -219,11 +221,12 @@ def _refuse_lost_biases(
         biased = sorted(set(group) & ties.biased)
         if rows and biased:
             raise UnusableBaseError(
-                where=f"base {base.reference}",
-                found=f"trained rows of {shortened(rows)}, which is tied to {shortened(biased)}",
-                expected="an output layer without a bias",
-                why="PEFT leaves that layer's bias out while it trains rows, and no model of"
-                " transformers can",
+                f"base {base.reference}: trained rows of {shortened(rows)}, which is tied to "
+                f"{shortened(biased)}",
+                expected=(
+                    "an output layer without a bias, because PEFT leaves that layer's bias out "
+                    "while it trains rows, and no model of transformers can"
+                ),
                 fix="Train the embedding as modules_to_save",
             )
 
@@ -232,10 +235,12 @@ def _refuse_rows(adapters: AdapterSet, base: BaseModel, names: Iterable[str]) ->
     rows = sorted(set(names) & set(adapters.rows))
     if rows:
         raise UnusableBaseError(
-            where=f"base {base.reference}",
-            found=f"trained rows of {shortened(rows)}, and a weight that is tied to it differs",
-            expected="rows of one weight, or the whole of another",
-            why="PEFT gives the rows to all weights that are tied",
+            f"base {base.reference}: trained rows of {shortened(rows)}, and a weight that is tied "
+            "to it differs",
+            expected=(
+                "rows of one weight, or the whole of another, because PEFT gives the rows to all "
+                "weights that are tied"
+            ),
             fix="Train all of them as modules_to_save",
         )
 
@@ -244,11 +249,14 @@ def _refuse_unknown(adapters: AdapterSet, base: BaseModel, changed: Iterable[str
     tables = [n for n in changed if n.split(".")[-2] in EMBEDDINGS | OUTPUT_LAYERS]
     if tables:
         raise UnusableBaseError(
-            where=f"base {base.reference}",
-            found=f"the adapter changes {shortened(tables)} of the class {adapters.model_class!r},"
-            " which transformers does not have or cannot build",
-            expected=f"a class of transformers, or {FLAG}: false in config.json",
-            why="other weights may be tied to it",
-            fix=f"Save the base untied: config.{FLAG} = False and a copy of the embedding as"
-            " output layer",
+            f"base {base.reference}: the adapter changes {shortened(tables)} of the class "
+            f"{adapters.model_class!r}, which transformers does not have or cannot build",
+            expected=(
+                f"a class of transformers, or {FLAG}: false in config.json, because other weights "
+                "may be tied to it"
+            ),
+            fix=(
+                f"Save the base untied: config.{FLAG} = False and a copy of the embedding as "
+                "output layer"
+            ),
         )

@@ -47,13 +47,16 @@ def refuse_uncalled(adapters: AdapterSet, base: BaseModel) -> None:
     found = [name for name in found if _changes(adapters.layers[name])]
     if found:
         raise UnusableBaseError(
-            where=f"base {base.reference}",
-            found=f"{adapters.model_class} never calls the adapted {shortened(found)}: it reads"
-            " their weight",
-            expected="adapters of layers that the model calls",
-            why="their deltas were never trained, and folded in they would change the answers",
-            fix="Remove these layers from the adapter (from its tensors and its target_modules), or"
-            " train it without them",
+            f"base {base.reference}: {adapters.model_class} never calls the adapted "
+            f"{shortened(found)}: it reads their weight",
+            expected=(
+                "adapters of layers that the model calls, because their deltas were never "
+                "trained, and folded in they would change the answers"
+            ),
+            fix=(
+                "Remove these layers from the adapter (from its tensors and its target_modules), "
+                "or train it without them"
+            ),
         )
 
 

@@ -66,10 +66,11 @@ def refuse_alone(
     for name in ("max_drop", "score"):
         if name in typed and name not in judged:
             raise UsageError(
-                where=f"--{name.replace('_', '-')}",
-                found="it was given without --dataset",
-                expected="labelled rows to count a score on",
-                why="no score is counted without them, so nothing would be judged by it",
+                f"--{name.replace('_', '-')}: it was given without --dataset",
+                expected=(
+                    "labelled rows to count a score on, because no score is counted without them, "
+                    "so nothing would be judged by it"
+                ),
                 fix="Pass --dataset too, or leave it out",
             )
 
@@ -136,18 +137,15 @@ def outcome(report: ParityReport) -> tuple[int, MtlExportError | None]:
         return EXIT_ACCURACY, None
     if report.parity_verdict == "not-run":
         return EXIT_MISSING, BackendMissingError(
-            where="parity",
-            found="artefacts are there but none could be run",
+            "parity: artefacts are there but none could be run",
             expected="at least one comparison",
             fix="See mtl-export doctor for what is missing",
         )
     undecided = [cell for cell in report.accuracy if cell.is_undecided]
     if undecided:
         return 2, UsageError(
-            where=f"--dataset, task {undecided[0].task}",
-            found=undecided[0].reason,
-            expected="rows that can tell",
-            why="noise must neither pass nor fail a build",
+            f"--dataset, task {undecided[0].task}: {undecided[0].reason}",
+            expected="rows that can tell, because noise must neither pass nor fail a build",
             fix="Add rows to --dataset, or allow more with --max-drop",
         )
     return 0, None

@@ -138,9 +138,7 @@ def bench(
         ['merged onnx', 'single graph onnx']
     """
     if rounds < 1:
-        raise UsageError(
-            where="rounds", found=str(rounds), expected="1 or more", fix="Give each a turn"
-        )
+        raise UsageError(f"rounds: {rounds}", expected="1 or more", fix="Give each a turn")
     settings = settings_of(checkpoint, base, source)
     typed = frozenset() if new_tokens is None else frozenset({"new_tokens"})
     settings = replace(settings, output_dir=Path(output), task=tuple(tasks), typed=typed)
@@ -185,8 +183,7 @@ def run_bench(settings: Settings, request: BenchRequest, progress: Progress) -> 
     )
     if "new_tokens" in settings.typed and not found.is_generating:
         raise UsageError(
-            where=f"--new-tokens {request.new_tokens}",
-            found="nothing that was exported generates",
+            f"--new-tokens {request.new_tokens}: nothing that was exported generates",
             expected="the graphs of a language model",
             fix="Leave out --new-tokens",
         )
@@ -214,8 +211,7 @@ def parse_shapes(text: str) -> list[Shape]:
         numbers = word.strip().lower().split("x")
         if len(numbers) != 2 or not all(re.fullmatch("0*[1-9][0-9]{0,17}", n) for n in numbers):
             raise UsageError(
-                where=f"--shapes {text}",
-                found=repr(word.strip()),
+                f"--shapes {text}: {word.strip()!r}",
                 expected="rows x tokens, such as 8x128",
                 fix="Correct --shapes",
             )

@@ -102,10 +102,11 @@ def refuse_not_run(report: ParityReport, lacking: Sequence[str]) -> BackendMissi
     if not (found or lacking):
         return None
     return BackendMissingError(
-        where="--require-run",
-        found=shortened([*found, *lacking]).rstrip("."),
-        expected="every export there, and a runtime and a device for it",
-        why="what is not run is not proven",
+        f"--require-run: {shortened([*found, *lacking]).rstrip('.')}",
+        expected=(
+            "every export there, and a runtime and a device for it, because what is not run is "
+            "not proven"
+        ),
         fix="Run it where that is there, or export what is missing",
     )
 

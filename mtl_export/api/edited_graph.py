@@ -34,10 +34,8 @@ def refuse_edited(folder: Path, bound: BoundModel) -> None:
         return
     others = edited.others(bound.adapters.checkpoint_sha256)
     raise OutputError(
-        where=str(folder),
-        found=f"its single graph was {edited.text}",
-        expected="a graph as it was exported, or none",
-        why="an export would undo that"
+        f"{folder}: its single graph was {edited.text}",
+        expected="a graph as it was exported, or none, because an export would undo that"
         + (f", and drop {shortened(others)}, of another checkpoint" if others else ""),
         fix=f"Pass another folder to --output, or move {folder} away first",
     )
@@ -52,12 +50,15 @@ def refuse_to_quantise(folder: Path) -> None:
     edited = edited_graph(folder)
     if edited is not None:
         raise UsageError(
-            where=str(folder),
-            found=f"its single graph was {edited.text}",
-            expected="a single graph as it was exported",
-            why="what quantising costs is counted on the tasks of one checkpoint",
-            fix="Pass --layout per-task, or export a checkpoint that has all its tasks to"
-            " another folder",
+            f"{folder}: its single graph was {edited.text}",
+            expected=(
+                "a single graph as it was exported, because what quantising costs is counted on "
+                "the tasks of one checkpoint"
+            ),
+            fix=(
+                "Pass --layout per-task, or export a checkpoint that has all its tasks to another "
+                "folder"
+            ),
         )
 
 
@@ -86,10 +87,12 @@ def tasks_to_build(
     wrong = [option for key, (option, value) in asked.items() if metadata.get(key, "") != value]
     if problem or wrong:
         raise UsageError(
-            where=str(folder),
-            found=problem or f"its single graph was {edited.text}, and is of another {wrong[0]}",
-            expected="an edited graph of this checkpoint, in the form asked for",
-            why="a graph with edits is built from as it lies, not exported again",
+            f"{folder}: "
+            f"{problem or f'its single graph was {edited.text}, and is of another {wrong[0]}'}",
+            expected=(
+                "an edited graph of this checkpoint, in the form asked for, because a graph with "
+                "edits is built from as it lies, not exported again"
+            ),
             fix=f"Leave {wrong[0]} out, or move {folder} away first"
             if wrong and not problem
             else f"Pass its checkpoint and base, or move {folder} away first",
@@ -109,10 +112,10 @@ def whole_files(folder: Path) -> dict[str, FileEntry]:
     problems = damage(folder, manifest) if manifest else ["no manifest"]
     if manifest is None or problems:
         raise IntegrityError(
-            where=str(folder),
-            found=shortened(problems),
-            expected="the files that mtl-export tasks wrote there",
-            why="it is built from as it lies",
+            f"{folder}: {shortened(problems)}",
+            expected=(
+                "the files that mtl-export tasks wrote there, because it is built from as it lies"
+            ),
             fix="Restore them, or move the folder away and export again",
         )
     return dict(manifest.files)

@@ -282,10 +282,8 @@ def refuse_uncalibrated(
     where = f"--quantize {number}"
     if artefacts.first_graph(bound) != WHOLE:
         raise UsageError(
-            where=where,
-            found=f"{bound.adapters.model_class} generates tokens, by several graphs",
-            expected="a model of one graph",
-            why="only those are calibrated",
+            f"{where}: {bound.adapters.model_class} generates tokens, by several graphs",
+            expected="a model of one graph, because only those are calibrated",
             fix=f"Leave {where} out, or pass --dtype fp16",
         )
     problems, needs_force = [], False
@@ -302,10 +300,11 @@ def refuse_uncalibrated(
     words += [f"--layout {layouts.pop()}"] if len(layouts) == 1 else []
     words += ["--force"] if needs_force else []
     raise UsageError(
-        where=where,
-        found=shortened(problems),
-        expected="the quantised graphs of this checkpoint",
-        why="engines compute what their graph says, and scales come from calibration data",
+        f"{where}: {shortened(problems)}",
+        expected=(
+            "the quantised graphs of this checkpoint, because engines compute what their graph "
+            "says, and scales come from calibration data"
+        ),
         fix=f"Run {' '.join(words)} first",
     )
 

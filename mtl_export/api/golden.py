@@ -84,8 +84,7 @@ def _write(folder: Path, vectors: Sequence[Vector]) -> Path:
         add_to_manifest(folder, GOLDEN_FILE)
     except OSError as error:
         raise OutputError(
-            where=str(path),
-            found=f"it cannot be written ({error.strerror})",
+            f"{path}: it cannot be written ({error.strerror})",
             expected="a folder you may write to",
             fix="Leave out --golden, or make the folder writable",
         ) from error

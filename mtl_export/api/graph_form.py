@@ -91,10 +91,11 @@ def form_of(
     """
     if normalize and pooling is None:
         raise UsageError(
-            where="--normalize",
-            found="no --pooling",
-            expected="--pooling mean or --pooling cls beside it",
-            why="it is the pooled vectors that are brought to length 1",
+            "--normalize: no --pooling",
+            expected=(
+                "--pooling mean or --pooling cls beside it, because it is the pooled vectors that "
+                "are brought to length 1"
+            ),
             fix="Add --pooling, or leave out --normalize",
         )
     embedding = SentenceEmbedding(pooling, normalize) if pooling else None

@@ -88,10 +88,8 @@ def wanted_graphs(settings: Settings, layout: str | None, tasks: Sequence[Task])
         return [Graph((task,), PER_TASK) for task in selected]
     if len(selected) < len(tasks):
         raise UsageError(
-            where=f"--layout {layout}",
-            found=f"only {', '.join(task.name for task in selected)} asked for",
-            expected="--all-tasks",
-            why="that graph serves every task of the checkpoint",
+            f"--layout {layout}: only {', '.join(task.name for task in selected)} asked for",
+            expected="--all-tasks, because that graph serves every task of the checkpoint",
             fix="Pass --all-tasks, or --layout per-task",
         )
     return [Graph(selected, layout)]
@@ -122,10 +120,11 @@ def refuse_form(layout: str | None, form: Form, dtype: str | None) -> None:
     asked += [words for words in form.as_words() if not words.startswith("--opset")]
     if layout == ADAPTER_INPUT and asked:
         raise UsageError(
-            where=f"--layout {ADAPTER_INPUT}",
-            found=f"{' and '.join(asked)} beside it",
-            expected="fp32, the model's own outputs, and no task_ids",
-            why="its task is an adapter in float32, chosen for each run",
+            f"--layout {ADAPTER_INPUT}: {' and '.join(asked)} beside it",
+            expected=(
+                "fp32, the model's own outputs, and no task_ids, because its task is an adapter "
+                "in float32, chosen for each run"
+            ),
             fix=f"Leave out {asked[0]}, or use --layout single-graph",
         )
 
@@ -150,18 +149,19 @@ def refuse_idle(settings: Settings, layout: str, form: Form, *, linked: bool = F
         parameter = words.split()[0].removeprefix("--").replace("-", "_")
         if is_asked and layout == PER_TASK and parameter in settings.typed:
             raise UsageError(
-                where=words,
-                found=f"graphs of layout {PER_TASK} beside it",
-                expected=f"--all-tasks and --layout {SINGLE_GRAPH}",
-                why=f"a graph with one task merged in {why}",
+                f"{words}: graphs of layout {PER_TASK} beside it",
+                expected=(
+                    f"--all-tasks and --layout {SINGLE_GRAPH}, because a graph with one task "
+                    f"merged in {why}"
+                ),
                 fix=f"Leave out {words.split()[0]}, or export the single graph",
             )
     if linked and layout != PER_TASK:
         raise UsageError(
-            where="--link-data",
-            found=f"a graph of layout {layout} beside it",
-            expected=f"--layout {PER_TASK}",
-            why="it is the tasks' folders that have data in common",
+            f"--link-data: a graph of layout {layout} beside it",
+            expected=(
+                f"--layout {PER_TASK}, because it is the tasks' folders that have data in common"
+            ),
             fix=f"Leave out --link-data, or pass --layout {PER_TASK}",
         )
 
@@ -174,10 +174,11 @@ def refuse_pooled_head(form: Form, model_class: str) -> None:
     """
     if form.embedding is not None and has_head(model_class):
         raise GraphError(
-            where="--pooling",
-            found=f"a {model_class}, which answers with its head",
-            expected="a bare encoder, such as AutoModel loads",
-            why="a sentence embedding is pooled from the tokens' hidden states",
+            f"--pooling: a {model_class}, which answers with its head",
+            expected=(
+                "a bare encoder, such as AutoModel loads, because a sentence embedding is pooled "
+                "from the tokens' hidden states"
+            ),
             fix="Leave out --pooling",
         )
 

@@ -187,7 +187,7 @@ def _trial(checkpoint: Checkpoint, base: BaseModel | None) -> Trial:
             adapters = read_adapters(checkpoint, base)
             bound = None if base is None else bind(checkpoint, adapters, base)
         except HyperparameterError as error:
-            name = error.where.rpartition(": ")[2]
+            name = error.name
             parts = checkpoint.members or (checkpoint,)
             carried = any(name in la.hyper for part in parts for la in part.layers.values())
             if carried or name not in sources.hyper_parameters(checkpoint):
@@ -198,9 +198,9 @@ def _trial(checkpoint: Checkpoint, base: BaseModel | None) -> Trial:
         except UnusableBaseError:
             raise
         except BaseModelError as error:
-            return Trial(tuple(missing), error.found if base is not None else "")
+            return Trial(tuple(missing), error.problem if base is not None else "")
         except AdapterError as error:
-            return Trial(tuple(missing), "", f"{error.found}: {error.why}")
+            return Trial(tuple(missing), "", error.problem)
         except IntegrityError:
             return Trial(tuple(missing), "fit")  # bind compares hashes once all shapes fit
         else:

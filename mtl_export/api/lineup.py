@@ -152,14 +152,12 @@ def _refuse_nothing(
         return
     if any(engines.glob("**/model.engine")):
         raise BackendMissingError(
-            where="bench",
-            found="; ".join(f"{name}: {reason}" for name, reason in not_run),
+            f"bench: {'; '.join((f'{name}: {reason}' for name, reason in not_run))}",
             expected="at least one exported model that can run here",
             fix="See mtl-export doctor for what is missing",
         )
     raise UsageError(
-        where="bench",
-        found=f"nothing under {onnx} or {engines}",
+        f"bench: nothing under {onnx} or {engines}",
         expected="at least one exported model",
         fix="Run mtl-export onnx --all-tasks, and once more with --layout per-task",
     )
@@ -198,10 +196,9 @@ def refuse_longer(shapes: Sequence[Shape], new_tokens: int, bound: BoundModel) -
     for shape in shapes:
         if shape.sequence + more > longest:
             raise UsageError(
-                where=f"--shapes {shape}",
-                found=f"{shape.sequence} tokens" + (f" and {more} new ones" if more else ""),
-                expected=f"at most {longest}",
-                why="the model has no more positions",
+                f"--shapes {shape}: {shape.sequence} tokens"
+                f"{f' and {more} new ones' if more else ''}",
+                expected=f"at most {longest}, because the model has no more positions",
                 fix="Shorten the shape" + (", or lower --new-tokens" if more else ""),
             )
 

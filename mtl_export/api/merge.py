@@ -130,10 +130,8 @@ def merge_requested(settings: Settings, choices: MergeChoices, progress: Progres
     started = perf_counter()
     if choices.shared_by is not None and choices.layout != "shared":
         raise UsageError(
-            where=f"--shared-by {choices.shared_by}",
-            found=f"--layout {choices.layout}",
-            expected="--layout shared beside it",
-            why="standalone folders share nothing",
+            f"--shared-by {choices.shared_by}: --layout {choices.layout}",
+            expected="--layout shared beside it, because standalone folders share nothing",
             fix="Add --layout shared, or leave out --shared-by",
         )
     bound = sources.open_bound(settings, check_hash=False, targets=[settings.folder("merged")])

@@ -337,10 +337,8 @@ def _existing(name: str, folder: Path | None) -> Path | None:
     """
     if folder is not None and not folder.is_dir():
         raise UsageError(
-            where=f"{name} {folder}",
-            found="no such folder",
-            expected="a folder that mtl-export wrote",
-            why="what is not found is not compared",
+            f"{name} {folder}: no such folder",
+            expected="a folder that mtl-export wrote, because what is not found is not compared",
             fix=f"Correct {name}, or leave it out",
         )
     return folder
@@ -361,11 +359,11 @@ def _found(
     not_there += coverage.unclaimed_cells(places, bound.adapters.tasks)
     if not artefacts:
         raise UsageError(
-            where="parity",
-            found=f"nothing under {places.merged}, {places.onnx} or {places.engines}"
-            + "".join(f"; {cell.reason}" for cell in not_there if cell.verdict == "failed"),
-            expected="at least one exported model",
-            why="a check that compares nothing must not pass",
+            f"parity: nothing under {places.merged}, {places.onnx} or {places.engines}"
+            f"{''.join(f'; {cell.reason}' for cell in not_there if cell.verdict == 'failed')}",
+            expected=(
+                "at least one exported model, because a check that compares nothing must not pass"
+            ),
             fix="Run mtl-export merge --all-tasks or mtl-export onnx --all-tasks first",
         )
     if request.max_drop is not None:

@@ -63,8 +63,8 @@ def cases_of(bound: BoundModel, inputs: Path | None) -> list[Case]:
     token_types = int(kind.text.get("type_vocab_size") or 1)
     if min(kind.vocabulary, token_types, longest) < 1:
         raise BaseModelError(
-            where=f"base {bound.base.reference}, config.json",
-            found=f"vocabulary {kind.vocabulary}, {token_types} token types, {longest} positions",
+            f"base {bound.base.reference}, config.json: vocabulary {kind.vocabulary}, {token_types}"
+            f" token types, {longest} positions",
             expected="one or more of each, because rows are made of them",
             fix="Pass the base that the adapter was trained on to --base",
         )
@@ -125,10 +125,12 @@ def _arrays(bound: BoundModel, inputs: Path, kind: ModelRows) -> dict[str, Array
     )
     if found is None or not fits:
         raise UsageError(
-            where=f"--inputs {inputs}",
-            found=f"no {needed}" if found is None else f"{needed} {list(found.shape)}",
-            expected=f"{needed} [N, {', '.join(map(str, shape or 'S'))}]",
-            why=f"{bound.adapters.model_class} takes it",
+            f"--inputs {inputs}: "
+            f"{f'no {needed}' if found is None else f'{needed} {list(found.shape)}'}",
+            expected=(
+                f"{needed} [N, {', '.join(map(str, shape or 'S'))}], because "
+                f"{bound.adapters.model_class} takes it"
+            ),
             fix="Save what the model takes, and task_ids",
         )
     inputs_alone = {n: value for n, value in data.items() if n not in {LABELS, QUERIES}}
@@ -148,10 +150,8 @@ def _no_text(bound: BoundModel, inputs: Path, kind: ModelRows) -> UsageError:
         for name, shape in kind.features.items()
     )
     return UsageError(
-        where=f"--inputs {inputs}",
-        found=f"rows of text for a {bound.adapters.model_class}",
-        expected=f"arrays.npz with {needed} and task_ids [N]",
-        why="this model takes them",
+        f"--inputs {inputs}: rows of text for a {bound.adapters.model_class}",
+        expected=f"arrays.npz with {needed} and task_ids [N], because this model takes them",
         fix="Save them with numpy.savez, or leave out --inputs",
     )
 

@@ -67,5 +67,5 @@ def plan_of(settings: Settings) -> Plan:
         tasks = sources.selected_tasks(settings, tasks)
     speeds = measure_speeds(bound, place)
     refusal = refusal_of(bound)
-    refused = f"{refusal.where}: {refusal.found}" if refusal else ""
+    refused = refusal.problem if refusal else ""
     return make_plan(bound, tasks, settings.dtype, speeds, refused)

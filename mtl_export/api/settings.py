@@ -116,8 +116,7 @@ def refuse_unknown_values(
     for name, value in given.items():
         if value is not None and value not in known[name]:
             raise UsageError(
-                where=name,
-                found=repr(value),
+                f"{name}: {value!r}",
                 expected=f"one of {shortened(map(str, known[name]), 12)}",
                 fix=f"Correct {name}",
             )

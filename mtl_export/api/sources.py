@@ -30,8 +30,7 @@ def open_settings_checkpoint(settings: Settings) -> Checkpoint:
     if settings.checkpoint is None:
         in_file = f", or set checkpoint in {settings.config_file}" if settings.config_file else ""
         raise UsageError(
-            where="--checkpoint",
-            found="no checkpoint was given",
+            "--checkpoint: no checkpoint was given",
             expected="the trained adapter: a file or folder",
             fix=f"Pass --checkpoint PATH{in_file}",
         )
@@ -56,8 +55,7 @@ def open_settings_base(settings: Settings, checkpoint: Checkpoint) -> BaseModel:
     if settings.base is None:
         trained_on = checkpoint.base.id
         raise UsageError(
-            where="--base",
-            found="no base model was given",
+            "--base: no base model was given",
             expected="the model the adapter was trained on"
             + (f" (the checkpoint says {trained_on})" if trained_on else ""),
             fix=f"Pass --base {trained_on or 'DIR_OR_HUB_ID'}, or set base in mtl-export.toml",
@@ -112,8 +110,7 @@ def selected_tasks(settings: Settings, tasks: Sequence[Task]) -> tuple[Task, ...
         return tuple(tasks)
     if not settings.task:
         raise UsageError(
-            where="--task",
-            found="no task was asked for",
+            "--task: no task was asked for",
             expected=f"one or more of {shortened((task.name for task in tasks), 12)}",
             fix="Pass --task NAME (repeatable) or --all-tasks",
         )
@@ -177,8 +174,8 @@ def refuse_in_source(
     folders = {"checkpoint": checkpoint.path, "base": base.folder if base else None}
     found = lies_in(target, folders)
     if found:
-        why = "sources are never written to"
-        raise UsageError(where=where, found=found, expected="another folder", why=why, fix=fix)
+        expected = "another folder, because sources are never written to"
+        raise UsageError(f"{where}: {found}", expected=expected, fix=fix)
 
 
 def lies_in(place: Path, folders: Mapping[str, Path | None]) -> str:

@@ -198,10 +198,11 @@ def _refuse_beside_quantize(settings: Settings, quantize: str | None, form: Form
     asked += form.as_words()
     if quantize and asked:
         raise UsageError(
-            where=f"--quantize {quantize}",
-            found=f"{' and '.join(asked)} beside it",
-            expected="neither --dtype nor an option of the graph's form",
-            why="the graphs that mtl-export calibrate wrote are taken as they are",
+            f"--quantize {quantize}: {' and '.join(asked)} beside it",
+            expected=(
+                "neither --dtype nor an option of the graph's form, because the graphs that "
+                "mtl-export calibrate wrote are taken as they are"
+            ),
             fix=f"Leave out {asked[0]}, or give it to mtl-export onnx and calibrate again",
         )
 

@@ -77,8 +77,7 @@ def verify(
     wrong = [one for one in digests if not is_sha256(one)]
     if wrong:
         raise UsageError(
-            where="expect",
-            found=repr(wrong[0]),
+            f"expect: {wrong[0]!r}",
             expected="a SHA-256, 64 hex digits",
             fix="Take it from sha256sum mtl-export.json",
         )

@@ -273,10 +273,11 @@ class _Worker:
         except (EOFError, ConnectionError) as error:
             self.process.join()
             raise EngineRunError(
-                where=self.name,
-                found=f"its process ended with code {self.process.exitcode}",
-                expected="a process that lives until it was measured",
-                why="a negative code is a signal; -9 is what the system sends when memory runs out",
+                f"{self.name}: its process ended with code {self.process.exitcode}",
+                expected=(
+                    "a process that lives until it was measured, because a negative code is a "
+                    "signal; -9 is what the system sends when memory runs out"
+                ),
                 fix="Measure fewer models or smaller shapes at once",
             ) from error
         if kind == "refused":

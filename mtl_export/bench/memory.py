@@ -29,10 +29,11 @@ def refuse_larger(where: str, size_bytes: int) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if BATCH_COPIES * size_bytes > memory:
         raise UsageError(
-            where=where,
-            found=f"its inputs take {size_bytes / 1e9:.1f} GB",
-            expected=f"at most {memory / BATCH_COPIES / 1e9:.1f} GB",
-            why=f"they are held {BATCH_COPIES} times, in {memory / 1e9:.1f} GB of memory",
+            f"{where}: its inputs take {size_bytes / 1000000000.0:.1f} GB",
+            expected=(
+                f"at most {memory / BATCH_COPIES / 1000000000.0:.1f} GB, because they are held "
+                f"{BATCH_COPIES} times, in {memory / 1000000000.0:.1f} GB of memory"
+            ),
             fix="Measure a smaller shape",
         )
 
@@ -47,13 +48,12 @@ def within_memory(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = error.found if isinstance(error, MtlExportError) else str(error).strip()
+        said = error.problem if isinstance(error, MtlExportError) else str(error).strip()
         is_known = any(words in said.lower() for words in OUT_OF_MEMORY)
         if not is_known and not isinstance(error, MemoryError):
             raise
         raise EngineRunError(
-            where=where,
-            found=f"memory ran out ({(said or type(error).__name__).splitlines()[0]})",
+            f"{where}: memory ran out ({(said or type(error).__name__).splitlines()[0]})",
             expected="memory for the batch and all that is computed from it",
             fix="Measure fewer models or smaller shapes at once",
         ) from error

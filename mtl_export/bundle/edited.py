@@ -95,9 +95,10 @@ def edit_folder(place: Path, edit: Edit, note: str, *, added: str = "", removed:
         manifest = _manifest_of(folder)
         if is_graph and place.name not in manifest.files:
             raise UsageError(
-                where=str(place),
-                found="no graph that mtl-export wrote" if place.exists() else "no such file",
-                expected=f"one of {shortened(name for name in manifest.files if _is_graph(name))}",
+                f"{place}: {'not written by mtl-export' if place.exists() else 'no such file'}",
+                expected=(
+                    f"one of {shortened(name for name in manifest.files if _is_graph(name))}"
+                ),
                 fix=f"Pass the folder, {folder}: all its graphs change together",
             )
         names = dict([renamed]) if renamed[0] else {}
@@ -156,8 +157,7 @@ def _save(model: ir.Model, path: Path, source: Path) -> None:
         ir.save(model, path)
     except ir.serde.SerdeError as error:
         raise GraphError(
-            where=f"{source / path.name}",
-            found=f"it cannot be written again ({str(error)[:200]})",
+            f"{source / path.name}: it cannot be written again ({str(error)[:200]})",
             expected="a graph that mtl-export onnx wrote",
             fix="Export it again with --force",
         ) from error
@@ -185,18 +185,18 @@ def _manifest_of(folder: Path) -> Manifest:
     manifest = read_manifest(folder) if folder.is_dir() else None
     if manifest is None or not any(_is_graph(name) for name in manifest.files):
         raise UsageError(
-            where=str(folder),
-            found="no graph that mtl-export wrote" if folder.exists() else "no such folder",
+            f"{folder}: {'not written by mtl-export' if folder.exists() else 'no such folder'}",
             expected=f"a folder with model.onnx and {MANIFEST_FILE}",
             fix="Pass the folder that mtl-export onnx --all-tasks wrote, such as out/onnx",
         )
     problems = damage(folder, manifest)
     if problems:
         raise IntegrityError(
-            where=str(folder),
-            found=shortened(problems),
-            expected="the files that were written there",
-            why="an edit of a changed graph would make it look whole",
+            f"{folder}: {shortened(problems)}",
+            expected=(
+                "the files that were written there, because an edit of a changed graph would make "
+                "it look whole"
+            ),
             fix="Export it again",
         )
     return manifest
@@ -244,8 +244,8 @@ def _check(folder: Path, stems: Sequence[str]) -> None:
             onnx.checker.check_model(str(path), full_check=True)
         except Exception as error:  # its types are made by pybind and share no base
             raise GraphError(
-                where=path.name,
-                found=f"the edited graph fails onnx's check ({str(error).strip().splitlines()[0]})",
+                f"{path.name}: the edited graph fails onnx's check ("
+                f"{str(error).strip().splitlines()[0]})",
                 expected="a graph as mtl-export onnx writes it",
                 fix="Export the graph again with the tasks you want; nothing was changed",
             ) from error
@@ -267,8 +267,7 @@ def _followed(
             continue
         if old.ndim != 1 or old.dtype.kind not in "iu":
             raise IntegrityError(
-                where=GOLDEN_FILE,
-                found=f"task_ids of {vector.name!r} are {old.dtype} {list(old.shape)}",
+                f"{GOLDEN_FILE}: task_ids of {vector.name!r} are {old.dtype} {list(old.shape)}",
                 expected="whole numbers [B]",
                 fix="Run mtl-export parity --golden again",
             )

@@ -132,10 +132,11 @@ def read_manifest(folder: Path) -> Manifest | None:
         return _parsed(document)
     except ValueError as error:
         raise IntegrityError(
-            where=str(path),
-            found=f"not a manifest this version can read ({error})",
-            expected=f'an object with schema "{SCHEMA}"',
-            why="it decides which files of the folder may be replaced",
+            f"{path}: not a manifest this version can read ({error})",
+            expected=(
+                f'an object with schema "{SCHEMA}", because it decides which files of the folder '
+                "may be replaced"
+            ),
             fix=fix,
         ) from error
 
@@ -168,10 +169,8 @@ def add_to_manifest(folder: Path, name: str) -> Manifest:
     manifest = read_manifest(folder)
     if manifest is None:
         raise IntegrityError(
-            where=str(folder),
-            found=f"no {MANIFEST_FILE}",
-            expected="a folder that mtl-export wrote",
-            why="what is added is listed there",
+            f"{folder}: no {MANIFEST_FILE}",
+            expected="a folder that mtl-export wrote, because what is added is listed there",
             fix="Export it again",
         )
     files = {**manifest.files, name: _entry(folder / name, None)}

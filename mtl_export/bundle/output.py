@@ -143,12 +143,11 @@ def output_folder(
                         raise
                     finish()  # another run put it there since we looked
     except OutputError as error:
-        is_staged = any(is_staging(part) for part in Path(error.where).parts)
+        path, _, rest = error.problem.partition(": ")
+        is_staged = any(is_staging(part) for part in Path(path).parts)
         raise OutputError(
-            where=str(target) if is_staged else error.where,
-            found=error.found,
+            f"{target}: {rest}" if is_staged else error.problem,
             expected=error.expected,
-            why=error.why,
             fix=error.fix.replace("--output", option),
         ) from error
     except MtlExportError:
@@ -158,8 +157,7 @@ def output_folder(
         if failure is None:
             raise
         raise OutputError(
-            where=str(target),
-            found=f"{failure[0]}; nothing was changed there",
+            f"{target}: {failure[0]}; nothing was changed there",
             expected="a folder that can be written",
             fix=failure[1].replace("--output", option),
         ) from error
@@ -193,8 +191,7 @@ def _refuse_place(place: Path, target: Path) -> None:
         found = "it is a mount point"
     if found:
         raise OutputError(
-            where=str(target),
-            found=found,
+            f"{target}: {found}",
             expected="a folder that can be swapped for the finished result",
             fix=f"Pass a folder inside or beside it, such as --output {target / 'export'}"
             if place.is_dir()
@@ -214,8 +211,7 @@ def _refuse_difference(
     if old is not None:
         changes = _recipe(recipe).differences(old.recipe) or _changed(place, old)
         raise OutputError(
-            where=str(target),
-            found=f"it holds another result: {shortened(changes)}",
+            f"{target}: it holds another result: {shortened(changes)}",
             expected="an absent folder, or the result of this very command",
             fix="Pass --force to replace it, or another folder to --output",
         )
@@ -226,8 +222,7 @@ def _refuse_difference(
     ]
     if foreign:
         raise OutputError(
-            where=str(target),
-            found=f"it holds files of others: {shortened(foreign)}",
+            f"{target}: it holds files of others: {shortened(foreign)}",
             expected="an absent or empty folder, or one that mtl-export wrote",
             fix="Pass another folder to --output, or --force to write among them",
         )
@@ -254,10 +249,8 @@ def _refuse_overtaken(
     if now is None or now.recipe in (recipe, before.recipe if before else None):
         return
     raise OutputError(
-        where=str(target),
-        found="another run wrote it while this one was at work",
-        expected="what was there when this run began",
-        why="what that run did would be lost",
+        f"{target}: another run wrote it while this one was at work",
+        expected="what was there when this run began, because what that run did would be lost",
         fix="Look at it, and run the command again",
     )
 
@@ -267,10 +260,11 @@ def _refuse_full_disk(target: Path, place: Path, estimated_size_bytes: int) -> N
     free_bytes = shutil.disk_usage(existing).free
     if estimated_size_bytes > free_bytes:
         raise OutputError(
-            where=str(target),
-            found=f"{_size_text(free_bytes)} are free",
-            expected=f"about {_size_text(estimated_size_bytes)}",
-            why="an old result is kept until the new one is whole",
+            f"{target}: {_size_text(free_bytes)} are free",
+            expected=(
+                f"about {_size_text(estimated_size_bytes)}, because an old result is kept until "
+                "the new one is whole"
+            ),
             fix=_FULL[1],
         )
 
@@ -307,8 +301,7 @@ def _carry_over(
 
 def _in_the_way(path: Path, kind: str) -> OutputError:
     return OutputError(
-        where=str(path),
-        found=f"{kind} that mtl-export did not write is in the way of a new file",
+        f"{path}: {kind} that mtl-export did not write is in the way of a new file",
         expected="that name to be free",
         fix="Move it away, or pass another folder to --output",
     )

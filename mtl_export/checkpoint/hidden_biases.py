@@ -44,8 +44,7 @@ def with_biases(checkpoint: Checkpoint, file: Path) -> Checkpoint:
     """
     if not file.is_file() or checkpoint.members:
         raise UsageError(
-            where=f"--biases {file}",
-            found="one adapter per task" if file.is_file() else "no such file",
+            f"--biases {file}: {'one adapter per task' if file.is_file() else 'no such file'}",
             expected="a file of biases for a checkpoint that all tasks share",
             fix="Correct --biases, or leave it out",
         )
@@ -61,10 +60,11 @@ def with_biases(checkpoint: Checkpoint, file: Path) -> Checkpoint:
     ]
     if problems or not biases:
         raise CheckpointError(
-            where=str(file),
-            found=shortened(problems) if problems else "nothing",
-            expected="only <module>.bias [O] of modules that the checkpoint adapts",
-            why="they are added to these layers' outputs",
+            f"{file}: {shortened(problems) if problems else 'nothing'}",
+            expected=(
+                "only <module>.bias [O] of modules that the checkpoint adapts, because they are "
+                "added to these layers' outputs"
+            ),
             fix="Keep these entries of the state dict and drop the others",
         )
     digests = {"checkpoint": checkpoint.sha256, "biases": sha256_of_file(file)}
@@ -99,11 +99,11 @@ def biased_base(base: BaseModel, prefix: str, biases: Iterable[str]) -> BaseMode
     homeless = [name for name in lacking if _layer(name) not in switched]
     if homeless:
         raise BaseModelError(
-            where=f"base {base.reference}",
-            found=f"no place for {shortened(homeless)}",
-            expected="a class with a config switch for these biases, such as LLaMA's"
-            " attention_bias",
-            why="a merged folder must load into a class of transformers",
+            f"base {base.reference}: no place for {shortened(homeless)}",
+            expected=(
+                "a class with a config switch for these biases, such as LLaMA's attention_bias, "
+                "because a merged folder must load into a class of transformers"
+            ),
             fix="Leave out --biases",
         )
     added = {

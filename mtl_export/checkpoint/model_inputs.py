@@ -58,8 +58,7 @@ def image_shape(config: Mapping[str, Any]) -> tuple[int, int, int] | None:
     sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if len(sides) != 2 or not all(type(side) is int and 0 < side <= MOST_PIXELS for side in sides):
         raise BaseModelError(
-            where="config.json: image_size",
-            found=shown(size),
+            f"config.json: image_size: {shown(size)}",
             expected=f"height and width, 1 to {MOST_PIXELS}",
             fix="Correct it to what the model was trained on",
         )

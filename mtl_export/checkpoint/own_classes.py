@@ -76,10 +76,15 @@ def check_switches(name: str, layers: Mapping[str, LayerTensors]) -> None:
         for layer in layers.values():
             if layer.hyper.get(switch) not in {0.0, 1.0}:
                 raise HyperparameterError(
-                    where=f"{layer.module}: {switch}",
-                    found="the checkpoint does not carry it",
-                    expected=f"whether the training command had --{switch}",
-                    why="it changes what the model computes and leaves no tensor",
-                    fix=f"Pass --{switch} or --no-{switch}"
-                    f" (or set {switch} in mtl-export.toml) as in training",
+                    layer.module,
+                    switch,
+                    "the checkpoint does not carry it",
+                    expected=(
+                        f"whether the training command had --{switch}, because it changes what the "
+                        "model computes and leaves no tensor"
+                    ),
+                    fix=(
+                        f"Pass --{switch} or --no-{switch} (or set {switch} in mtl-export.toml) as "
+                        "in training"
+                    ),
                 )

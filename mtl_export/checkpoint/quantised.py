@@ -43,13 +43,16 @@ def refuse_quantised(base: BaseModel, modules: Iterable[str], prefix: str = "") 
     settings = base.config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
     raise UnusableBaseError(
-        where=f"base {base.reference}",
-        found=f"it is quantised ({_dtypes(base.tensors, stored)},"
-        f" quant_method {str(method or 'unknown')!r}), in the adapted {shortened(found)} too",
-        expected="weights in F32, F16 or BF16",
-        why="the delta cannot be added to a weight's quantised codes",
-        fix="Pass the model that it was quantised from to --base, or save a dequantised copy:"
-        " AutoModel….from_pretrained(…, dtype=torch.bfloat16).dequantize() and save_pretrained",
+        f"base {base.reference}: it is quantised ({_dtypes(base.tensors, stored)}, quant_method "
+        f"{str(method or 'unknown')!r}), in the adapted {shortened(found)} too",
+        expected=(
+            "weights in F32, F16 or BF16, because the delta cannot be added to a weight's "
+            "quantised codes"
+        ),
+        fix=(
+            "Pass the model that it was quantised from to --base, or save a dequantised copy: "
+            "AutoModel….from_pretrained(…, dtype=torch.bfloat16).dequantize() and save_pretrained"
+        ),
     )
 
 

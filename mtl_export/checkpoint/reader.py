@@ -129,8 +129,8 @@ def open_checkpoint(
     """
     if not (path.is_file() or path.is_dir()):
         raise UsageError(
-            where=f"checkpoint {path}",
-            found="it is a device or a pipe" if path.exists() else "no such file or folder",
+            f"checkpoint {path}: "
+            f"{'it is a device or a pipe' if path.exists() else 'no such file or folder'}",
             expected="a trained multi-task LoRA checkpoint",
             fix="Correct --checkpoint (or checkpoint in mtl-export.toml)",
         )
@@ -153,8 +153,7 @@ def open_checkpoint(
     refuse_code(path)
     seen = sorted(child.name for child in path.iterdir()) if path.is_dir() else [path.name]
     raise CheckpointError(
-        where=f"checkpoint {path}",
-        found=f"no known checkpoint; it holds {shortened(seen, 8)}",
+        f"checkpoint {path}: no known checkpoint; it holds {shortened(seen, 8)}",
         expected=f"{' or '.join(entry.looks_for for entry in FORMATS)}",
         fix="Point --checkpoint at the folder that the trainer wrote",
     )
@@ -185,10 +184,12 @@ def with_hyper(checkpoint: Checkpoint, given: dict[str, float | None]) -> Checkp
         carried = {layer.hyper[name] for layer in checkpoint.layers.values() if name in layer.hyper}
         if carried - {value}:
             raise UsageError(
-                where=f"--{name} {value:g}",
-                found=f"the checkpoint itself says {', '.join(f'{v:g}' for v in sorted(carried))}",
-                expected="no value, or the same one",
-                why="the delta must be computed with the number used in training",
+                f"--{name} {value:g}: the checkpoint itself says "
+                f"{', '.join(f'{v:g}' for v in sorted(carried))}",
+                expected=(
+                    "no value, or the same one, because the delta must be computed with the "
+                    "number used in training"
+                ),
                 fix=f"Leave out --{name}",
             )
     if not wanted:
@@ -207,18 +208,17 @@ def _with_switch(checkpoint: Checkpoint, name: str, *, is_on: bool) -> Checkpoin
     carried = {layer.hyper.get(name, float(is_on)) for layer in checkpoint.layers.values()}
     if name not in switches_of(checkpoint.model_class):
         raise UsageError(
-            where=typed,
-            found=f"a checkpoint of {checkpoint.model_class or 'an unknown class'}",
-            expected="a VL-BART",
-            why="no other model that is exported has this switch",
+            f"{typed}: a checkpoint of {checkpoint.model_class or 'an unknown class'}",
+            expected="a VL-BART, because no other model that is exported has this switch",
             fix=f"Leave out {typed} (or {name} in mtl-export.toml)",
         )
     if carried - {float(is_on)}:
         raise UsageError(
-            where=typed,
-            found="the checkpoint itself says the contrary",
-            expected="nothing, or what the checkpoint says",
-            why="the model must be the one that was trained",
+            f"{typed}: the checkpoint itself says the contrary",
+            expected=(
+                "nothing, or what the checkpoint says, because the model must be the one that was "
+                "trained"
+            ),
             fix=f"Leave out {typed}",
         )
     return with_hyper(checkpoint, {name: float(is_on)})
@@ -234,8 +234,7 @@ def _with_task_names(checkpoint: Checkpoint, names: Sequence[str] | None) -> Che
     placeholder = [f"task{index}" for index in range(len(own))]
     if own != placeholder or len(names) != len(own):
         raise UsageError(
-            where=f"--tasks {','.join(names)}",
-            found=f"the checkpoint has {len(own)} tasks: {shortened(own)}",
+            f"--tasks {','.join(names)}: the checkpoint has {len(own)} tasks: {shortened(own)}",
             expected="no names, or the same ones in id order"
             if own != placeholder
             else f"{len(own)} names in id order",

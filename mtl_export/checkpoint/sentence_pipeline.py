@@ -162,10 +162,8 @@ def pooled_pipeline(
     width = next((config[name] for name in _WIDTHS if isinstance(config.get(name), int)), None)
     if width is None:
         raise BaseModelError(
-            where="base config.json",
-            found=f"none of {', '.join(_WIDTHS)}",
-            expected="the width of hidden states",
-            why="sentence-transformers asks for it",
+            f"base config.json: none of {', '.join(_WIDTHS)}",
+            expected="the width of hidden states, because sentence-transformers asks for it",
             fix="Leave out --pooling",
         )
     modules = [
@@ -198,10 +196,11 @@ def refuse_other_pooling(pipeline: Pipeline | None, embedding: SentenceEmbedding
     more = set(pipeline.steps) - {"Transformer", "Pooling", "Normalize", "Dropout"}
     if pipeline.pooling != embedding.pooling or more:
         raise UsageError(
-            where=f"--pooling {embedding.pooling}",
-            found=f"a base whose own pipeline is: {pipeline}",
-            expected="the pooling that the base was trained with, and no more modules",
-            why="the vectors would be others than the base's",
+            f"--pooling {embedding.pooling}: a base whose own pipeline is: {pipeline}",
+            expected=(
+                "the pooling that the base was trained with, and no more modules, because the "
+                "vectors would be others than the base's"
+            ),
             fix="Leave out --pooling: the export carries the base's pipeline, and"
             " SentenceTransformer(folder) applies it"
             + (f"; or pass --pooling {pipeline.pooling}" if not more else ""),
@@ -217,10 +216,11 @@ def _modules(root: Path) -> list[tuple[str, str]]:
         library, name = kind.partition(".")[0], kind.rpartition(".")[2]
         if library != LIBRARY or name not in CARRIED:
             raise BaseModelError(
-                where=f"base {root / MODULES_FILE}",
-                found=f"a module of type {kind!r}",
-                expected=f"{', '.join(sorted(CARRIED))} of {LIBRARY}",
-                why="its vectors need all of its pipeline, and other modules are not carried",
+                f"base {root / MODULES_FILE}: a module of type {kind!r}",
+                expected=(
+                    f"{', '.join(sorted(CARRIED))} of {LIBRARY}, because its vectors need all of "
+                    "its pipeline, and other modules are not carried"
+                ),
                 fix=f"Remove {MODULES_FILE} from a copy of the base to export hidden states alone",
             )
         parts = Path(path).parts
@@ -250,9 +250,7 @@ def _text(document: object) -> str:
 
 def _broken(root: Path, found: str, expected: str) -> BaseModelError:
     return BaseModelError(
-        where=f"base {root / MODULES_FILE}",
-        found=found,
-        expected=expected,
-        why="an export carries the base's sentence-transformers pipeline",
+        f"base {root / MODULES_FILE}: {found}",
+        expected=f"{expected}, because an export carries the base's sentence-transformers pipeline",
         fix=SAVE_AGAIN,
     )

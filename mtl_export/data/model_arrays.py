@@ -97,9 +97,7 @@ def _wrong_lengths(ids: Array, mask: Array, config: Mapping[str, Any]) -> list[s
 def _refuse(problems: list[str], reference: str, expected: str) -> None:
     if problems:
         raise CalibrationError(
-            where=reference,
-            found=shortened(problems),
-            expected=expected,
-            why="no runtime can compute anything else",
+            f"{reference}: {shortened(problems)}",
+            expected=f"{expected}, because no runtime can compute anything else",
             fix="Correct these rows",
         )

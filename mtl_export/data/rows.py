@@ -63,8 +63,7 @@ def load_rows(path: Path, task: str | None = None) -> list[Row]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(
-            where=str(path),
-            found=f"it cannot be read ({getattr(error, 'strerror', None) or error})",
+            f"{path}: it cannot be read ({getattr(error, 'strerror', None) or error})",
             expected="a UTF-8 file with one JSON object per line",
             fix="Pass an existing JSONL file",
         ) from error
@@ -79,10 +78,11 @@ def load_rows(path: Path, task: str | None = None) -> list[Row]:
                 rows.append(row)
     if problems or not rows:
         raise CalibrationError(
-            where=str(path),
-            found=shortened(problems) if problems else "no row",
-            expected='lines such as {"task": "spam", "text": "Win a prize"}',
-            why="a row that is dropped would not be compared or calibrated on",
+            f"{path}: {shortened(problems) if problems else 'no row'}",
+            expected=(
+                'lines such as {"task": "spam", "text": "Win a prize"}, because a row that is '
+                "dropped would not be compared or calibrated on"
+            ),
             fix="Correct these lines",
         )
     return rows
@@ -109,7 +109,7 @@ def tokenize(
     refuse_unknown([row.task for row in rows], tasks)
     if not rows:
         raise CalibrationError(
-            where="input rows", found="none", expected="at least one", fix="Pass a file with rows"
+            "input rows: none", expected="at least one", fix="Pass a file with rows"
         )
     with _usable(tokenizer_folder):
         tokenizer = _tokenizer(tokenizer_folder)
@@ -167,10 +167,12 @@ def balanced_indices(
     absent = [name for name, found in own.items() if not found]
     if absent or per_task < 1:
         raise CalibrationError(
-            where="calibration rows",
-            found=f"no row for {shortened(absent)}" if absent else f"{per_task} rows per task",
-            expected="at least one row for each task",
-            why="ranges that a task did not take part in may cut its values off",
+            "calibration rows: "
+            f"{f'no row for {shortened(absent)}' if absent else f'{per_task} rows per task'}",
+            expected=(
+                "at least one row for each task, because ranges that a task did not take part in "
+                "may cut its values off"
+            ),
             fix="Add rows for these tasks" if absent else "Ask for at least one",
         )
     samples = [_sample(own[task.name], task.name, per_task, seed) for task in tasks]
@@ -189,7 +191,7 @@ def _row(line: str, default_task: str | None) -> Row | str:
     try:
         value = parse_json(line, "", object)
     except MtlExportError as error:
-        return f"is {error.found}"
+        return f"is {error.problem.removeprefix(': ')}"
     return row_of(value, default_task)
 
 
@@ -222,8 +224,7 @@ def refuse_unknown(owners: Sequence[str], tasks: Sequence[Task]) -> None:
     unknown = sorted(set(owners) - set(known))
     if unknown:
         raise CalibrationError(
-            where="input rows",
-            found=f"tasks that the checkpoint does not have: {shortened(unknown)}",
+            f"input rows: tasks that the checkpoint does not have: {shortened(unknown)}",
             expected=f"some of {shortened(known)}",
             fix="Correct 'task' in these rows",
         )
@@ -256,8 +257,7 @@ def _usable(folder: Path) -> Iterator[None]:
     except BaseException as error:  # a panic is no Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CalibrationError(
-            where=str(folder),
-            found=f"no tokenizer that transformers can load ({reason})",
+            f"{folder}: no tokenizer that transformers can load ({reason})",
             expected="tokenizer.json or vocab files beside the base's weights",
             fix="Add the base's tokenizer files to its folder",
         ) from error

@@ -136,9 +136,10 @@ def load_data(reference: str) -> list[Row] | dict[str, Array]:
         files = sorted(path.glob("*.jsonl"))
         if not files:
             raise CalibrationError(
-                where=str(path), found="no *.jsonl file", expected="one for each task or for all",
+                f"{path}: no *.jsonl file",
+                expected="one for each task or for all",
                 fix="Pass a folder with JSONL files",
-            )  # fmt: skip
+            )
         return [row for file in files for row in load_rows(file, file.stem)]
     if path.suffix == ".npz":
         return _arrays(path)
@@ -209,10 +210,8 @@ def _labels(rows: Sequence[Row], tasks: Sequence[Task], reference: str) -> Array
             wrong.add(f"{row.label!r} of task {row.task}")
     if wrong:
         raise CalibrationError(
-            where=reference,
-            found=f"labels that the checkpoint does not have: {shortened(sorted(wrong))}",
-            expected="the label's name or its index",
-            why="accuracy is counted against them",
+            f"{reference}: labels that the checkpoint does not have: {shortened(sorted(wrong))}",
+            expected="the label's name or its index, because accuracy is counted against them",
             fix="Correct 'label' in these rows, or leave it out",
         )
     return labels
@@ -244,8 +243,8 @@ def owners_of(
     sizes = {name: value.shape[0] if value.ndim else 0 for name, value in data.items()}
     if ids is None or ids.ndim != 1 or ids.dtype.kind not in "iu" or len(set(sizes.values())) != 1:
         raise CalibrationError(
-            where=reference,
-            found=f"arrays {', '.join(f'{name} {data[name].shape}' for name in sorted(data))}",
+            f"{reference}: arrays "
+            f"{', '.join(f'{name} {data[name].shape}' for name in sorted(data))}",
             expected=f"the model's inputs and int64 {TASK_IDS}, all with one row a sample",
             fix=f"Add {TASK_IDS} [N], or give all arrays as many rows",
         )
@@ -253,17 +252,18 @@ def owners_of(
     others = sorted(data.keys() - {*inputs, LABELS, QUERIES})
     if others:
         raise CalibrationError(
-            where=reference,
-            found=f"arrays that are no input: {shortened(others)}",
-            expected=f"some of {shortened(inputs, 20)}; {LABELS} and {QUERIES} where known",
-            why="an array that is not fed would change nothing",
+            f"{reference}: arrays that are no input: {shortened(others)}",
+            expected=(
+                f"some of {shortened(inputs, 20)}; {LABELS} and {QUERIES} where known, because an "
+                "array that is not fed would change nothing"
+            ),
             fix="Leave them out, or correct their names",
         )
     unknown = sorted({int(i) for i in ids} - names.keys())
     if unknown:
         raise CalibrationError(
-            where=reference,
-            found=f"task ids that the checkpoint does not have: {shortened(map(str, unknown))}",
+            f"{reference}: task ids that the checkpoint does not have: "
+            f"{shortened(map(str, unknown))}",
             expected=f"ids 0 to {len(tasks) - 1}",
             fix=f"Correct {TASK_IDS}",
         )
@@ -276,9 +276,10 @@ def _from_arrays(data: Mapping[str, Array], reference: str) -> Samples:
         labels = np.full(len(data[TASK_IDS]), NO_LABEL, np.int64)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise CalibrationError(
-            where=reference, found=f"{LABELS} {labels.dtype} {labels.shape}",
-            expected="int64 [N]", fix="Store each row's label index, or leave labels out",
-        )  # fmt: skip
+            f"{reference}: {LABELS} {labels.dtype} {labels.shape}",
+            expected="int64 [N]",
+            fix="Store each row's label index, or leave labels out",
+        )
     inputs = {name: value for name, value in data.items() if name not in {TASK_IDS, LABELS}}
     return Samples(inputs, data[TASK_IDS].astype(np.int64), labels.astype(np.int64))
 
@@ -292,8 +293,7 @@ def _called(reference: str, place: str, name: str) -> list[Row] | dict[str, Arra
         found: Any = getattr(_module(place), name)()
     except Exception as error:  # the user's own code may raise anything
         raise CalibrationError(
-            where=reference,
-            found=f"calling it raised {type(error).__name__}: {error}",
+            f"{reference}: calling it raised {type(error).__name__}: {error}",
             expected="a function without arguments that returns rows or arrays",
             fix="Correct the function",
         ) from error
@@ -303,8 +303,7 @@ def _called(reference: str, place: str, name: str) -> list[Row] | dict[str, Arra
     problems = [f"row {place} {row}" for place, row in enumerate(rows) if isinstance(row, str)]
     if problems or not rows:
         raise CalibrationError(
-            where=reference,
-            found=shortened(problems) if problems else "no row",
+            f"{reference}: {shortened(problems) if problems else 'no row'}",
             expected='a mapping of arrays, or objects such as {"task": "spam", "text": "Hi"}',
             fix="Correct what the function returns",
         )
@@ -322,8 +321,7 @@ def _numeric(reference: str, found: Mapping[Any, Any]) -> dict[str, Array]:
     others += [f"{name} is {a.dtype}" for name, a in arrays.items() if a.dtype.kind not in "biuf"]
     if others:
         raise CalibrationError(
-            where=reference,
-            found=shortened(others),
+            f"{reference}: {shortened(others)}",
             expected="arrays of numbers",
             fix="Correct what the function returns",
         )

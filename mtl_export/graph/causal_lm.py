@@ -110,11 +110,12 @@ def _refuse_changing_rotation(model: Any) -> None:
     found = [str(one["rope_type"]) for one in of_layers if one.get("rope_type") in CHANGING]
     if found:
         raise GraphError(
-            where=type(model).__name__,
-            found=f"rope_type {found[0]} in its config",
-            expected="positions that are turned alike however long the text is",
-            why="past some length keys that are in the cache would have to be turned again, where"
-            " transformers reads the whole text anew",
+            f"{type(model).__name__}: rope_type {found[0]} in its config",
+            expected=(
+                "positions that are turned alike however long the text is, because past some "
+                "length keys that are in the cache would have to be turned again, where "
+                "transformers reads the whole text anew"
+            ),
             fix="Merge per task instead (mtl-export merge)",
         )
 
@@ -150,10 +151,12 @@ def _sample_cache(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> States:
     ]
     if odd or not states:
         raise GraphError(
-            where=type(model).__name__,
-            found=f"layers that keep something else: {shortened(odd)}" if odd else "no cache",
-            expected="keys and values [batch, heads, tokens, size] of every token in each layer",
-            why="the decode graph takes exactly these from one step to the next",
+            f"{type(model).__name__}: "
+            f"{f'layers that keep something else: {shortened(odd)}' if odd else 'no cache'}",
+            expected=(
+                "keys and values [batch, heads, tokens, size] of every token in each layer, "
+                "because the decode graph takes exactly these from one step to the next"
+            ),
             fix="Merge per task instead (mtl-export merge)",
         )
     return states

@@ -93,8 +93,7 @@ def exported(
         if "padding token" in reason:  # classifiers that find each row's last token by it
             fix = "Set pad_token_id in config.json of the base"
         raise GraphError(
-            where=type(model).__name__,
-            found=f"the ONNX exporter gave up: {reason}",
+            f"{type(model).__name__}: the ONNX exporter gave up: {reason}",
             expected="a model that torch.export can trace with a dynamic batch and sequence",
             fix=fix,
         ) from error
@@ -120,8 +119,7 @@ def _bring_to_opset(model: ir.Model, opset: int, model_class: str) -> None:
         convert_version(model, opset)
     if model.opset_imports[""] != opset:
         raise GraphError(
-            where=model_class,
-            found=f"opset {model.opset_imports['']} from the exporter",
+            f"{model_class}: opset {model.opset_imports['']} from the exporter",
             expected=f"opset {opset}",
             fix=f"Leave out --opset, which is {names.OPSET} then",
         )
@@ -138,10 +136,12 @@ def _refuse_narrow(model: ir.Model, model_class: str) -> None:
         for value in node.outputs:
             if value.dtype in narrow:
                 raise GraphError(
-                    where=model_class,
-                    found=f"{value.dtype} at {node.name} ({node.op_type}) of its float32 trace",
-                    expected="a model that computes in the type of its weights",
-                    why="onnxruntime has no such kernels on a CPU",
+                    f"{model_class}: {value.dtype} at {node.name} ({node.op_type}) of its float32 "
+                    "trace",
+                    expected=(
+                        "a model that computes in the type of its weights, because onnxruntime "
+                        "has no such kernels on a CPU"
+                    ),
                     fix="Merge per task instead (mtl-export merge)",
                 )
 
@@ -171,10 +171,12 @@ def _name_inputs(model: ir.Model, expected: tuple[str, ...], model_class: str) -
     found = model.graph.inputs
     if len(found) != len(expected):
         raise GraphError(
-            where=model_class,
-            found=f"a graph with the inputs {shortened(str(value.name) for value in found)}",
-            expected=f"the inputs {shortened(expected)}",
-            why="an input that the exporter drops could not be fed",
+            f"{model_class}: a graph with the inputs "
+            f"{shortened(str(value.name) for value in found)}",
+            expected=(
+                f"the inputs {shortened(expected)}, because an input that the exporter drops could "
+                "not be fed"
+            ),
             fix="Merge per task instead (mtl-export merge), or report the model class",
         )
     for value, name in zip(found, expected, strict=True):
@@ -186,9 +188,7 @@ def _name_dimensions(model: ir.Model, axes: Axes) -> None:
     renamed: dict[re.Pattern[str], str] = {}
     for value in model.graph.inputs:
         if value.shape is None:
-            raise GraphError(
-                where=f"graph input {value.name}", found="no shape", expected="[batch, ...]"
-            )
+            raise GraphError(f"graph input {value.name}: no shape", expected="[batch, ...]")
         for number, axis in axes.get(str(value.name), {}).items():
             dim = value.shape[number]
             if isinstance(dim, ir.SymbolicDim) and not axis.endswith(ONE_MORE):

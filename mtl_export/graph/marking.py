@@ -164,10 +164,11 @@ def _own_marker(model: Any, module: str, adapters: AdapterSet) -> nn.Module:
             return _HeadMarker(linear.out_features, module)
         return _LinearMarker(linear, module)
     raise GraphError(
-        where=module,
-        found=f"tasks have their own {shortened(sorted(own))} of a {type(layer).__name__}",
-        expected="a linear layer, an embedding or a LayerNorm",
-        why="the graph must pick each row's own",
+        f"{module}: tasks have their own {shortened(sorted(own))} of a {type(layer).__name__}",
+        expected=(
+            "a linear layer, an embedding or a LayerNorm, because the graph must pick each row's "
+            "own"
+        ),
         fix="Merge per task instead (mtl-export merge)",
     )
 
@@ -191,10 +192,11 @@ def _embedding_marker(model: Any, layer: nn.Embedding, module: str) -> _Embeddin
     ]
     if users:
         raise GraphError(
-            where=module,
-            found=f"its weight is also that of {shortened(users)}",
-            expected="an embedding with a weight of its own",
-            why="tasks change it, and the other layer would need every task's too",
+            f"{module}: its weight is also that of {shortened(users)}",
+            expected=(
+                "an embedding with a weight of its own, because tasks change it, and the other "
+                "layer would need every task's too"
+            ),
             fix="Merge per task instead (mtl-export merge)",
         )
     return _EmbeddingMarker(layer, module)
@@ -205,9 +207,11 @@ def _refuse_misfit(bound: BoundModel, layer: nn.Linear, module: str) -> None:
     taken = {head.weight.shape[1] for head in bound.adapters.heads[module]}
     if taken != {layer.in_features}:
         raise BaseModelError(
-            where=f"head {module}",
-            found=f"the checkpoint's heads take {shortened(map(str, sorted(taken)))} features",
-            expected=f"{layer.in_features} features",
-            why=f"{bound.adapters.model_class} on base {bound.base.reference} gives as many",
+            f"head {module}: the checkpoint's heads take {shortened(map(str, sorted(taken)))} "
+            "features",
+            expected=(
+                f"{layer.in_features} features, because {bound.adapters.model_class} on base "
+                f"{bound.base.reference} gives as many"
+            ),
             fix="Pass the base the adapter was trained on to --base",
         )

@@ -27,8 +27,7 @@ def open_graph(path: Path) -> ir.Model:
         except Exception as error:  # whatever its steps happen to raise
             problems = [f"no ONNX graph ({str(error)[:200]})"]
     raise GraphError(
-        where=str(path),
-        found=shortened(problems),
+        f"{path}: {shortened(problems)}",
         expected="a whole graph, with its external data beside it",
         fix=f"Copy {path.parent} as one folder, or export it again",
     )
@@ -41,16 +40,15 @@ def _refuse_links(path: Path, names: tuple[str, ...]) -> None:
         copy = f"Copy the folder (cp -rL {path.parent} COPY) and use the copy"
         if not file.resolve().is_relative_to(path.parent.resolve()):
             raise IntegrityError(
-                where=str(path),
-                found=f"its external data {name!r} is a link",
-                expected="a file of its own",
-                why="through a link it may be any file of this machine",
+                f"{path}: its external data {name!r} is a link",
+                expected=(
+                    "a file of its own, because through a link it may be any file of this machine"
+                ),
                 fix=copy,
             )
         if file.is_file() and file.stat().st_nlink > 1:
             raise LinkedDataError(
-                where=str(path),
-                found=f"its external data {name!r} has a second hard link",
+                f"{path}: its external data {name!r} has a second hard link",
                 expected="a file of its own, as graph tools ask for",
                 fix=copy,
             )

@@ -33,10 +33,11 @@ def sample_pass(model: Any) -> Iterator[None]:
     except Exception as error:
         # Models fail on inputs that are not theirs in many unrelated ways.
         raise GraphError(
-            where=type(model).__name__,
-            found=f"it fails on a sample of random tokens: {reason_of(error)}",
-            expected="a model that answers to token ids and their mask alone",
-            why="graphs are traced with such a sample",
+            f"{type(model).__name__}: it fails on a sample of random tokens: {reason_of(error)}",
+            expected=(
+                "a model that answers to token ids and their mask alone, because graphs are "
+                "traced with such a sample"
+            ),
             fix="Merge per task instead (mtl-export merge), or report the model class",
         ) from error
     after = _settings(model)
@@ -47,10 +48,12 @@ def sample_pass(model: Any) -> Iterator[None]:
     ]
     if changed:
         raise GraphError(
-            where=type(model).__name__,
-            found=f"a model that one short sample changes: {shortened(changed, 3)}",
-            expected="a model that computes every input alike",
-            why="its trace holds one way only and would be wrong for other lengths",
+            f"{type(model).__name__}: a model that one short sample changes: "
+            f"{shortened(changed, 3)}",
+            expected=(
+                "a model that computes every input alike, because its trace holds one way only "
+                "and would be wrong for other lengths"
+            ),
             fix="Merge per task instead (mtl-export merge)",
         )
 
@@ -64,10 +67,11 @@ def vocabulary(model: Any) -> int:
     size = getattr(model.config, "vocab_size", None)
     if size is None:
         raise GraphError(
-            where=type(model).__name__,
-            found="a config without vocab_size of its own",
-            expected="a model that reads text alone, or images alone",
-            why="it is traced with random token ids or an image",
+            f"{type(model).__name__}: a config without vocab_size of its own",
+            expected=(
+                "a model that reads text alone, or images alone, because it is traced with random "
+                "token ids or an image"
+            ),
             fix="Merge per task instead (mtl-export merge)",
         )
     return int(size)

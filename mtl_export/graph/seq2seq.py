@@ -104,18 +104,20 @@ def refuse_other_inputs(model: Any) -> None:
     """Refuse an encoder that reads no text, or reads long texts otherwise than short ones."""
     if model.main_input_name != "input_ids":
         raise GraphError(
-            where=f"model class {type(model).__name__}",
-            found=f"an encoder that reads {model.main_input_name}",
-            expected="an encoder that reads input_ids, as those of T5 and BART do",
-            why="encoder-decoders are exported for text",
+            f"model class {type(model).__name__}: an encoder that reads {model.main_input_name}",
+            expected=(
+                "an encoder that reads input_ids, as those of T5 and BART do, because "
+                "encoder-decoders are exported for text"
+            ),
             fix="Merge its tasks instead: mtl-export merge",
         )
     if getattr(model.config, "attention_type", "") == "block_sparse":
         raise GraphError(
-            where=f"model class {type(model).__name__}",
-            found="attention_type block_sparse in its config",
-            expected="attention that is computed alike for texts of every length",
-            why="it is full for short texts and sparse, at random, for long ones",
+            f"model class {type(model).__name__}: attention_type block_sparse in its config",
+            expected=(
+                "attention that is computed alike for texts of every length, because it is full "
+                "for short texts and sparse, at random, for long ones"
+            ),
             fix="Merge its tasks instead: mtl-export merge",
         )
 
@@ -255,10 +257,12 @@ def _present(model: Any, cache: Any, kind: str) -> dict[str, torch.Tensor]:
     half = getattr(cache, {"decoder": "self", "encoder": "cross"}[kind] + "_attention_cache", None)
     if not own or half is None or any(type(layer) is not DynamicLayer for layer in half.layers):
         raise GraphError(
-            where=f"model class {type(model).__name__}",
-            found="a cache that is not one growing key and value per layer and attention",
-            expected="keys and values of the decoder's tokens and of the encoder's states",
-            why="the graphs hand them on from step to step",
+            f"model class {type(model).__name__}: a cache that is not one growing key and value "
+            "per layer and attention",
+            expected=(
+                "keys and values of the decoder's tokens and of the encoder's states, because the "
+                "graphs hand them on from step to step"
+            ),
             fix="Merge its tasks instead: mtl-export merge",
         )
     present = {}
@@ -326,10 +330,11 @@ def checked_parts(graphs: Mapping[str, ir.Model], bound: BoundModel) -> tuple[Tr
     lost |= set(found[DECODER]) - set(found[WITH_PAST]) - _behind_cache(graphs[DECODER])
     if lost:
         raise GraphError(
-            where=bound.adapters.model_class,
-            found=f"layers not in the graphs: {shortened(sorted(lost))}",
-            expected="every adapted layer in each graph that computes it",
-            why="a layer the graph lost would be exported without its adapter",
+            f"{bound.adapters.model_class}: layers not in the graphs: {shortened(sorted(lost))}",
+            expected=(
+                "every adapted layer in each graph that computes it, because a layer the graph "
+                "lost would be exported without its adapter"
+            ),
             fix="Check that the model class is the one that was trained",
         )
     heads = bound.adapters.heads

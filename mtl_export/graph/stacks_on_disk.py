@@ -138,10 +138,12 @@ def stacks_of(model: ir.Model, task_count: int) -> list[Stack]:
         stacks.append(stack)
     if wrong:
         raise GraphError(
-            where=str(model.graph.name),
-            found=f"{wrong[0]} is read by task id, and is no stack of {task_count} tasks",
-            expected="a graph as mtl-export onnx writes it",
-            why="every tensor that tasks do not share is to be changed",
+            f"{model.graph.name}: {wrong[0]} is read by task id, and is no stack of {task_count} "
+            "tasks",
+            expected=(
+                "a graph as mtl-export onnx writes it, because every tensor that tasks do not "
+                "share is to be changed"
+            ),
             fix="Edit the graph before it is quantised or otherwise changed, or export it again",
         )
     return stacks
@@ -157,8 +159,7 @@ def task_count_node(model: ir.Model) -> ir.Node:
         if node.name == COUNT_NODE and node.op_type == "Constant":
             return node
     raise GraphError(
-        where=str(model.graph.name),
-        found="no input that picks a task",
+        f"{model.graph.name}: no input that picks a task",
         expected="a single graph of all tasks, as mtl-export onnx --all-tasks writes it",
         fix="Export the single graph, or merge the task by mtl-export merge",
     )

@@ -85,8 +85,7 @@ def remove_task(models: Models, name: str) -> tuple[Task, ...]:
     gone = task_named(tasks, name, of="graph", option="").index
     if len(tasks) == 1:
         raise UsageError(
-            where=f"task {name!r}",
-            found="it is the graph's only task",
+            f"task {name!r}: it is the graph's only task",
             expected="a task beside it",
             fix="Delete the folder instead",
         )
@@ -221,10 +220,11 @@ def _widen_outputs(model: ir.Model, widths: Mapping[str, int]) -> None:
                 break
             if len(users) != 1 or users[0].op_type not in _AS_WIDE:
                 raise AdapterError(
-                    where=module,
-                    found=f"the new task's head is wider than any, {widths[module]} outputs",
-                    expected="at most as many as the widest now",
-                    why="other nodes of the graph read this head",
+                    f"{module}: the new task's head is wider than any, {widths[module]} outputs",
+                    expected=(
+                        "at most as many as the widest now, because other nodes of the graph read "
+                        "this head"
+                    ),
                     fix="Export the graph again with the new task in the checkpoint",
                 )
             value = users[0].outputs[0]
@@ -303,10 +303,12 @@ def _refuse_name(name: str, tasks: Sequence[Task]) -> None:
     if not TASK_NAME.fullmatch(name) or name in {task.name for task in tasks}:
         is_taken = TASK_NAME.fullmatch(name) is not None
         raise UsageError(
-            where=f"task {name!r}",
-            found="the graph has another task of that name" if is_taken else "that is no task name",
-            expected="a new name, of letters, digits, '.', '_' and '-'",
-            why=f"the graph's tasks are {shortened(task.name for task in tasks)}",
+            f"task {name!r}: "
+            f"{'the graph has another task of that name' if is_taken else 'that is no task name'}",
+            expected=(
+                "a new name, of letters, digits, '.', '_' and '-', because the graph's tasks are "
+                f"{shortened(task.name for task in tasks)}"
+            ),
             fix="Choose another name",
         )
 

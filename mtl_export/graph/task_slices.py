@@ -49,10 +49,12 @@ def new_slice(stack: Stack, adapters: AdapterSet, task: Task) -> Array:
     if own is not None and own.ndim == len(stack.shape) - 1 == 1:
         return own
     raise AdapterError(
-        where=stack.module,
-        found=f"the graph's tasks have their own {stack.part}, the new task's is not known",
-        expected="a task that trained the same parts of the model",
-        why="the base's own is not in the graph",
+        f"{stack.module}: the graph's tasks have their own {stack.part}, the new task's is not "
+        "known",
+        expected=(
+            "a task that trained the same parts of the model, because the base's own is not in "
+            "the graph"
+        ),
         fix=_EXPORT,
     )
 
@@ -78,10 +80,11 @@ def _own_factor(stack: Stack, layer: AnyAdapter | None, task: Task) -> Array:
     rank = value.shape[1] if is_down else value.shape[0]
     if rank > room:
         raise AdapterError(
-            where=stack.module,
-            found=f"rank {rank}",
-            expected=f"at most {room}, the highest rank of the graph's tasks",
-            why="wider stacks would change how the other tasks' sums are rounded",
+            f"{stack.module}: rank {rank}",
+            expected=(
+                f"at most {room}, the highest rank of the graph's tasks, because wider stacks "
+                "would change how the other tasks' sums are rounded"
+            ),
             fix=_EXPORT,
         )
     target = own[:, :rank] if is_down else own[:rank]
@@ -117,10 +120,11 @@ def refuse_misfit(
                 problems += _factors_differ(stack, adapters, initializers)
     if problems:
         raise AdapterError(
-            where=f"task {task.name!r} of the new checkpoint",
-            found=shortened(dict.fromkeys(problems)),
-            expected="the family, projections and trained tensors that the graph's tasks share",
-            why="a task adds its own slices to the graph and changes nothing else",
+            f"task {task.name!r} of the new checkpoint: {shortened(dict.fromkeys(problems))}",
+            expected=(
+                "the family, projections and trained tensors that the graph's tasks share, "
+                "because a task adds its own slices to the graph and changes nothing else"
+            ),
             fix=_EXPORT,
         )
     for stacks in by_stem.values():
@@ -138,10 +142,10 @@ def refuse_other_base(models: Mapping[str, ir.Model], sha256: str) -> None:
     expected = next(iter(models.values())).metadata_props.get("mtl_export.base_sha256", "")
     if sha256 and sha256 != expected:
         raise IntegrityError(
-            where="the new checkpoint's base",
-            found=f"SHA-256 {sha256}",
-            expected=f"{expected}, the base of the graph",
-            why="the task was trained on another model",
+            f"the new checkpoint's base: SHA-256 {sha256}",
+            expected=(
+                f"{expected}, the base of the graph, because the task was trained on another model"
+            ),
             fix="Train the task on the graph's base",
         )
 
@@ -192,9 +196,7 @@ def _check_shape(stack: Stack, own: Array, *, is_head: bool) -> None:
 
 def _shape_error(stack: Stack, own: Array) -> AdapterError:
     return AdapterError(
-        where=f"{stack.module}.{stack.part}",
-        found=f"the new task's is {list(own.shape)}",
-        expected=f"{list(stack.shape[1:])}",
-        why="all tasks share the shapes of the model",
+        f"{stack.module}.{stack.part}: the new task's is {list(own.shape)}",
+        expected=f"{list(stack.shape[1:])}, because all tasks share the shapes of the model",
         fix="Train the task on the graph's base",
     )

@@ -94,10 +94,11 @@ def sample_inputs(model: Any) -> dict[str, torch.Tensor]:
     main = getattr(model, "main_input_name", "input_ids")
     if main not in {PIXEL_VALUES, "input_ids"}:
         raise GraphError(
-            where=type(model).__name__,
-            found=f"a model that reads {main}",
-            expected="a model that reads text alone, or images alone",
-            why="it is traced with random token ids or an image",
+            f"{type(model).__name__}: a model that reads {main}",
+            expected=(
+                "a model that reads text alone, or images alone, because it is traced with random "
+                "token ids or an image"
+            ),
             fix="Merge per task instead (mtl-export merge)",
         )
     if main == PIXEL_VALUES:
@@ -125,10 +126,10 @@ def _image_shape(model: Any) -> tuple[int, int, int]:
     shape = image_shape(model.config.to_dict())
     if shape is None:
         raise GraphError(
-            where=type(model).__name__,
-            found="a vision model whose config has no image_size",
-            expected="one size for all images",
-            why="the graph is traced with an image of that size",
+            f"{type(model).__name__}: a vision model whose config has no image_size",
+            expected=(
+                "one size for all images, because the graph is traced with an image of that size"
+            ),
             fix="Add image_size to config.json of the base",
         )
     return shape
@@ -159,10 +160,11 @@ def checked_trace(model: ir.Model, bound: BoundModel, stem: str = "model") -> Tr
     lost = set(marked_modules(bound.adapters)).difference(found)
     if lost:
         raise GraphError(
-            where=bound.adapters.model_class,
-            found=f"layers not in the graph: {shortened(sorted(lost))}",
-            expected="every adapted layer in the graph",
-            why="a layer the graph lost would be exported without its adapter",
+            f"{bound.adapters.model_class}: layers not in the graph: {shortened(sorted(lost))}",
+            expected=(
+                "every adapted layer in the graph, because a layer the graph lost would be "
+                "exported without its adapter"
+            ),
             fix="Check that the model class is the one that was trained",
         )
     heads = bound.adapters.heads

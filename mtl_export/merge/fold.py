@@ -141,9 +141,7 @@ def refuse_not_finite(where: str, dtype: str) -> NoReturn:
         BaseModelError: Always.
     """
     raise BaseModelError(
-        where=where,
-        found=f"NaN or Inf in {dtype}",
-        expected="finite weights",
-        why="they would spread to every output of the task",
+        f"{where}: NaN or Inf in {dtype}",
+        expected="finite weights, because they would spread to every output of the task",
         fix="Check the base for NaN, or merge into --dtype fp32 or bf16",
     )

@@ -77,10 +77,11 @@ def read_readout(file: Path) -> tuple[Readout, dict[str, tuple[int, ...]]]:
     names = {f"{module}.{kind}" for module in readout.modules for kind in ("weight", "bias")}
     if pooling not in get_args(Pooling) or stored.tensors.keys() != names:
         raise CheckpointError(
-            where=str(file),
-            found=f"pooling {pooling!r} and {len(stored.tensors)} tensors",
-            expected=f"{', '.join(sorted(names))}, and how they are applied",
-            why="the head is rebuilt from them",
+            f"{file}: pooling {pooling!r} and {len(stored.tensors)} tensors",
+            expected=(
+                f"{', '.join(sorted(names))}, and how they are applied, because the head is "
+                "rebuilt from them"
+            ),
             fix="Merge again with --force",
         )
     return readout, {m: stored.tensors[f"{m}.weight"].shape for m in readout.modules}

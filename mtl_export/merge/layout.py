@@ -370,8 +370,7 @@ def parse_size(text: str) -> int:
         size = 0
     if size <= 0:
         raise UsageError(
-            where=f"size {text!r}",
-            found="not a size",
+            f"size {text!r}: not a size",
             expected="a positive number with a unit, such as 500MB or 5GB",
             fix="Correct --max-shard-size",
         )

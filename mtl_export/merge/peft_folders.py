@@ -77,10 +77,11 @@ def refuse_more_than_low_rank(checkpoint: Checkpoint, adapters: AdapterSet) -> N
     problems += ["a head that no transformers class has"] if checkpoint.readouts else []
     if problems:
         raise AdapterError(
-            where=str(checkpoint.path),
-            found="; ".join(problems),
-            expected="low-rank terms and heads only",
-            why="a plain LoRA folder of PEFT holds W + B A and nothing else",
+            f"{checkpoint.path}: {'; '.join(problems)}",
+            expected=(
+                "low-rank terms and heads only, because a plain LoRA folder of PEFT holds W + B A "
+                "and nothing else"
+            ),
             fix="Leave out --convert-format to write mtl-export's own folder, which holds it all",
         )
 

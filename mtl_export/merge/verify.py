@@ -52,8 +52,7 @@ def verify_task(bound: BoundModel, task: Task, layout: Layout, folder: Path, sha
                 problems.append(f"{piece.name} ({wrong} of {size} elements)")
     if problems:
         raise IntegrityError(
-            where=f"{folder}, task {task.name}",
-            found=f"not base + delta: {shortened(problems)}",
+            f"{folder}, task {task.name}: not base + delta: {shortened(problems)}",
             expected="every element the nearest of its dtype to the exact sum",
             fix="Run the merge again; if it happens again, check the disk and the memory",
         )

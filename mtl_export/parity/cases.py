@@ -121,10 +121,11 @@ def build_cases(
     absent = sorted(set(range(task_count)) - set(ids.tolist()))
     if absent or ids.min() < 0 or ids.max() >= task_count:
         raise ParityError(
-            where="parity inputs",
-            found=f"task ids {sorted(set(ids.tolist()))}; tasks without a row: {absent}",
-            expected=f"every id from 0 to {task_count - 1} and no other",
-            why="a task that is not compared must not pass",
+            f"parity inputs: task ids {sorted(set(ids.tolist()))}; tasks without a row: {absent}",
+            expected=(
+                f"every id from 0 to {task_count - 1} and no other, because a task that is not "
+                "compared must not pass"
+            ),
             fix="Add a row for each task to the inputs",
         )
     cases = [

@@ -81,12 +81,12 @@ class ModelRows:
         for name, shape in self.features.items():
             if not shape:
                 raise ParityError(
-                    where=model_class,
-                    found=f"it takes {name}, and its config does not say of what shape",
-                    expected="rows to compare on",
-                    why="parity makes none of this kind",
-                    fix=f"Pass --inputs arrays.npz with {name} [N, ...], whatever else it takes"
-                    " by name, and task_ids [N]",
+                    f"{model_class}: it takes {name}, and its config does not say of what shape",
+                    expected="rows to compare on, because parity makes none of this kind",
+                    fix=(
+                        f"Pass --inputs arrays.npz with {name} [N, ...], whatever else it takes by "
+                        "name, and task_ids [N]"
+                    ),
                 )
 
     @property

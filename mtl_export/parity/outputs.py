@@ -79,10 +79,11 @@ class Subject:
         hidden = outputs.get(sentence_embedding.HIDDEN_STATES)
         if hidden is None:
             raise ParityError(
-                where="oracle",
-                found=f"outputs {', '.join(outputs)}",
-                expected=sentence_embedding.HIDDEN_STATES,
-                why="the graph pools it to one vector a row",
+                f"oracle: outputs {', '.join(outputs)}",
+                expected=(
+                    f"{sentence_embedding.HIDDEN_STATES}, because the graph pools it to one vector "
+                    "a row"
+                ),
                 fix="Export this model without --pooling",
             )
         with np.errstate(invalid="ignore"):  # rows of tasks that have none are -inf

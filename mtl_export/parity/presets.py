@@ -36,9 +36,7 @@ def preset_of(quick: bool, full: bool) -> Preset:
         UsageError: Both are on.
     """
     if quick and full:
-        raise UsageError(
-            where="--quick and --full", found="both", expected="one of them", fix="Leave one out"
-        )
+        raise UsageError("--quick and --full: both", expected="one of them", fix="Leave one out")
     return "quick" if quick else "full" if full else "standard"
 
 

@@ -147,10 +147,9 @@ def _refuse_not_finite(task: Task, case: Case, dtype: str, exact: Array, lower: 
     for name, values in (("fp64", exact), (dtype, lower)):
         if not np.isfinite(values).all():
             raise ParityError(
-                where=f"oracle in {name}, task {task.name}, {case.name}",
-                found=f"{int((~np.isfinite(values)).sum())} logits are NaN or Inf",
-                expected="finite logits",
-                why="no error can be measured against them",
+                f"oracle in {name}, task {task.name}, {case.name}: "
+                f"{int((~np.isfinite(values)).sum())} logits are NaN or Inf",
+                expected="finite logits, because no error can be measured against them",
                 fix=_FIX_OF_EXACT if name == "fp64" else _FIX_OF_LOWER.format(name),
             )
 
@@ -163,13 +162,16 @@ def _refuse_uncalled(layers: Sequence[str]) -> None:
     """
     if layers:
         raise ParityError(
-            where="parity inputs",
-            found=f"no row reaches the adapted layers {shortened(layers)}",
-            expected="rows that every adapted layer computes something from",
-            why="an error in the others would not be seen",
-            fix="Pass rows of all that the model takes, such as images beside text: --inputs"
-            " arrays.npz with each input by name, [N, ...], and task_ids [N]; a layer that the"
-            " model never calls was never trained",
+            f"parity inputs: no row reaches the adapted layers {shortened(layers)}",
+            expected=(
+                "rows that every adapted layer computes something from, because an error in the "
+                "others would not be seen"
+            ),
+            fix=(
+                "Pass rows of all that the model takes, such as images beside text: --inputs "
+                "arrays.npz with each input by name, [N, ...], and task_ids [N]; a layer that the "
+                "model never calls was never trained"
+            ),
         )
 
 
@@ -190,12 +192,14 @@ def _refuse_blunt(
         is_rounding = floor <= ROUNDING * float(np.abs(every).max(initial=0.0))
         if own.atol is None and own.factor * floor > spread and not is_rounding:
             raise ParityError(
-                where=f"oracle in {dtype}, {subject.output}",
-                found=f"its own arithmetic moves answers by {floor:.3g}, and all of them lie"
-                f" within {spread:.3g}",
-                expected=f"noise of which {own.factor:g} times is less",
-                why="any answer would pass",
-                fix="Give --atol and --rtol, or a wider --dtype; a model that picks the best of its"
-                " candidates may pick others at any rounding: pass rows to --inputs whose picks"
-                " are clear",
+                f"oracle in {dtype}, {subject.output}: its own arithmetic moves answers by "
+                f"{floor:.3g}, and all of them lie within {spread:.3g}",
+                expected=(
+                    f"noise of which {own.factor:g} times is less, because any answer would pass"
+                ),
+                fix=(
+                    "Give --atol and --rtol, or a wider --dtype; a model that picks the best of "
+                    "its candidates may pick others at any rounding: pass rows to --inputs whose "
+                    "picks are clear"
+                ),
             )

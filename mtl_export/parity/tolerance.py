@@ -43,17 +43,16 @@ class Tolerance:
         """Check that atol and rtol come together and make sense."""
         if (self.atol is None) != (self.rtol is None):
             raise UsageError(
-                where="--atol and --rtol",
-                found="only one of them",
-                expected="both or neither",
-                why="one alone would leave the other at a default nobody chose",
+                "--atol and --rtol: only one of them",
+                expected=(
+                    "both or neither, because one alone would leave the other at a default nobody "
+                    "chose"
+                ),
                 fix="Give both, e.g. --atol 1e-5 --rtol 0",
             )
         for name, value in (("--atol", self.atol), ("--rtol", self.rtol), ("k", self.factor)):
             if value is not None and not (np.isfinite(value) and value >= 0):
-                raise UsageError(
-                    where=name, found=f"{value}", expected="a finite number, not negative"
-                )
+                raise UsageError(f"{name}: {value}", expected="a finite number, not negative")
 
     @classmethod
     def from_texts(cls, atol: Sequence[str], rtol: Sequence[str]) -> Tolerance:
@@ -89,8 +88,7 @@ class Tolerance:
         unknown = [name for name in self.by_output if name not in outputs]
         if unknown:
             raise UsageError(
-                where="--atol and --rtol",
-                found=f"outputs that are not compared: {shortened(unknown)}",
+                f"--atol and --rtol: outputs that are not compared: {shortened(unknown)}",
                 expected=f"one of {shortened(outputs)}",
                 fix="Correct the name before the colon",
             )
@@ -125,15 +123,13 @@ def _by_name(option: str, texts: Sequence[str]) -> dict[str, float]:
             value = float(number)
         except ValueError:
             raise UsageError(
-                where=f"{option} {text}",
-                found=f"{number!r} is no number",
+                f"{option} {text}: {number!r} is no number",
                 expected="a number, or an output and a number",
                 fix=f"Write it like {option} 1e-5 or {option} logits:1e-5",
             ) from None
         if name in found:
             raise UsageError(
-                where=option,
-                found=f"two numbers for {name or 'all outputs'}",
+                f"{option}: two numbers for {name or 'all outputs'}",
                 expected="one",
                 fix="Leave one out",
             )

@@ -88,13 +88,10 @@ def answer_of(
     labels = task.labels or tuple(map(str, range(logits.shape[-1])))
     probabilities = probabilities_of(task, logits)
     if np.isnan(logits).any() or (probabilities is not None and np.isnan(probabilities).any()):
+        what = "NaN" if np.isnan(logits).any() else "infinite"
         raise EngineRunError(
-            where=f"row {row} of task {task.name!r}",
-            found=f"its {logits_name} are NaN"
-            if np.isnan(logits).any()
-            else f"its {logits_name} are infinite",
-            expected="numbers",
-            why="their largest is none, and would look like a decision",
+            f"row {row} of task {task.name!r}: its {logits_name} are {what}",
+            expected="numbers, because the largest of these would look like a decision",
             fix="Check the row's inputs for NaN; if there is none, export with --dtype fp32",
         )
     return Answer(

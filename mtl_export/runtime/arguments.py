@@ -50,10 +50,9 @@ def count_of(name: str, value: Any, most: int | None = None, why: str = "") -> i
     count = whole_number(value)
     if count is None or count < 1 or (most is not None and count > most):
         raise UsageError(
-            where=name,
-            found=repr(value),
-            expected="a whole number, " + ("1 or more" if most is None else f"1 to {most}"),
-            why=why if most is not None else "",
+            f"{name}: {value!r}",
+            expected="a whole number, "
+            + ("1 or more" if most is None else f"1 to {most}, because {why}"),
             fix=f"Pass another {name}",
         )
     return count

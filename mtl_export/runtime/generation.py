@@ -170,10 +170,11 @@ class GreedyDecoder:
         longest = int(lengths.max()) + max_new_tokens
         if self._max_length is not None and longest > self._max_length:
             raise UsageError(
-                where=f"row {int(lengths.argmax())}",
-                found=f"{int(lengths.max())} prompt tokens and {max_new_tokens} new ones",
-                expected=f"at most {self._max_length} together",
-                why="the model has no more positions",
+                f"row {int(lengths.argmax())}: {int(lengths.max())} prompt tokens and "
+                f"{max_new_tokens} new ones",
+                expected=(
+                    f"at most {self._max_length} together, because the model has no more positions"
+                ),
                 fix="Ask for fewer tokens or shorten the prompt",
             )
 
@@ -187,10 +188,8 @@ def refuse_empty(attention_mask: Array, why: str) -> None:
     empty = np.flatnonzero(~(attention_mask != 0).any(axis=1))
     if attention_mask.size == 0 or empty.size:
         raise UsageError(
-            where="prompts",
-            found=f"row {int(empty[0])} has no token" if attention_mask.size else "none",
-            expected="at least one token in every row",
-            why=why,
+            f"prompts: row {int(empty[0])} has no token" if empty.size else "prompts: none",
+            expected=f"at least one token in every row, because {why}",
         )
 
 
@@ -213,10 +212,8 @@ def next_tokens(logits: Array) -> Array:
     poisoned = np.isnan(logits).any(axis=1)
     if poisoned.any():
         raise EngineRunError(
-            where=f"rows {np.flatnonzero(poisoned).tolist()}",
-            found="their logits are NaN",
-            expected="numbers",
-            why="graphs answer so to a task id that no task has",
+            f"rows {np.flatnonzero(poisoned).tolist()}: their logits are NaN",
+            expected="numbers, because graphs answer so to a task id that no task has",
             fix="Check task_ids",
         )
     tokens: Array = logits.argmax(axis=1)

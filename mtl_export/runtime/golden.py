@@ -167,6 +167,6 @@ def _vector(
         problem = f"an output of vector {number} is no number"
     if problem:
         raise IntegrityError(
-            where=str(path), found=problem, expected=f'vectors of schema "{SCHEMA}"', fix=_FIX
+            f"{path}: {problem}", expected=f'vectors of schema "{SCHEMA}"', fix=_FIX
         )
     return Vector(facts["name"], model, inputs, outputs, float(facts["atol"]), float(facts["rtol"]))

@@ -70,8 +70,7 @@ def graph_file(path: Path) -> Path:
             return path / name
     inside = sorted({str(file.parent) for name in PARTS for file in path.glob(f"*/{name}")})
     raise UsageError(
-        where=str(path),
-        found=f"none of {', '.join(PARTS)} there",
+        f"{path}: none of {', '.join(PARTS)} there",
         expected="a folder that mtl-export onnx wrote",
         fix=f"One of these is: {shortened(inside)}"
         if inside

@@ -80,8 +80,7 @@ def active(path: Path) -> ActiveAdapter:
         options.add_active_adapter(adapter)
     except Exception as error:  # its exception types are made by pybind and share no base
         raise EngineRunError(
-            where=str(path),
-            found=f"onnxruntime cannot load it ({str(error).strip().splitlines()[0]})",
+            f"{path}: onnxruntime cannot load it ({str(error).strip().splitlines()[0]})",
             expected="an adapter that mtl-export onnx --layout adapter-input wrote",
             fix="Export it again with --force",
         ) from error

@@ -89,10 +89,11 @@ def _provider_names(providers: str | Sequence[str] | None) -> list[str]:
     others = [name for name in asked if not isinstance(name, str)]
     if others:
         raise UsageError(
-            where="providers",
-            found=repr(others[0]),
-            expected=f"names: {', '.join(PROVIDERS)} or ONNX Runtime's own",
-            why="sessions are opened without options of providers",
+            f"providers: {others[0]!r}",
+            expected=(
+                f"names: {', '.join(PROVIDERS)} or ONNX Runtime's own, because sessions are opened "
+                "without options of providers"
+            ),
             fix='Pass names, such as providers=["cuda"]',
         )
     return [PROVIDERS.get(name.lower(), name) for name in asked]
@@ -102,8 +103,7 @@ def _thread_count(threads: object) -> int:
     count = whole_number(threads)
     if count is None or count < 0:
         raise UsageError(
-            where="threads",
-            found=repr(threads),
+            f"threads: {threads!r}",
             expected="a whole number, 0 or more",
             fix="Pass another number; 0 lets ONNX Runtime decide",
         )
@@ -120,10 +120,7 @@ def load_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise BackendMissingError(
-            where="onnxruntime",
-            found="not installed",
-            expected="the package that runs ONNX files",
-            fix=EXTRA,
+            "onnxruntime: not installed", expected="the package that runs ONNX files", fix=EXTRA
         ) from error
     return onnxruntime
 
@@ -319,18 +316,18 @@ def not_run(session: Any, path: Path, error: Exception) -> EngineRunError:
     """Return our error for what a session's run raised."""
     inputs = (f"{value.name} {value.type} {list(value.shape)}" for value in session.get_inputs())
     return EngineRunError(
-        where=str(path),
-        found=f"onnxruntime cannot run it ({_reason(error)})",
+        f"{path}: onnxruntime cannot run it ({_reason(error)})",
         expected=f"inputs {shortened(inputs, 8)}",
-        fix="Give exactly these, with ids inside the vocabulary and rows no longer than the"
-        " model's positions",
+        fix=(
+            "Give exactly these, with ids inside the vocabulary and rows no longer than the "
+            "model's positions"
+        ),
     )
 
 
 def _refused(path: Path, found: str, error: Exception) -> EngineRunError:
     return EngineRunError(
-        where=str(path),
-        found=f"{found} ({_reason(error)})",
+        f"{path}: {found} ({_reason(error)})",
         expected="a whole ONNX file with its external data beside it",
         fix="Export it again with --force",
     )
@@ -342,10 +339,10 @@ def _reason(error: Exception) -> str:
 
 def _no_kernel(path: Path, providers: Sequence[str], error: Exception) -> BackendMissingError:
     return BackendMissingError(
-        where=str(path),
-        found=f"{', '.join(providers)} cannot compute in its types ({_reason(error)})",
-        expected="a provider with kernels for them",
-        why="the CPU provider has hardly any for bfloat16",
+        f"{path}: {', '.join(providers)} cannot compute in its types ({_reason(error)})",
+        expected=(
+            "a provider with kernels for them, because the CPU provider has hardly any for bfloat16"
+        ),
         fix="Run it on a GPU, or export with --dtype fp32 or fp16",
     )
 
@@ -353,8 +350,7 @@ def _no_kernel(path: Path, providers: Sequence[str], error: Exception) -> Backen
 def _no_provider(found: str, names: Sequence[str]) -> BackendMissingError:
     is_cuda = CUDA in names
     return BackendMissingError(
-        where="onnxruntime",
-        found=found,
+        f"onnxruntime: {found}",
         expected=", ".join(names),
         fix=f"With an NVIDIA GPU: {EXTRA_CUDA}" if is_cuda else "Install a build that has it",
     )

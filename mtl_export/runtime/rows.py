@@ -145,8 +145,7 @@ def rows_from(
 
 def _refused(problems: Sequence[str], known: Mapping[str, Field], where: str) -> UsageError:
     return UsageError(
-        where=where,
-        found=shortened(problems),
+        f"{where}: {shortened(problems)}",
         expected=f"{', '.join(known)}, each with one entry per row",
         fix="Give exactly these; attention_mask and token_type_ids may be left out",
     )

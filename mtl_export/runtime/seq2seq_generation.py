@@ -111,8 +111,7 @@ class Seq2SeqGreedyDecoder:
     ) -> None:
         if rules.start is None:
             raise UsageError(
-                where="decoder_start_token_id",
-                found="neither the generation settings nor the config have one",
+                "decoder_start_token_id: neither the generation settings nor the config have one",
                 expected="the token that the decoder begins with",
                 fix="Add it to generation_config.json",
             )

@@ -102,8 +102,7 @@ class TaskSession:
         self.tasks = task_table(metadata)
         if not self.tasks:
             raise UsageError(
-                where=str(self._path),
-                found="the file names no tasks",
+                f"{self._path}: the file names no tasks",
                 expected="a graph that mtl-export wrote, with mtl_export.tasks in its metadata",
                 fix="Export it with mtl-export onnx",
             )
@@ -210,10 +209,11 @@ class TaskSession:
         """
         if len(self._files) == 1:
             raise UsageError(
-                where=str(self._path),
-                found="it does not generate",
-                expected="a folder with prefill.onnx and decode.onnx, or with encoder.onnx",
-                why="tokens come from the graphs of a language model",
+                f"{self._path}: it does not generate",
+                expected=(
+                    "a folder with prefill.onnx and decode.onnx, or with encoder.onnx, because "
+                    "tokens come from the graphs of a language model"
+                ),
                 fix="Use run",
             )
         from mtl_export.runtime.token_rules import TokenRules
@@ -247,8 +247,7 @@ class TaskSession:
             if wanted in (task.name, task.index):
                 return task
         raise TaskNotFoundError(
-            where=f"task {name_or_id!r}",
-            found=f"{self._path} does not serve it",
+            f"task {name_or_id!r}: {self._path} does not serve it",
             expected=f"one of {shortened((f'{t.name} ({t.index})' for t in self.tasks), 12)}",
             fix="Pass one of these names or ids",
         )
@@ -278,13 +277,10 @@ class TaskSession:
             return (self.task(one),) * count
         named = tuple(self.task(task) for task in entries or ())
         if entries is None or len(named) != count:
+            given = type(one).__name__ if entries is None else str(len(named))
             raise UsageError(
-                where="tasks",
-                found=f"{len(named)} for {count} rows"
-                if entries is not None
-                else f"{type(one).__name__}, which has no order of rows",
-                expected="a task for each row, or one for all",
-                why=f"{self._path} serves {shortened(task.name for task in self.tasks)}",
+                f"tasks: {given} for {count} rows of {shortened(task.name for task in self.tasks)}",
+                expected="a task for each row, in order, or one for all",
                 fix="Pass as many tasks as rows",
             )
         return named

@@ -125,10 +125,10 @@ class TextFiles:
             return
         longer = [f"row {at} has {n} tokens" for at, n in enumerate(lengths) if n > longest]
         raise UsageError(
-            where="texts",
-            found=shortened(longer),
-            expected=f"at most {longest}",
-            why=f"the tokenizer or the config in {self.folder} says so",
+            f"texts: {shortened(longer)}",
+            expected=(
+                f"at most {longest}, because the tokenizer or the config in {self.folder} says so"
+            ),
             fix="Shorten them, or pass truncate=True to lose what is beyond",
         )
 
@@ -148,16 +148,14 @@ class TextFiles:
             from tokenizers import Tokenizer
         except ImportError as error:
             raise BackendMissingError(
-                where="tokenizers",
-                found="not installed",
+                "tokenizers: not installed",
                 expected="the package that turns texts into tokens",
                 fix="pip install tokenizers, or pass token ids",
             ) from error
         path = self.folder / TOKENIZER_FILE
         if not path.is_file():
             raise UsageError(
-                where=str(path),
-                found="no such file",
+                f"{path}: no such file",
                 expected="the tokenizer of the base, as save_pretrained writes it",
                 fix="Tokenise elsewhere and pass token ids",
             )
@@ -207,8 +205,7 @@ def _in_library(path: Path) -> Iterator[None]:
     except BaseException as error:  # its panics are no Exception
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise EngineRunError(
-            where=str(path),
-            found=f"the library tokenizers cannot use it ({reason[0]})",
+            f"{path}: the library tokenizers cannot use it ({reason[0]})",
             expected="the file that was exported, and texts that it can hold",
             fix=EXPORT_AGAIN,
         ) from error
@@ -225,8 +222,7 @@ def _id_rows(tokens: Any) -> list[list[int]]:
     ]
     if rows is None or others:
         raise UsageError(
-            where="tokens",
-            found=shortened(others) if others else type(tokens).__name__,
+            f"tokens: {shortened(others) if others else type(tokens).__name__}",
             expected="a list with a list of ids, 0 or more, for each row",
             fix="Pass what generate returned",
         )
@@ -238,22 +234,19 @@ def _text_rows(texts: Any) -> list[str | tuple[str, str]]:
     expected = "a list with a text, or a pair of texts, for each row, all of it in UTF-8"
     if isinstance(texts, str):
         raise UsageError(
-            where="texts",
-            found=f"one text, {texts[:40]!r}",
-            expected=expected,
-            why="a text is a sequence too: each of its letters would be a row",
+            f"texts: one text, {texts[:40]!r}",
+            expected=(
+                f"{expected}, because a text is a sequence too: each of its letters would be a row"
+            ),
             fix="Pass [text]",
         )
     entries = listed(texts)
     if entries is None:
-        raise UsageError(
-            where="texts", found=type(texts).__name__, expected=expected, fix="Pass a list"
-        )
+        raise UsageError(f"texts: {type(texts).__name__}", expected=expected, fix="Pass a list")
     others = [(at, entry) for at, entry in enumerate(entries) if not _is_text_row(entry)]
     if others:
         raise UsageError(
-            where="texts",
-            found=shortened(f"row {at} is {repr(entry)[:80]}" for at, entry in others),
+            f"texts: {shortened((f'row {at} is {repr(entry)[:80]}' for at, entry in others))}",
             expected=expected,
             fix="Pass texts, and pairs as tuples of two",
         )

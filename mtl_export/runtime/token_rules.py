@@ -92,10 +92,11 @@ class TokenRules:
         on = [name for name, off in UNSUPPORTED.items() if settings.get(name) not in off]
         if on:
             raise UsageError(
-                where="generation settings",
-                found=", ".join(f"{name} = {settings[name]!r}" for name in on),
-                expected="none of them set",
-                why="tokens would differ from those of transformers' generate",
+                f"generation settings: {', '.join(f'{name} = {settings[name]!r}' for name in on)}",
+                expected=(
+                    "none of them set, because tokens would differ from those of transformers' "
+                    "generate"
+                ),
                 fix=f"Remove them from {GENERATION_FILE}, or generate with transformers",
             )
         eos = _ids(settings.get("eos_token_id"))
@@ -182,10 +183,10 @@ class TokenRules:
         beyond = [token for token in named if not 0 <= token < vocabulary]
         if beyond:
             raise EngineRunError(
-                where=GENERATION_FILE,
-                found=f"the token {beyond[0]}",
-                expected=f"tokens 0 to {vocabulary - 1}",
-                why="the model gives no logit for others",
+                f"{GENERATION_FILE}: the token {beyond[0]}",
+                expected=(
+                    f"tokens 0 to {vocabulary - 1}, because the model gives no logit for others"
+                ),
                 fix="Export again with --force, from a base whose settings are its own",
             )
 
@@ -195,8 +196,7 @@ def _refuse_senseless(settings: Mapping[str, Any]) -> None:
     penalty, size = settings.get("repetition_penalty"), settings.get("no_repeat_ngram_size")
     if (penalty is not None and penalty <= 0) or (size or 0) < 0:
         raise UsageError(
-            where="generation settings",
-            found=f"repetition_penalty {penalty}, no_repeat_ngram_size {size}",
+            f"generation settings: repetition_penalty {penalty}, no_repeat_ngram_size {size}",
             expected="a penalty above 0, a size of 0 or more",
             fix=f"Correct them in {GENERATION_FILE}",
         )

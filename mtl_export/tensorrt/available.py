@@ -81,17 +81,19 @@ def available_builder(name: str | None = None) -> BuilderInfo:
         return _info(libraries[RTX], gpu)
     if FULL in libraries:
         raise BackendMissingError(
-            where=f"tensorrt {libraries[FULL].version}",
-            found=f"it cannot build here: {gpu.problem}",
-            expected="a GPU, or tensorrt_rtx beside it",
-            why="tensorrt chooses kernels by timing them, and tensorrt_rtx does not",
+            f"tensorrt {libraries[FULL].version}: it cannot build here: {gpu.problem}",
+            expected=(
+                "a GPU, or tensorrt_rtx beside it, because tensorrt chooses kernels by timing "
+                "them, and tensorrt_rtx does not"
+            ),
             fix=INSTALL_RTX,
         )
     raise BackendMissingError(
-        where="TensorRT",
-        found="; ".join(problems),
-        expected=f"{' or '.join(NAMES) if name is None else name} to be importable",
-        why="engines are built by NVIDIA's library",
+        f"TensorRT: {'; '.join(problems)}",
+        expected=(
+            f"{' or '.join(NAMES) if name is None else name} to be importable, because engines are "
+            "built by NVIDIA's library"
+        ),
         fix=INSTALL_FULL if name == FULL else INSTALL_RTX,
     )
 

@@ -148,8 +148,7 @@ def build_from(
             if error is tracker.problem:
                 raise
             raise OutputError(
-                where=str(engine_path),
-                found=f"the engine cannot be written ({error.strerror or error})",
+                f"{engine_path}: the engine cannot be written ({error.strerror or error})",
                 expected="a writable folder with room for about the size of the weights",
                 fix="Choose another --output, or make room",
             ) from error
@@ -209,10 +208,12 @@ class _Steps:
             problems.extend(f"{kind} {name} is new" for name in found)
         if problems:
             raise EngineBuildError(
-                where=str(self._source.path),
-                found=f"{self._library.name} reads it differently: {'; '.join(problems)}",
-                expected="the graph's own inputs and outputs",
-                why="callers rely on their names, types and shapes",
+                f"{self._source.path}: {self._library.name} reads it differently: "
+                f"{'; '.join(problems)}",
+                expected=(
+                    "the graph's own inputs and outputs, because callers rely on their names, "
+                    "types and shapes"
+                ),
                 fix="Change the graph to types that TensorRT has (no float64, no strings)",
             )
 
@@ -321,8 +322,7 @@ class _Steps:
     def _refusal(self, found: str) -> EngineBuildError:
         said = "; ".join(self._errors) or "it gave no reason"
         return EngineBuildError(
-            where=str(self._source.path),
-            found=f"{self._library.name} {self._library.version}: {found}: {said}",
+            f"{self._source.path}: {self._library.name} {self._library.version}: {found}: {said}",
             expected="a graph and options that it can build",
             fix="Rerun with -vv for its whole log",
         )
@@ -338,9 +338,8 @@ class _Steps:
         if not problems:
             return self._refusal("the graph was refused")
         return EngineBuildError(
-            where=str(self._source.path),
-            found=f"{self._library.name} {self._library.version} refuses {len(problems)} "
-            f"of its nodes: {'; '.join(problems)}",
+            f"{self._source.path}: {self._library.name} {self._library.version} refuses "
+            f"{len(problems)} of its nodes: {'; '.join(problems)}",
             expected="operators that its ONNX parser knows, without plugins",
             fix="Export the graph with stock operators",
         )

@@ -104,10 +104,11 @@ def _header_checks(
     for check, found, expected in rows:
         if found != expected:
             raise EngineBuildError(
-                where=engine_name,
-                found=f"{check}: no, its header says {found}",
-                expected=str(expected),
-                why="the file would be refused, or run where it was not built for",
+                f"{engine_name}: {check}: no, its header says {found}",
+                expected=(
+                    f"{expected}, because the file would be refused, or run where it was not built "
+                    "for"
+                ),
                 fix="Build it again; if this stays, report it with the library's version",
             )
     return [Check(check, PASSED) for check, _, _ in rows]

@@ -111,9 +111,7 @@ def refit_key(path: Path) -> str:
 def refused(path: Path, found: str, expected: str, why: str) -> EngineBuildError:
     """Return the error that says why ``path`` cannot be refitted."""
     return EngineBuildError(
-        where=str(path),
-        found=found,
-        expected=expected,
-        why=why,
+        f"{path}: {found}",
+        expected=f"{expected}, because {why}",
         fix="Leave --refit out: each task's engine is then built on its own",
     )

@@ -181,8 +181,7 @@ class EngineManifest:
             with suppress(OSError):
                 partial.unlink()
             raise OutputError(
-                where=str(path),
-                found=f"it cannot be written ({error.strerror or error})",
+                f"{path}: it cannot be written ({error.strerror or error})",
                 fix="Choose another --output, or make room",
             ) from error
 

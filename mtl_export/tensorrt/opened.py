@@ -67,8 +67,7 @@ def _write(path: Path, plan: memoryview) -> str:
             raise sink.problem
     except OSError as error:
         raise OutputError(
-            where=str(path),
-            found=f"the engine cannot be written ({error.strerror or error})",
+            f"{path}: the engine cannot be written ({error.strerror or error})",
             expected="a writable folder with room for about the size of the weights",
             fix="Choose another --output, or make room",
         ) from error

@@ -102,10 +102,11 @@ def check_options(library: Library, options: BuildOptions) -> None:
     check_choices(library, options)
     if options.refit and not options.refittable:
         raise UsageError(
-            where="refit",
-            found="there are no weights to change",
-            expected="the graphs of several tasks that differ in weights",
-            why="refit makes the engines of the other tasks from that of the first",
+            "refit: there are no weights to change",
+            expected=(
+                "the graphs of several tasks that differ in weights, because refit makes the "
+                "engines of the other tasks from that of the first"
+            ),
             fix="Leave --refit out, or add --layout per-task",
         )
 
@@ -119,16 +120,16 @@ def check_choices(library: Library, options: BuildOptions) -> None:
     level = options.optimization_level
     if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
         raise UsageError(
-            where="optimization level",
-            found=f"it is {level}",
-            expected=f"0 to {MAX_OPTIMIZATION_LEVEL}",
-            why="the builder takes the nearest of these without a word",
+            f"optimization level: it is {level}",
+            expected=(
+                f"0 to {MAX_OPTIMIZATION_LEVEL}, because the builder takes the nearest of these "
+                "without a word"
+            ),
             fix="Give one of these",
         )
     if options.workspace_bytes is not None and options.workspace_bytes < 1:
         raise UsageError(
-            where="workspace",
-            found=f"it is {options.workspace_bytes} bytes",
+            f"workspace: it is {options.workspace_bytes} bytes",
             expected="at least 1 byte",
             fix="Give more, or leave it out",
         )
@@ -144,8 +145,7 @@ def _check_portability(library: Library, options: BuildOptions) -> None:
     level = options.hardware_compatibility
     if level is not None and level not in HARDWARE_LEVELS:
         raise UsageError(
-            where="hardware compatibility",
-            found=f"it is {level!r}",
+            f"hardware compatibility: it is {level!r}",
             expected=f"one of {', '.join(HARDWARE_LEVELS)}",
             fix="Give one of these",
         )
@@ -160,10 +160,8 @@ def _check_portability(library: Library, options: BuildOptions) -> None:
     if refused:
         why, fix = RTX_REFUSALS[refused[0]]
         raise UsageError(
-            where=refused[0],
-            found=f"{library.name} {library.version} builds here, and does not offer it",
-            expected="tensorrt, and the GPU it builds for",
-            why=why,
+            f"{refused[0]}: {library.name} {library.version} builds here, and does not offer it",
+            expected=f"tensorrt, and the GPU it builds for, because {why}",
             fix=fix,
         )
 
@@ -172,18 +170,20 @@ def _check_refit(library: Library, options: BuildOptions) -> None:
     """Refuse a refit that contradicts another choice, or would give wrong answers."""
     if options.strip_weights:
         raise UsageError(
-            where="stripped weights",
-            found="refit was asked for as well",
-            expected="one of them",
-            why="refit gives each engine its task's weights, and stripping takes them out",
+            "stripped weights: refit was asked for as well",
+            expected=(
+                "one of them, because refit gives each engine its task's weights, and stripping "
+                "takes them out"
+            ),
             fix="Leave --strip-weights or --refit out",
         )
     if library.version.startswith(LOSES_BIASES):
         raise UsageError(
-            where="refit",
-            found=f"{library.name} {library.version} can lose biases of engines that refit",
-            expected="another release",
-            why="NVIDIA says so of it: a dropped bias counts as 0, even before any refit",
+            f"refit: {library.name} {library.version} can lose biases of engines that refit",
+            expected=(
+                "another release, because NVIDIA says so of it: a dropped bias counts as 0, even "
+                "before any refit"
+            ),
             fix="Leave --refit out, or install another release",
         )
 
@@ -192,18 +192,15 @@ def _check_targets(library: Library, capabilities: Sequence[str]) -> None:
     known = rtx_capabilities(library.trt)
     if not known:
         raise UsageError(
-            where="compute capabilities",
-            found=f"{library.name} {library.version} cannot build for another GPU",
-            expected="tensorrt_rtx",
-            why="tensorrt builds for the GPU it finds",
+            f"compute capabilities: {library.name} {library.version} cannot build for another GPU",
+            expected="tensorrt_rtx, because tensorrt builds for the GPU it finds",
             fix="Leave the targets out, or build with tensorrt_rtx",
         )
     unknown = [name for name in capabilities if name not in known]
     if unknown or len(set(capabilities)) < len(capabilities):
         raise UsageError(
-            where="compute capabilities",
-            found=f"{', '.join(unknown)} is unknown" if unknown else "one is given twice",
+            "compute capabilities: "
+            + (f"{', '.join(unknown)} is unknown" if unknown else "one is given twice"),
             expected=f"some of {', '.join(known)}, each once",
-            why=f"{library.name} {library.version} has code for these",
             fix="Correct the targets",
         )

@@ -86,9 +86,10 @@ def _check(manifest: EngineManifest, stripped_path: Path, onnx_path: Path) -> No
         wrong = f"{onnx_path} is not the graph it was built from"
     if wrong:
         raise IntegrityError(
-            where=str(stripped_path),
-            found=wrong,
-            expected="an engine of trt --strip-weights, and its own graph, whole",
-            why="other weights than those it was built with would give wrong answers",
+            f"{stripped_path}: {wrong}",
+            expected=(
+                "an engine of trt --strip-weights, and its own graph, whole, because other "
+                "weights than those it was built with would give wrong answers"
+            ),
             fix="Give both as they were when the engine was built, or build it again",
         )

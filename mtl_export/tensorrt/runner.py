@@ -94,8 +94,7 @@ class TensorRTBackend:
         if reason:
             rtx = self.manifest.builder != "tensorrt"
             raise BackendMissingError(
-                where=str(self.engine_path),
-                found=f"not runnable here: {reason}",
+                f"{self.engine_path}: not runnable here: {reason}",
                 expected=f"a GPU of compute capability {' or '.join(self.manifest.targets)}",
                 fix=""
                 if find_gpu().problem
@@ -126,8 +125,7 @@ class TensorRTBackend:
         profile = self.check_inputs(inputs)
         if self._session is None:
             raise EngineRunError(
-                where=str(self.engine_path),
-                found="the engine is not open",
+                f"{self.engine_path}: the engine is not open",
                 expected="infer inside the with block",
                 fix="Write: with TensorRTBackend(path) as backend",
             )
@@ -163,8 +161,7 @@ class TensorRTBackend:
         ]
         if problems:
             raise EngineRunError(
-                where=str(self.engine_path),
-                found="; ".join(problems),
+                f"{self.engine_path}: {'; '.join(problems)}",
                 expected="; ".join(str(tensor) for tensor in manifest.inputs),
                 fix="Give exactly these inputs",
             )
@@ -176,8 +173,7 @@ class TensorRTBackend:
             if profile.admits(shapes):
                 return number
         raise EngineRunError(
-            where=str(self.engine_path),
-            found=f"no profile admits {_shapes_text(shapes)}",
+            f"{self.engine_path}: no profile admits {_shapes_text(shapes)}",
             expected=" or ".join(
                 f"{_shapes_text({name: limits[0] for name, limits in profile.shapes.items()})} to "
                 f"{_shapes_text({name: limits[2] for name, limits in profile.shapes.items()})}"
@@ -190,10 +186,11 @@ class TensorRTBackend:
         found = sha256_of_file(self.engine_path) if self.engine_path.is_file() else "no file"
         if found != self.manifest.engine_sha256:
             raise IntegrityError(
-                where=str(self.engine_path),
-                found=f"SHA-256 {found}",
-                expected=self.manifest.engine_sha256,
-                why=f"{manifest_path(self.engine_path).name} was written for that file",
+                f"{self.engine_path}: SHA-256 {found}",
+                expected=(
+                    f"{self.manifest.engine_sha256}, because {manifest_path(self.engine_path).name}"
+                    " was written for that file"
+                ),
                 fix="Build the engine again with mtl-export trt",
             )
 
@@ -217,10 +214,11 @@ class EngineSession:
 
         if not torch.cuda.is_available():
             raise BackendMissingError(
-                where=str(path),
-                found=f"not runnable here: torch {torch.__version__} sees no CUDA device",
-                expected="a torch built for CUDA",
-                why="the runner keeps device memory in torch tensors",
+                f"{path}: not runnable here: torch {torch.__version__} sees no CUDA device",
+                expected=(
+                    "a torch built for CUDA, because the runner keeps device memory in torch "
+                    "tensors"
+                ),
                 fix="Install torch for CUDA (https://pytorch.org/get-started)",
             )
         self._library = library
@@ -284,18 +282,15 @@ class EngineSession:
         profiles = engine.num_optimization_profiles
         if found != wanted or profiles != max(len(self._manifest.profiles), 1):
             raise IntegrityError(
-                where=str(self._path),
-                found=f"the engine has {found[True]} -> {found[False]}, {profiles} profiles",
-                expected=f"{wanted[True]} -> {wanted[False]}",
-                why="its manifest says so",
+                f"{self._path}: it has {found[True]} -> {found[False]}, {profiles} profiles",
+                expected=f"{wanted[True]} -> {wanted[False]}, because its manifest says so",
                 fix="Build the engine again with mtl-export trt",
             )
 
     def _refusal(self, found: str, errors: list[str]) -> EngineRunError:
         said = "; ".join(errors) or "it gave no reason"
         return EngineRunError(
-            where=str(self._path),
-            found=f"{self._library.name} {self._library.version}: {found}: {said}",
+            f"{self._path}: {self._library.name} {self._library.version}: {found}: {said}",
             expected="an engine of this library for this GPU, and shapes within a profile",
             fix="Rerun with -vv for its whole log",
         )
@@ -306,10 +301,11 @@ def _refuse_unknown_tasks(ids: Array, manifest: EngineManifest) -> None:
     outside = sorted({int(task_id) for task_id in ids.ravel() if not 0 <= task_id < count})
     if outside:
         raise EngineRunError(
-            where=TASK_IDS,
-            found=f"ids {shortened(map(str, outside))} are outside the table",
-            expected=f"0 to {count - 1}: {shortened(str(task['name']) for task in manifest.tasks)}",
-            why="TensorRT would answer them with the base model",
+            f"{TASK_IDS}: ids {shortened(map(str, outside))} are outside the table",
+            expected=(
+                f"0 to {count - 1}: {shortened(str(task['name']) for task in manifest.tasks)}, "
+                "because TensorRT would answer them with the base model"
+            ),
             fix="Look ids up in the manifest's tasks",
         )
 

@@ -85,15 +85,12 @@ def parse_shapes(text: str) -> dict[str, Shape]:
         # No input has a billion of anything, and builders count in 32 bits.
         if not name or not all(re.fullmatch("[0-9]{1,9}", number) for number in numbers):
             raise UsageError(
-                where=f"shapes {text!r}",
-                found=f"{item.strip()!r} is not a name and a shape",
+                f"shapes {text!r}: {item.strip()!r} is not a name and a shape",
                 expected="name:1x16, several separated by commas",
                 fix="Write for example input_ids:1x16,task_ids:1",
             )
         if name in shapes:
-            raise UsageError(
-                where=f"shapes {text!r}", found=f"{name} is given twice", fix="Give it once"
-            )
+            raise UsageError(f"shapes {text!r}: {name} is given twice", fix="Give it once")
         shapes[name] = tuple(int(number) for number in numbers)
     return shapes
 
@@ -143,9 +140,7 @@ def default_profile(
     past = max(_token_limit(folder, MAX_PAST) - 1, 1) if max_past is None else max_past
     for name, value in (("max_batch", max_batch), ("max_sequence", sequence), ("max_past", past)):
         if value < 1:
-            raise UsageError(
-                where=name, found=f"it is {value}", expected="at least 1", fix="Give more"
-            )
+            raise UsageError(f"{name}: it is {value}", expected="at least 1", fix="Give more")
     ranges = dict.fromkeys(BATCH_NAMES, (1, min(OPT_BATCH, max_batch), max_batch))
     ranges |= dict.fromkeys(SEQUENCE_NAMES, (1, min(OPT_SEQUENCE, sequence), sequence))
     ranges |= dict.fromkeys(PAST_NAMES, (1, min(OPT_PAST, past), past))
@@ -158,8 +153,7 @@ def default_profile(
     nowhere = [text for name, text in unknown.items() if name not in given]
     if nowhere:
         raise UsageError(
-            where=str(onnx_path),
-            found=f"dynamic dimensions with no default: {shortened(nowhere)}",
+            f"{onnx_path}: dynamic dimensions with no default: {shortened(nowhere)}",
             expected="only batch, sequence, decoder_sequence and past",
             fix=f"Give {OPTIONS}",
         )
@@ -187,10 +181,8 @@ def check_profiles(source: OnnxSource, profiles: Sequence[Profile]) -> None:
     dynamic = [tensor.name for tensor in source.inputs if tensor.is_dynamic]
     if dynamic and not profiles:
         raise UsageError(
-            where=str(source.path),
-            found=f"no profile for its dynamic inputs {shortened(dynamic)}",
-            expected="at least one",
-            why="engines are built for a range of shapes",
+            f"{source.path}: no profile for its dynamic inputs {shortened(dynamic)}",
+            expected="at least one, because engines are built for a range of shapes",
             fix=f"Give {OPTIONS}",
         )
     positions = _positions(source.path.parent)
@@ -198,8 +190,7 @@ def check_profiles(source: OnnxSource, profiles: Sequence[Profile]) -> None:
         problems = _problems(source, profile) or _too_long(source, profile, positions)
         if problems:
             raise UsageError(
-                where=f"profile {number} for {source.path}",
-                found="; ".join(problems),
+                f"profile {number} for {source.path}: {'; '.join(problems)}",
                 expected=f"shapes for {'; '.join(str(tensor) for tensor in source.inputs)}",
                 fix=f"Correct {OPTIONS}",
             )

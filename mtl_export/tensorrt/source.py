@@ -137,10 +137,10 @@ def _external_files(path: Path, model: onnx.ModelProto) -> tuple[str, ...]:
     names, problems = external_files(path, model)
     if problems:
         raise EngineBuildError(
-            where=str(path),
-            found=f"external data: {shortened(problems)}",
-            expected="the weight files beside the graph, whole",
-            why="the graph holds only their names",
+            f"{path}: external data: {shortened(problems)}",
+            expected=(
+                "the weight files beside the graph, whole, because the graph holds only their names"
+            ),
             fix=f"Copy {path.parent} as one folder, or write it again",
         )
     return names

@@ -32,10 +32,11 @@ def load_timing_cache(config: TrtObject, path: Path, errors: list[str]) -> None:
         said = "; ".join(errors)
         errors.clear()
         raise UsageError(
-            where=str(path),
-            found=f"its timings are not taken{f': {said}' if said else ''}",
-            expected="a timing cache of this TensorRT release and this GPU, or no file yet",
-            why="timings of another GPU choose slower kernels",
+            f"{path}: its timings are not taken{f': {said}' if said else ''}",
+            expected=(
+                "a timing cache of this TensorRT release and this GPU, or no file yet, because "
+                "timings of another GPU choose slower kernels"
+            ),
             fix="Give another --timing-cache",
         )
 
@@ -50,8 +51,7 @@ def save_timing_cache(config: TrtObject, path: Path) -> None:
     # What another build has added since; a file that is no longer ours is left alone.
     if not timings.combine(config.create_timing_cache(_stored(path)), False):
         raise OutputError(
-            where=str(path),
-            found="during the build it became the cache of another GPU or release",
+            f"{path}: during the build it became the cache of another GPU or release",
             expected="a file that only builds for one GPU write",
             fix="Give each GPU and release a --timing-cache of its own",
         )
@@ -65,8 +65,7 @@ def save_timing_cache(config: TrtObject, path: Path) -> None:
         with suppress(OSError):
             partial.unlink()
         raise OutputError(
-            where=str(path),
-            found=f"the timing cache cannot be written ({error.strerror or error})",
+            f"{path}: the timing cache cannot be written ({error.strerror or error})",
             expected="a writable folder",
             fix="Give another --timing-cache",
         ) from error
@@ -77,8 +76,7 @@ def _stored(path: Path) -> bytes:
         return path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise UsageError(
-            where=str(path),
-            found=f"it cannot be read ({error.strerror or error})",
+            f"{path}: it cannot be read ({error.strerror or error})",
             expected="a timing cache, or no file yet",
             fix="Correct --timing-cache",
         ) from error

@@ -145,8 +145,7 @@ class ProcessLane:
         self.close()
         ended = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else "ended early"
         return EngineBuildError(
-            where=str(onnx_path),
-            found=f"the process that built its engine {ended}",
+            f"{onnx_path}: the process that built its engine {ended}",
             expected="a graph that the builder takes, and memory for its weights several times",
             fix="Rerun with -vv, and with --jobs 1 if memory may be short",
         )

@@ -54,9 +54,9 @@ def test_numbers_that_are_not_finite_are_refused_all_at_once(tmp_path: Path, bad
     toys.write_checkpoint(tmp_path / "a", parts, BaseReference())
     with pytest.raises(CheckpointError) as caught:
         read_adapters(read_folder(tmp_path / "a"))
-    assert caught.value.where == str(tmp_path / "a")
-    assert f"'{module}.lora_B' (1 values, first at [1, 3, 2])" in caught.value.found
-    assert f"'heads.topics.{toys.HEAD}.bias' (1 values, first at [2])" in caught.value.found
+    assert caught.value.problem.endswith(str(tmp_path / "a"))
+    assert f"'{module}.lora_B' (1 values, first at [1, 3, 2])" in caught.value.problem
+    assert f"'heads.topics.{toys.HEAD}.bias' (1 values, first at [2])" in caught.value.problem
     assert caught.value.expected == "finite numbers"
     assert caught.value.fix
 
@@ -65,7 +65,7 @@ def test_an_unknown_family_is_refused_with_the_known_ones(checkpoint: Checkpoint
     """A family from the future is named, with what this version knows."""
     with pytest.raises(AdapterError) as caught:
         read_adapters(replace(checkpoint, family="quantum_lora"))
-    assert "quantum_lora" in caught.value.where
+    assert "quantum_lora" in caught.value.problem
     assert "mtl_lora" in caught.value.expected
     assert caught.value.fix
 

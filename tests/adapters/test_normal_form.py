@@ -61,8 +61,8 @@ def test_factors_that_do_not_fit_are_refused(name: str, shape: tuple[int, ...]) 
     """A transposed or flattened factor is an error, not a broadcast."""
     with pytest.raises(AdapterError) as caught:
         layer_of("enc.dense", factors() | {name: np.ones(shape)})
-    assert caught.value.where == "enc.dense"
-    assert str(shape) in caught.value.found
+    assert caught.value.problem.endswith("enc.dense")
+    assert str(shape) in caught.value.problem
     assert "core [T, U, D]" in caught.value.expected
     assert caught.value.fix
 
@@ -86,9 +86,9 @@ def test_every_layer_and_head_serves_every_task(tasks: int, heads: int, wrong: s
     """A layer or head with another task count than the checkpoint is refused by name."""
     with pytest.raises(CheckpointError) as caught:
         adapter_set(tasks, heads)
-    assert wrong in caught.value.found
+    assert wrong in caught.value.problem
     assert caught.value.expected == f"{tasks} tasks everywhere"
-    assert "t0" in caught.value.why
+    assert "t0" in caught.value.expected
     assert caught.value.fix
 
 

@@ -38,10 +38,10 @@ def test_all_broken_layers_and_numbers_are_one_message(tmp_path: Path) -> None:
     checkpoint = broken(broken(read_folder(folder), QUERY), POOLER)
     with pytest.raises(CheckpointError) as caught:
         read_adapters(checkpoint)
-    assert caught.value.where == str(folder)
-    assert caught.value.found.startswith("3 problems: ")
+    assert caught.value.problem.endswith(str(folder))
+    assert caught.value.problem.startswith("3 problems: ")
     for text in ("NaN or Inf in 'bert.encoder.layer.1.output.dense.lora_A'", f"{QUERY}: ", POOLER):
-        assert text in caught.value.found
+        assert text in caught.value.problem
     assert caught.value.expected
     assert caught.value.fix
 
@@ -51,7 +51,7 @@ def test_a_single_problem_is_said_as_it_is(tmp_path: Path) -> None:
     folder = toys.write_checkpoint(tmp_path / "a", toys.checkpoint_parts(), BaseReference())
     with pytest.raises(CheckpointError) as caught:
         read_adapters(broken(read_folder(folder), QUERY))
-    assert caught.value.where == QUERY
+    assert caught.value.problem.endswith(QUERY)
 
 
 def test_every_task_of_its_own_is_read() -> None:
@@ -60,7 +60,7 @@ def test_every_task_of_its_own_is_read() -> None:
     with pytest.raises(CheckpointError) as caught:
         read_adapters(checkpoint)
     for task in checkpoint.tasks:
-        assert f"{task.name}: a.words: down [1, 4], scaler []" in caught.value.found
+        assert f"{task.name}: a.words: down [1, 4], scaler []" in caught.value.problem
 
 
 def test_another_base_is_told_by_shapes_and_hash(tmp_path: Path) -> None:
@@ -71,19 +71,19 @@ def test_another_base_is_told_by_shapes_and_hash(tmp_path: Path) -> None:
     checkpoint = read_folder(folder)
     with pytest.raises(BaseModelError) as caught:
         bind(checkpoint, read_adapters(checkpoint, base), base)
-    assert "tensors do not fit" in caught.value.found
-    assert f"SHA-256 {base.sha256}, trained on {'ab' * 32}" in caught.value.found
+    assert "tensors do not fit" in caught.value.problem
+    assert f"SHA-256 {base.sha256}, trained on {'ab' * 32}" in caught.value.problem
 
 
 def test_one_cause_is_said_once() -> None:
     """A base that was not given breaks every layer alike: one message, not one a layer."""
 
     def load(name: str) -> int:
-        raise BaseModelError(where=name, found="no base", fix="Pass --base")
+        raise BaseModelError(f"{name}: no base", fix="Pass --base")
 
     with pytest.raises(BaseModelError) as caught:
         read_all("checkpoint", ["a", "b"], load)
-    assert (caught.value.where, caught.value.found) == ("a", "no base")
+    assert (caught.value.problem, caught.value.problem) == ("a", "no base")
 
 
 def test_a_missing_number_comes_after_what_is_broken() -> None:
@@ -91,8 +91,8 @@ def test_a_missing_number_comes_after_what_is_broken() -> None:
 
     def load(name: str) -> str:
         if name == "broken":
-            raise CheckpointError(where=name, found="misshapen")
-        raise HyperparameterError(where=f"{name}: alpha", found="unknown")
+            raise CheckpointError(f"{name}: misshapen")
+        raise HyperparameterError(name, "alpha", "unknown", expected="a number", fix="Give it")
 
     with pytest.raises(HyperparameterError):
         read_all("checkpoint", ["whole"], load)

@@ -204,7 +204,7 @@ def test_the_gate_must_be_known(value: float | None) -> None:
     hyper = {"alpha": 1.0} | ({} if value is None else {"gate_softmax": value})
     with pytest.raises(HyperparameterError) as caught:
         normal_form(replace(layer, hyper=hyper))
-    assert caught.value.where == "toy.dense: gate_softmax"
+    assert caught.value.problem.endswith("toy.dense: gate_softmax")
     assert "softmax" in caught.value.expected
 
 
@@ -232,7 +232,7 @@ def test_shapes_that_contradict_each_other_are_refused(role: str, shape: tuple[i
     """One misshapen tensor is refused with all shapes of the layer."""
     with pytest.raises(CheckpointError) as caught:
         normal_form(layer_tensors(layer_values() | {role: np.ones(shape)}))
-    assert f"{role} {list(shape)}" in caught.value.found
+    assert f"{role} {list(shape)}" in caught.value.problem
     assert "down [n + 1, r, I]" in caught.value.expected
 
 

@@ -79,7 +79,7 @@ def test_an_adapter_of_such_a_layer_is_refused(tmp_path: Path, layer: str) -> No
         return
     with pytest.raises(UnusableBaseError, match="never calls") as caught:
         bind(checkpoint, adapters, base)
-    assert MIXER + layer in caught.value.found
+    assert MIXER + layer in caught.value.problem
 
 
 def test_zeros_that_stayed_are_no_reason_to_refuse(tmp_path: Path) -> None:

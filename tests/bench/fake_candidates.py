@@ -36,7 +36,7 @@ class Fake:
     def open(self) -> Opened:
         """Open, or show the fault."""
         if self.fault == "refuses":
-            raise EngineRunError(where="fake", found="no", expected="yes", why="so", fix="Do")
+            raise EngineRunError("fake: no", expected="yes, because so", fix="Do")
         if self.fault == "dies":
             os._exit(9)
         held = np.ones(self.megabytes * 1_000_000, np.uint8)

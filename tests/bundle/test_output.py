@@ -342,7 +342,7 @@ def test_a_writers_own_complaint_names_the_target(tmp_path: Path) -> None:
 
     def refuse() -> None:
         with output_folder(tmp_path / "out", recipe=RECIPE) as plan:
-            raise OutputError(where=str(plan.folder / "model"), found="no room")
+            raise OutputError(f"{plan.folder / 'model'}: no room")
 
     with pytest.raises(OutputError, match=r"^/.*/out: no room\.$"):
         refuse()

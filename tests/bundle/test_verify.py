@@ -338,7 +338,7 @@ def test_a_missing_runtime_is_not_run(out: Path, monkeypatch: pytest.MonkeyPatch
     """Files pass, the replay says what is missing."""
 
     def missing(self: object) -> object:
-        raise BackendMissingError(where="onnxruntime", found="not installed")
+        raise BackendMissingError("onnxruntime: not installed")
 
     monkeypatch.setattr("mtl_export.runtime.ort.OrtRunner.__enter__", missing)
     files, replay, *_ = verify_folder(out)

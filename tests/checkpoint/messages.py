@@ -7,11 +7,11 @@ from mtl_export.errors import MtlExportError
 
 def assert_whole(error: MtlExportError, *, where: str, found: str, expected: str = "") -> None:
     """Check that ``error`` says where, what was found, what was expected, and what to do."""
-    assert where in error.where
-    assert found in error.found
+    assert where in error.problem
+    assert found in error.problem
     assert expected in error.expected
     assert error.expected
     assert error.fix
     assert not error.fix.endswith(".")
-    for part in (error.where, error.found, error.expected, error.fix):
+    for part in (error.problem, error.expected, error.fix):
         assert part in str(error)

@@ -56,7 +56,7 @@ def test_what_is_not_supported_is_refused_with_its_reason(tmp_path: Path, case: 
     with pytest.raises(kind) as caught:
         open_checkpoint(folder)
     assert_whole(caught.value, where="zeta", found=found)
-    assert caught.value.why
+    assert caught.value.expected
 
 
 def broken(change: Callable[[Path], None]) -> Callable[[Path], Path]:

@@ -94,7 +94,7 @@ def test_outputs_that_contradict_the_tasks_are_refused(tmp_path: Path, case: str
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(CheckpointError) as caught:
         read_folder(tmp_path / "own")
-    assert found in caught.value.found
+    assert found in caught.value.problem
 
 
 def test_outputs_that_nobody_describes_are_refused(tmp_path: Path) -> None:

@@ -206,4 +206,4 @@ def test_values_beyond_what_can_be_used_are_refused(
     with pytest.raises(UsageError, match=r"mtl-export\.toml: ") as caught:
         read_config(path)
     assert expected in caught.value.expected
-    assert len(caught.value.found) < 500
+    assert len(caught.value.problem) < 500

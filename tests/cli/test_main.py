@@ -158,7 +158,7 @@ def test_a_mistyped_command_line_with_json_is_json(run: Run) -> None:
     assert not outcome.json["ok"]
     assert outcome.json["exit_code"] == 2
     assert outcome.json["error"]["error"] == "UsageError"
-    assert outcome.json["error"]["where"] == "mtl-export merge"
+    assert outcome.json["error"]["problem"] == "mtl-export merge"
 
 
 def subclasses(kind: type[MtlExportError]) -> list[type[MtlExportError]]:
@@ -182,7 +182,7 @@ def test_the_exit_code_of_every_error_is_decided() -> None:
     ours = [
         kind for kind in subclasses(MtlExportError) if kind.__module__ == mtl_export.errors.__name__
     ]
-    found = {kind.__name__: main.exit_code(kind(where="x", found="y")) for kind in ours}
+    found = {kind.__name__: main.exit_code(kind("x: y")) for kind in ours}
     assert found == DOCUMENTED
 
 
@@ -220,7 +220,7 @@ def test_a_bug_with_json_is_json(raising: list[BaseException], run: Run) -> None
     outcome = run("doctor", "--json")
     assert outcome.code == 1
     assert outcome.json["exit_code"] == 1
-    assert "oops" in outcome.json["error"]["found"]
+    assert "oops" in outcome.json["error"]["problem"]
     assert "Traceback" in outcome.stderr
 
 
@@ -235,9 +235,7 @@ def test_ctrl_c_exits_130(raising: list[BaseException], run: Run) -> None:
 def test_our_error_is_one_message(raising: list[BaseException], run: Run) -> None:
     """Where, found, expected, why and what to do, on one line of stderr."""
     raising.append(
-        mtl_export.errors.AdapterError(
-            where="[bold]w[/bold]", found="f", expected="e", why="y", fix="x"
-        )
+        mtl_export.errors.AdapterError("[bold]w[/bold]: f", expected="e, because y", fix="x")
     )
     outcome = run("doctor")
     assert outcome.code == 5
@@ -250,7 +248,7 @@ def test_our_error_with_json_is_an_object(
     raising: list[BaseException], run: Run, asked: str
 ) -> None:
     """The parts come separately, with the exit code."""
-    raising.append(mtl_export.errors.IntegrityError(where="w", found="f", fix="x"))
+    raising.append(mtl_export.errors.IntegrityError("w: f", fix="x"))
     outcome = (
         run("doctor", "--json") if asked == "flag" else run("doctor", env={"MTL_EXPORT_JSON": "1"})
     )
@@ -308,7 +306,7 @@ def test_an_empty_value_is_never_the_current_folder(
     outcome = run(*words)
     assert outcome.code == 2
     assert f"error: {where}: its value is empty, or has a null byte" in outcome.stderr
-    assert run(*words, "--json").json["error"]["where"] == where
+    assert run(*words, "--json").json["error"]["problem"] == where
     assert files_below(project) == before
 
 

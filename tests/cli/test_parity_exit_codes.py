@@ -129,7 +129,7 @@ def test_rows_that_cannot_tell_exit_2(nudged: Path, tmp_path: Path) -> None:
     document = json.loads(stdout)
     assert (code, document["exit_code"]) == (2, 2), stdout + stderr
     assert document["verdict"] == "not-run"
-    assert "give about" in document["error"]["found"]
+    assert "give about" in document["error"]["problem"]
 
 
 def test_nothing_that_could_run_exits_6(nudged: Path, tmp_path: Path) -> None:

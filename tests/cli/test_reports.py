@@ -89,7 +89,7 @@ def test_an_old_pass_does_not_outlive_an_interruption(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     document = json.loads(path.read_text())
     assert (document["verdict"], document["error"]["error"]) == ("not-run", "Unfinished")
-    assert "interrupted" in document["error"]["found"]
+    assert "interrupted" in document["error"]["problem"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_what_ends_the_comparison_is_reported(tmp_path: Path) -> None:
     """Our errors with their parts, a bug by its name; both go on."""
     path = tmp_path / "p.json"
     with pytest.raises(CheckpointError), errors_reported([path]):
-        raise CheckpointError(where="adapter", found="broken", fix="Mend it")
+        raise CheckpointError("adapter: broken", fix="Mend it")
     document = json.loads(path.read_text())
     assert document["error"] == {
         "error": "CheckpointError", "where": "adapter", "found": "broken", "expected": "",

@@ -30,8 +30,8 @@ def test_a_file_that_the_system_refuses_is_told(code: int, said: str) -> None:
     """The file, the system's reason and what to do."""
     refusal = refusal_of(OSError(code, os.strerror(code), "base/config.json"))
     assert refusal is not None
-    assert refusal.where == "base/config.json"
-    assert os.strerror(code) in refusal.found
+    assert refusal.problem.startswith("base/config.json")
+    assert os.strerror(code) in refusal.problem
     assert said in refusal.fix
 
 

@@ -317,7 +317,7 @@ def test_another_base_is_refused(tmp_path: Path, change: dict[str, Any], found: 
     checkpoint = open_checkpoint(toys.write(tmp_path / "a", tensors | toys.head(2), fields))
     with pytest.raises(BaseModelError) as caught:
         bind(checkpoint, read_adapters(checkpoint, base), base)
-    assert found in caught.value.found
+    assert found in caught.value.problem
 
 
 def unbound(adapters: AdapterSet) -> BoundModel:

@@ -58,7 +58,7 @@ def test_a_graph_of_mixed_tasks_says_why_not(bound: BoundModel, traced: TracedMo
     """Positions are projected once for all rows; layer, use and the ways out are named."""
     with pytest.raises(GraphError, match=rf"{QUERY}: use 2 of 2: .*\[1,16,12\]") as caught:
         routed_graph(traced, bound)
-    assert "one result for all rows" in caught.value.why
+    assert "one result for all rows" in caught.value.expected
     for way in ("--layout per-task", "--task-input scalar", "mtl-export merge"):
         assert way in caught.value.fix
 

@@ -49,7 +49,7 @@ def test_a_model_that_fails_on_a_sample_is_one_message() -> None:
     ):
         model(torch.ones(3, 5))
     assert isinstance(caught.value.__cause__, RuntimeError)
-    ours = GraphError(where="here", found="something")
+    ours = GraphError("here: something")
     with pytest.raises(GraphError) as caught, sample_pass(model):
         raise ours
     assert caught.value is ours

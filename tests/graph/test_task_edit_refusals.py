@@ -75,7 +75,7 @@ def test_a_task_that_does_not_share_the_projections_is_refused(
     before = {path.name: path.read_bytes() for path in served.iterdir()}
     with pytest.raises(AdapterError) as caught:
         add(served, other.adapters)
-    assert found in caught.value.found
+    assert found in caught.value.problem
     assert {path.name: path.read_bytes() for path in served.iterdir()} == before
 
 
@@ -102,7 +102,7 @@ def test_tensors_that_all_tasks_of_the_graph_trained_must_be_the_new_checkpoints
     models, plain = graph(), four.adapters
     with pytest.raises(AdapterError) as caught:
         add_task(models, plain, plain.tasks[3], "intent")
-    assert f"{POOLER} of the base, which the graph's tasks trained" in caught.value.found
+    assert f"{POOLER} of the base, which the graph's tasks trained" in caught.value.problem
     other = trained(plain, seed=1)
     with pytest.raises(AdapterError, match=f"{NORM} with other values"):
         add_task(models, other, other.tasks[3], "intent")
@@ -133,7 +133,7 @@ def test_what_the_new_task_has_and_the_graph_shares_is_refused(
         adapters = dataclasses.replace(four.adapters, **parts)
         with pytest.raises(AdapterError) as caught:
             add_task(models, adapters, adapters.tasks[3], "intent")
-        assert found in caught.value.found
+        assert found in caught.value.problem
 
 
 def test_what_cannot_be_edited_is_refused(

@@ -101,7 +101,7 @@ def test_a_layer_the_exporter_lost_is_refused(exported: ir.Model, bound: BoundMo
     node.attributes["module"] = ir.AttrString("module", "bert.somewhere.else")
     with pytest.raises(GraphError) as caught:
         trace(bound)
-    assert "bert.pooler.dense" in caught.value.found
+    assert "bert.pooler.dense" in caught.value.problem
     assert "every adapted layer" in caught.value.expected
     assert caught.value.fix
 
@@ -118,8 +118,8 @@ def test_an_exporter_that_gives_up_is_one_message(
     monkeypatch.setattr(exporter_onnx.OnnxExporter, "export", give_up)
     with pytest.raises(GraphError) as caught:
         trace(bound)
-    assert caught.value.where == "BertForSequenceClassification"
-    assert caught.value.found.endswith("constraints violated")
+    assert caught.value.problem.endswith("BertForSequenceClassification")
+    assert caught.value.problem.endswith("constraints violated")
     assert "mtl-export merge" in caught.value.fix
     assert isinstance(caught.value.__cause__, RuntimeError)
 
@@ -134,8 +134,8 @@ def test_heads_that_do_not_fit_the_model_are_refused(bound: BoundModel, tmp_path
     adapter = toys.write_checkpoint(tmp_path / "adapter", parts, BaseReference())
     with pytest.raises(BaseModelError) as caught:
         trace(toys.bound_model(bound.base.folder, adapter))
-    assert caught.value.where == "head classifier"
-    assert "take 11 features" in caught.value.found
+    assert caught.value.problem.endswith("head classifier")
+    assert "take 11 features" in caught.value.problem
     assert caught.value.expected == "12 features"
     assert "--base" in caught.value.fix
 
@@ -150,7 +150,7 @@ def test_a_head_that_is_not_linear_is_refused(bound: BoundModel, tmp_path: Path)
         BaseModelError, match="a BertPooler in BertForSequenceClassification"
     ) as caught:
         mark(BertForSequenceClassification(BertConfig(**bound.base.config)), pooled)
-    assert caught.value.where == "bert.pooler"
+    assert caught.value.problem.endswith("bert.pooler")
     assert "linear layers inside it" in caught.value.fix
 
 
@@ -171,7 +171,7 @@ def test_inputs_that_the_model_does_not_take_are_left_out(
 
     def record(model: Any, inputs: dict[str, Any], opset: int) -> ir.Model:
         seen.update(inputs)
-        raise GraphError(where="here", found="enough seen")
+        raise GraphError("here: enough seen")
 
     monkeypatch.setattr(trace_module, "_exported", record)
     with pytest.raises(GraphError, match="enough seen"):

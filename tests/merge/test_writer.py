@@ -224,8 +224,8 @@ def test_an_untouched_tensor_that_overflows_is_refused(bound: BoundModel, tmp_pa
     changed = changed_base(bound, tmp_path, **{name: values})
     with pytest.raises(BaseModelError) as caught:
         merged(changed, toys.TASKS[0], tmp_path / "out", "fp16")
-    assert f"bert.{name}" in caught.value.where
-    assert "F16" in caught.value.found
+    assert f"bert.{name}" in caught.value.problem
+    assert "F16" in caught.value.problem
     assert "bf16" in caught.value.fix
     merged(changed, toys.TASKS[0], tmp_path / "wide", "bf16")
 
@@ -237,7 +237,7 @@ def test_a_head_that_overflows_is_refused(tmp_path: Path) -> None:
     bound = toys.toy_bound(tmp_path, parts)
     with pytest.raises(BaseModelError) as caught:
         merged(bound, toys.TASKS[1], tmp_path / "out", "fp16")
-    assert f"{toys.HEAD}.bias" in caught.value.where
+    assert f"{toys.HEAD}.bias" in caught.value.problem
     merged(bound, toys.TASKS[0], tmp_path / "other", "fp16")
 
 

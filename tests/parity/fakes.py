@@ -64,7 +64,7 @@ class FakeRunner:
         assert self.is_open
         ids = inputs.get("task_ids")
         if ids is not None and (ids.dtype != np.int64 or ids.ndim != 1):
-            raise EngineRunError(where="task_ids", found=str(ids.dtype), expected="int64 [B]")
+            raise EngineRunError(f"task_ids: {ids.dtype}", expected="int64 [B]")
         self.asked.append(inputs)
         return self._answer(inputs)
 

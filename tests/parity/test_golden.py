@@ -77,7 +77,7 @@ def test_a_runtime_that_refuses_an_unknown_id_keeps_the_rest(cases: list[Case]) 
 
     def answer(inputs: Mapping[str, Array]) -> dict[str, Array]:
         if inputs[TASK_IDS].max() >= len(TASKS):
-            raise EngineRunError(where="engine", found="id 3")
+            raise EngineRunError("engine: id 3")
         return {"logits": exact(inputs)}
 
     assert [one.name for one in of_single_graph(cases, answer)][-1] == MIXED

@@ -256,7 +256,7 @@ def test_files_that_are_known_to_be_wrong_fail_without_being_run(
 
 def missing() -> BackendMissingError:
     """Return the error of a backend that is not there."""
-    return BackendMissingError(where="tensorrt", found="no GPU", expected="one", fix="Get one")
+    return BackendMissingError("tensorrt: no GPU", expected="one", fix="Get one")
 
 
 def test_what_cannot_run_is_not_run(bound: BoundModel, cases: list[Case]) -> None:
@@ -292,7 +292,7 @@ def test_a_backend_that_goes_away_does_not_hide_a_failure(
 @pytest.mark.parametrize("on_enter", [True, False])
 def test_a_runtime_that_refuses_fails(bound: BoundModel, cases: list[Case], on_enter: bool) -> None:
     """A file that cannot be opened or run is a failure, not something that did not run."""
-    error = EngineRunError(where="model.onnx", found="broken", expected="whole", fix="Export")
+    error = EngineRunError("model.onnx: broken", expected="whole", fix="Export")
 
     def refuse(inputs: Mapping[str, Array]) -> dict[str, Array]:
         raise error

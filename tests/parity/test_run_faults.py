@@ -172,7 +172,7 @@ def on_bad_ids(change: Callable[[Array, Array], Array]) -> Answer:
 
 def refuse_all(logits: Array, ids: Array) -> Array:
     """Refuse the batch as a host-side check does."""
-    raise EngineRunError(where="task_ids", found="9", expected="0 to 2", fix="Correct it")
+    raise EngineRunError("task_ids: 9", expected="0 to 2", fix="Correct it")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_an_oracle_that_is_not_finite_compares_nothing(
 
     with pytest.raises(ParityError) as caught:
         run_parity(bound, [single(bound, right)], cases, tolerance=Tolerance(), oracle=spoilt)
-    assert dtype in caught.value.where
-    assert "task b" in caught.value.where
-    assert "NaN or Inf" in caught.value.found
+    assert dtype in caught.value.problem
+    assert "task b" in caught.value.problem
+    assert "NaN or Inf" in caught.value.problem
     assert caught.value.fix

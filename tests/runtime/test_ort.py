@@ -59,7 +59,7 @@ def test_threads_that_are_no_number_are_refused(model: Path, threads: int) -> No
     """With what was passed."""
     with pytest.raises(UsageError) as caught:
         open_session(model, threads=threads)
-    assert (caught.value.where, caught.value.found) == ("threads", repr(threads))
+    assert (caught.value.problem, caught.value.problem) == ("threads", repr(threads))
 
 
 @pytest.mark.parametrize("threads", [0, 1])
@@ -83,8 +83,8 @@ def test_a_missing_package_says_what_to_install(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BackendMissingError) as caught, OrtRunner(model):
         pass
-    assert caught.value.where == "onnxruntime"
-    assert caught.value.found == "not installed"
+    assert caught.value.problem.endswith("onnxruntime")
+    assert caught.value.problem.endswith("not installed")
     assert "mtl-export[cpu]" in caught.value.fix
 
 
@@ -102,8 +102,8 @@ def test_a_file_that_cannot_be_opened_is_refused(model: Path, fault: str) -> Non
         data.write_bytes(data.read_bytes()[:4])
     with pytest.raises(EngineRunError) as caught, OrtRunner(model):
         pass
-    assert caught.value.where == str(model)
-    assert "onnxruntime cannot open it" in caught.value.found
+    assert caught.value.problem.endswith(str(model))
+    assert "onnxruntime cannot open it" in caught.value.problem
     assert "external data" in caught.value.expected
     assert "--force" in caught.value.fix
     assert caught.value.__cause__ is not None
@@ -142,5 +142,5 @@ def test_metadata_of_no_graph_is_refused(tmp_path: Path, content: bytes | None) 
         path.write_bytes(content)
     with pytest.raises(EngineRunError) as caught:
         onnx_metadata(path)
-    assert caught.value.where == str(path)
-    assert "not an ONNX file" in caught.value.found
+    assert caught.value.problem.endswith(str(path))
+    assert "not an ONNX file" in caught.value.problem

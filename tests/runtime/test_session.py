@@ -152,7 +152,7 @@ def test_an_unknown_task_is_refused_with_those_there_are(session: TaskSession, w
     for tasks in (wrong, ["spam", wrong, "spam", "spam", "spam"]):
         with pytest.raises(TaskNotFoundError) as caught:
             session.run({"input_ids": ROWS}, tasks)
-        assert str(wrong) in caught.value.where
+        assert str(wrong) in caught.value.problem
         assert "ads_rel (0), topic (1), spam (2)" in caught.value.expected
 
 
@@ -208,7 +208,7 @@ def test_inputs_that_do_not_fit_are_refused(session: TaskSession, fault: str) ->
     inputs, message = WRONG_INPUTS[fault]
     with pytest.raises(UsageError) as caught:
         session.run(inputs, "spam")
-    assert re.search(message, f"found={caught.value.found}")
+    assert re.search(message, f"found={caught.value.problem}")
 
 
 def test_an_id_outside_the_vocabulary_is_refused(session: TaskSession) -> None:
@@ -255,7 +255,7 @@ def test_what_is_neither_text_nor_pair_is_refused(session: TaskSession, entry: A
     """With the row and what stands there."""
     with pytest.raises(UsageError) as caught:
         session.encode(["fine", entry])
-    assert (caught.value.where, caught.value.found) == ("texts", f"row 1 is {entry!r}")
+    assert (caught.value.problem, caught.value.problem) == ("texts", f"row 1 is {entry!r}")
     assert session.encode([["night", "shift"]]) == session.encode([("night", "shift")])  # type: ignore[list-item]
 
 
@@ -326,7 +326,7 @@ def test_a_provider_that_is_not_there_says_what_to_install(exported: Path) -> No
     """CUDA on a CPU build is refused, never replaced by the CPU without a word."""
     with pytest.raises(BackendMissingError) as caught:
         TaskSession(exported / "out" / "onnx", providers=["cuda"])
-    assert "CUDAExecutionProvider" in caught.value.found
+    assert "CUDAExecutionProvider" in caught.value.problem
     assert "mtl-export[gpu]" in caught.value.fix
     with pytest.raises(BackendMissingError, match="NoSuchProvider"):
         TaskSession(exported / "out" / "onnx", providers=["NoSuchProvider"])

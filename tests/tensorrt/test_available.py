@@ -40,8 +40,8 @@ def test_nothing_installed_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(BackendMissingError) as refusal:
         available_builder()
     assert refusal.value.fix == "pip install tensorrt_rtx_cu13"
-    assert "tensorrt" in refusal.value.found
-    assert "tensorrt_rtx" in refusal.value.found
+    assert "tensorrt" in refusal.value.problem
+    assert "tensorrt_rtx" in refusal.value.problem
 
 
 def test_asking_for_an_absent_library_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,8 +62,8 @@ def test_library_that_cannot_be_loaded_says_why(
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.11: cannot open')")
     with pytest.raises(BackendMissingError) as refusal:
         available_builder()
-    assert "tensorrt is installed but cannot be loaded" in refusal.value.found
-    assert "libnvinfer.so.11" in refusal.value.found
+    assert "tensorrt is installed but cannot be loaded" in refusal.value.problem
+    assert "libnvinfer.so.11" in refusal.value.problem
 
 
 def test_without_a_gpu_rtx_builds_and_says_why_it_cannot_run(

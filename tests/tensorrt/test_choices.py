@@ -164,8 +164,8 @@ def test_rtx_refuses_what_it_would_ignore(
         build_with_options(
             path, tmp_path / "model.engine", options=options, library_name="tensorrt_rtx"
         )
-    assert refusal.value.where == what
-    assert (refusal.value.why, refusal.value.fix) == RTX_REFUSALS[what]
+    assert refusal.value.problem.endswith(what)
+    assert (refusal.value.expected, refusal.value.fix) == RTX_REFUSALS[what]
 
 
 def test_full_tensorrt_refuses_other_targets(trt: FakeTensorRT, tmp_path: Path) -> None:

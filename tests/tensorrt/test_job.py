@@ -165,7 +165,7 @@ def test_a_failing_task_does_not_lose_the_others(models: Path, tmp_path: Path, j
     first, second, third = outcomes
     assert engines([first, second])
     assert isinstance(third.error, EngineBuildError)
-    assert third.error.found == "external data: model.onnx.data is missing"
+    assert third.error.problem.endswith("external data: model.onnx.data is missing")
     assert places.aborted == [TASKS[2]]
     assert sorted(path.name for path in (tmp_path / "engines").iterdir()) == sorted(TASKS[:2])
 
@@ -180,7 +180,7 @@ def test_a_folder_that_refuses_does_not_lose_the_others(
     @contextmanager
     def refusing(order: EngineOrder) -> Iterator[Open]:
         if order.name == TASKS[1]:
-            raise OutputError(where=str(order.target), found="it holds another result")
+            raise OutputError(f"{order.target}: it holds another result")
         with places(order) as place:
             yield place
 

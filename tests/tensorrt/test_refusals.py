@@ -40,9 +40,9 @@ def test_every_unsupported_node_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(EngineBuildError) as refusal:
         build_rtx(path, tmp_path / "model.engine")
-    assert "refuses 2 of its nodes" in refusal.value.found
-    assert "node first (Mystery)" in refusal.value.found
-    assert "node second (Riddle)" in refusal.value.found
+    assert "refuses 2 of its nodes" in refusal.value.problem
+    assert "node first (Mystery)" in refusal.value.problem
+    assert "node second (Riddle)" in refusal.value.problem
     assert "cudaError 35" not in str(refusal.value)
     assert names_in(tmp_path) == ["model.onnx"]
 
@@ -55,8 +55,8 @@ def test_node_inside_a_function_is_named_with_it(tmp_path: Path) -> None:
     path.write_bytes(model.SerializeToString())
     with pytest.raises(EngineBuildError, match=r"node .*up.* \(MatMulButBetter\)") as refusal:
         build_rtx(path, tmp_path / "model.engine")
-    assert "in function" in refusal.value.found
-    assert "TaskLowRank" in refusal.value.found
+    assert "in function" in refusal.value.problem
+    assert "TaskLowRank" in refusal.value.problem
 
 
 def test_mixed_types_are_refused_not_cast(tmp_path: Path) -> None:
@@ -135,8 +135,8 @@ def test_target_that_cannot_run_the_graph_is_the_builders_word(tmp_path: Path) -
     """A build that only logs its reason becomes an error with that reason."""
     with merged_and_nothing_new(tmp_path) as path, pytest.raises(EngineBuildError) as refusal:
         build_rtx(path, tmp_path / "model.engine", compute_capabilities=["7.5"])
-    assert "the build failed" in refusal.value.found
-    assert "gave no reason" not in refusal.value.found
+    assert "the build failed" in refusal.value.problem
+    assert "gave no reason" not in refusal.value.problem
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_shape_outside_every_profile_is_refused(engine: Path) -> None:
     """The given shapes and the ranges are both named."""
     with pytest.raises(EngineRunError) as refusal:
         TensorRTBackend(engine).check_inputs(routed_inputs(9, 7))
-    assert "input_ids:9x7,task_ids:9" in refusal.value.found
+    assert "input_ids:9x7,task_ids:9" in refusal.value.problem
     assert "input_ids:8x16,task_ids:8" in refusal.value.expected
 
 

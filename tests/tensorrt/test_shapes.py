@@ -171,7 +171,7 @@ def test_profiles_that_do_not_fit_are_refused(
     with pytest.raises(UsageError) as refusal:
         check_profiles(source, [Profile(GOOD), Profile(shapes)])  # type: ignore[arg-type]
     assert message in str(refusal.value)
-    assert "profile 2" in refusal.value.where
+    assert "profile 2" in refusal.value.problem
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_every_profile_mistake_is_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as refusal:
         check_profiles(source, [Profile({"typo": ((1,), (1,), (1,))})])
     for part in ("typo is not an input", "input_ids is missing", "task_ids is missing"):
-        assert part in refusal.value.found
+        assert part in refusal.value.problem
 
 
 def test_fixed_sizes_may_not_change(tmp_path: Path) -> None:

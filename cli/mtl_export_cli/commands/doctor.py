@@ -123,7 +123,7 @@ def _builders() -> list[Finding]:
         try:
             info = available_builder(name)
         except BackendMissingError as error:
-            findings.append(Finding(name, MISSING, error.found, cost, fix))
+            findings.append(Finding(name, MISSING, error.problem, cost, fix))
         else:
             runs = "" if info.can_run else f"; cannot run here: {info.reason}"
             findings.append(Finding(name, PRESENT, f"{info.version}, builds engines{runs}"))

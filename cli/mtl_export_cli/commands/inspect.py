@@ -61,8 +61,7 @@ def _refuse_idle() -> None:
     for name, flag in (("force", "--force"), ("target_format", "--convert-format")):
         if options.is_typed(name):
             raise UsageError(
-                where=flag,
-                found="nothing is converted",
+                f"{flag}: nothing is converted",
                 expected="--convert beside it",
                 fix=f"Add --convert OUT, or leave out {flag}",
             )

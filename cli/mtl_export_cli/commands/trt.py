@@ -38,10 +38,11 @@ def _gone(context: click.Context, parameter: click.Parameter, value: object) -> 
     name = parameter.opts[0]
     if value:
         raise UsageError(
-            where=name,
-            found="TensorRT has no such switch any more",
-            expected="precision to be written in the graph",
-            why="networks are strongly typed since TensorRT 11, and calibrators are gone",
+            f"{name}: TensorRT has no such switch any more",
+            expected=(
+                "precision to be written in the graph, because networks are strongly typed since "
+                "TensorRT 11, and calibrators are gone"
+            ),
             fix=GONE[name],
         )
 

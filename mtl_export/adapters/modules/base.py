@@ -57,10 +57,12 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
     )
     if missing:
         raise BaseModelError(
-            where=f"base {bound.base.reference}",
-            found=f"{model_class.__name__} has weights that are nowhere: {shortened(missing)}",
-            expected="every weight in the base or in the checkpoint",
-            why="transformers would fill the gap with random numbers",
+            f"base {bound.base.reference}: {model_class.__name__} has weights that are nowhere: "
+            f"{shortened(missing)}",
+            expected=(
+                "every weight in the base or in the checkpoint, because transformers would fill "
+                "the gap with random numbers"
+            ),
             fix="Pass the base the adapter was trained on, or save these modules with the adapter",
         )
     _replace(model, bound, dtype, added)
@@ -169,10 +171,11 @@ def _refuse_mismatched(info: dict[str, Any], model_class: Any, bound: BoundModel
 
 def _unfit(model_class: Any, bound: BoundModel, found: str) -> BaseModelError:
     return BaseModelError(
-        where=f"base {bound.base.reference}",
-        found=f"{model_class.__name__} of its config.json {found}",
-        expected="the config.json that was saved with the weights",
-        why="the model is built from its class, its config and its weights",
+        f"base {bound.base.reference}: {model_class.__name__} of its config.json {found}",
+        expected=(
+            "the config.json that was saved with the weights, because the model is built from its "
+            "class, its config and its weights"
+        ),
         fix="Pass the whole base that the adapter was trained on",
     )
 
@@ -217,12 +220,16 @@ def class_named(name: str) -> Any:
         model_class, transformers.PreTrainedModel
     ):
         raise AdapterError(
-            where=f"model class {name!r}",
-            found=f"transformers {transformers.__version__} has no model of that name",
-            expected="a class such as BertForSequenceClassification",
-            why="the model is rebuilt from its class to be traced",
-            fix="Correct the class that the checkpoint names, or architectures in the base's"
-            " config.json",
+            f"model class {name!r}: transformers {transformers.__version__} has no model of that "
+            "name",
+            expected=(
+                "a class such as BertForSequenceClassification, because the model is rebuilt from "
+                "its class to be traced"
+            ),
+            fix=(
+                "Correct the class that the checkpoint names, or architectures in the base's "
+                "config.json"
+            ),
         )
     return model_class
 

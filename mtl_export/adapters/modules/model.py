@@ -115,10 +115,11 @@ def linear_named(model: nn.Module, name: str) -> nn.Linear:
         return linear
     if not isinstance(layer, nn.Linear):
         raise BaseModelError(
-            where=name,
-            found=f"a {type(layer).__name__} in {type(model).__name__}",
-            expected="an nn.Linear, or transformers' Conv1D",
-            why="adapters and per-task heads replace linear layers",
+            f"{name}: a {type(layer).__name__} in {type(model).__name__}",
+            expected=(
+                "an nn.Linear, or transformers' Conv1D, because adapters and per-task heads "
+                "replace linear layers"
+            ),
             fix="Name the linear layers inside it as target or head modules",
         )
     return layer

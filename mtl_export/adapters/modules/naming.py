@@ -30,10 +30,11 @@ def own_module(model: Any, stored: str) -> str:
         if _has_module(model, name):
             return name
     raise BaseModelError(
-        where=stored,
-        found=f"{type(model).__name__} has no module of that name",
-        expected="a module of the class that was trained",
-        why="the checkpoint adapts it or has its own for every task",
+        f"{stored}: {type(model).__name__} has no module of that name",
+        expected=(
+            "a module of the class that was trained, because the checkpoint adapts it or has its "
+            "own for every task"
+        ),
         fix="Check model_class, or pass the base the adapter was trained on to --base",
     )
 

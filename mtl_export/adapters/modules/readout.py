@@ -40,10 +40,11 @@ def with_readouts(
     unknown = sorted({name for one in readouts for name in one.activations} - ACT2FN.keys())
     if unknown:
         raise AdapterError(
-            where=f"head on {base_class.__name__}",
-            found=f"function {', '.join(unknown)}",
-            expected=f"one of {', '.join(sorted(ACT2FN))}",
-            why="the head is computed with transformers' functions",
+            f"head on {base_class.__name__}: function {', '.join(unknown)}",
+            expected=(
+                f"one of {', '.join(sorted(ACT2FN))}, because the head is computed with "
+                "transformers' functions"
+            ),
             fix="Report the checkpoint's head_config.json",
         )
 

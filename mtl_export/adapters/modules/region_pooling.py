@@ -132,10 +132,11 @@ def _images(
     if not torch.compiler.is_exporting() and bool(is_wrong.any()):
         least, most = side * side, (LARGEST * side) ** 2
         raise UsageError(
-            where="vis_feats",
-            found=f"an image of {int(total[is_wrong][0])} regions",
-            expected=f"a square number between {least} and {most} for each image",
-            why=f"the model pools each image's grid of features to {side} x {side} (--downsample)",
+            f"vis_feats: an image of {int(total[is_wrong][0])} regions",
+            expected=(
+                f"a square number between {least} and {most} for each image, because the model "
+                f"pools each image's grid of features to {side} x {side} (--downsample)"
+            ),
             fix="Pass the whole grid of features, and masks and image orders that fit it",
         )
     return _Images(total, first, grid, is_wrong)

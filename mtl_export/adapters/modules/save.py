@@ -51,10 +51,8 @@ def save_checkpoint(
     path = Path(path)
     if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
         raise OutputError(
-            where=str(path),
-            found="it is there already",
-            expected="a new or an empty folder",
-            why="a trained checkpoint must not be lost",
+            f"{path}: it is there already",
+            expected="a new or an empty folder, because a trained checkpoint must not be lost",
             fix="Pass another path, or overwrite=True",
         )
     modules = dict(model.model.named_modules())

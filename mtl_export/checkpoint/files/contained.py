@@ -40,10 +40,11 @@ def contained(folder: Path, name: str, *, where: str) -> Path:
         if real != root and (real.is_relative_to(root) or real.parent == _blobs_of(root)):
             return path
     raise IntegrityError(
-        where=where,
-        found=f"{name!r} lies outside {folder}",
-        expected="a file in that folder",
-        why="a file from elsewhere could otherwise have any file of this machine copied",
+        f"{where}: {name!r} lies outside {folder}",
+        expected=(
+            "a file in that folder, because a file from elsewhere could otherwise have any file "
+            "of this machine copied"
+        ),
         fix=f"Copy the file that you mean into {folder}",
     )
 

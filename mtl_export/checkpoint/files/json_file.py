@@ -79,7 +79,7 @@ def read_json(
     """
 
     def refused(found: str) -> MtlExportError:
-        return error(where=str(path), found=found, expected=expected or _word(shape), fix=fix)
+        return error(f"{path}: {found}", expected=expected or _word(shape), fix=fix)
 
     return _fitting(_parsed(text_of(path, refused), refused), str(path), shape, error, fix)
 
@@ -106,7 +106,7 @@ def parse_json(
     """
 
     def refused(found: str) -> MtlExportError:
-        return error(where=where, found=found, expected=_word(shape), fix=fix)
+        return error(f"{where}: {found}", expected=_word(shape), fix=fix)
 
     if len(text) > MOST_BYTES:
         raise refused(f"{len(text):,} bytes, more than {MOST_BYTES:,}")
@@ -188,7 +188,7 @@ def _fitting(value: Any, where: str, shape: Shape, error: type[MtlExportError], 
     if problem is None:
         return value
     found, expected = problem
-    raise error(where=where, found=found, expected=expected, fix=fix)
+    raise error(f"{where}: {found}", expected=expected, fix=fix)
 
 
 def _misfit_inside(

@@ -56,7 +56,7 @@ def read_npz(
 
     def refused(found: str) -> MtlExportError:
         expected = "arrays of numbers, saved by numpy.savez"
-        return error(where=str(path), found=found, expected=expected, fix=fix)
+        return error(f"{path}: {found}", expected=expected, fix=fix)
 
     with system_errors(path, refused):
         regular_size(path, refused)
@@ -67,7 +67,7 @@ def read_npz(
         try:
             members = open_zip(path)
         except CheckpointError as cause:
-            raise refused(cause.found) from cause
+            raise refused(cause.problem.removeprefix(f"{path}: ")) from cause
     _refuse_large(list(members.values()), refused)
     found, arrays = "", {}
     for member in members.values():
@@ -75,7 +75,7 @@ def read_npz(
         try:
             content = member.read(member.size_bytes)
         except CheckpointError as cause:
-            raise refused(cause.found) from cause
+            raise refused(cause.problem.removeprefix(f"{path}: ")) from cause
         values = _values(name, content, refused, is_text=name == text)
         if isinstance(values, str):
             found = values

@@ -70,8 +70,5 @@ def _check_texts(model: onnx.ModelProto) -> None:
 
 def _unreadable(path: Path, found: str, error: type[MtlExportError]) -> MtlExportError:
     return error(
-        where=str(path),
-        found=found,
-        expected="a whole ONNX model",
-        fix="Write it again with mtl-export onnx",
+        f"{path}: {found}", expected="a whole ONNX model", fix="Write it again with mtl-export onnx"
     )

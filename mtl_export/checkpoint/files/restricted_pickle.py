@@ -108,10 +108,11 @@ class _Machine:
     def refusal(self, found: str) -> IntegrityError:
         """Return the error for a pickle that asks for ``found``."""
         return IntegrityError(
-            where=self._where,
-            found=f"a pickle that asks for {found}",
-            expected="only what a dictionary of tensors needs",
-            why="loading a pickle runs whatever it imports",
+            f"{self._where}: a pickle that asks for {found}",
+            expected=(
+                "only what a dictionary of tensors needs, because loading a pickle runs whatever "
+                "it imports"
+            ),
             fix="Do not load it; ask its author for safetensors",
         )
 

@@ -60,8 +60,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
             metadata = dict(handle.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            where=str(path),
-            found=f"not a whole safetensors file ({error})",
+            f"{path}: not a whole safetensors file ({error})",
             expected="a header followed by all the bytes it announces",
             fix="Copy or save the file again; compare its size with the original",
         ) from error
@@ -86,7 +85,7 @@ def _header_size(path: Path) -> int:
 
     def refused(found: str) -> MtlExportError:
         expected = f"a safetensors file, its header at most {MOST_BYTES:,} bytes"
-        return CheckpointError(where=str(path), found=found, expected=expected, fix=DAMAGED)
+        return CheckpointError(f"{path}: {found}", expected=expected, fix=DAMAGED)
 
     with system_errors(path, refused):
         regular_size(path, refused)
@@ -101,15 +100,13 @@ def _check(where: str, dtype: str, shape: list[int]) -> None:
     """Refuse a tensor that numpy cannot hold; its bytes are all there, for the library checked."""
     if dtype not in NUMPY_DTYPES:
         raise CheckpointError(
-            where=where,
-            found=f"dtype {dtype}",
+            f"{where}: dtype {dtype}",
             expected=f"one of {', '.join(NUMPY_DTYPES)}",
             fix="Save the tensor in one of these dtypes",
         )
     if len(shape) > MOST_AXES or prod(size or 1 for size in shape) >= MOST_VALUES:
         raise CheckpointError(
-            where=where,
-            found=f"{len(shape)} axes, {shape}"[:100],
+            f"{where}: {f'{len(shape)} axes, {shape}'[:100]}",
             expected=f"at most {MOST_AXES} axes and {MOST_VALUES:,} values",
             fix=DAMAGED,
         )

@@ -65,8 +65,8 @@ def system_errors(path: Path, refused: Refusal) -> Iterator[None]:
         raise refused("no such file") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise UsageError(
-            where=shown_path(path),
-            found=f"the system refused it ({getattr(error, 'strerror', None) or error})",
+            f"{shown_path(path)}: the system refused it ("
+            f"{getattr(error, 'strerror', None) or error})",
             expected="a file that this user may read",
             fix="Allow it with chmod or chown, or correct the path",
         ) from error

@@ -46,19 +46,18 @@ def tokenizer_document(path: Path, *, unused: Collection[str] = ()) -> dict[str,
     largest = max(_whole_numbers(document), default=0)
     if largest > MOST_ID:
         raise EngineRunError(
-            where=str(path),
-            found=f"the id {largest:,}",
-            expected=f"ids up to {MOST_ID:,}",
-            why="the memory it takes grows with the largest",
+            f"{path}: the id {largest:,}",
+            expected=f"ids up to {MOST_ID:,}, because the memory it takes grows with the largest",
             fix=EXPORT_AGAIN,
         )
     problem = growth_problem(document)
     if problem:
         raise EngineRunError(
-            where=str(path),
-            found=problem,
-            expected="a tokenizer whose texts and tokens are about as long as what it is given",
-            why="a short text must not fill the memory",
+            f"{path}: {problem}",
+            expected=(
+                "a tokenizer whose texts and tokens are about as long as what it is given, "
+                "because a short text must not fill the memory"
+            ),
             fix=EXPORT_AGAIN,
         )
     return document

@@ -35,7 +35,7 @@ def read_toml(path: Path, option: str) -> dict[str, Any]:
 
     def refused(found: str) -> MtlExportError:
         fix = f"Correct {option}, or that file"
-        return UsageError(where=str(path), found=found, expected="a TOML file", fix=fix)
+        return UsageError(f"{path}: {found}", expected="a TOML file", fix=fix)
 
     text = text_of(path, refused, MOST_BYTES)
     try:
@@ -44,8 +44,7 @@ def read_toml(path: Path, option: str) -> dict[str, Any]:
         raise refused(nested()) from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(
-            where=str(path),
-            found=f"not TOML: {error}",
+            f"{path}: not TOML: {error}",
             expected="lines such as checkpoint = 'adapter'",
             fix="Correct that line",
         ) from error

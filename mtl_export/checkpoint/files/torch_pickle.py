@@ -89,8 +89,7 @@ def named_tensors(path: Path, loaded: object) -> dict[str, Tensor]:
     ]
     if bad or not isinstance(loaded, dict):
         raise CheckpointError(
-            where=str(path),
-            found=shortened(bad),
+            f"{path}: {shortened(bad)}",
             expected="one dictionary of names to dense tensors",
             fix="Save model.state_dict(), or the dictionary that the trainer documents",
         )
@@ -180,8 +179,7 @@ def _torch_members(path: Path, members: dict[str, ZipMember]) -> dict[str, ZipMe
         raise _refusal(path, shortened(script or sorted(folders)))
     if "data.pkl" not in inside:
         raise CheckpointError(
-            where=str(path),
-            found=f"a zip file without data.pkl: {shortened(members)}",
+            f"{path}: a zip file without data.pkl: {shortened(members)}",
             expected="a file written by torch.save",
             fix="Save model.state_dict() with torch.save",
         )
@@ -190,10 +188,11 @@ def _torch_members(path: Path, members: dict[str, ZipMember]) -> dict[str, ZipMe
 
 def _refusal(path: Path, found: str) -> IntegrityError:
     return IntegrityError(
-        where=str(path),
-        found=f"a zip file with {found}",
-        expected="one folder, with the pickle of a dictionary of tensors and their bytes",
-        why="TorchScript is a program, and a small file must not fill the memory",
+        f"{path}: a zip file with {found}",
+        expected=(
+            "one folder, with the pickle of a dictionary of tensors and their bytes, because "
+            "TorchScript is a program, and a small file must not fill the memory"
+        ),
         fix="Do not load it; ask its author for safetensors",
     )
 

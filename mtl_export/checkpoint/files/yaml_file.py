@@ -30,7 +30,7 @@ def read_yaml(path: Path) -> Any:
 
     def refused(found: str) -> MtlExportError:
         return CheckpointError(
-            where=str(path), found=found, expected="the training configuration", fix=DAMAGED
+            f"{path}: {found}", expected="the training configuration", fix=DAMAGED
         )
 
     text = text_of(path, refused, MOST_BYTES)

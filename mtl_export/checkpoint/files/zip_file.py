@@ -65,10 +65,9 @@ class ZipMember:
         # What cannot be compressed grows by 5 bytes in 16,000.
         if max(self.size_bytes, self.stored_bytes * 255 // 256 - 64) > limit_bytes:
             raise IntegrityError(
-                where=f"{self.path}: {self.name}",
-                found=f"{self.size_bytes:,} bytes from {self.stored_bytes:,} in the file",
-                expected=f"at most {limit_bytes:,}",
-                why="a small file must not fill the memory",
+                f"{self.path}: {self.name}: {self.size_bytes:,} bytes from {self.stored_bytes:,} "
+                "in the file",
+                expected=f"at most {limit_bytes:,}, because a small file must not fill the memory",
                 fix="Do not load it; ask its author for safetensors",
             )
         try:
@@ -94,8 +93,7 @@ def is_zip(path: Path) -> bool:
 def damaged(path: Path, reason: str) -> CheckpointError:
     """Return the error for a file that is not what its writer wrote."""
     return CheckpointError(
-        where=str(path),
-        found=f"damaged: {reason}",
+        f"{path}: damaged: {reason}",
         expected="a whole file, as it was saved",
         fix="Copy or save the file again; compare its size with the original",
     )
@@ -194,9 +192,10 @@ def _refuse_ambiguous(
 
 def _ambiguous(path: Path, found: str) -> IntegrityError:
     return IntegrityError(
-        where=str(path),
-        found=f"a zip file with {found}",
-        expected=f"at most {MAX_MEMBERS:,} members, each once, one after the other",
-        why="another program may read another content from it",
+        f"{path}: a zip file with {found}",
+        expected=(
+            f"at most {MAX_MEMBERS:,} members, each once, one after the other, because another "
+            "program may read another content from it"
+        ),
         fix="Do not load it; ask its author for safetensors",
     )

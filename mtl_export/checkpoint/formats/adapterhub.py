@@ -205,11 +205,12 @@ def _language_head(checkpoint: Checkpoint, tasks: Sequence[_TaskAdapter]) -> Map
     for task, other in zip(tasks[1:], others, strict=True):
         if first.keys() != other.keys() or not all(_equal(first[k], other[k]) for k in first):
             raise CheckpointError(
-                where=str(checkpoint.path),
-                found=f"the language-model heads of {tasks[0].stored.task} and"
-                f" {task.stored.task} differ",
-                expected=f"one head for all tasks, as {checkpoint.model_class} has",
-                why="every task saves a copy of the same module",
+                f"{checkpoint.path}: the language-model heads of {tasks[0].stored.task} and "
+                f"{task.stored.task} differ",
+                expected=(
+                    f"one head for all tasks, as {checkpoint.model_class} has, because every task "
+                    "saves a copy of the same module"
+                ),
                 fix="Export these tasks separately: point --checkpoint at one task's folder",
             )
     return first
@@ -255,10 +256,8 @@ def _refuse_different_models(path: Path, stored: Sequence[StoredAdapter]) -> Non
     different = {(entry.model_class, entry.facts["model_type"]) for entry in stored}
     if len(different) > 1:
         raise CheckpointError(
-            where=str(path),
-            found=shortened(f"{entry.task} of {entry.model_class}" for entry in stored),
-            expected="adapters of one model class",
-            why="all tasks are served by one base",
+            f"{path}: {shortened(f'{entry.task} of {entry.model_class}' for entry in stored)}",
+            expected="adapters of one model class, because all tasks are served by one base",
             fix="Export the adapters of each model class separately",
         )
 
@@ -267,9 +266,10 @@ def _refuse_leftovers(path: Path, stored: StoredAdapter) -> None:
     left = [key for key in stored.rest if ".loras." in key or ".adapters." in key]
     if left:
         raise CheckpointError(
-            where=str(path),
-            found=f"tensors of adapters that config.json does not list: {shortened(left)}",
-            expected="no adapter but the tasks'",
-            why="a tensor that is ignored would change the model silently",
+            f"{path}: tensors of adapters that config.json does not list: {shortened(left)}",
+            expected=(
+                "no adapter but the tasks', because a tensor that is ignored would change the "
+                "model silently"
+            ),
             fix="Delete these adapters and save the model again",
         )

@@ -163,18 +163,20 @@ def _ordered(path: Path, found: list[str], order: Sequence[str] | None, what: st
         if len(found) == 1:
             return found
         raise CheckpointError(
-            where=str(path),
-            found=f"{len(found)} adapters ({shortened(found, 12)}) and no {SETUP_FILE}, so nothing"
-            " says which task has which id",
-            expected="the tasks in id order",
-            why=f"the {what} alone do not keep the order in which the tasks were trained",
-            fix=f"Pass --tasks with these names in id order, such as --tasks {','.join(found)},"
-            " or save with save_adapter_setup",
+            f"{path}: {len(found)} adapters ({shortened(found, 12)}) and no {SETUP_FILE}, so "
+            "nothing says which task has which id",
+            expected=(
+                f"the tasks in id order, because the {what} alone do not keep the order in which "
+                "the tasks were trained"
+            ),
+            fix=(
+                f"Pass --tasks with these names in id order, such as --tasks {','.join(found)}, or "
+                "save with save_adapter_setup"
+            ),
         )
     if sorted(order) != sorted(found):
         raise UsageError(
-            where=f"--tasks {','.join(order)}",
-            found=f"{path} holds {len(found)} adapters: {shortened(found, 12)}",
+            f"--tasks {','.join(order)}: {path} holds the adapters {shortened(found, 12)}",
             expected="each of these names once, in id order",
             fix="Correct --tasks (or tasks in mtl-export.toml)",
         )
@@ -194,11 +196,12 @@ def _setup_order(file: Path) -> list[str]:
         kind = "MultiTask"
     if kind not in ONE_CHILD_PER_ROW or None in names or not names:
         raise CheckpointError(
-            where=str(file),
-            found=f"the adapter setup is {kind or 'empty'}"
-            + (" of compositions" if None in names else ""),
-            expected=f"{' or '.join(sorted(ONE_CHILD_PER_ROW))} of single adapters",
-            why="each row must pass through exactly one adapter, its task's",
+            f"{file}: the adapter setup is {kind or 'empty'}"
+            f"{' of compositions' if None in names else ''}",
+            expected=(
+                f"{' or '.join(sorted(ONE_CHILD_PER_ROW))} of single adapters, because each row "
+                "must pass through exactly one adapter, its task's"
+            ),
             fix="Save the tasks' adapters with save_adapter_setup(DIR, MultiTask(...))",
         )
     found = [name for name in names if name is not None]
@@ -218,26 +221,24 @@ def _from_folder(folder: Path, task: str, ledger_prefix: str) -> StoredAdapter:
     config_path = folder / CONFIG_FILE
     if not config_path.is_file():
         raise CheckpointError(
-            where=str(folder),
-            found=f"no {CONFIG_FILE}",
-            expected="a folder for every adapter",
-            why=f"{SETUP_FILE} beside it names the adapter",
+            f"{folder}: no {CONFIG_FILE}",
+            expected=(
+                f"a folder for every adapter, because {SETUP_FILE} beside it names the adapter"
+            ),
             fix="Copy the whole folder",
         )
     stored = read_json(config_path, ADAPTER)
     adapter_file = _one_of(folder, ADAPTER_FILES)
     if adapter_file is None:
         raise CheckpointError(
-            where=str(folder),
-            found=f"neither {' nor '.join(ADAPTER_FILES)}",
+            f"{folder}: neither {' nor '.join(ADAPTER_FILES)}",
             expected=f"the weights beside {CONFIG_FILE}",
             fix="Copy the whole folder",
         )
     head_path, head_file = folder / HEAD_CONFIG_FILE, _one_of(folder, HEAD_FILES)
     if head_path.is_file() != (head_file is not None):
         raise CheckpointError(
-            where=str(folder),
-            found=f"only one of {HEAD_CONFIG_FILE} and the head's weights",
+            f"{folder}: only one of {HEAD_CONFIG_FILE} and the head's weights",
             expected="both or neither",
             fix="Copy the whole folder",
         )
@@ -266,8 +267,7 @@ def _from_model(path: Path, order: Sequence[str] | None) -> tuple[StoredAdapter,
     file = _one_of(path, MODEL_FILES)
     if file is None:
         raise CheckpointError(
-            where=str(path),
-            found=f"neither {' nor '.join(MODEL_FILES)}",
+            f"{path}: neither {' nor '.join(MODEL_FILES)}",
             expected="the weights of the whole model in one file",
             fix="Save each adapter with save_adapter_setup instead: it is also far smaller",
         )
@@ -334,12 +334,15 @@ def _model_head_config(config: dict[str, Any], flexible: object) -> dict[str, An
 def _method(where: Path, config: object) -> Mapping[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise CheckpointError(
-            where=str(where),
-            found=f"the adapter's config is {config!r:.80}",
-            expected='an object with "architecture", as LoRA-like methods have',
-            why="bottleneck adapters, prompts and named presets are no change of a weight",
-            fix="Export a checkpoint trained with MTLLoRAConfig, LoRAConfig, DoRAConfig or"
-            " IA3Config",
+            f"{where}: the adapter's config is {config!r:.80}",
+            expected=(
+                'an object with "architecture", as LoRA-like methods have, because bottleneck '
+                "adapters, prompts and named presets are no change of a weight"
+            ),
+            fix=(
+                "Export a checkpoint trained with MTLLoRAConfig, LoRAConfig, DoRAConfig or "
+                "IA3Config"
+            ),
         )
     return MappingProxyType(checked(config, str(where), METHOD))
 
@@ -353,10 +356,8 @@ def _one_of(folder: Path, names: Sequence[str]) -> Path | None:
     present = [folder / name for name in names if (folder / name).is_file()]
     if len(present) > 1:
         raise CheckpointError(
-            where=str(folder),
-            found=f"both {' and '.join(file.name for file in present)}",
-            expected="one of them",
-            why="they may come from different runs",
+            f"{folder}: both {' and '.join(file.name for file in present)}",
+            expected="one of them, because they may come from different runs",
             fix="Delete the one that is out of date",
         )
     return present[0] if present else None

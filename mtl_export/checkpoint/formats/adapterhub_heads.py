@@ -143,15 +143,12 @@ def joined_heads(stored: list[StoredAdapter], heads: list[TaskHead]) -> list[Tas
         return heads
     flexible = [head.flexible for head in heads if head.flexible is not None]
     if len(flexible) < len(heads):
+        kinds_of_heads = "; ".join(
+            f"{entry.task}: {_described(head)}" for entry, head in zip(stored, heads, strict=True)
+        )
         raise CheckpointError(
-            where=", ".join(str(entry.where) for entry in stored[:1]),
-            found="the tasks' heads differ in what they compute: "
-            + "; ".join(
-                f"{entry.task}: {_described(head)}"
-                for entry, head in zip(stored, heads, strict=True)
-            ),
+            f"{stored[0].where}: the tasks' heads differ in what they compute: {kinds_of_heads}",
             expected="one kind of head for all tasks, flexible heads, or no heads",
-            why="these heads are parts of different models",
             fix="Export these tasks separately: point --checkpoint at one task's folder",
         )
     kinds = [head.kind for head in heads]
@@ -320,20 +317,19 @@ def _labels(stored: StoredAdapter, label2id: object, last: HeadTensors) -> tuple
 
 def _refused(stored: StoredAdapter, found: str) -> AdapterError:
     return AdapterError(
-        where=f"{stored.where}: head of {stored.task!r}",
-        found=f"{found} is not supported",
-        expected="classification, multi-label classification, regression or tagging on"
-        f" {', '.join(POOLINGS_OF)}",
-        why="where other heads read from, and what they answer, is not known here",
+        f"{stored.where}: head of {stored.task!r}: {found} is not supported",
+        expected=(
+            "classification, multi-label classification, regression or tagging on "
+            f"{', '.join(POOLINGS_OF)}, because where other heads read from, and what they answer, "
+            "is not known here"
+        ),
         fix="Save the adapter without its head (with_head=False) and apply the head yourself",
     )
 
 
 def _broken(stored: StoredAdapter, found: str, expected: str) -> CheckpointError:
     return CheckpointError(
-        where=f"{stored.where}: head of {stored.task!r}",
-        found=found,
-        expected=expected,
-        why=f"the head was saved by {stored.model_class}",
+        f"{stored.where}: head of {stored.task!r}: {found}",
+        expected=f"{expected}, because the head was saved by {stored.model_class}",
         fix="Save the adapter again together with its head",
     )

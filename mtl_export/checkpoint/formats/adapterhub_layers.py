@@ -111,10 +111,11 @@ def read_layers(stored: StoredAdapter) -> AdapterLayers:
         problems += _misshapen(module, tensors, stored, method)
     if problems or not found:
         raise CheckpointError(
-            where=str(stored.where),
-            found=shortened(problems) if problems else "no adapter tensor",
-            expected=f"for each module .loras.{stored.name}. and {', '.join(method.roles)}",
-            why="adapter_config.json says so",
+            f"{stored.where}: {shortened(problems) if problems else 'no adapter tensor'}",
+            expected=(
+                f"for each module .loras.{stored.name}. and {', '.join(method.roles)}, because "
+                "adapter_config.json says so"
+            ),
             fix="Save the adapter again with adapters 1.3.0",
         )
     layers = {
@@ -194,10 +195,8 @@ def _no_mode(stored: StoredAdapter, composition: object) -> Method:
 
 def _refused(stored: StoredAdapter, found: str, why: str) -> AdapterError:
     return AdapterError(
-        where=f"{stored.where}: adapter {stored.name!r}",
-        found=f"{found} is not supported",
+        f"{stored.where}: adapter {stored.name!r}: {found} is not supported: {why}",
         expected="MTL-LoRA with a diagonal Lambda, LoRA, DoRA or (IA)^3, without gates",
-        why=why,
         fix="Train one of these, or run this adapter with the adapters library itself",
     )
 
@@ -212,10 +211,9 @@ def _hyper(stored: StoredAdapter, method: Method) -> Mapping[str, float]:
     bad = [name for name in names if not _is_number(stored.config.get(name))]
     if bad:
         raise CheckpointError(
-            where=str(stored.where),
-            found=", ".join(f"{name} is {stored.config.get(name)!r}" for name in bad),
-            expected="positive numbers",
-            why="the delta is computed with them",
+            f"{stored.where}: "
+            f"{', '.join(f'{name} is {stored.config.get(name)!r}' for name in bad)}",
+            expected="positive numbers, because the delta is computed with them",
             fix="Restore adapter_config.json as adapters wrote it",
         )
     rank, alpha = float(stored.config["r"]), float(stored.config["alpha"])

@@ -110,16 +110,14 @@ def read_official(path: Path) -> Checkpoint:
     """
     file = checkpoint_file(path)
     if file is None:
-        raise CheckpointError(where=str(path), found=f"no {FILE}", expected="a checkpoint file")
+        raise CheckpointError(f"{path}: no {FILE}", expected="a checkpoint file")
     tensors = unwrapped(file, load_state_dict(file))
     modules = _by_module(file, tensors)
     families = sorted({_family(file, module, roles) for module, roles in modules.items()})
     if len(families) != 1:
         raise CheckpointError(
-            where=str(file),
-            found=f"layers of different families: {', '.join(families)}",
-            expected="one family",
-            why="that repository trains one adapter type a run",
+            f"{file}: layers of different families: {', '.join(families)}",
+            expected="one family, because that repository trains one adapter type a run",
             fix="Save the state dict of a single run",
         )
     family = families[0]
@@ -154,8 +152,7 @@ def unwrapped(file: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors[name] = tensor
     if twice:
         raise CheckpointError(
-            where=str(file),
-            found=shortened(twice),
+            f"{file}: {shortened(twice)}",
             expected=f"each tensor once, with or without {WRAPPER!r} in its name",
             fix="Save the state dict of a single run",
         )
@@ -189,10 +186,11 @@ def _by_module(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str,
             modules.setdefault(key["module"] or "", {})[role] = tensor
     if problems:
         raise CheckpointError(
-            where=str(file),
-            found=shortened(problems),
-            expected="adapter tensors of that repository, and no other",
-            why="a tensor that is ignored would change the model silently",
+            f"{file}: {shortened(problems)}",
+            expected=(
+                "adapter tensors of that repository, and no other, because a tensor that is "
+                "ignored would change the model silently"
+            ),
             fix="Save only the entries whose name contains 'lora', as the trainer does",
         )
     return modules
@@ -203,8 +201,7 @@ def _family(file: Path, module: str, roles: Mapping[str, Tensor]) -> str:
         if telling <= roles.keys():
             return family
     raise CheckpointError(
-        where=f"{file}: {module}",
-        found=f"tensors {', '.join(sorted(roles))}",
+        f"{file}: {module}: tensors {', '.join(sorted(roles))}",
         expected="all tensors of one adapter layer",
         fix="Save the adapter again",
     )
@@ -231,10 +228,8 @@ def without_first(file: Path, tensor: Tensor) -> Tensor:
     """Return ``lora_A [1, r, I]`` as ``[r, I]``."""
     if len(tensor.shape) != 3 or tensor.shape[0] != 1:
         raise CheckpointError(
-            where=f"{file}: {tensor.name!r}",
-            found=f"shape {list(tensor.shape)}",
-            expected="[1, r, I]",
-            why="all tasks share one down-projection",
+            f"{file}: {tensor.name!r}: shape {list(tensor.shape)}",
+            expected="[1, r, I], because all tasks share one down-projection",
             fix="Save the adapter again",
         )
     return Tensor(tensor.name, tensor.dtype, tensor.shape[1:], lambda: tensor.numpy()[0])
@@ -271,10 +266,11 @@ def _expert_roles(file: Path, module: str, stored: Mapping[str, Tensor]) -> Mapp
         problems.append(f"gate {list(gate.shape)}, embedding {list(embedding.shape)}")
     if problems:
         raise CheckpointError(
-            where=f"{file}: {module}",
-            found=shortened(problems),
-            expected=f"{experts} experts of one shape, each stored twice and equal",
-            why="the gate has that many outputs",
+            f"{file}: {module}: {shortened(problems)}",
+            expected=(
+                f"{experts} experts of one shape, each stored twice and equal, because the gate "
+                "has that many outputs"
+            ),
             fix="Save the adapter again",
         )
     # The embedding's last row belongs to id T, which no task has.
@@ -312,8 +308,7 @@ def _task_count(file: Path, layers: Mapping[str, LayerTensors]) -> int:
     }
     if len(counts) > 1:
         raise CheckpointError(
-            where=str(file),
-            found=f"layers for {', '.join(map(str, sorted(counts)))} tasks",
+            f"{file}: layers for {', '.join(map(str, sorted(counts)))} tasks",
             expected="one number of tasks",
             fix="Save the state dict of a single run",
         )

@@ -137,10 +137,8 @@ def _refuse_forks(stored: StoredModel) -> None:
         found = [name for name in stored.tensors if pattern.fullmatch(name)]
         if found:
             raise AdapterError(
-                where=str(stored.files[0]),
-                found=f"keys of a fork of MTLoRA: {shortened(found, 2)}",
-                expected="keys of scale-lab/MTLoRA",
-                why=difference,
+                f"{stored.files[0]}: keys of a fork of MTLoRA: {shortened(found, 2)}",
+                expected=f"keys of scale-lab/MTLoRA, because {difference}",
                 fix="Merge it with the fork's own code and export the result",
             )
 
@@ -153,16 +151,14 @@ def _tasks(
     known = settings.tasks or tuple(order or ())
     if not known:
         raise CheckpointError(
-            where=str(stored.files[-1]),
-            found="no TASKS",
-            expected="the tasks in id order",
-            why="a task's id is its place there",
+            f"{stored.files[-1]}: no TASKS",
+            expected="the tasks in id order, because a task's id is its place there",
             fix=f"Pass --tasks {','.join(sorted(found))} in the order of training",
         )
     if set(known) != found or (order is not None and tuple(order) != known):
         raise UsageError(
-            where=f"tasks {','.join(order or known)}",
-            found=f"the checkpoint has heads of {shortened(sorted(found), 8)}"
+            f"tasks {','.join(order or known)}: the checkpoint has heads of "
+            f"{shortened(sorted(found), 8)}"
             + (f", trained as {','.join(settings.tasks)}" if settings.tasks else ""),
             expected="the same tasks",
             fix="Correct --tasks (or tasks in mtl-export.toml)",
@@ -199,10 +195,11 @@ def _refuse_unknown(stored: StoredModel, keys: Mapping[str, _Key], tasks: Sequen
     ]
     if unknown:
         raise CheckpointError(
-            where=str(stored.files[0]),
-            found=f"{len(unknown)} unknown tensors: {shortened(map(repr, unknown))}",
-            expected="the tensors of a Swin backbone, its adapters, and heads per task",
-            why="a tensor that is ignored would change the model silently",
+            f"{stored.files[0]}: {len(unknown)} unknown tensors: {shortened(map(repr, unknown))}",
+            expected=(
+                "the tensors of a Swin backbone, its adapters, and heads per task, because a "
+                "tensor that is ignored would change the model silently"
+            ),
             fix="Save the checkpoint again with scale-lab/MTLoRA at 333a375",
         )
 
@@ -229,8 +226,7 @@ def _layers(
         )
     if problems:
         raise CheckpointError(
-            where=str(stored.files[0]),
-            found=f"{len(problems)} tensors do not fit: {shortened(problems)}",
+            f"{stored.files[0]}: {len(problems)} tensors do not fit: {shortened(problems)}",
             expected=f"A [r, I] and B [O, r] of each layer, as in mode {settings.mode}",
             fix="Pair the checkpoint with the configuration of its own run",
         )

@@ -72,10 +72,9 @@ def read_stored(path: Path) -> StoredModel:
     files = candidates(path)
     if len(files) != 1:
         raise CheckpointError(
-            where=f"checkpoint {path}",
-            found=f"{len(files)} checkpoints: {shortened(file.name for file in files)}",
-            expected="one",
-            why="none is marked as the best",
+            f"checkpoint {path}: {len(files)} checkpoints: "
+            f"{shortened(file.name for file in files)}",
+            expected="one, because none is marked as the best",
             fix="Point --checkpoint at one of the files",
         )
     (file,) = files
@@ -113,10 +112,7 @@ def _check_plain(file: Path, config: object) -> None:
 
 def _no_config(file: Path, found: str) -> CheckpointError:
     return CheckpointError(
-        where=str(file),
-        found=found,
-        expected="the training configuration",
-        fix="Copy the file again",
+        f"{file}: {found}", expected="the training configuration", fix="Copy the file again"
     )
 
 
@@ -129,9 +125,10 @@ def _config_beside(file: Path) -> tuple[dict[str, Any], Path]:
                 _check_plain(source, config)
                 return config, source
     raise CheckpointError(
-        where=str(file),
-        found=f"no configuration in it, and no {' or '.join(CONFIG_FILES)} beside it",
-        expected="the training configuration",
-        why="the scales are not in the state dict, and two of the modes have the same keys",
+        f"{file}: no configuration in it, and no {' or '.join(CONFIG_FILES)} beside it",
+        expected=(
+            "the training configuration, because the scales are not in the state dict, and two of "
+            "the modes have the same keys"
+        ),
         fix="Copy config.json of the training run beside it",
     )

@@ -117,9 +117,10 @@ def _stages(name: str, value: object, problems: list[str]) -> tuple[float, ...]:
 
 def _refusal(where: str, problems: Sequence[str]) -> CheckpointError:
     return CheckpointError(
-        where=where,
-        found=shortened(problems),
-        expected=f"MODEL.MTLORA with SHARED_MODE and one scale for each of {STAGES} stages",
-        why="the scales are not in the state dict",
+        f"{where}: {shortened(problems)}",
+        expected=(
+            f"MODEL.MTLORA with SHARED_MODE and one scale for each of {STAGES} stages, because the "
+            "scales are not in the state dict"
+        ),
         fix="Use the configuration that the trainer wrote beside the checkpoint",
     )

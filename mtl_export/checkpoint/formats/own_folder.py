@@ -132,8 +132,7 @@ def read_folder(path: Path) -> Checkpoint:
     weights_path = path / WEIGHTS_FILE
     if not weights_path.is_file():
         raise CheckpointError(
-            where=str(path),
-            found=f"no {WEIGHTS_FILE}",
+            f"{path}: no {WEIGHTS_FILE}",
             expected=f"{WEIGHTS_FILE} beside {CONFIG_FILE}",
             fix="Copy the whole folder",
         )
@@ -291,10 +290,11 @@ def _read_config(path: Path) -> dict[str, Any]:
             problems.append("target_modules is empty")
     if problems:
         raise CheckpointError(
-            where=str(path),
-            found=shortened(problems),
-            expected=f"exactly the keys of format version {FORMAT_VERSION}, each of its type",
-            why="mtl_export.checkpoint.formats.own_folder documents them",
+            f"{path}: {shortened(problems)}",
+            expected=(
+                f"exactly the keys of format version {FORMAT_VERSION}, each of its type, because "
+                "mtl_export.checkpoint.formats.own_folder documents them"
+            ),
             fix="Write the folder with mtl_export.write_checkpoint",
         )
     check_task_names(str(path), [entry["name"] for entry in config["tasks"]])
@@ -320,10 +320,11 @@ def _check_keys(path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor
     ]
     if problems:
         raise CheckpointError(
-            where=str(path),
-            found=shortened(problems),
-            expected="floating-point tensors, exactly those that adapter_config.json announces",
-            why="a tensor that is ignored or missing would change the model silently",
+            f"{path}: {shortened(problems)}",
+            expected=(
+                "floating-point tensors, exactly those that adapter_config.json announces, "
+                "because a tensor that is ignored or missing would change the model silently"
+            ),
             fix="Make target_modules, head_modules, tasks and learn_scale agree with the weights",
         )
 
@@ -362,9 +363,10 @@ def _check_config_shapes(path: Path, config: dict[str, Any], tensors: Mapping[st
                 problems.append(f"{bias.name!r} is {list(bias.shape)}, not {list(shape[:1])}")
     if problems:
         raise CheckpointError(
-            where=str(path),
-            found=shortened(problems),
-            expected=f"T={task_count}, r={rank}, n={up_count}, Lambda {config['lambda_format']}",
-            why="adapter_config.json says so",
+            f"{path}: {shortened(problems)}",
+            expected=(
+                f"T={task_count}, r={rank}, n={up_count}, Lambda {config['lambda_format']}, "
+                "because adapter_config.json says so"
+            ),
             fix="Correct adapter_config.json or re-save the adapter",
         )

@@ -53,10 +53,11 @@ def checked_config(path: Path) -> dict[str, Any]:
         problems = _problems(config)
     if problems:
         raise CheckpointError(
-            where=str(path),
-            found=shortened(problems),
-            expected=f"exactly the keys of format version {VERSION}, each of its type",
-            why="mtl_export.checkpoint.formats.own_folder_v2 documents them",
+            f"{path}: {shortened(problems)}",
+            expected=(
+                f"exactly the keys of format version {VERSION}, each of its type, because "
+                "mtl_export.checkpoint.formats.own_folder_v2 documents them"
+            ),
             fix="Write the folder again with mtl-export inspect --convert",
         )
     check_task_names(str(path), [entry["name"] for entry in config["tasks"]])
@@ -178,10 +179,11 @@ def check_tensors(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
             problems.append(f"'rows.{name}' is not {len(indices)} rows")
     if problems:
         raise CheckpointError(
-            where=str(path),
-            found=shortened(problems),
-            expected=f"exactly the tensors that {CONFIG_FILE} announces",
-            why="a tensor that is ignored or missing would change the model silently",
+            f"{path}: {shortened(problems)}",
+            expected=(
+                f"exactly the tensors that {CONFIG_FILE} announces, because a tensor that is "
+                "ignored or missing would change the model silently"
+            ),
             fix="Copy both files of one save",
         )
 
@@ -203,8 +205,7 @@ def is_task_entry(entry: object) -> bool:
 def no_file(path: Path, name: str) -> CheckpointError:
     """Return the error for a file that the config announces and the folder lacks."""
     return CheckpointError(
-        where=str(path),
-        found=f"no {name}",
+        f"{path}: no {name}",
         expected=f"{name}, which {CONFIG_FILE} announces",
         fix="Copy the whole folder",
     )

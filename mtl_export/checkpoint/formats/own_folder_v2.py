@@ -204,10 +204,8 @@ def _with_members(path: Path, common: dict[str, Any]) -> Checkpoint:
         member = read_v2(folder)
         if len(member.tasks) != 1 or member.members or member.tasks[0].name != task.name:
             raise CheckpointError(
-                where=str(folder),
-                found=f"tasks {shortened(task.name for task in member.tasks)}",
-                expected=f"the one task {task.name}",
-                why=f"{path / CONFIG_FILE} says so",
+                f"{folder}: tasks {shortened(task.name for task in member.tasks)}",
+                expected=f"the one task {task.name}, because {path / CONFIG_FILE} says so",
                 fix="Copy the whole folder",
             )
         members.append(member)
@@ -290,8 +288,7 @@ def _refuse_not_finite(checkpoint: Checkpoint) -> None:
     ]
     if bad:
         raise CheckpointError(
-            where=str(checkpoint.path),
-            found=shortened(bad),
+            f"{checkpoint.path}: {shortened(bad)}",
             expected="finite numbers",
             fix="Pass the value used in training, e.g. with --alpha",
         )

@@ -73,10 +73,8 @@ def read_peft(path: Path) -> Checkpoint:
         name, folder = next(iter(folders.items()))
         return _read_adapter(folder, name)
     raise CheckpointError(
-        where=f"checkpoint {path}",
-        found=f"{len(folders)} adapters: {shortened(sorted(folders), 8)}",
-        expected="their order",
-        why="a task's id is its place in it, and folders have none",
+        f"checkpoint {path}: {len(folders)} adapters: {shortened(sorted(folders), 8)}",
+        expected="their order, because a task's id is its place in it, and folders have none",
         fix=f"Pass --tasks {','.join(sorted(folders))} in the order of the ids",
     )
 
@@ -94,8 +92,8 @@ def read_peft_in_order(path: Path, names: Sequence[str]) -> Checkpoint:
         return _read_adapter(next(iter(folders.values())), names[0])
     if sorted(names) != sorted(folders):
         raise UsageError(
-            where=f"--tasks {','.join(names)}",
-            found=f"the checkpoint has the adapters {shortened(sorted(folders), 8)}",
+            f"--tasks {','.join(names)}: the checkpoint has the adapters "
+            f"{shortened(sorted(folders), 8)}",
             expected="each of them once, in the order of the ids",
             fix="Correct --tasks (or tasks in mtl-export.toml)",
         )
@@ -125,10 +123,8 @@ def _joined(path: Path, members: tuple[Checkpoint, ...]) -> Checkpoint:
     classes = list(dict.fromkeys(member.model_class for member in members))
     if len(classes) > 1:
         raise CheckpointError(
-            where=f"checkpoint {path}",
-            found=f"adapters of different models: {shortened(map(repr, classes))}",
-            expected="one model class for all tasks",
-            why="they are exported as one model",
+            f"checkpoint {path}: adapters of different models: {shortened(map(repr, classes))}",
+            expected="one model class for all tasks, because they are exported as one model",
             fix="Export each kind of model from a folder of its own",
         )
     families = list(dict.fromkeys(member.family for member in members))
@@ -213,8 +209,7 @@ def _open_weights(folder: Path) -> tuple[Path, Mapping[str, Tensor]]:
     if file.is_file():
         return file, load_state_dict(file)
     raise CheckpointError(
-        where=str(folder),
-        found=f"no {SAFETENSORS_FILE} and no {PICKLE_FILE}",
+        f"{folder}: no {SAFETENSORS_FILE} and no {PICKLE_FILE}",
         expected=f"one of them beside {CONFIG_FILE}",
         fix="Copy the whole folder",
     )
@@ -236,18 +231,17 @@ def _layers(weights: Path, config: PeftConfig, found: SortedKeys) -> dict[str, L
             problems.append(f"{module} has rank {down.shape[0]}, not {config.rank(module)}")
     if convolutions:
         raise AdapterError(
-            where=str(weights),
-            found=f"adapted convolutions: {shortened(convolutions)}",
-            expected="linear layers and embeddings",
-            why="the normal form holds matrices",
+            f"{weights}: adapted convolutions: {shortened(convolutions)}",
+            expected="linear layers and embeddings, because the normal form holds matrices",
             fix="Merge it with PEFT's merge_and_unload and export that model",
         )
     if problems or not found.layers:
         raise CheckpointError(
-            where=str(weights),
-            found=shortened(problems) if problems else "no adapted layer",
-            expected=f"the ranks that r and rank_pattern of {CONFIG_FILE} give",
-            why="alpha is divided by the rank",
+            f"{weights}: {shortened(problems) if problems else 'no adapted layer'}",
+            expected=(
+                f"the ranks that r and rank_pattern of {CONFIG_FILE} give, because alpha is "
+                "divided by the rank"
+            ),
             fix="Copy both files of one save",
         )
     return {
@@ -301,10 +295,11 @@ def _labels(weights: Path, heads: Mapping[str, HeadTensors]) -> tuple[tuple[str,
     candidates = last if len(heads) > 1 else list(heads)
     if len(candidates) != 1:
         raise CheckpointError(
-            where=str(weights),
-            found=f"the saved modules {shortened(heads)}",
-            expected=f"one that is called {' or '.join(sorted(LOGIT_LAYERS))}",
-            why="its rows are the task's labels",
+            f"{weights}: the saved modules {shortened(heads)}",
+            expected=(
+                f"one that is called {' or '.join(sorted(LOGIT_LAYERS))}, because its rows are the "
+                "task's labels"
+            ),
             fix="Save the head's layers only (modules_to_save)",
         )
     count = heads[candidates[0]].weight.shape[0]
@@ -318,10 +313,11 @@ def _rows(weights: Path, config: PeftConfig, found: SortedKeys) -> dict[str, Row
         indices = config.token_indices(module)
         if indices is None or len(indices) != values.shape[0]:
             raise CheckpointError(
-                where=str(weights),
-                found=f"{values.shape[0]} trained rows of {module}",
-                expected=f"{'no' if indices is None else len(indices)} rows",
-                why=f"trainable_token_indices in {CONFIG_FILE} says which they are",
+                f"{weights}: {values.shape[0]} trained rows of {module}",
+                expected=(
+                    f"{'no' if indices is None else len(indices)} rows, because "
+                    f"trainable_token_indices in {CONFIG_FILE} says which they are"
+                ),
                 fix="Copy both files of one save",
             )
         rows[f"{module}.weight"] = RowTensors(indices, values)

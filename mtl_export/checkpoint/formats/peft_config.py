@@ -167,8 +167,8 @@ class PeftConfig:
                     return float(value)
         except TimeoutError as error:
             raise CheckpointError(
-                where=f"{self.path}: {name}",
-                found=f"{len(patterns):,} patterns that take more than {MATCHING_S:g} s to match",
+                f"{self.path}: {name}: {len(patterns):,} patterns that take more than "
+                f"{MATCHING_S:g} s to match",
                 expected="names of modules, or expressions that are matched at once",
                 fix="Write the names of the modules instead",
             ) from error
@@ -207,17 +207,14 @@ def read_config(folder: Path) -> PeftConfig:
     fields = peft_fields(folder) or {}
     if fields.get("peft_type") != "LORA":
         raise AdapterError(
-            where=str(path),
-            found=f"PEFT method {fields.get('peft_type')!r}",
-            expected="LORA",
-            why="other methods of PEFT are no low-rank delta of one weight",
+            f"{path}: PEFT method {fields.get('peft_type')!r}",
+            expected="LORA, because other methods of PEFT are no low-rank delta of one weight",
             fix="Merge it with PEFT's merge_and_unload, if it can, and export that model",
         )
     for name, (title, why) in REFUSED_FIELDS.items():
         if fields.get(name):
             raise AdapterError(
-                where=f"{path}: {name}",
-                found=f"{title}, which cannot be exported: {why}",
+                f"{path}: {name}: {title}, which cannot be exported: {why}",
                 expected="LoRA, rsLoRA, DoRA, KaSA, PiSSA or OLoRA",
                 fix="Train it again as one of these",
             )
@@ -231,10 +228,8 @@ def _check_types(path: Path, fields: Mapping[str, Any]) -> None:
     problems = [wrong[0]] if wrong else _out_of_range(fields)
     if problems:
         raise CheckpointError(
-            where=str(path),
-            found=shortened(problems),
-            expected="what PEFT writes",
-            why="the scale of every delta is alpha / r",
+            f"{path}: {shortened(problems)}",
+            expected="what PEFT writes, because the scale of every delta is alpha / r",
             fix="Copy or save the adapter again",
         )
 
@@ -263,17 +258,15 @@ def _check_init(path: Path, fields: Mapping[str, Any]) -> None:
     for prefix, (why, fix) in REFUSED_INITS.items():
         if name.startswith(prefix):
             raise AdapterError(
-                where=f"{path}: init_lora_weights {name!r}",
-                found=f"an adapter of a base that is not the one you have: {why}",
+                f"{path}: init_lora_weights {name!r}: an adapter of a base that is not the one you "
+                f"have: {why}",
                 expected="an adapter whose start can be computed again from base and config",
                 fix=fix,
             )
     if name not in PLAIN_INITS and name not in REDONE_INITS:
         raise AdapterError(
-            where=f"{path}: init_lora_weights {name!r}",
-            found="an initialisation that this version does not know",
+            f"{path}: init_lora_weights {name!r} is not known, and some change the base weight",
             expected=f"one of {', '.join(sorted(PLAIN_INITS | REDONE_INITS.keys()))}",
-            why="some change the base weight",
             fix=_CONVERT,
         )
     changes = [name] if name in REDONE_INITS else []
@@ -281,10 +274,8 @@ def _check_init(path: Path, fields: Mapping[str, Any]) -> None:
     changes += ["use_dora"] if fields.get("use_dora") else []
     if len(changes) > 1:
         raise AdapterError(
-            where=str(path),
-            found=f"{' together with '.join(changes)}",
-            expected="one of them",
-            why="the combination has not been tested here",
+            f"{path}: {' together with '.join(changes)}",
+            expected="one of them, because the combination has not been tested here",
             fix="Train with one of them",
         )
 

@@ -92,11 +92,12 @@ def sorted_keys(where: str, tensors: Mapping[str, Tensor]) -> SortedKeys:
             problems.append(f"{key!r}")
     if problems:
         raise CheckpointError(
-            where=where,
-            found=f"{len(problems)} tensors that cannot be placed: {shortened(problems)}",
-            expected="base_model.model.<module>.lora_A.weight and the other names that PEFT"
-            " 0.21 writes, each a whole floating-point tensor",
-            why="a tensor that is ignored would change the model silently",
+            f"{where}: {len(problems)} tensors that cannot be placed: {shortened(problems)}",
+            expected=(
+                "base_model.model.<module>.lora_A.weight and the other names that PEFT 0.21 "
+                "writes, each a whole floating-point tensor, because a tensor that is ignored "
+                "would change the model silently"
+            ),
             fix="Save the adapter with PEFT's save_pretrained (under ZeRO-3 or FSDP, gather first)",
         )
     return found

@@ -101,15 +101,14 @@ def read_vlbart(path: Path) -> Checkpoint:
     """
     file = checkpoint_file(path)
     if file is None:
-        raise CheckpointError(where=str(path), found=f"no {FILE}", expected="a checkpoint file")
+        raise CheckpointError(f"{path}: no {FILE}", expected="a checkpoint file")
     tensors = unwrapped(file, load_state_dict(file))
     layers, replaced, tied = _sorted_out(file, tensors)
     _check_tied(file, tied, replaced)
     counts = {layer.tensors["lambda"].shape[0] for layer in layers.values()}
     if len(counts) != 1:
         raise CheckpointError(
-            where=str(file),
-            found=f"layers for {', '.join(map(str, sorted(counts)))} tasks",
+            f"{file}: layers for {', '.join(map(str, sorted(counts)))} tasks",
             expected="one number of tasks",
             fix="Save the state dict of a single run",
         )
@@ -160,10 +159,11 @@ def _sorted_out(
     ]
     if problems or not roles:
         raise CheckpointError(
-            where=str(file),
-            found=shortened(problems) if problems else "a VL-BART without mLoRALinear layers",
-            expected="a VL-BART trained with --use_mlora on extracted features",
-            why="adapters of other methods, prompts and a trained image encoder are not supported",
+            f"{file}: {shortened(problems) if problems else 'no mLoRALinear layers'}",
+            expected=(
+                "a VL-BART trained with --use_mlora on extracted features, because adapters of "
+                "other methods, prompts and a trained image encoder are not supported"
+            ),
             fix="Export a checkpoint of such a run",
         )
     layers = {
@@ -186,10 +186,11 @@ def _check_tied(file: Path, tied: Mapping[str, Tensor], own: Mapping[str, Tensor
         ]
     if problems:
         raise CheckpointError(
-            where=str(file),
-            found=shortened(problems),
-            expected=f"the same values as {SHARED!r} in {', '.join(sorted(TIED))}",
-            why="the model ties them: they are one parameter",
+            f"{file}: {shortened(problems)}",
+            expected=(
+                f"the same values as {SHARED!r} in {', '.join(sorted(TIED))}, because the model "
+                "ties them: they are one parameter"
+            ),
             fix="Save the state dict of the model as the trainer built it",
         )
 

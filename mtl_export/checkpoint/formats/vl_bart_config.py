@@ -50,10 +50,11 @@ def config_of(
     ]
     if wrong:
         raise BaseModelError(
-            where="base config.json",
-            found=shortened(wrong),
-            expected="the BART that the checkpoint was trained from",
-            why="number of heads, activation and special tokens are in no checkpoint",
+            f"base config.json: {shortened(wrong)}",
+            expected=(
+                "the BART that the checkpoint was trained from, because number of heads, "
+                "activation and special tokens are in no checkpoint"
+            ),
             fix="Pass that BART to --base, e.g. facebook/bart-base",
         )
     _check_shapes(tensors, sizes)
@@ -120,10 +121,11 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise CheckpointError(
-            where=MODEL_CLASS,
-            found=f"no {shortened(missing)}",
-            expected="the whole model, with an embedding for the order of images",
-            why="a VL-BART is read from its checkpoint alone",
+            f"{MODEL_CLASS}: no {shortened(missing)}",
+            expected=(
+                "the whole model, with an embedding for the order of images, because a VL-BART is "
+                "read from its checkpoint alone"
+            ),
             fix="Point --checkpoint at LAST.pth of a run with --use_vis_order_embedding True",
         )
     positions = tensors["model.encoder.embed_positions.weight"].shape[0]
@@ -149,10 +151,10 @@ def _check_shapes(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> No
     ]
     if problems:
         raise CheckpointError(
-            where=MODEL_CLASS,
-            found=shortened(problems),
-            expected="every tensor of one model",
-            why="a VL-BART is read from its checkpoint alone",
+            f"{MODEL_CLASS}: {shortened(problems)}",
+            expected=(
+                "every tensor of one model, because a VL-BART is read from its checkpoint alone"
+            ),
             fix="Save the whole state dict of a single run",
         )
 

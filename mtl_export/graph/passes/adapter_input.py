@@ -174,9 +174,7 @@ class AdapterInputPass(ir.passes.InPlacePass):
 
 def _mixed(module: str) -> GraphError:
     return GraphError(
-        where=module,
-        found="one task adapts this layer, another replaced it whole",
-        expected="one or the other for all tasks",
-        why="the base weight stays in the graph",
+        f"{module}: one task adapts this layer, another replaced it whole",
+        expected="one or the other for all tasks, because the base weight stays in the graph",
         fix="Export this model per task: --layout per-task",
     )

@@ -51,10 +51,12 @@ class PoolStatesPass(ir.passes.InPlacePass):
         if hidden is None or hidden.shape is None or len(hidden.shape) != 3 or not is_shared:
             found = "none of this shape" if hidden is None else str(hidden.shape)
             raise GraphError(
-                where="--pooling",
-                found=f"outputs {shortened(str(value.name) for value in graph.outputs)}; {found}",
-                expected=f"a bare encoder with the output {HIDDEN_STATES} [batch, sequence, H]",
-                why="a sentence embedding is pooled from the tokens' hidden states",
+                f"--pooling: outputs {shortened(str(value.name) for value in graph.outputs)}; "
+                f"{found}",
+                expected=(
+                    f"a bare encoder with the output {HIDDEN_STATES} [batch, sequence, H], because "
+                    "a sentence embedding is pooled from the tokens' hidden states"
+                ),
                 fix="Leave out --pooling: this model answers with its head",
             )
         ops = tape.Tape(graph)

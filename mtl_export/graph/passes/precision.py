@@ -158,10 +158,11 @@ def _refuse_subgraphs(graph: ir.Graph) -> None:
     for node in graph:
         if any(attribute.type in kinds for attribute in node.attributes.values()):
             raise GraphError(
-                where=str(node.name),
-                found=f"a subgraph ({node.op_type})",
-                expected="a graph without If, Loop and Scan",
-                why="only flat graphs are converted to half precision",
+                f"{node.name}: a subgraph ({node.op_type})",
+                expected=(
+                    "a graph without If, Loop and Scan, because only flat graphs are converted to "
+                    "half precision"
+                ),
                 fix="Export it with --dtype fp32",
             )
 

@@ -49,10 +49,11 @@ class RouteEmbeddingsPass(RoutePass):
             y = self._replaced(graph, module, x, ids, ops)
         elif is_replaced:
             raise GraphError(
-                where=module,
-                found="one task adapts this embedding, another replaced it",
-                expected="one or the other for all tasks",
-                why="the base's embedding is shared by all rows of a batch",
+                f"{module}: one task adapts this embedding, another replaced it",
+                expected=(
+                    "one or the other for all tasks, because the base's embedding is shared by "
+                    "all rows of a batch"
+                ),
                 fix="Export this model per task: --layout per-task",
             )
         else:

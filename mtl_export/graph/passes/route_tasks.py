@@ -111,10 +111,11 @@ class RouteTasksPass(RoutePass):
     def _weight_t(self, graph: ir.Graph, module: str) -> ir.Value:
         if f"{module}.weight" in self._bound.adapters.task_replaced:
             raise GraphError(
-                where=module,
-                found="one task adapts this layer, another replaced it whole",
-                expected="one or the other for all tasks",
-                why="the base weight is shared by all rows of a batch",
+                f"{module}: one task adapts this layer, another replaced it whole",
+                expected=(
+                    "one or the other for all tasks, because the base weight is shared by all "
+                    "rows of a batch"
+                ),
                 fix="Export this model per task: --layout per-task",
             )
         base = self._bound.base_tensor(f"{module}.weight")

@@ -127,10 +127,8 @@ def _order(node: ir.Node) -> str:
         expected = "an input of its own for every row of the batch"
         why = "what follows takes one result for all rows, and each row's task makes another"
     raise GraphError(
-        where=module_of(node),
-        found=f"{which} has shape {x.shape}",
-        expected=expected,
-        why=why,
+        f"{module_of(node)}: {which} has shape {x.shape}",
+        expected=f"{expected}, because {why}",
         fix="Export this model per task (--layout per-task), or with one task for the whole"
         " batch (--task-input scalar), or merge its tasks (mtl-export merge)",
     )

@@ -56,10 +56,11 @@ def judge_accuracy(
     before, after = SCORES[score](reference), SCORES[score](own)
     if np.isnan(before):
         raise CalibrationError(
-            where=f"task {task}, {len(candidate)} rows",
-            found=f"{score} is not defined on them",
-            expected="rows of more than one label, or values that differ",
-            why="nothing could be compared",
+            f"task {task}, {len(candidate)} rows: {score} is not defined on them",
+            expected=(
+                "rows of more than one label, or values that differ, because nothing could be "
+                "compared"
+            ),
             fix="Give more rows of this task, or another --score",
         )
     if not np.isfinite(candidate).all() or np.isnan(after):

@@ -53,10 +53,11 @@ def open_labelled(
     headless = [task.name for task in tasks if task.kind == "headless"]
     if headless:
         raise CalibrationError(
-            where=reference,
-            found=f"labelled rows for {shortened(headless)}, which has no labels",
-            expected="tasks with a classification or regression head",
-            why="a score is counted on their logits",
+            f"{reference}: labelled rows for {shortened(headless)}, which has no labels",
+            expected=(
+                "tasks with a classification or regression head, because a score is counted on "
+                "their logits"
+            ),
             fix="Leave out --dataset",
         )
     data = load_data(reference)
@@ -64,10 +65,11 @@ def open_labelled(
     absent = [task.name for task in tasks if task.name not in owners]
     if absent:
         raise CalibrationError(
-            where=reference,
-            found=f"no row for {shortened(absent)}",
-            expected="labelled rows of every task",
-            why="the worst task decides, and one without rows would never be it",
+            f"{reference}: no row for {shortened(absent)}",
+            expected=(
+                "labelled rows of every task, because the worst task decides, and one without "
+                "rows would never be it"
+            ),
             fix="Add rows for these tasks",
         )
     names = np.array(owners)
@@ -115,18 +117,21 @@ def _truths_of_arrays(
     count = len(data[TASK_IDS])
     if labels is None or labels.ndim not in (1, 2) or labels.dtype.kind not in "iufb":
         raise CalibrationError(
-            where=reference,
-            found="no labels" if labels is None else f"labels {labels.dtype} {labels.shape}",
-            expected=f"{LABELS} [N], or bool [N, L] for tasks of several labels",
-            why="a score is counted against them",
+            f"{reference}: "
+            f"{'no labels' if labels is None else f'labels {labels.dtype} {labels.shape}'}",
+            expected=(
+                f"{LABELS} [N], or bool [N, L] for tasks of several labels, because a score is "
+                "counted against them"
+            ),
             fix=f"Add {LABELS} to the arrays",
         )
     queries = data.get(QUERIES)
     if queries is not None and queries.shape != (count,):
         raise CalibrationError(
-            where=reference, found=f"{QUERIES} {queries.shape}", expected=f"[{count}]",
+            f"{reference}: {QUERIES} {queries.shape}",
+            expected=f"[{count}]",
             fix="Give each row one number",
-        )  # fmt: skip
+        )
     truths, wrong = {}, []
     for task in tasks:
         own = labels[places[task.name]]
@@ -192,9 +197,10 @@ def _usual(task: Task, queries: Array | None) -> str:
 def _refuse(wrong: Sequence[str], reference: str) -> None:
     if wrong:
         raise CalibrationError(
-            where=reference,
-            found=f"labels that the task does not have: {shortened(wrong)}",
-            expected="the label's name or its index; a number for regression and ranking",
-            why="a row that is left out would not be counted",
+            f"{reference}: labels that the task does not have: {shortened(wrong)}",
+            expected=(
+                "the label's name or its index; a number for regression and ranking, because a "
+                "row that is left out would not be counted"
+            ),
             fix="Correct 'label' in these rows",
         )

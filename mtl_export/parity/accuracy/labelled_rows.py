@@ -94,10 +94,9 @@ def accuracy_cells(
         for task in bound.adapters.tasks
     ):
         raise ParityError(
-            where="oracle in fp64, labelled rows",
-            found="no logits" if exact is None else "logits that are NaN or Inf",
-            expected="finite logits, one row each",
-            why="scores are counted on them",
+            "oracle in fp64, labelled rows: "
+            f"{'no logits' if exact is None else 'logits that are NaN or Inf'}",
+            expected="finite logits, one row each, because scores are counted on them",
             fix="Leave out --dataset, or check base and checkpoint",
         )
     cells: list[AccuracyCell] = []

@@ -38,7 +38,7 @@ def table_cell(cell: Cell, path: Path, tasks: Sequence[Task]) -> Cell:
     try:
         found = task_table(metadata)
     except CheckpointError as error:
-        return replace(cell, verdict="failed", reason=error.found)
+        return replace(cell, verdict="failed", reason=error.problem)
     problems = [] if len(found) == len(tasks) else [f"{len(found)} tasks, not {len(tasks)}"]
     for own, task in zip(found, tasks, strict=False):
         problems += [

@@ -59,8 +59,7 @@ class OracleLayers:
         models: tuple[MultiTaskModel, ...] = getattr(runner, "models", ())
         if not models:
             raise GraphError(
-                where=runner.name,
-                found="no PyTorch model",
+                f"{runner.name}: no PyTorch model",
                 expected="an oracle whose layers can be looked into",
             )
         self._runner, self._models = runner, models
@@ -132,11 +131,7 @@ def merged_activations(
     """
     models: tuple[nn.Module, ...] = getattr(runner, "models", ())
     if not models:
-        raise GraphError(
-            where=runner.name,
-            found="no PyTorch model",
-            expected="a merged folder, open",
-        )
+        raise GraphError(f"{runner.name}: no PyTorch model", expected="a merged folder, open")
     model = models[0]
     layers = {name: _module(model, name) for name in modules if _has(model, name)}
     with captured(layers) as found:
@@ -166,10 +161,11 @@ class GraphLayers:
         self.taps = layer_taps(model, modules)
         if not self.taps:
             raise GraphError(
-                where=str(path),
-                found="no node of any adapted layer",
-                expected="nodes called <module>/<step>, as they were exported",
-                why="layers are found by these names",
+                f"{path}: no node of any adapted layer",
+                expected=(
+                    "nodes called <module>/<step>, as they were exported, because layers are "
+                    "found by these names"
+                ),
                 fix="Compare a graph whose nodes nobody renamed",
             )
         with_outputs(model, self.taps)
@@ -243,8 +239,7 @@ def graph_session(model: Any, path: Path, threads: int) -> Any:
         return onnxruntime.InferenceSession(graph, options, providers=[CPU])
     except Exception as error:  # its exception types are made by pybind and share no base
         raise GraphError(
-            where=str(path),
-            found=f"onnxruntime refuses the copy that shows its layers ({error})",
+            f"{path}: onnxruntime refuses the copy that shows its layers ({error})",
             expected="a graph that still opens with more outputs",
         ) from error
 

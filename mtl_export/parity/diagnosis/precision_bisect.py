@@ -121,7 +121,7 @@ class _Judge:
         from mtl_export.graph.widen import parts_of
 
         if artefact.path is None:
-            raise GraphError(where=artefact.name, found="no file", expected="an ONNX graph")
+            raise GraphError(f"{artefact.name}: no file", expected="an ONNX graph")
         self._path, self._threads, self._modules = artefact.path, threads, modules
         self._case, self._one_task = case, artefact.task
         self.parts = list(parts_of(open_graph(artefact.path), modules))
@@ -137,10 +137,11 @@ class _Judge:
         exact = oracle.infer(case.inputs)
         if self._output not in exact:
             raise GraphError(
-                where=str(artefact.path),
-                found=f"output {self._output}",
-                expected=f"one of {', '.join(exact)}",
-                why="the error is that of an output of the oracle",
+                f"{artefact.path}: output {self._output}",
+                expected=(
+                    f"one of {', '.join(exact)}, because the error is that of an output of the "
+                    "oracle"
+                ),
             )
         self._exact = exact[self._output]
 
@@ -206,7 +207,7 @@ def _limit(cells: Sequence[Cell], case: Case) -> float:
     known = here or anywhere or floors
     if not known:
         raise GraphError(
-            where=case.name, found="no error that was compared", expected="a failed comparison",
-            why="what is allowed comes from it",
-        )  # fmt: skip
+            f"{case.name}: no error that was compared",
+            expected="a failed comparison, because what is allowed comes from it",
+        )
     return min(known)

@@ -28,8 +28,7 @@ def write_reports(paths: Sequence[Path], report: ParityReport) -> None:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise OutputError(
-                where=str(path),
-                found=f"it cannot be written ({error.strerror})",
+                f"{path}: it cannot be written ({error.strerror})",
                 expected="a file in a folder you may write to",
                 fix="Pass another file to --report",
             ) from error

@@ -40,10 +40,9 @@ def suffix_of(path: Path) -> str:
         if name.endswith(suffix):
             return suffix
     raise UsageError(
-        where=f"--report {path}",
-        found=f"the suffix {path.suffix!r} names no format" if path.suffix else "no suffix",
-        expected=f"one of {', '.join(SUFFIXES)}",
-        why="the suffix decides the format",
+        f"--report {path}: "
+        f"{f'the suffix {path.suffix!r} names no format' if path.suffix else 'no suffix'}",
+        expected=f"one of {', '.join(SUFFIXES)}, because the suffix decides the format",
         fix="Rename it, e.g. parity.html",
     )
 

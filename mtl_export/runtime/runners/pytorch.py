@@ -111,10 +111,8 @@ class OracleRunner:
         count = len(tasks)
         if ids.min() < 0 or ids.max() >= count:
             raise EngineRunError(
-                where="task_ids",
-                found=f"{sorted(set(ids.tolist()))}",
-                expected=f"ids from 0 to {count - 1}",
-                why=f"the checkpoint has {count} tasks",
+                f"task_ids: {sorted(set(ids.tolist()))}",
+                expected=f"ids from 0 to {count - 1}, because the checkpoint has {count} tasks",
             )
         with torch.inference_mode(), SaturatingCasts():
             tensors = _tensors(inputs, self._dtype)
@@ -173,8 +171,7 @@ class MergedRunner:
         except Exception as error:
             # transformers, safetensors and json each raise their own on a broken file.
             raise BaseModelError(
-                where=str(self._folder),
-                found=f"transformers cannot load it ({error})",
+                f"{self._folder}: transformers cannot load it ({error})",
                 expected="a whole model folder",
                 fix="Merge again with --force",
             ) from error
@@ -201,10 +198,11 @@ class MergedRunner:
         problems += [f"mismatched {key!r}" for key in mismatched]
         if problems:
             raise BaseModelError(
-                where=str(self._folder),
-                found=shortened(problems),
-                expected=f"every weight of {model_class.__name__}",
-                why="transformers would fill the gap with random numbers",
+                f"{self._folder}: {shortened(problems)}",
+                expected=(
+                    f"every weight of {model_class.__name__}, because transformers would fill the "
+                    "gap with random numbers"
+                ),
                 fix="Merge again with --force",
             )
         without_cache(self._model.eval())
@@ -372,8 +370,8 @@ def errors_of_model(model: Any, inputs: Mapping[str, Any]) -> Iterator[None]:
         lines = str(error).splitlines() or [""]
         given = [f"{name} {list(value.shape)}" for name, value in inputs.items()]
         raise BaseModelError(
-            where=type(own).__name__,
-            found=f"it cannot compute {shortened(given)} ({type(error).__name__}: {lines[0]})",
+            f"{type(own).__name__}: it cannot compute {shortened(given)} ({type(error).__name__}: "
+            f"{lines[0]})",
             expected=f"what its forward pass takes ({shortened(taken)})",
             fix="Set pad_token_id in config.json of the base"
             if "padding token" in lines[0]

@@ -36,10 +36,8 @@ def by_task(
     counts = {len(value) for name, value in inputs.items() if name != TASK_IDS}
     if ids.dtype != np.int64 or ids.ndim != 1 or counts != {len(ids)}:
         raise EngineRunError(
-            where=TASK_IDS,
-            found=f"{ids.dtype} {list(ids.shape)}",
-            expected="int64 [batch]",
-            why="each row has one task",
+            f"{TASK_IDS}: {ids.dtype} {list(ids.shape)}",
+            expected="int64 [batch], because each row has one task",
             fix="Give each row one id",
         )
     joined: dict[str, Array] = {}

@@ -54,7 +54,7 @@ def test_an_unknown_model_class_is_refused(bound: BoundModel, name: str) -> None
     adapters = replace(bound.adapters, model_class=name)
     with pytest.raises(AdapterError) as caught:
         base_model(replace(bound, adapters=adapters), torch.float32)
-    assert repr(name) in caught.value.where
+    assert repr(name) in caught.value.problem
     assert "BertForSequenceClassification" in caught.value.expected
     assert "architectures" in caught.value.fix
 
@@ -68,8 +68,8 @@ def test_a_weight_that_is_nowhere_is_refused(bound: BoundModel, tmp_path: Path) 
     base = replace(bound.base, folder=tmp_path)
     with pytest.raises(BaseModelError) as caught:
         base_model(replace(bound, base=base), torch.float32)
-    assert "bert.pooler.dense.bias" in caught.value.found
-    assert "BertForSequenceClassification" in caught.value.found
+    assert "bert.pooler.dense.bias" in caught.value.problem
+    assert "BertForSequenceClassification" in caught.value.problem
     assert caught.value.expected
     assert caught.value.fix
 

@@ -94,7 +94,7 @@ def test_a_broken_graph_is_no_figure(exported: Path, run: Run) -> None:
     data.write_bytes(data.read_bytes()[:100])
     outcome = run(*QUICK, "--no-eager", "--json")
     assert outcome.code == 6
-    assert "model.onnx" in outcome.json["error"]["where"]
+    assert "model.onnx" in outcome.json["error"]["problem"]
 
 
 def test_rows_longer_than_the_model_are_refused(exported: Path, run: Run) -> None:

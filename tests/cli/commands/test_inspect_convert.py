@@ -87,10 +87,10 @@ def test_a_source_is_not_converted_into(project: Path, run: Run, target: str) ->
     refused = run("inspect", "--convert", target, "--force", "--json")
     assert refused.code == 2
     error = refused.json["error"]
-    assert (error["where"], error["fix"]) == (
+    assert (error["problem"], error["fix"]) == (
         f"--convert {target}", "Pass another folder to --convert",
     )  # fmt: skip
-    assert "it lies in the" in error["found"]
+    assert "it lies in the" in error["problem"]
     assert files_below(project) == before
 
 

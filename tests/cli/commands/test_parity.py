@@ -259,7 +259,7 @@ def test_a_folder_that_no_task_claims_fails_by_its_name(exported: Path, run: Run
     (onnx / "mtl-export.json").unlink()
     outcome = run("parity", "--quick", "--json")
     assert outcome.code == 2
-    assert "spam_renamed" in outcome.json["error"]["found"]
+    assert "spam_renamed" in outcome.json["error"]["problem"]
 
 
 def test_require_run_asks_for_every_task(exported: Path, run: Run) -> None:
@@ -274,10 +274,10 @@ def test_require_run_asks_for_every_task(exported: Path, run: Run) -> None:
     (exported / "empty").mkdir()
     outcome = run(*words, "--merged", "empty", "--json", "--report", "parity.json")
     assert outcome.code == outcome.json["exit_code"] == 6
-    assert "onnx has nothing for task spam" in outcome.json["error"]["found"]
-    assert "empty has nothing for task ads_rel" in outcome.json["error"]["found"]
+    assert "onnx has nothing for task spam" in outcome.json["error"]["problem"]
+    assert "empty has nothing for task ads_rel" in outcome.json["error"]["problem"]
     assert not outcome.json["counts"]["failed"]
-    assert json.loads((exported / "parity.json").read_text())["error"]["where"] == "--require-run"
+    assert json.loads((exported / "parity.json").read_text())["error"]["problem"] == "--require-run"
 
 
 def test_a_wider_dtype_than_the_weights_have_is_no_tolerance(exported: Path, run: Run) -> None:
@@ -315,7 +315,7 @@ def test_refused_options_end_an_old_report(
     assert run("parity", *words, "--report", "r.json").code == 2
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["verdict"] != "passed"
-    assert report["error"]["found"]
+    assert report["error"]["problem"]
 
 
 def test_inputs_may_be_arrays(exported: Path, run: Run) -> None:

@@ -29,7 +29,7 @@ def topic_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def refusing(lane: lanes.LocalLane, onnx_path: Path, *args: object, **options: object) -> None:
         if onnx_path.parent.name == "topic":
-            raise EngineBuildError(where=str(onnx_path), found="refused", fix="Try again")
+            raise EngineBuildError(f"{onnx_path}: refused", fix="Try again")
         build(lane, onnx_path, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(lanes.LocalLane, "build", refusing)

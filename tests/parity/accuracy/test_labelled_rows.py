@@ -114,8 +114,8 @@ def test_answers_that_cannot_be_scored_fail(
 
 def test_what_cannot_be_asked_is_not_run(bound: BoundModel, rows: LabelledRows) -> None:
     """Wrong files and missing backends are not-run; a runtime that refuses has failed."""
-    missing = BackendMissingError(where="tensorrt", found="no GPU", expected="one", fix="Get one")
-    refused = EngineRunError(where="model.onnx", found="broken", expected="whole", fix="Export")
+    missing = BackendMissingError("tensorrt: no GPU", expected="one", fix="Get one")
+    refused = EngineRunError("model.onnx: broken", expected="whole", fix="Export")
     graph = single(bound, right)
     for artefact, verdict, reason in (
         (replace(graph, defect="config.json has changed"), "not-run", "config.json"),

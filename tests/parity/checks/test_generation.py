@@ -136,7 +136,7 @@ def test_bad_ids_that_are_refused_are_as_good(speech: Speech) -> None:
     """A runtime that stops is no worse than one that says NaN."""
 
     def answer(inputs: Mapping[str, Array]) -> dict[str, Array]:
-        raise EngineRunError(where="task_ids", found="a bad one")
+        raise EngineRunError("task_ids: a bad one")
 
     runner = Speaker(speech.tokens, answer)
     with runner:

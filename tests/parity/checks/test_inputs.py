@@ -55,7 +55,7 @@ def test_ids_of_a_wrong_kind_must_not_be_answered(cases: list[Case]) -> None:
 
     def strict(inputs: Mapping[str, Array]) -> dict[str, Array]:
         if inputs["task_ids"].dtype != np.int64:
-            raise EngineRunError(where="task_ids", found="int32", expected="int64")
+            raise EngineRunError("task_ids: int32", expected="int64")
         return {"logits": np.full((3, 2), np.nan)}
 
     cell = wrong_kind_cell(CELL, Careless(numbers), mixed(cases), "logits")
