@@ -16,9 +16,9 @@ import numpy as np
 
 from mtl_export.checkpoint.files.onnx_file import read_onnx
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.data.rows import TASK_IDS
 from mtl_export.data.samples import MASK, Samples
 from mtl_export.errors import BackendMissingError, CalibrationError
+from mtl_export.names import TASK_IDS
 from mtl_export.runtime.ort import CPU, EXTRA
 from mtl_export_calibration.calibrators import CALIBRATORS
 from mtl_export_calibration.formats import NumberFormat

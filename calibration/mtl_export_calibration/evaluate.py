@@ -19,16 +19,15 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.files.json_file import Shape
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.data.rows import TASK_IDS
 from mtl_export.data.samples import MASK, NO_LABEL, Samples
 from mtl_export.errors import CalibrationError
+from mtl_export.names import LOGITS, TASK_IDS
 from mtl_export.parity.accuracy.scores import Answers, accuracy
 from mtl_export.parity.metrics import decisions, sqnr_db
 from mtl_export.runtime.ort import OrtRunner
 
 BATCH = 32
 LATENCY_BATCH, LATENCY_LENGTH, LATENCY_ROUNDS = 8, 128, 15
-OUTPUT = "logits"
 
 
 # ``TaskScore.as_dict`` as JSON; graphs that agree in every value have an infinite SQNR.
@@ -94,13 +93,13 @@ def answers(
         for batch in samples.batches(BATCH):
             feed = {**batch.arrays, TASK_IDS: batch.task_ids}
             outputs = runner.infer({n: v for n, v in feed.items() if n in wanted})
-            if OUTPUT not in outputs:
+            if LOGITS not in outputs:
                 raise CalibrationError(
                     f"{path}: outputs {', '.join(outputs)}",
-                    expected=f"an output {OUTPUT}, because what quantising costs is told by it",
+                    expected=f"an output {LOGITS}, because what quantising costs is told by it",
                     fix="Calibrate a model with classification heads",
                 )
-            logits = outputs[OUTPUT].astype(np.float64)
+            logits = outputs[LOGITS].astype(np.float64)
             owners, labels = batch.task_ids, batch.labels
             if logits.ndim == 3:
                 mask = batch.arrays.get(MASK, np.ones(logits.shape[:2], np.int64)) != 0

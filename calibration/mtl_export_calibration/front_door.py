@@ -8,14 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl_export.api.progress import SILENT, Progress
-from mtl_export.api.settings import (
-    LAYOUTS,
-    NUMBERS,
-    SourceOptions,
-    refuse_unknown_values,
-    settings_of,
-)
+from mtl_export.api.settings import SourceOptions, refuse_unknown_values, settings_of
 from mtl_export.errors import UsageError
+from mtl_export.names import LAYOUTS, QUANTISED_DTYPES
 from mtl_export_calibration.targets import BOTH
 
 if TYPE_CHECKING:
@@ -30,7 +25,7 @@ COMBINATIONS = ("union", "weighted", "per-task")
 DELTAS = ("apart", "exclude", "merged")
 # What the plain values of ``calibrate`` may be.
 KNOWN = {
-    "quantize": NUMBERS,
+    "quantize": QUANTISED_DTYPES,
     "layout": (*LAYOUTS, BOTH),
     "method": METHODS,
     "engine": ENGINES,

@@ -27,6 +27,7 @@ from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.errors import CalibrationError, GraphError, shortened
 from mtl_export.graph.opened import open_graph
 from mtl_export.graph.passes.split_gemm import SplitGemmPass
+from mtl_export.names import MODEL_FILE, QUANTISATION_KEY
 from mtl_export.parity.accuracy.scores import Answers
 from mtl_export.runtime.golden import GOLDEN_FILE
 from mtl_export_calibration.cache import read_cache, versions, write_cache
@@ -42,11 +43,10 @@ from mtl_export_calibration.evaluate import (
 from mtl_export_calibration.half import HALF, half_precision
 from mtl_export_calibration.measure import Target, Work, layers_of
 from mtl_export_calibration.mixed import Search, smallest_exclusion, worst_first
-from mtl_export_calibration.qdq import METADATA, Recipe, quantise
+from mtl_export_calibration.qdq import Recipe, quantise
 from mtl_export_calibration.ranges import Cut
 from mtl_export_calibration.report import FILE, GraphReport, Measured
 
-MODEL_FILE = "model.onnx"
 _KEPT: Shape = {
     "tasks": {str: SCORE},
     "half?": {str: SCORE},
@@ -254,7 +254,7 @@ class GraphJob:
             "deltas_apart": sorted(recipe.apart),
             "data_sha256": self._key["data_sha256"],
         }
-        model.metadata_props[METADATA] = json.dumps(about)
+        model.metadata_props[QUANTISATION_KEY] = json.dumps(about)
         (self._folder / GRAPH_FILES[1]).unlink(missing_ok=True)
         ir.save(model, self._folder / MODEL_FILE, external_data=GRAPH_FILES[1])
         self._written = excluded

@@ -35,7 +35,6 @@ DTYPES = {
     "fp8": ir.DataType.FLOAT8E4M3FN,
     "int4": ir.DataType.INT4,
 }
-METADATA = "mtl_export.quantisation"
 
 
 @dataclass(frozen=True)

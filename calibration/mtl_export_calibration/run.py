@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from mtl_export.api import graphs, sources
 from mtl_export.api.progress import SILENT, Progress
-from mtl_export.api.settings import LAYOUTS, Settings
+from mtl_export.api.settings import Settings
 from mtl_export.api.written import Written
 from mtl_export.errors import UsageError
+from mtl_export.names import LAYOUTS, PER_TASK, SINGLE_GRAPH
 from mtl_export_calibration.targets import (
     BOTH,
     nothing_exported,
@@ -172,7 +173,7 @@ class CalibrationRequest:
         exporter = graphs.Exporter(bound, parent)
         self.progress.expect(len(missing))
         for target in missing:
-            layout = graphs.PER_TASK if target.task else graphs.SINGLE_GRAPH
+            layout = PER_TASK if target.task else SINGLE_GRAPH
             graph = graphs.Graph(target.tasks(bound.adapters.tasks), layout)
             written = exporter.write(graph, self.progress, force=self.settings.force)
             self.progress.note(f"ONNX {written.path}: {written.status}.")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtl_export.api import graphs, sources
+from mtl_export.api import sources
 from mtl_export.api.edited_graph import refuse_to_quantise
 from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
-from mtl_export.checkpoint.outputs import LOGITS
 from mtl_export.errors import UsageError, shortened
+from mtl_export.names import LOGITS, PER_TASK, SINGLE_GRAPH
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -48,7 +48,7 @@ def refuse_parts(bound: BoundModel, layout: str) -> None:
             expected="tasks with logits, because what quantising costs is told by them",
             fix="Quantise a checkpoint without it",
         )
-    if outputs and layout != graphs.PER_TASK:
+    if outputs and layout != PER_TASK:
         raise UsageError(
             f"the tasks' heads: they differ in kind: {shortened(outputs)}",
             expected=(
@@ -62,7 +62,7 @@ def targets_of(bound: BoundModel, parent: Path, layout: str) -> list[Target]:
     """Return the graphs of one layout, there or not."""
     from mtl_export_calibration.measure import Target
 
-    if layout == graphs.SINGLE_GRAPH:
+    if layout == SINGLE_GRAPH:
         return [Target(parent, None)]
     return [Target(parent / task.name, task) for task in bound.adapters.tasks]
 
@@ -127,7 +127,7 @@ def nothing_exported(parent: Path, layout: str) -> UsageError:
         expected=(
             "model.onnx, or TASK/model.onnx, because it is the exported graph that is quantised"
         ),
-        fix=f"Run {_export_command(layout == graphs.PER_TASK)} first",
+        fix=f"Run {_export_command(layout == PER_TASK)} first",
     )
 
 

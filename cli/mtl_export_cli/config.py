@@ -42,10 +42,10 @@ from typing import Any
 from mtl_export.checkpoint.files.json_file import shown
 from mtl_export.checkpoint.files.toml_file import read_toml
 from mtl_export.errors import UsageError
+from mtl_export.names import PACKAGE_PREFIX
 
 CONFIG_FILE = "mtl-export.toml"
 DEFAULT_OUTPUT_DIR = "out"
-PACKAGE_PREFIX = "package:"
 # Those that ``dtype`` by itself is meant for: half of a graph's activations round too, which
 # nobody asks for by saying how weights are stored. Graphs have [onnx] dtype and [trt] dtype.
 DTYPE_COMMANDS = frozenset({"merge", "plan"})

@@ -17,7 +17,22 @@ from mtl_export.api.settings import DTYPES
 from mtl_export.checkpoint.files.json_file import read_json
 from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
 from mtl_export.checkpoint.sentence_embedding import METADATA_KEY, SentenceEmbedding
-from mtl_export.runtime.model_files import ENCODER, ENGINE_SUFFIX, PREFILL, WHOLE, runner_of
+from mtl_export.names import (
+    ADAPTER_INPUT,
+    ADAPTER_INPUT_ONNX,
+    ENCODER_FILE,
+    MERGED_MODEL,
+    MODEL_FILE,
+    PER_TASK,
+    PER_TASK_ENGINE,
+    PER_TASK_ONNX,
+    PREFILL_FILE,
+    QUANTISED_DTYPES,
+    SINGLE_ENGINE,
+    SINGLE_GRAPH,
+    SINGLE_ONNX,
+)
+from mtl_export.runtime.model_files import ENGINE_SUFFIX, runner_of
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -25,17 +40,16 @@ if TYPE_CHECKING:
     from mtl_export.parity.report import Cell
     from mtl_export.parity.run import Artefact
 
-MERGED, MERGED_ONNX = "merged pytorch", "merged onnx"
-SINGLE_ONNX, ENGINE = "single graph onnx", "single graph engine"
-ADAPTER_ONNX, MERGED_ENGINE = "adapter-input onnx", "merged engine"
-NUMBERS = ("int8", "fp8", "int4")
 KINDS = (
-    *(MERGED, MERGED_ONNX, SINGLE_ONNX, ADAPTER_ONNX),
-    *(f"{layout} {number}" for number in NUMBERS for layout in ("merged", "single graph")),
-    *(MERGED_ENGINE, ENGINE),
-    *(f"{engine} {number}" for number in NUMBERS for engine in (MERGED_ENGINE, ENGINE)),
+    *(MERGED_MODEL, PER_TASK_ONNX, SINGLE_ONNX, ADAPTER_INPUT_ONNX),
+    *(f"{layout} {number}" for number in QUANTISED_DTYPES for layout in (PER_TASK, SINGLE_GRAPH)),
+    *(PER_TASK_ENGINE, SINGLE_ENGINE),
+    *(
+        f"{engine} {number}"
+        for number in QUANTISED_DTYPES
+        for engine in (PER_TASK_ENGINE, SINGLE_ENGINE)
+    ),
 )
-ADAPTER_FOLDER = "adapter-input"
 NOT_EXPORTED = "not exported"
 # transformers' word in config.json -> ours
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -73,18 +87,18 @@ def find_artefacts(
         _onnx(places.onnx / task.name / graph, task, threads, found, missing)
     _onnx(places.onnx / graph, None, threads, found, missing)
     # An alternative to the single graph that few ask for, so its absence is no gap.
-    adapted = places.onnx / ADAPTER_FOLDER
+    adapted = places.onnx / ADAPTER_INPUT
     if adapted.is_dir():
-        if graph == WHOLE:
-            _onnx(adapted / graph, None, threads, found, missing, name=ADAPTER_ONNX)
+        if graph == MODEL_FILE:
+            _onnx(adapted / graph, None, threads, found, missing, name=ADAPTER_INPUT_ONNX)
         else:
             missing.append(_several_adapters())
     engine = Path(graph).with_suffix(ENGINE_SUFFIX)
     for task in bound.adapters.tasks:
         _engine(places.engines / task.name / engine, task, found, missing)
     _engine(places.engines / engine, None, found, missing)
-    if graph == WHOLE and places.quantised is not None:
-        for number in NUMBERS:
+    if graph == MODEL_FILE and places.quantised is not None:
+        for number in QUANTISED_DTYPES:
             _quantised(bound, places, places.quantised, number, threads, found)
     return [_as_its_graph(one, found) for one in found], missing
 
@@ -93,7 +107,7 @@ def _as_its_graph(artefact: Artefact, found: list[Artefact]) -> Artefact:
     """Return an engine with the edits of the single graph that it was built from."""
     for one in found:
         is_same = one.checkpoint_sha256 == artefact.checkpoint_sha256
-        if one.edited is not None and artefact.name == ENGINE and is_same:
+        if one.edited is not None and artefact.name == SINGLE_ENGINE and is_same:
             return replace(artefact, edited=one.edited)
     return artefact
 
@@ -109,8 +123,8 @@ def _quantised(
     """Find the graphs and engines of one format; few ask for all, so absence is no gap."""
     for task in (*bound.adapters.tasks, None):
         inner = Path(task.name if task else "")
-        path = parent / f"onnx-{number}" / inner / WHOLE
-        name = f"merged {number}" if task else f"single graph {number}"
+        path = parent / f"onnx-{number}" / inner / MODEL_FILE
+        name = f"{PER_TASK if task else SINGLE_GRAPH} {number}"
         own: list[Artefact] = []
         _onnx(path, task, threads, own, [], name=name)
         layout = f"task-{task.name}" if task else "single-graph"
@@ -118,7 +132,7 @@ def _quantised(
             known = quantised.read_quantised(
                 Path() if one.defect else path,
                 number,
-                places.onnx / inner / WHOLE,
+                places.onnx / inner / MODEL_FILE,
                 artefact=name,
                 times=parent / "calibration" / f"{layout}.{number}.latency.json",
             )
@@ -137,8 +151,8 @@ def first_graph(bound: BoundModel) -> str:
     """Return the file of the graph that a model runs as, or of the first of several."""
     model_class = bound.adapters.model_class
     if is_causal_lm(model_class):
-        return PREFILL
-    return ENCODER if is_seq2seq(model_class, bound.base.config) else WHOLE
+        return PREFILL_FILE
+    return ENCODER_FILE if is_seq2seq(model_class, bound.base.config) else MODEL_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,18 +206,18 @@ def _merged(
     from mtl_export.runtime.runners.torch_seq2seq import MergedSeq2SeqRunner
 
     runners: dict[str, type[MergedRunner]] = {
-        PREFILL: MergedLanguageRunner,
-        ENCODER: MergedSeq2SeqRunner,
+        PREFILL_FILE: MergedLanguageRunner,
+        ENCODER_FILE: MergedSeq2SeqRunner,
     }
 
     record = _record(folder)
     if not record.is_there and not (folder / "config.json").is_file():
-        missing.append(_absent(MERGED, task, "merge"))
+        missing.append(_absent(MERGED_MODEL, task, "merge"))
         return
     found.append(
         Artefact(
-            name=MERGED,
-            kind="merged",
+            name=MERGED_MODEL,
+            kind=PER_TASK,
             runner=runners.get(graph, MergedRunner)(folder),
             task=task,
             dtype="fp32" if record.defect else _config_dtype(folder),
@@ -229,7 +243,7 @@ def _onnx(
     from mtl_export.runtime.ort import onnx_metadata
     from mtl_export.runtime.runners.one_task import one_task
 
-    name = name or (SINGLE_ONNX if task is None else MERGED_ONNX)
+    name = name or (SINGLE_ONNX if task is None else PER_TASK_ONNX)
     record = _record(path.parent)
     if not record.is_there and not path.is_file():
         missing.append(_absent(name, task, "onnx"))
@@ -242,7 +256,7 @@ def _onnx(
     found.append(
         Artefact(
             name=name,
-            kind="single-graph" if task is None else "merged",
+            kind=SINGLE_GRAPH if task is None else PER_TASK,
             runner=one_task(runner) if takes_one_task else runner,
             task=task,
             dtype=dtype,
@@ -266,14 +280,14 @@ def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[
     from mtl_export.runtime.runners.one_task import one_task
     from mtl_export.tensorrt import TensorRTBackend
 
-    name = ENGINE if task is None else MERGED_ENGINE
+    name = SINGLE_ENGINE if task is None else PER_TASK_ENGINE
     record = _record(path.parent)
     if not record.is_there and not path.is_file():
         missing.append(_absent(name, task, "trt"))
         return
     dtype, defect = _checked_dtype(record.dtype, record.defect)
     defect = defect or _engine_problem(path, task, dtype)
-    if path.stem != Path(WHOLE).stem and not defect:
+    if path.stem != Path(MODEL_FILE).stem and not defect:
         reason = "engines that hand on keys and values have no runner here; their graphs have"
         missing.append(Cell(name, "-", task.name if task else "*", "*", "not-run", reason))
         return
@@ -282,7 +296,7 @@ def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[
     found.append(
         Artefact(
             name=name,
-            kind="single-graph" if task is None else "merged",
+            kind=SINGLE_GRAPH if task is None else PER_TASK,
             runner=one_task(runner) if record.takes_one_task else runner,
             task=task,
             dtype=dtype,
@@ -317,7 +331,7 @@ def _engine_problem(path: Path, task: Task | None, dtype: str) -> str:
     except IntegrityError:
         return ""  # it is refused where it is run
     served = [one.get("name") for one in manifest.tasks]
-    if manifest.layout and (manifest.layout == "merged") != (task is not None):
+    if manifest.layout and (manifest.layout == PER_TASK) != (task is not None):
         place = f"task {task.name}'s own" if task else "that of all tasks"
         return f"{path} is an engine of layout {manifest.layout}, not {place}"
     if task is not None and manifest.layout and served != [task.name]:
@@ -356,7 +370,7 @@ def _several_adapters() -> Cell:
     from mtl_export.parity.report import Cell
 
     reason = "language models that take adapters have no runner here; TaskSession runs them"
-    return Cell(ADAPTER_ONNX, "-", "*", "*", "not-run", reason)
+    return Cell(ADAPTER_INPUT_ONNX, "-", "*", "*", "not-run", reason)
 
 
 def _config_dtype(folder: Path) -> str:

@@ -61,9 +61,9 @@ class BenchResult:
 
     def ratio(self, timing: Timing) -> float | None:
         """Return how many times the merged graph's latency ``timing`` is; None without one."""
-        from mtl_export.api.lineup import MERGED
+        from mtl_export.names import PER_TASK_ONNX
 
-        merged = self.measured.timing(MERGED, timing.shape, timing.phase)
+        merged = self.measured.timing(PER_TASK_ONNX, timing.shape, timing.phase)
         return timing.ratio_to(merged) if merged else None
 
     def as_dict(self) -> dict[str, object]:
@@ -135,7 +135,7 @@ def bench(
         >>> import mtl_export as mx
         >>> result = mx.bench("adapter", base="base", shapes="1x8", rounds=1, eager=False)
         >>> [timing.subject for timing in result.measured.timings]
-        ['merged onnx', 'single graph onnx']
+        ['per-task onnx', 'single-graph onnx']
     """
     if rounds < 1:
         raise UsageError(f"rounds: {rounds}", expected="1 or more", fix="Give each a turn")

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtl_export.api.settings import NUMBERS
 from mtl_export.errors import BackendMissingError, shortened
+from mtl_export.names import PER_TASK, QUANTISED_DTYPES
 
 if TYPE_CHECKING:
     from mtl_export.api.artefacts import Places
@@ -33,11 +33,11 @@ def unclaimed_cells(places: Places, tasks: Sequence[Task]) -> list[Cell]:
         places: Where artefacts lie.
         tasks: The checkpoint's.
     """
-    from mtl_export.api.artefacts import ADAPTER_FOLDER
     from mtl_export.bundle.manifest import MANIFEST_FILE
+    from mtl_export.names import ADAPTER_INPUT
     from mtl_export.parity.report import Cell
 
-    known = {ADAPTER_FOLDER, *(task.name for task in tasks)}
+    known = {ADAPTER_INPUT, *(task.name for task in tasks)}
     roots = list(_roots(places))
     own = {folder.absolute() for _, _, folder in roots}
     others = _checkpoints_of_graph(places.onnx)
@@ -146,14 +146,14 @@ def lacking_exports(
 
 def _roots(places: Places) -> Iterator[tuple[str, str, Path]]:
     """Yield what a folder holds for one task, its files' suffix, and the folder."""
-    from mtl_export.api.artefacts import MERGED, MERGED_ENGINE, MERGED_ONNX
+    from mtl_export.names import MERGED_MODEL, PER_TASK_ENGINE, PER_TASK_ONNX
 
-    yield MERGED, "", places.merged
-    yield MERGED_ONNX, ".onnx", places.onnx
-    yield MERGED_ENGINE, ".engine", places.engines
+    yield MERGED_MODEL, "", places.merged
+    yield PER_TASK_ONNX, ".onnx", places.onnx
+    yield PER_TASK_ENGINE, ".engine", places.engines
     if places.quantised is not None:
-        for number in NUMBERS:
-            yield f"merged {number}", ".onnx", places.quantised / f"onnx-{number}"
+        for number in QUANTISED_DTYPES:
+            yield f"{PER_TASK} {number}", ".onnx", places.quantised / f"onnx-{number}"
             yield (
-                f"{MERGED_ENGINE} {number}", ".engine", places.quantised / f"engines-{number}"
+                f"{PER_TASK_ENGINE} {number}", ".engine", places.quantised / f"engines-{number}"
             )  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl_export.errors import EngineRunError, IntegrityError, OutputError, UsageError, shortened
-from mtl_export.runtime.model_files import ENCODER, PREFILL, WHOLE
+from mtl_export.names import ENCODER_FILE, MODEL_FILE, PREFILL_FILE
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -125,7 +125,7 @@ def _metadata(folder: Path) -> dict[str, str]:
     """Return what the first graph in ``folder`` says; empty where there is none to read."""
     from mtl_export.runtime.ort import onnx_metadata
 
-    paths = (folder / name for name in (WHOLE, PREFILL, ENCODER))
+    paths = (folder / name for name in (MODEL_FILE, PREFILL_FILE, ENCODER_FILE))
     path = next((path for path in paths if path.is_file()), None)
     try:
         return onnx_metadata(path) if path else {}

@@ -23,7 +23,8 @@ from mtl_export.api.sources import other_source
 from mtl_export.api.written import Written
 from mtl_export.checkpoint.sentence_embedding import METADATA_KEY
 from mtl_export.errors import MtlExportError, UsageError, shortened
-from mtl_export.runtime.model_files import ENGINE_SUFFIX, WHOLE
+from mtl_export.names import LAYOUTS, MODEL_FILE, PER_TASK, SINGLE_GRAPH
+from mtl_export.runtime.model_files import ENGINE_SUFFIX
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from mtl_export.tensorrt.manifest import Check, EngineManifest
 
 BOTH = "both"
-LAYOUTS = (graphs.SINGLE_GRAPH, graphs.PER_TASK, BOTH)
+ENGINE_LAYOUTS = (*LAYOUTS, BOTH)
 
 
 def wanted_graphs(
@@ -48,7 +49,7 @@ def wanted_graphs(
         UsageError: A single graph of some tasks only, or no task was asked for.
         TaskNotFoundError: A name is unknown.
     """
-    layouts = (graphs.SINGLE_GRAPH, graphs.PER_TASK) if layout == BOTH else (layout,)
+    layouts = (SINGLE_GRAPH, PER_TASK) if layout == BOTH else (layout,)
     return [graph for one in layouts for graph in graphs.wanted_graphs(settings, one, tasks)]
 
 
@@ -280,7 +281,7 @@ def refuse_uncalibrated(
             as several graphs, which cannot be calibrated.
     """
     where = f"--quantize {number}"
-    if artefacts.first_graph(bound) != WHOLE:
+    if artefacts.first_graph(bound) != MODEL_FILE:
         raise UsageError(
             f"{where}: {bound.adapters.model_class} generates tokens, by several graphs",
             expected="a model of one graph, because only those are calibrated",
@@ -291,7 +292,7 @@ def refuse_uncalibrated(
         folder = graph.folder(onnx_folder)
         problem = _calibration_problem(bound, folder)
         if problem:
-            problems.append(f"{folder / WHOLE} {problem}")
+            problems.append(f"{folder / MODEL_FILE} {problem}")
             needs_force = needs_force or problem != MISSING
     if not problems:
         return
@@ -318,7 +319,7 @@ def _calibration_problem(bound: BoundModel, folder: Path) -> str:
     from mtl_export.runtime.ort import onnx_metadata
 
     manifest = read_manifest(folder)
-    if manifest is None or WHOLE not in manifest.files:
+    if manifest is None or MODEL_FILE not in manifest.files:
         return MISSING
     found = manifest.recipe.sources
     if (found.get("base_sha256"), found.get("checkpoint_sha256")) != (
@@ -330,5 +331,5 @@ def _calibration_problem(bound: BoundModel, folder: Path) -> str:
     if broken:
         return f"is damaged ({shortened(broken)})"
     # What the folder says is what calibrate was told; the graph knows what it was traced from.
-    other = other_source(bound, onnx_metadata(folder / WHOLE))
+    other = other_source(bound, onnx_metadata(folder / MODEL_FILE))
     return f"is {other}" if other else ""

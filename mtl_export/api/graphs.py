@@ -18,6 +18,7 @@ from mtl_export.api.written import UP_TO_DATE, Written
 from mtl_export.checkpoint.model_class import has_head
 from mtl_export.checkpoint.sentence_pipeline import refuse_other_pooling
 from mtl_export.errors import GraphError, UsageError
+from mtl_export.names import ADAPTER_INPUT, PER_TASK, SINGLE_GRAPH
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.graph.external_data import SharedData, WrittenFile
     from mtl_export.graph.trace import TracedModel
-
-SINGLE_GRAPH, PER_TASK, ADAPTER_INPUT = "single-graph", "per-task", "adapter-input"
 
 
 @dataclass(frozen=True, slots=True)

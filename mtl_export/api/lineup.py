@@ -12,16 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from mtl_export.api.settings import Settings
 from mtl_export.errors import BackendMissingError, IntegrityError, UsageError
+from mtl_export.names import (
+    ADAPTER_INPUT,
+    ADAPTER_INPUT_ONNX,
+    PER_TASK_ENGINE,
+    PER_TASK_ONNX,
+    SINGLE_ENGINE,
+    SINGLE_GRAPH,
+    SINGLE_ONNX,
+)
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.bench.measure import Shape, Subject
     from mtl_export.checkpoint.checkpoint import Task
 
-MERGED, SINGLE, ADAPTER_INPUT = "merged onnx", "single graph onnx", "adapter-input onnx"
-MERGED_ENGINE, SINGLE_ENGINE = "merged engine", "single graph engine"
 # Where one folder holds both.
-SINGLE_FOLDER, ADAPTER_FOLDER = "single-graph", "adapter-input"
 EAGER = "eager pytorch unmerged"
 PACKAGES = ("mtl-export", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "torch",
             "transformers")  # fmt: skip
@@ -78,11 +84,11 @@ def lineup(
             not_run.append((name, f"not exported; mtl-export onnx --all-tasks{options} makes it"))
             continue
         is_generating |= _graph(folder) != "model.onnx"
-        task = tasks[0].name if name == ADAPTER_INPUT else ""
+        task = tasks[0].name if name == ADAPTER_INPUT_ONNX else ""
         subjects.append(_onnx_subject(name, folder, threads, new_tokens, task))
         files[name] = _size(folder, "*.onnx", "*.onnx.data", "*.onnx_adapter")
     for name, candidates in (
-        (MERGED_ENGINE, [engines / task.name for task in tasks]),
+        (PER_TASK_ENGINE, [engines / task.name for task in tasks]),
         (SINGLE_ENGINE, [engines]),
     ):
         path = next((one / "model.engine" for one in candidates
@@ -109,12 +115,12 @@ def _graph(folder: Path) -> str:
 
 def _graphs(onnx: Path, tasks: Sequence[Task]) -> list[tuple[str, str, Path | None]]:
     """Return name, options that export it and folder (None: not there) of each form."""
-    adapted = [one for one in (onnx, onnx / ADAPTER_FOLDER) if any(one.glob("*.onnx_adapter"))]
-    single = [one for one in (onnx, onnx / SINGLE_FOLDER) if one not in adapted]
+    adapted = [one for one in (onnx, onnx / ADAPTER_INPUT) if any(one.glob("*.onnx_adapter"))]
+    single = [one for one in (onnx, onnx / SINGLE_GRAPH) if one not in adapted]
     forms = (
-        (MERGED, " --layout per-task", [onnx / task.name for task in tasks]),
-        (SINGLE, "", single),
-        (ADAPTER_INPUT, " --layout adapter-input", adapted),
+        (PER_TASK_ONNX, " --layout per-task", [onnx / task.name for task in tasks]),
+        (SINGLE_ONNX, "", single),
+        (ADAPTER_INPUT_ONNX, " --layout adapter-input", adapted),
     )
     return [
         (name, options, next((one for one in folders if _graph(one)), None))

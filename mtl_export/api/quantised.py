@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtl_export.checkpoint.files.json_file import Shape, parse_json, read_json
 from mtl_export.errors import MtlExportError
+from mtl_export.names import QUANTISATION_KEY
 
 if TYPE_CHECKING:
     from mtl_export.parity.checks.quantised import Quantised
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 REPORT = "calibration.json"
 BY_CALIBRATE = "by calibrate's --max-drop"
-METADATA = "mtl_export.quantisation"
 HALF = "fp16"
 _ABOUT: Shape = {"format?": str}
 _TIMES: Shape = {"key": {"files": {str: str}}, "value": {"latency_ms": {str: float}}}
@@ -114,7 +114,7 @@ def _latencies(path: Path, file: Path) -> dict[str, float]:
 
 def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = parse_json(
-        metadata.get(METADATA) or "{}", METADATA, _ABOUT, fix="Run calibrate again"
+        metadata.get(QUANTISATION_KEY) or "{}", QUANTISATION_KEY, _ABOUT, fix="Run calibrate again"
     )
     return found
 

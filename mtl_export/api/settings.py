@@ -10,9 +10,7 @@ from typing import TypedDict
 from mtl_export.errors import UsageError, shortened
 
 DTYPES = ("fp32", "fp16", "bf16")
-LAYOUTS = ("single-graph", "per-task")
 TASK_INPUTS = ("rows", "scalar")
-NUMBERS = ("int8", "fp8", "int4")
 
 
 @dataclass(frozen=True, slots=True)

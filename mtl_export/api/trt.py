@@ -14,7 +14,6 @@ from mtl_export.api.graph_form import Form, form_of
 from mtl_export.api.progress import SILENT, Progress
 from mtl_export.api.settings import (
     DTYPES,
-    NUMBERS,
     TASK_INPUTS,
     Settings,
     SourceOptions,
@@ -25,6 +24,7 @@ from mtl_export.api.written import Written
 from mtl_export.checkpoint.sentence_embedding import POOLINGS
 from mtl_export.errors import UsageError
 from mtl_export.graph.names import NEWEST_OPSET, OLDEST_OPSET, OPSET
+from mtl_export.names import QUANTISED_DTYPES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 # What the plain values of ``build_engines`` may be.
 KNOWN = {
-    "layout": engines.LAYOUTS,
-    "quantize": NUMBERS,
+    "layout": engines.ENGINE_LAYOUTS,
+    "quantize": QUANTISED_DTYPES,
     "dtype": DTYPES,
     "task_input": TASK_INPUTS,
     "pooling": POOLINGS,

@@ -18,7 +18,8 @@ import numpy as np
 from mtl_export.bench.measure import Opened, Shape, Timings
 from mtl_export.bench.memory import refuse_larger
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.runtime.rows import ATTENTION_MASK, INPUT_IDS, TASK_IDS, Field, fields_of
+from mtl_export.names import ATTENTION_MASK, INPUT_IDS, TASK_IDS
+from mtl_export.runtime.rows import Field, fields_of
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel

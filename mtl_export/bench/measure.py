@@ -31,7 +31,8 @@ from mtl_export import errors
 from mtl_export.bench.memory import peak_bytes, pss_bytes, within_memory
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError, MtlExportError
-from mtl_export.runtime.rows import INPUT_IDS, TASK_IDS, Field
+from mtl_export.names import INPUT_IDS, TASK_IDS
+from mtl_export.runtime.rows import Field
 
 # A block is about as long as this, but has enough calls for LEAST_CALLS in all rounds.
 BLOCK_S, LEAST_CALLS, MOST_CALLS = 0.5, 20, 200

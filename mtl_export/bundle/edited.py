@@ -40,10 +40,10 @@ from mtl_export.bundle.staging import held_alone
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import GraphError, IntegrityError, UsageError, shortened
-from mtl_export.graph.external_data import DATA_FILE, externalised, write_data
+from mtl_export.graph.external_data import externalised, write_data
 from mtl_export.graph.opened import open_graph
-from mtl_export.graph.origins import CHECKPOINT_KEY
 from mtl_export.graph.task_edit import task_table, vector_ids
+from mtl_export.names import CHECKPOINT_KEY, DATA_FILE
 from mtl_export.runtime.golden import GOLDEN_FILE, Vector, golden_bytes, read_golden
 from mtl_export.version import VERSION
 

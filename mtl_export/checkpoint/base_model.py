@@ -30,8 +30,8 @@ from mtl_export.checkpoint.model_inputs import CONFIG
 from mtl_export.checkpoint.quantised import without_leftover
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import BaseModelError, UsageError, shortened
+from mtl_export.names import PACKAGE_PREFIX
 
-PACKAGE_PREFIX = "package:"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"

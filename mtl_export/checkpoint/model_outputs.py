@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-LOGITS = "logits"
+from mtl_export.names import LOGITS
+
 # What stands beside logits and is of the same rows.
 BESIDE_LOGITS = "pred_"
 

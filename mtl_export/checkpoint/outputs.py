@@ -19,7 +19,6 @@ from dataclasses import replace
 from mtl_export.checkpoint.checkpoint import Readout, TaskKind
 from mtl_export.checkpoint.sentence_embedding import HIDDEN_STATES
 
-LOGITS = "logits"
 BARE = Readout("tokens", (), is_bare=True)
 
 

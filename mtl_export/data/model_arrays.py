@@ -21,8 +21,9 @@ from mtl_export.checkpoint.model_inputs import (
     longest_sequence,
 )
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.data.samples import INPUT_IDS, MASK, TEXT, TOKEN_TYPES
+from mtl_export.data.samples import MASK, TEXT, TOKEN_TYPES
 from mtl_export.errors import CalibrationError, shortened
+from mtl_export.names import INPUT_IDS
 
 
 def model_arrays(

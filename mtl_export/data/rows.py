@@ -23,8 +23,7 @@ from mtl_export.checkpoint.files.json_file import parse_json
 from mtl_export.checkpoint.files.tokenizer_file import TOKENIZER_FILE, tokenizer_document
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CalibrationError, MtlExportError, shortened
-
-TASK_IDS = "task_ids"
+from mtl_export.names import TASK_IDS
 
 
 @dataclass(frozen=True, slots=True)

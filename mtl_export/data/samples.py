@@ -29,16 +29,9 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.files.npz_file import read_npz
 from mtl_export.checkpoint.model_inputs import PIXEL_VALUES
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.data.rows import (
-    TASK_IDS,
-    Row,
-    balanced_indices,
-    load_rows,
-    refuse_unknown,
-    row_of,
-    tokenize,
-)
+from mtl_export.data.rows import Row, balanced_indices, load_rows, refuse_unknown, row_of, tokenize
 from mtl_export.errors import CalibrationError, shortened
+from mtl_export.names import TASK_IDS
 
 LABELS = "labels"
 NO_LABEL = -1

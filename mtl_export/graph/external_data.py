@@ -30,8 +30,8 @@ import numpy as np
 import onnx_ir as ir
 
 from mtl_export.checkpoint.tensors import Array
+from mtl_export.names import DATA_FILE
 
-DATA_FILE = "model.onnx.data"
 SHARED_FILE = "shared.onnx.data"
 # Smaller tensors stay in the graph: shapes and axes, which tools read without external data.
 INLINE_BYTES = 256

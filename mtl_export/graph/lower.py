@@ -32,12 +32,8 @@ from mtl_export.graph.passes.shared_cores import SharedCoresPass
 from mtl_export.graph.passes.shared_down import SharedDownPass
 from mtl_export.graph.passes.weights import mark_common
 from mtl_export.graph.trace import TracedModel
+from mtl_export.names import ADAPTER_INPUT, PER_TASK, SINGLE_GRAPH, TASK_INPUT_KEY
 from mtl_export.version import VERSION
-
-LAYOUT_MERGED = "merged"
-LAYOUT_SINGLE = "single-graph"
-LAYOUT_ADAPTER_INPUT = "adapter-input"
-TASK_INPUT_KEY = "mtl_export.task_input"
 
 
 def merged_graph(
@@ -60,7 +56,7 @@ def merged_graph(
         GraphError: There are no hidden states to pool.
     """
     # Alone in its graph the task needs no output of its own name.
-    metadata = _metadata(bound, LAYOUT_MERGED, (replace(task, output=""),))
+    metadata = _metadata(bound, PER_TASK, (replace(task, output=""),))
     lowering: list[ir.passes.InPlacePass] = [MergeTaskPass(bound, task), OwnOutputPass(task)]
     if embedding is not None:
         lowering.append(PoolStatesPass(embedding, keep_states=True))
@@ -87,7 +83,7 @@ def routed_graph(
         GraphError: It is not known which rows of the batch a layer's rows belong to, or
             there are no hidden states to pool.
     """
-    metadata = _metadata(bound, LAYOUT_SINGLE, bound.adapters.tasks)
+    metadata = _metadata(bound, SINGLE_GRAPH, bound.adapters.tasks)
     metadata[TASK_INPUT_KEY] = task_input
     metadata[shared_tensors.METADATA] = shared_tensors.replaced_json(bound.adapters)
     # Embeddings first: they may widen what linear layers take from [1, S, I] to [B, S, I].
@@ -110,7 +106,7 @@ def adapter_input_graph(
     Raises:
         GraphError: One task adapts a layer that another replaces.
     """
-    metadata = _metadata(bound, LAYOUT_ADAPTER_INPUT, bound.adapters.tasks)
+    metadata = _metadata(bound, ADAPTER_INPUT, bound.adapters.tasks)
     lowering = AdapterInputPass(bound)
     model = _lowered(traced, [lowering], metadata, None)
     kept = {value.name for value in model.graph.inputs}

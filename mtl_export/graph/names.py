@@ -19,6 +19,8 @@ Row T of every per-task stack is NaN: see ``passes.route_tasks``.
 
 from __future__ import annotations
 
+from mtl_export.names import TASK_IDS
+
 # What graphs are written in, and what they can be: PyTorch's exporter writes 18 at least, and
 # onnxscript's converter knows 25 at most.
 OPSET, OLDEST_OPSET, NEWEST_OPSET = 20, 18, 25
@@ -35,7 +37,6 @@ ANSWERS = "answers"
 ROWS_ATTRIBUTE = "rows"
 # Which use of a module this is, and of how many; on modules that a model runs several times.
 USE_ATTRIBUTE = "use"
-TASK_IDS = "task_ids"
 # The comparison that finds ids which need more than 24 bits.
 NEAR = f"{TASK_IDS}/near"
 BATCH = "batch"

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from mtl_export.checkpoint.checkpoint import Task, tasks_of
 from mtl_export.checkpoint.files.json_file import parse_json
+from mtl_export.names import CHECKPOINT_KEY, TASKS_KEY
 
-TASKS_KEY, CHECKPOINT_KEY = "mtl_export.tasks", "mtl_export.checkpoint_sha256"
 EDITS_KEY, ORIGINS_KEY = "mtl_export.edits", "mtl_export.origins"
 # Of "add NAME SHA-256" the name tells people enough.
 _WORDS = {"add": 2}

@@ -28,10 +28,8 @@ from mtl_export.checkpoint.checkpoint import TASK_NAME, Task, task_named, tasks_
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError, UsageError, shortened
 from mtl_export.graph.origins import (
-    CHECKPOINT_KEY,
     EDITS_KEY,
     ORIGINS_KEY,
-    TASKS_KEY,
     Origin,
     edits_of,
     origins_json,
@@ -46,6 +44,7 @@ from mtl_export.graph.stacks_on_disk import (
     task_count_node,
 )
 from mtl_export.graph.task_slices import is_slice, new_slice, refuse_misfit, refuse_other_base
+from mtl_export.names import CHECKPOINT_KEY, TASKS_KEY
 
 Models = Mapping[str, ir.Model]
 # What may stand between a head and the graph's output when logits become wider.

@@ -15,8 +15,6 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.sentence_embedding import METADATA_KEY, SentenceEmbedding
 from mtl_export.checkpoint.sentence_pipeline import Pipeline, pooled_pipeline
 from mtl_export.graph.external_data import (
-    DATA_FILE,
-    SHARED_FILE,
     SharedData,
     WrittenFile,
     externalised,
@@ -25,9 +23,6 @@ from mtl_export.graph.external_data import (
 from mtl_export.graph.passes.own_tensors import own_names
 from mtl_export.graph.passes.weights import is_common
 from mtl_export.merge.writer import task_config
-
-MODEL_FILE = "model.onnx"
-__all__ = ["DATA_FILE", "MODEL_FILE", "SHARED_FILE", "write_graph", "write_graphs"]
 
 
 def write_graph(model: ir.Model, bound: BoundModel, folder: Path, task: Task | None) -> None:

@@ -14,10 +14,8 @@ import numpy as np
 
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import ParityError
+from mtl_export.names import ATTENTION_MASK, INPUT_IDS, TASK_IDS
 
-TASK_IDS = "task_ids"
-INPUT_IDS = "input_ids"
-ATTENTION_MASK = "attention_mask"
 # Neither is ever a traced size, nor a power of two.
 ODD_BATCH, LONG_SEQUENCE = 5, 97
 MIXED_ROWS = 16

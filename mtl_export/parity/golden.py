@@ -19,8 +19,8 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError
-from mtl_export.parity.cases import ATTENTION_MASK, MIXED, TASK_IDS, Case
-from mtl_export.parity.outputs import LOGITS
+from mtl_export.names import ATTENTION_MASK, LOGITS, TASK_IDS
+from mtl_export.parity.cases import MIXED, Case
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.golden import Vector
 from mtl_export.runtime.runners.base import Runner

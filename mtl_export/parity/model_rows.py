@@ -27,7 +27,7 @@ from mtl_export.checkpoint.model_inputs import PIXEL_VALUES, image_shape
 from mtl_export.checkpoint.own_classes import own_class
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import ParityError
-from mtl_export.parity.cases import ATTENTION_MASK, INPUT_IDS, TASK_IDS
+from mtl_export.names import ATTENTION_MASK, INPUT_IDS, TASK_IDS
 
 DECODER_IDS, DECODER_TOKENS = "decoder_input_ids", 8
 WAVE, SPECTROGRAM = "input_values", "input_features"

@@ -21,10 +21,10 @@ from mtl_export.checkpoint.model_outputs import answers_among
 from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import ParityError
-from mtl_export.parity.cases import ATTENTION_MASK, Case
+from mtl_export.names import ATTENTION_MASK, LOGITS
+from mtl_export.parity.cases import Case
 from mtl_export.runtime.runners.language import NEW_TOKENS
 
-LOGITS = "logits"
 # Of every row with every other one of the batch: rows of another batch have other columns.
 ACROSS_ROWS = "logits_per_"
 

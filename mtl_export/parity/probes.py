@@ -16,7 +16,7 @@ import numpy as np
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.parity.cases import ATTENTION_MASK, INPUT_IDS, TASK_IDS
+from mtl_export.names import ATTENTION_MASK, INPUT_IDS, TASK_IDS
 from mtl_export.parity.presets import ZEROED
 from mtl_export.parity.reference import Reference
 from mtl_export.runtime.runners.base import Runner

@@ -23,6 +23,7 @@ from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError
 from mtl_export.graph.origins import EditedGraph
+from mtl_export.names import LOGITS
 from mtl_export.parity.cases import ONE_ROW, Case
 from mtl_export.parity.checks.edited_graph import unjudged_cells, views_of
 from mtl_export.parity.checks.generation import Speech, bad_step_ids, oracle_speech, token_cells
@@ -34,7 +35,7 @@ from mtl_export.parity.checks.quantised import Quantised, plain_cells, quantised
 from mtl_export.parity.checks.rows import bad_ids_cell, isolation_cell, row_cells
 from mtl_export.parity.checks.stored_tensors import stored_cell, table_cell
 from mtl_export.parity.checks.task_tensors import weight_cells
-from mtl_export.parity.outputs import LOGITS, Subject
+from mtl_export.parity.outputs import Subject
 from mtl_export.parity.presets import LAYERS, NOTHING, PADDING_ONLY, ZEROED
 from mtl_export.parity.probes import Asked, asked, padding_of
 from mtl_export.parity.reference import Floors, Reference, noise_floors, references_of
@@ -69,7 +70,7 @@ class Artefact:
     """
 
     name: str
-    kind: Literal["merged", "single-graph"]
+    kind: str
     runner: Runner
     task: Task | None
     dtype: str

@@ -19,6 +19,7 @@ import numpy as np
 
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.errors import EngineRunError
+from mtl_export.names import LOGITS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 Choice = str | tuple[str, ...] | float | tuple[float, ...]
 Decision = Choice | list[Choice]
 SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
-LOGITS = "logits"
 REGRESSION, HEADLESS = "regression", "headless"
 
 

@@ -18,14 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mtl_export.errors import EngineRunError, UsageError
+from mtl_export.names import LOGITS, PAST_PREFIX, PRESENT_PREFIX
 from mtl_export.runtime.arguments import count_of
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
     from mtl_export.runtime.token_rules import TokenRules
-
-LOGITS = "logits"
-PRESENT, PAST = "present.", "past_key_values."
 
 
 class Part(Protocol):
@@ -82,9 +80,9 @@ class Decoding:
     def _take(self, outputs: Mapping[str, Any]) -> None:
         self.logits: Array = outputs[LOGITS][:, -1]
         self._cache = {
-            PAST + name.removeprefix(PRESENT): value
+            PAST_PREFIX + name.removeprefix(PRESENT_PREFIX): value
             for name, value in outputs.items()
-            if name.startswith(PRESENT)
+            if name.startswith(PRESENT_PREFIX)
         }
 
 

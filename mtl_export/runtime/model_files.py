@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl_export.errors import UsageError, shortened
+from mtl_export.names import ENCODER_FILE, MODEL_FILE, PREFILL_FILE
 
 if TYPE_CHECKING:
     from mtl_export.runtime.runners.base import Runner
 
-WHOLE, PREFILL, ENCODER = "model.onnx", "prefill.onnx", "encoder.onnx"
 ENGINE_SUFFIX = ".engine"
 # What a folder of ONNX graphs is opened by, and the graphs beside it that generation needs.
 PARTS = {
-    WHOLE: (),
-    PREFILL: ("decode.onnx",),
-    ENCODER: ("decoder.onnx", "decoder_with_past.onnx"),
+    MODEL_FILE: (),
+    PREFILL_FILE: ("decode.onnx",),
+    ENCODER_FILE: ("decoder.onnx", "decoder_with_past.onnx"),
 }
 
 
@@ -39,11 +39,11 @@ def runner_of(path: Path, *, threads: int = 0) -> Runner:
         from mtl_export.tensorrt.runner import TensorRTBackend
 
         return TensorRTBackend(path)
-    if path.name == PREFILL:
+    if path.name == PREFILL_FILE:
         from mtl_export.runtime.runners.language import OrtLanguageRunner
 
         return OrtLanguageRunner(path, decode="decode.onnx", threads=threads)
-    if path.name == ENCODER:
+    if path.name == ENCODER_FILE:
         from mtl_export.runtime.runners.seq2seq import OrtSeq2SeqRunner
 
         return OrtSeq2SeqRunner(path.parent, threads=threads)

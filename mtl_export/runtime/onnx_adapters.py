@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtl_export.errors import EngineRunError
+from mtl_export.names import TASK_IDS
 from mtl_export.runtime.ort import OrtRunner, load_onnxruntime, run_session, task_table
-from mtl_export.runtime.runners.task_batches import TASK_IDS, by_task
+from mtl_export.runtime.runners.task_batches import by_task
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array

@@ -14,13 +14,13 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import Task, tasks_of
 from mtl_export.checkpoint.files.onnx_file import read_onnx
 from mtl_export.errors import BackendMissingError, EngineRunError, UsageError, shortened
+from mtl_export.names import TASK_IDS, TASKS_KEY
 from mtl_export.runtime.arguments import whole_number
-from mtl_export.runtime.runners.task_batches import TASK_IDS, by_task
+from mtl_export.runtime.runners.task_batches import by_task
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
 
-TASKS = "mtl_export.tasks"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 # What people say -> what ONNX Runtime says; any other name is taken as its own.
 PROVIDERS = {"cpu": CPU, "cuda": CUDA}
@@ -309,7 +309,7 @@ def task_table(metadata: Mapping[str, str]) -> tuple[Task, ...]:
     Raises:
         CheckpointError: What it says is no table of tasks.
     """
-    return tasks_of(metadata.get(TASKS, "[]"), TASKS)
+    return tasks_of(metadata.get(TASKS_KEY, "[]"), TASKS_KEY)
 
 
 def not_run(session: Any, path: Path, error: Exception) -> EngineRunError:

@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtl_export.errors import UsageError, shortened
+from mtl_export.names import ATTENTION_MASK, INPUT_IDS
 from mtl_export.runtime.arguments import listed
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
 
-INPUT_IDS, ATTENTION_MASK, TOKEN_TYPES = "input_ids", "attention_mask", "token_type_ids"
-TASK_IDS = "task_ids"
-# What an encoder of more than text says of its states: which of them count.
-SOURCE_MASK = "encoder_attention_mask"
+TOKEN_TYPES = "token_type_ids"
 # What a graph looks up in tables.
 IDS = frozenset({INPUT_IDS, TOKEN_TYPES})
 SEQUENCE, MASK = "sequence", "mask"

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtl_export.errors import UsageError
+from mtl_export.names import LOGITS, PAST_PREFIX, PRESENT_PREFIX
 from mtl_export.runtime.arguments import count_of
-from mtl_export.runtime.generation import LOGITS, PAST, PRESENT, Part, next_tokens, refuse_empty
+from mtl_export.runtime.generation import Part, next_tokens, refuse_empty
 from mtl_export.runtime.token_rules import TokenRules
 
 if TYPE_CHECKING:
@@ -85,9 +86,9 @@ class Seq2SeqDecoding:
         self.logits: Array = outputs[LOGITS]
         # The encoder's keys and values come once and stay.
         self._cache |= {
-            PAST + name.removeprefix(PRESENT): value
+            PAST_PREFIX + name.removeprefix(PRESENT_PREFIX): value
             for name, value in outputs.items()
-            if name.startswith(PRESENT)
+            if name.startswith(PRESENT_PREFIX)
         }
 
 

@@ -18,21 +18,20 @@ import numpy as np
 
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.errors import TaskNotFoundError, UsageError, shortened
+from mtl_export.names import (
+    ADAPTER_INPUT,
+    ATTENTION_MASK,
+    ENCODER_ATTENTION_MASK,
+    INPUT_IDS,
+    PREFILL_FILE,
+    PRESENT_PREFIX,
+    TASK_IDS,
+)
 from mtl_export.runtime.answers import Answer, answer_of
 from mtl_export.runtime.arguments import count_of, listed, whole_number
-from mtl_export.runtime.model_files import PARTS, PREFILL, graph_file
+from mtl_export.runtime.model_files import PARTS, graph_file
 from mtl_export.runtime.ort import OrtPart, metadata_of, open_session, run_session, task_table
-from mtl_export.runtime.rows import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    SOURCE_MASK,
-    TASK_IDS,
-    Rows,
-    fields_of,
-    joined,
-    own_part,
-    rows_from,
-)
+from mtl_export.runtime.rows import Rows, fields_of, joined, own_part, rows_from
 from mtl_export.runtime.texts import TextFiles
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from mtl_export.runtime.onnx_adapters import ActiveAdapter
     from mtl_export.runtime.token_rules import TokenRules
 
-PRESENT, ADAPTER_INPUT = "present.", "adapter-input"
 TaskLike = str | int | np.integer[Any]
 
 
@@ -114,7 +112,7 @@ class TaskSession:
         self._outputs = tuple(
             field
             for field in fields_of(self._session.get_outputs())
-            if not field.name.startswith(PRESENT)
+            if not field.name.startswith(PRESENT_PREFIX)
         )
         others = [self._path.with_name(name) for name in PARTS.get(self._path.name, ())]
         self._files = [self._path, *others]
@@ -254,7 +252,7 @@ class TaskSession:
 
     def _rows(self, inputs: Mapping[str, Any], pad_token_id: int) -> Rows:
         # A language model's graphs count positions from the mask.
-        is_counted = self._path.name == PREFILL
+        is_counted = self._path.name == PREFILL_FILE
         return rows_from(
             inputs,
             self._inputs,
@@ -365,7 +363,7 @@ class TaskSession:
         counted = {
             str(field.dims[1]): values[field.name]
             for field in self._outputs
-            if field.name == SOURCE_MASK
+            if field.name == ENCODER_ATTENTION_MASK
         }
         own = {
             field.name: own_part(values[field.name], field, sizes, counted)

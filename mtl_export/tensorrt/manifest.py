@@ -10,7 +10,7 @@ no paths, only names relative to the engine's or the graph's folder.
                     only in weights; "" where it cannot be told)
     source          file, and sha256 of the graph and of each external data file
     provenance      mtl_export.version, family, base_sha256, checkpoint_sha256 of the graph
-    layout          "merged", "single-graph", or "" for a graph from elsewhere
+    layout          "per-task", "single-graph", or "" for a graph from elsewhere
     tasks           the graph's task table
     inputs/outputs  name, dtype, shape; a str is a dynamic dimension
     profiles        per profile: input -> min, opt, max

@@ -24,6 +24,7 @@ from mtl_export.errors import (
     IntegrityError,
     shortened,
 )
+from mtl_export.names import TASK_IDS
 from mtl_export.tensorrt.api import Library, TrtObject, load_library
 from mtl_export.tensorrt.available import (
     INSTALL_FULL,
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     import torch
 
     from mtl_export.checkpoint.tensors import Array
-
-TASK_IDS = "task_ids"
 
 
 class TensorRTBackend:

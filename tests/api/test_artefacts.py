@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mtl_export.api.artefacts import ADAPTER_ONNX, Places, find_artefacts
+from mtl_export.api.artefacts import Places, find_artefacts
 from mtl_export.bundle.manifest import Recipe, write_manifest
+from mtl_export.names import ADAPTER_INPUT_ONNX
 from mtl_export.tensorrt.manifest import EngineManifest, manifest_path
 from tests.adapters import toys
 from tests.graph import language
@@ -24,10 +25,10 @@ def test_adapters_of_a_language_model_are_said_not_to_run(tmp_path: Path) -> Non
     bound = language.language_bound(tmp_path, "GPT2LMHeadModel")
     places = Places(tmp_path / "merged", tmp_path / "onnx", tmp_path / "engines")
     _, missing = find_artefacts(bound, places, threads=1)
-    assert ADAPTER_ONNX not in {cell.artefact for cell in missing}
+    assert ADAPTER_INPUT_ONNX not in {cell.artefact for cell in missing}
     (places.onnx / "adapter-input").mkdir(parents=True)
     found, missing = find_artefacts(bound, places, threads=1)
-    (cell,) = (one for one in missing if one.artefact == ADAPTER_ONNX)
+    (cell,) = (one for one in missing if one.artefact == ADAPTER_INPUT_ONNX)
     assert (cell.verdict, cell.task) == ("not-run", "*")
     assert "TaskSession" in cell.reason
     assert not found

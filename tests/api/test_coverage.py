@@ -27,8 +27,8 @@ from tests.factories import TASKS
 )
 def test_what_counts_as_not_run(case: str, reason: str, counts: bool) -> None:
     """Runtimes, devices and exports that are missing, and nothing else."""
-    ran = Cell("merged onnx", "onnxruntime", "spam", "mixed tasks", "passed")
-    cell = Cell("merged onnx", "onnxruntime", "topic", case, "not-run", reason)
+    ran = Cell("per-task onnx", "onnxruntime", "spam", "mixed tasks", "passed")
+    cell = Cell("per-task onnx", "onnxruntime", "topic", case, "not-run", reason)
     report = ParityReport((ran, cell), "", {}, {}, {})
     error = refuse_not_run(report, [])
     assert (error is not None and reason in str(error)) is counts
@@ -46,7 +46,8 @@ def test_every_place_is_looked_at_for_folders_of_no_task(tmp_path: Path) -> None
         (tmp_path / kind / "latest").symlink_to(tmp_path / kind / TASKS[0].name)
     cells = unclaimed_cells(places, TASKS)
     assert {cell.artefact for cell in cells} == {
-        "merged pytorch", "merged onnx", "merged engine", "merged int8", "merged engine fp8",
+        "merged pytorch", "per-task onnx", "per-task engine", "per-task int8",
+        "per-task engine fp8",
     }  # fmt: skip
     assert {(cell.task, cell.verdict) for cell in cells} == {("old", "failed")}
     assert all(str(Path(kind.name) / "old") in "".join(cell.reason for cell in cells)

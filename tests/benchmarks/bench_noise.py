@@ -112,7 +112,7 @@ def test_the_factor_parts_correct_exports_from_wrong_ones(
         folder.mkdir()
         write_graph(merged_graph(traced, bound, task), bound, folder, task)
         runner = OrtRunner(folder / "model.onnx", threads=2)
-        artefacts.append(Artefact("merged onnx", "merged", runner, task, "fp32", *sources))
+        artefacts.append(Artefact("per-task onnx", "per-task", runner, task, "fp32", *sources))
     write_graph(routed_graph(traced, bound), bound, tmp_path, None)
     routed = OrtRunner(tmp_path / "model.onnx", threads=2)
     artefacts.append(Artefact("single graph", "single-graph", routed, None, "fp32", *sources))

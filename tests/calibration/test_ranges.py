@@ -4,17 +4,10 @@ import numpy as np
 import pytest
 
 from mtl_export.errors import CalibrationError
+from mtl_export.names import PER_TASK
 from mtl_export_calibration.collect import TensorStatistics
 from mtl_export_calibration.formats import INT8
-from mtl_export_calibration.ranges import (
-    PER_TASK,
-    UNION,
-    WEIGHTED,
-    Cut,
-    combine,
-    cut_share,
-    worst_cut,
-)
+from mtl_export_calibration.ranges import UNION, WEIGHTED, Cut, combine, cut_share, worst_cut
 
 
 def statistics(**largest: float) -> dict[str, dict[str, TensorStatistics]]:

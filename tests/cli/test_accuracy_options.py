@@ -15,7 +15,7 @@ from mtl_export_cli.commands.parity import command
 from mtl_export_cli.options import is_typed
 from tests.parity.fakes import FakeRunner, right
 
-PLAIN = Artefact("merged onnx", "merged", FakeRunner(right), None, "fp32", "", "")
+PLAIN = Artefact("per-task onnx", "per-task", FakeRunner(right), None, "fp32", "", "")
 INT8 = replace(PLAIN, quantised=Quantised("int8"))
 
 

@@ -65,7 +65,7 @@ def test_an_encoder_gives_what_is_asked_for(encoder: Path, run: Run) -> None:
     assert passed == {
         ("merged pytorch", "last_hidden_state"),
         ("merged pytorch", "pooler_output"),
-        ("single graph onnx", ""),
+        ("single-graph onnx", ""),
     }
 
 

@@ -94,7 +94,7 @@ def test_a_task_that_loses_too_much_exits_4(nudged: Path, tmp_path: Path) -> Non
     cells = {(cell["artefact"], cell["task"]): cell for cell in report["accuracy"]["cells"]}
     assert cells["merged pytorch", TASK]["drop"] == 1.0
     # It answers like the reference, on rows too few to show that it always does.
-    single = cells["single graph onnx", TASK]
+    single = cells["single-graph onnx", TASK]
     assert (single["drop"], single["verdict"]) == (0.0, "not-run")
 
 

@@ -75,16 +75,16 @@ def test_both_layouts_are_found_and_pass_as_what_they_are(
     """Without Q/DQ by the rule for float graphs; a line of figures for every task and graph."""
     bound, artefacts = found(calibrated)
     names = [(one.name, one.task.name if one.task else "*") for one in artefacts]
-    merged = [("merged int8", task.name) for task in TASKS]
-    assert names == [*merged, ("single graph int8", "*")]
+    merged = [("per-task int8", task.name) for task in TASKS]
+    assert names == [*merged, ("single-graph int8", "*")]
     report = judged(bound, [artefacts[0], artefacts[-1]])
     failed = [cell for cell in report.cells if cell.verdict == "failed"]
     assert not failed  # the toy's random weights lose much here, and calibrate allowed all of it
     assert {(one.allowed, one.allowed_by) for one in report.quantised} == {(100.0, BY_CALIBRATE)}
     for case in (QUANTISED, PLAIN):
         own = {(cell.artefact, cell.task) for cell in report.cells if cell.case == case}
-        assert {("merged int8", TASKS[0].name)} < own
-        assert {("single graph int8", task.name) for task in TASKS} < own
+        assert {("per-task int8", TASKS[0].name)} < own
+        assert {("single-graph int8", task.name) for task in TASKS} < own
     plain = [cell for cell in report.cells if cell.case == PLAIN]
     assert any(cell.max_abs_error and cell.limit and cell.limit < 1e-4 for cell in plain)
     assert len(report.quantised) == 1 + len(TASKS)
@@ -94,7 +94,7 @@ def test_both_layouts_are_found_and_pass_as_what_they_are(
         assert one.sqnr_db["fp16"] > one.sqnr_db["int8"]
     print_quantised(report)
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith(("merged int8", "single graph int8")) for line in lines) == 4
+    assert sum(line.startswith(("per-task int8", "single-graph int8")) for line in lines) == 4
 
 
 def test_a_folder_that_is_no_longer_whole_fails(calibrated: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_folder_that_is_named_is_seen_for_what_it_holds(calibrated: Path) -> N
     out = calibrated / "out"
     places = Places(out / "no merged", out / "onnx-int8", out / "engines")
     artefacts, _ = find_artefacts(bound, places, threads=1)
-    assert [one.name for one in artefacts] == ["merged onnx"] * len(TASKS) + ["single graph onnx"]
+    assert [one.name for one in artefacts] == ["per-task onnx"] * len(TASKS) + ["single-graph onnx"]
     for one in artefacts:
         assert one.quantised is not None
         assert one.quantised.float_path is not None

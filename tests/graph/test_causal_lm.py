@@ -304,12 +304,12 @@ def test_parity_of_merged_folder_merged_graph_and_single_graph(
     def graph(name: str, folder: Path, own: bool) -> Artefact:
         runner = OrtLanguageRunner(folder / "prefill.onnx", decode="decode.onnx", threads=1)
         return Artefact(
-            name, "merged" if own else "single-graph", runner, task if own else None, "fp32",
+            name, "per-task" if own else "single-graph", runner, task if own else None, "fp32",
             bound.adapters.checkpoint_sha256, bound.base.sha256,
         )  # fmt: skip
 
     pytorch = Artefact(
-        "pytorch", "merged", MergedLanguageRunner(tmp_path / "pytorch"), task, "fp32",
+        "pytorch", "per-task", MergedLanguageRunner(tmp_path / "pytorch"), task, "fp32",
         bound.adapters.checkpoint_sha256, bound.base.sha256,
     )  # fmt: skip
     report = run_parity(

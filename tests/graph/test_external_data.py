@@ -19,7 +19,6 @@ import pytest
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph.external_data import (
-    DATA_FILE,
     INLINE_BYTES,
     PAGE_BYTES,
     SHARED_FILE,
@@ -32,7 +31,8 @@ from mtl_export.graph.lower import merged_graph
 from mtl_export.graph.passes.precision import PrecisionPass
 from mtl_export.graph.passes.weights import add_initializer
 from mtl_export.graph.trace import TracedModel
-from mtl_export.graph.writer import MODEL_FILE, write_graphs
+from mtl_export.graph.writer import write_graphs
+from mtl_export.names import DATA_FILE, MODEL_FILE
 from mtl_export.runtime.ort import OrtRunner
 from tests.adapters import toys
 

@@ -229,7 +229,7 @@ def test_the_file_says_what_it_is(bound: BoundModel, traced: TracedModel) -> Non
     merged = merged_graph(traced, bound, toys.TASKS[1])
     for model, layout, tasks in (
         (routed, "single-graph", toys.TASKS),
-        (merged, "merged", toys.TASKS[1:2]),
+        (merged, "per-task", toys.TASKS[1:2]),
     ):
         metadata = model.metadata_props
         assert set(metadata) == {

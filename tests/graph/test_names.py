@@ -9,5 +9,5 @@ def test_names_are_those_that_users_read() -> None:
     assert names.bias("enc.dense") == "enc.dense.bias"
     assert names.part("enc.dense", "core") == "enc.dense.core"
     assert names.value("enc.dense", "add") == "enc.dense/add"
-    assert (names.DOMAIN, names.TASK_IDS) == ("mtl_export", "task_ids")
+    assert names.DOMAIN == "mtl_export"
     assert (names.BATCH, names.SEQUENCE) == ("batch", "sequence")

@@ -319,7 +319,7 @@ def test_parity_passes_right_graphs_and_fails_wrong_ones(exported: Exported) -> 
         base_sha256=bound.base.sha256,
     )  # fmt: skip
     wrong = replace(
-        right, name="swapped", kind="merged", task=toys.TASKS[0],
+        right, name="swapped", kind="per-task", task=toys.TASKS[0],
         runner=OrtSeq2SeqRunner(exported.merged[1], threads=1),
     )  # fmt: skip
     report = run_parity(

@@ -26,7 +26,7 @@ from mtl_export.parity.report import Cell
 from tests.adapters import toys
 from tests.factories import VOCABULARY
 
-CELL = Cell("single graph onnx", "onnxruntime", "*", "weights", "passed")
+CELL = Cell("single-graph onnx", "onnxruntime", "*", "weights", "passed")
 
 
 @pytest.fixture(scope="module")

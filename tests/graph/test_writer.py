@@ -17,7 +17,8 @@ from onnx_ir.passes.common import CheckerPass
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.graph.lower import merged_graph, routed_graph
 from mtl_export.graph.trace import TracedModel
-from mtl_export.graph.writer import DATA_FILE, MODEL_FILE, write_graph
+from mtl_export.graph.writer import write_graph
+from mtl_export.names import DATA_FILE, MODEL_FILE
 from tests.adapters import toys
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -6,17 +6,9 @@ import pytest
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Tensor
-from mtl_export.merge.plan import (
-    MERGED,
-    SHARED,
-    SINGLE_ENGINE,
-    SINGLE_GRAPH,
-    Plan,
-    Speeds,
-    make_plan,
-    measure_speeds,
-)
+from mtl_export.merge.plan import MERGED, SHARED, Plan, Speeds, make_plan, measure_speeds
 from mtl_export.merge.writer import MergeOptions, layout_of, write_tasks
+from mtl_export.names import SINGLE_ENGINE, SINGLE_GRAPH
 from tests.merge import bases
 
 SPEEDS = Speeds(1e9, 5e8, 1e8, 1e9, 2, 10**12)

@@ -85,7 +85,7 @@ def single(bound: BoundModel, answer: Answer, dtype: str = "fp32") -> Artefact:
 
 def merged(bound: BoundModel, task_index: int, answer: Answer) -> Artefact:
     """Return a merged artefact that answers so."""
-    return replace(single(bound, answer), name="merged", kind="merged", task=TASKS[task_index])
+    return replace(single(bound, answer), name="merged", kind="per-task", task=TASKS[task_index])
 
 
 def right(inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -66,8 +66,8 @@ class Exported:
         """Return the graph in ``folder`` as an artefact."""
         path = folder / "model.onnx"
         return Artefact(
-            name="merged onnx" if is_merged else "single graph onnx",
-            kind="merged" if is_merged else "single-graph",
+            name="per-task onnx" if is_merged else "single-graph onnx",
+            kind="per-task" if is_merged else "single-graph",
             runner=OrtRunner(path, threads=1),
             task=self.bound.adapters.tasks[MERGED_TASK] if is_merged else None,
             dtype=dtype,

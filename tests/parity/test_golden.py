@@ -6,7 +6,8 @@ import numpy as np
 
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError
-from mtl_export.parity.cases import MIXED, TASK_IDS, Case
+from mtl_export.names import TASK_IDS
+from mtl_export.parity.cases import MIXED, Case
 from mtl_export.parity.golden import STEPS, UNKNOWN, for_engine, golden_vectors
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.golden import Vector

@@ -109,7 +109,7 @@ def test_files_alone_speak_for_no_artefact() -> None:
 
 def test_the_noise_of_a_quantised_artefact_speaks_for_it_unless_it_failed() -> None:
     """Not the error of its graph without Q/DQ, which says little of what ships."""
-    noise = Cell("single graph int8", "onnxruntime", "a", "quantised", "passed", sqnr_db=19.5)
+    noise = Cell("single-graph int8", "onnxruntime", "a", "quantised", "passed", sqnr_db=19.5)
     plain = replace(noise, case="without Q/DQ", sqnr_db=None, max_abs_error=1e-6, limit=2e-6)
     assert worst([plain, noise]) == noise
     assert facts.measured(noise) == "19.5 dB"

@@ -134,7 +134,7 @@ def test_a_merged_graph_serves_its_task(exported: Path, name: str) -> None:
     """Without asking, by its name and by its id; no other."""
     folder = exported / "out" / "onnx" / name
     merged = TaskSession(folder / "model.onnx", threads=1)
-    assert merged.layout == "merged"
+    assert merged.layout == "per-task"
     task = merged.tasks[0]
     first = merged.run({"input_ids": ROWS}).answers
     for tasks in (name, task.index, [name] * 5):

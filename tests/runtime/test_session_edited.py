@@ -11,8 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from mtl_export.errors import TaskNotFoundError
-from mtl_export.graph.external_data import DATA_FILE, externalised, write_data
+from mtl_export.graph.external_data import externalised, write_data
 from mtl_export.graph.task_edit import remove_task
+from mtl_export.names import DATA_FILE
 from mtl_export.runtime import TaskSession
 
 PROMPTS = [[5, 9, 30], [7], [11, 12, 13, 14]]

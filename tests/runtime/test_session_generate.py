@@ -122,7 +122,7 @@ def test_batches_and_tasks_do_not_matter(session: TaskSession, onnx: Path) -> No
     for prompt, task, tokens in zip(PROMPTS, TASKS, whole, strict=True):
         assert session.generate([prompt], task, max_new_tokens=NEW) == [tokens]
     merged = TaskSession(onnx / "reply" / "decode.onnx", threads=1)
-    assert merged.layout == "merged"
+    assert merged.layout == "per-task"
     own = [row for row, task in zip(PROMPTS, TASKS, strict=True) if task == "reply"]
     answers = [row for row, task in zip(whole, TASKS, strict=True) if task == "reply"]
     assert merged.generate(own, max_new_tokens=NEW) == answers

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from mtl_export.api.settings import LAYOUTS, NUMBERS, Settings
+from mtl_export.api.settings import Settings
+from mtl_export.names import LAYOUTS, QUANTISED_DTYPES
 from mtl_export_calibration.front_door import (
     COMBINATIONS,
     DELTAS,
@@ -58,7 +59,7 @@ def _weights(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
         help="Rows of each task to take ranges from.")  # fmt: skip
 @option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
         help="Decides which rows.")  # fmt: skip
-@option("--quantize", type=click.Choice(NUMBERS), default="int8", show_default=True,
+@option("--quantize", type=click.Choice(QUANTISED_DTYPES), default="int8", show_default=True,
         help=options.QUANTIZE_HELP)  # fmt: skip
 @option("--method", type=click.Choice(METHODS),
         help="How ranges are chosen; by default percentile for int8, max for fp8.")  # fmt: skip

@@ -23,12 +23,11 @@ Example:
   mtl-export merge --all-tasks --dtype fp16 -o models
   mtl-export merge --all-tasks --layout shared --report
 """
-LAYOUTS = ("standalone", "shared")
 # Variables of their own: MTL_EXPORT_LAYOUT is that of graphs and engines, MTL_EXPORT_REPORT
 # the file that parity writes.
 LAYOUT = click.option(
-    "--layout", type=click.Choice(LAYOUTS), default="standalone", show_default=True,
-    envvar="MTL_EXPORT_MERGE_LAYOUT", show_envvar=True,
+    "--layout", type=click.Choice(("standalone", "shared")), default="standalone",
+    show_default=True, envvar="MTL_EXPORT_MERGE_LAYOUT", show_envvar=True,
     help="shared: store tensors that no task changes once for all tasks.",
 )  # fmt: skip
 REPORT = click.option(

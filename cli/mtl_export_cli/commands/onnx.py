@@ -7,7 +7,8 @@ import click
 from mtl_export.api import graphs
 from mtl_export.api.graph_form import Form
 from mtl_export.api.onnx import export_requested
-from mtl_export.api.settings import LAYOUTS, Settings
+from mtl_export.api.settings import Settings
+from mtl_export.names import ADAPTER_INPUT, LAYOUTS, PER_TASK
 from mtl_export_cli import options, render
 from mtl_export_cli.graph_form import with_form
 from mtl_export_cli.options import option, with_settings
@@ -22,7 +23,7 @@ Example:
 """
 # One layout more than engines and calibration have.
 LAYOUT = option(
-    "--layout", type=click.Choice((*LAYOUTS, graphs.ADAPTER_INPUT)),
+    "--layout", type=click.Choice((*LAYOUTS, ADAPTER_INPUT)),
     help=options.LAYOUT_HELP,
 )  # fmt: skip
 
@@ -61,7 +62,7 @@ def command(
     positions float32; results are given as float32. Without it graphs are fp32. --inline: the
     single graph has stock nodes only, for tools and runtimes that know no functions.
     """
-    is_per_task = graphs.layout_or_default(settings, layout) == graphs.PER_TASK
+    is_per_task = graphs.layout_or_default(settings, layout) == PER_TASK
     linked = link_data and (is_per_task or "link_data" in settings.typed)
     with render.Talk.from_settings(settings).steps() as steps:
         written = export_requested(settings, layout, form, steps, link_data=linked)

@@ -10,9 +10,10 @@ from mtl_export.api import engines
 from mtl_export.api.engine_choices import EngineChoices
 from mtl_export.api.engines import Failed
 from mtl_export.api.graph_form import Form
-from mtl_export.api.settings import NUMBERS, Settings
+from mtl_export.api.settings import Settings
 from mtl_export.api.trt import EngineBuild, EngineRequest, build_requested
 from mtl_export.errors import BackendError, UsageError
+from mtl_export.names import QUANTISED_DTYPES
 from mtl_export_cli import options, render
 from mtl_export_cli.engine_options import ENGINE, with_engine_choices
 from mtl_export_cli.graph_form import with_form
@@ -55,8 +56,8 @@ HIDDEN = tuple(
     for name in GONE
 )  # fmt: skip
 JOB = (
-    option("--layout", type=click.Choice(engines.LAYOUTS), help=options.LAYOUT_HELP),
-    option("--quantize", type=click.Choice(NUMBERS), help=options.QUANTIZE_HELP),
+    option("--layout", type=click.Choice(engines.ENGINE_LAYOUTS), help=options.LAYOUT_HELP),
+    option("--quantize", type=click.Choice(QUANTISED_DTYPES), help=options.QUANTIZE_HELP),
     option(
         "--jobs", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
         help="Engines to build at a time; each takes up to three times its weights of memory."

@@ -29,6 +29,7 @@ from mtl_export.graph.passes.calls import (
     replace,
 )
 from mtl_export.graph.passes.shared_down import module_of_call
+from mtl_export.names import TASK_IDS
 
 # ONNX Runtime, x86-64, 384 -> 384 and 384 -> 1536: U products cost what 4 numbers to memory do.
 WIDEST_UP = 64
@@ -153,7 +154,7 @@ def _ones(x: ir.Value, before: ir.Node, known: dict[tuple[str, ...], ir.Value]) 
     """Return 1 for every token of x, ``[B, S, 1]``; made once for each shape."""
     dims = tuple(str(dim) for dim in x.shape.dims[:-1]) if x.shape is not None else (x.name or "",)
     if dims not in known:
-        name = f"{names.TASK_IDS}/ones{len(known) or ''}"
+        name = f"{TASK_IDS}/ones{len(known) or ''}"
         ops = tape.Tape(before.graph)
         rows = ops.op("Shape", [x], {"start": 0, "end": -1}, name=f"{name}/rows")
         width = ops.op("Constant", [], {"value_ints": [1]}, name=f"{name}/width")

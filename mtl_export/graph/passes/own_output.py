@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from mtl_export.checkpoint.checkpoint import Task
-from mtl_export.checkpoint.outputs import LOGITS
+from mtl_export.names import LOGITS
 
 
 class OwnOutputPass(ir.passes.InPlacePass):

@@ -16,8 +16,8 @@ from mtl_export.checkpoint.sentence_embedding import HIDDEN_STATES, OUTPUT, Sent
 from mtl_export.errors import GraphError, shortened
 from mtl_export.graph import names
 from mtl_export.graph.passes.routing import name_values
+from mtl_export.names import ATTENTION_MASK
 
-MASK = "attention_mask"
 # A text without a token, or of length 0, is 0 and not NaN: NaN means that a task is unknown.
 # The values are those of sentence-transformers and of torch.nn.functional.normalize.
 SMALLEST_COUNT, SMALLEST_LENGTH = 1e-9, 1e-12
@@ -60,7 +60,7 @@ class PoolStatesPass(ir.passes.InPlacePass):
                 fix="Leave out --pooling: this model answers with its head",
             )
         ops = tape.Tape(graph)
-        mask = next((value for value in graph.inputs if value.name == MASK), None)
+        mask = next((value for value in graph.inputs if value.name == ATTENTION_MASK), None)
         if self._embedding.pooling == "cls":
             first = ops.op("Constant", [], {"value_int": 0}, name=f"{OUTPUT}/first")
             vector = ops.op("Gather", [hidden, first], {"axis": 1}, name=f"{OUTPUT}/cls")

@@ -22,11 +22,11 @@ from mtl_export.errors import GraphError
 from mtl_export.graph.passes.constants import ConstantTensorsPass
 from mtl_export.graph.passes.islands import is_float, islands, touches_floats
 from mtl_export.graph.passes.value_types import type_values
+from mtl_export.names import DTYPE_KEY
 
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # The largest finite numbers: (2 - 2^-10) 2^15 and (2 - 2^-7) 2^127.
 LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: float.fromhex("0x1.fep127")}
-METADATA = "mtl_export.dtype"
 FLOATS = frozenset({ir.DataType.FLOAT, *DTYPES.values()})
 # Floating inputs and outputs whose names begin so pass from one step to the next.
 STATE = ("past_key_values.", "present.")
@@ -77,7 +77,7 @@ class PrecisionPass(ir.passes.InPlacePass):
             if value.is_initializer():
                 value.const_value = _converted(value.const_value, self._dtype)
         self._refuse_constants_in_functions(model)
-        model.metadata_props[METADATA] = self._name
+        model.metadata_props[DTYPE_KEY] = self._name
         return ir.passes.PassResult(model, modified=True)
 
     def _lowered_values(

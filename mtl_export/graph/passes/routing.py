@@ -22,6 +22,7 @@ from mtl_export.graph.passes.markers import ensure_no_markers, markers, rank, re
 from mtl_export.graph.passes.row_view import RowView
 from mtl_export.graph.passes.stacks import with_poison
 from mtl_export.graph.passes.weights import add_initializer
+from mtl_export.names import TASK_IDS
 
 # ``rows``: task_ids [batch]; ``scalar``: task_ids [1], one task for the whole batch.
 TaskInput = Literal["rows", "scalar"]
@@ -123,7 +124,7 @@ def guarded_ids(graph: ir.Graph, task_count: int, *, is_scalar: bool = False) ->
         if node.name == last:
             return node.outputs[0]
     task_ids = ir.Value(
-        name=names.TASK_IDS,
+        name=TASK_IDS,
         shape=ir.Shape([1 if is_scalar else names.BATCH]),
         type=ir.TensorType(ir.DataType.INT64),
     )

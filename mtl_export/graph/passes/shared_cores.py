@@ -11,9 +11,10 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir import tape
 
-from mtl_export.graph import functions, names
+from mtl_export.graph import functions
 from mtl_export.graph.passes.calls import calls, inputs_of, insert_before
 from mtl_export.graph.passes.shared_down import width_of
+from mtl_export.names import TASK_IDS
 
 
 class SharedCoresPass(ir.passes.InPlacePass):
@@ -38,7 +39,7 @@ class SharedCoresPass(ir.passes.InPlacePass):
                 groups.setdefault((ids, rank), []).append(gather)
         shared = {key: gathers for key, gathers in groups.items() if len(gathers) > 1}
         for number, ((ids, _), gathers) in enumerate(shared.items()):
-            _share(ids, gathers, f"{names.TASK_IDS}/cores{number or ''}")
+            _share(ids, gathers, f"{TASK_IDS}/cores{number or ''}")
         return ir.passes.PassResult(model, modified=bool(shared))
 
 

@@ -19,9 +19,10 @@ import numpy as np
 
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.data.rows import TASK_IDS, Row, tokenize
+from mtl_export.data.rows import Row, tokenize
 from mtl_export.data.samples import LABELS, QUERIES, load_data, owners_of
 from mtl_export.errors import CalibrationError, shortened
+from mtl_export.names import TASK_IDS
 from mtl_export.parity.accuracy.labelled_rows import LabelledRows, Truth
 from mtl_export.parity.accuracy.scores import usual_score
 

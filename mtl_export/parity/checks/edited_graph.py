@@ -22,7 +22,8 @@ from mtl_export.adapters.normal_form import AdapterSet
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import shortened
 from mtl_export.graph.origins import EditedGraph
-from mtl_export.parity.cases import TASK_IDS, Case
+from mtl_export.names import TASK_IDS
+from mtl_export.parity.cases import Case
 from mtl_export.parity.checks.generation import Speech
 from mtl_export.parity.checks.stored_tensors import TABLE, stored_cell
 from mtl_export.parity.checks.task_tensors import OTHERS

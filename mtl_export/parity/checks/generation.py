@@ -19,7 +19,8 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError
-from mtl_export.parity.cases import ATTENTION_MASK, INPUT_IDS, MIXED, TASK_IDS, Case
+from mtl_export.names import ATTENTION_MASK, INPUT_IDS, LOGITS, TASK_IDS
+from mtl_export.parity.cases import MIXED, Case
 from mtl_export.parity.report import Cell, Verdict
 from mtl_export.runtime.runners.base import Runner
 from mtl_export.runtime.runners.language import NEW_TOKENS, PROMPT_TASK_IDS, Generator
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from mtl_export.parity.run import Artefact
 
 STEPS = 8
-OUTPUT = "logits"
 LONG = "batch "
 
 
@@ -77,7 +77,7 @@ def oracle_speech(oracle: Runner, cases: Sequence[Case]) -> Speech | None:
         return None
     case = max(spoken, key=lambda case: len(set(case.task_ids.tolist())))
     tokens = oracle.generate(case.inputs, STEPS)
-    logits = oracle.infer({**case.inputs, NEW_TOKENS: tokens})[OUTPUT]
+    logits = oracle.infer({**case.inputs, NEW_TOKENS: tokens})[LOGITS]
     ordered = np.sort(logits, axis=-1)
     return Speech(case, tokens, ordered[..., -1] - ordered[..., -2])
 
@@ -139,7 +139,7 @@ def bad_step_ids(artefact: Artefact, runner: Runner, speech: Speech, bad: Array)
     inputs[TASK_IDS] = np.concatenate([good[TASK_IDS], bad])
     cell = Cell(artefact.name, runner.name, "*", "bad task ids, step", "passed")
     try:
-        logits = runner.infer(inputs)[OUTPUT]
+        logits = runner.infer(inputs)[LOGITS]
     except EngineRunError:
         return cell  # refusing the whole batch is as good as poisoning the rows
     if np.isnan(logits[0]).any() or np.isnan(logits[:, 0]).any():

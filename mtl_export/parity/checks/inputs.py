@@ -15,7 +15,8 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError
-from mtl_export.parity.cases import TASK_IDS, Case
+from mtl_export.names import TASK_IDS
+from mtl_export.parity.cases import Case
 from mtl_export.parity.presets import PADDING_ONLY
 from mtl_export.parity.probes import Padding, rows_of_padding
 from mtl_export.parity.report import Cell

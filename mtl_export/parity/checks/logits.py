@@ -11,7 +11,8 @@ import numpy as np
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.parity.cases import TASK_IDS, Case
+from mtl_export.names import TASK_IDS
+from mtl_export.parity.cases import Case
 from mtl_export.parity.metrics import Decisions, decisions, difference, ranking, top_labels
 from mtl_export.parity.outputs import answers
 from mtl_export.parity.reference import Floors, Reference

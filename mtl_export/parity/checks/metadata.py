@@ -25,14 +25,13 @@ from mtl_export.checkpoint.files.json_file import read_json
 from mtl_export.checkpoint.files.onnx_file import read_onnx
 from mtl_export.checkpoint.sentence_embedding import OUTPUT, SentenceEmbedding
 from mtl_export.errors import EngineRunError, MtlExportError, shortened
+from mtl_export.names import MODEL_FILE, PAST_PREFIX, PRESENT_PREFIX
 from mtl_export.parity.checks.stored_dtype import folder_problem, graph_problem
 from mtl_export.parity.outputs import Subject
 from mtl_export.parity.report import Cell
 
 INTERFACE, CONFIG, COMPANIONS = "inputs and outputs", "config", "companions"
 DTYPE = "stored dtype"
-PRESENT, PAST = "present.", "past_key_values."
-WHOLE = "model.onnx"
 # What an encoder hands to its decoders; the mask only where it reads more than text.
 HIDDEN, SOURCE_MASK = "last_hidden_state", "encoder_attention_mask"
 # What other dtypes and tied weights change, and what says who wrote the file.
@@ -88,7 +87,7 @@ def beside_cells(
 
 
 def _interface_problems(path: Path, dtype: str, outputs: Collection[str]) -> list[str]:
-    is_whole, parts = path.name == WHOLE, _parts(path)
+    is_whole, parts = path.name == MODEL_FILE, _parts(path)
     known = {*outputs} if is_whole else {*outputs, HIDDEN, SOURCE_MASK}
     known |= {HIDDEN} if OUTPUT in known else set()  # see PoolStatesPass
     problems: list[str] = []
@@ -99,19 +98,19 @@ def _interface_problems(path: Path, dtype: str, outputs: Collection[str]) -> lis
         inputs, results = _values(part)
         for name, number in results.items():
             found = TYPES.get(number, f"of type {number}")
-            is_cache = not is_whole and name.startswith(PRESENT)
+            is_cache = not is_whole and name.startswith(PRESENT_PREFIX)
             if name not in known and not is_cache:
                 problems.append(f"{part.name} has the output {name!r}, which nobody asked for")
             elif found not in ({"int64"} if name == SOURCE_MASK else {"float32", own_type}):
                 problems.append(f"{name!r} of {part.name} is {found}, not {own_type}")
-        caches = {n.removeprefix(PRESENT) for n in results if n.startswith(PRESENT)}
-        own = {n.removeprefix(PAST) for n in inputs if n.startswith(PAST)}
+        caches = {n.removeprefix(PRESENT_PREFIX) for n in results if n.startswith(PRESENT_PREFIX)}
+        own = {n.removeprefix(PAST_PREFIX) for n in inputs if n.startswith(PAST_PREFIX)}
         read |= own
         if caches and not own:
             begun[part.name] = caches
     for name, caches in begun.items():
         problems += [
-            f"{name} has no output '{PRESENT}{one}', which the next step reads"
+            f"{name} has no output '{PRESENT_PREFIX}{one}', which the next step reads"
             for one in sorted(read - caches)
         ]
     return problems
@@ -119,7 +118,7 @@ def _interface_problems(path: Path, dtype: str, outputs: Collection[str]) -> lis
 
 def _parts(path: Path) -> list[Path]:
     """Return the graphs of a model whose first is ``path``."""
-    return [path] if path.name == WHOLE else sorted(path.parent.glob("*.onnx"))
+    return [path] if path.name == MODEL_FILE else sorted(path.parent.glob("*.onnx"))
 
 
 def _values(path: Path) -> tuple[list[str], dict[str, int]]:

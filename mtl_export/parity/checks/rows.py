@@ -21,7 +21,8 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError
-from mtl_export.parity.cases import ATTENTION_MASK, INPUT_IDS, TASK_IDS, Case
+from mtl_export.names import ATTENTION_MASK, INPUT_IDS, TASK_IDS
+from mtl_export.parity.cases import Case
 from mtl_export.parity.outputs import answers
 from mtl_export.parity.presets import FURTHER, NOTHING, ONE_BY_ONE
 from mtl_export.parity.report import Cell

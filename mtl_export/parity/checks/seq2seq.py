@@ -14,12 +14,12 @@ import numpy as np
 
 from mtl_export.checkpoint.own_classes import own_class
 from mtl_export.checkpoint.tensors import Array
+from mtl_export.names import DECODER_INPUT_IDS
 from mtl_export.parity.cases import Case
 from mtl_export.parity.checks.generation import LONG, STEPS
 from mtl_export.runtime.runners.language import NEW_TOKENS
 from mtl_export.runtime.runners.seq2seq import first_token
 
-DECODER_IDS = "decoder_input_ids"
 # Of the long batches; odd, and more than is ever traced.
 LONG_STEPS = 13
 
@@ -44,8 +44,8 @@ def decoder_cases(
         tokens = generator.integers(0, vocabulary, (rows, count), dtype=np.int64)
         others = own.seeded_inputs(config, rows) if own is not None else {}
         inputs = {NEW_TOKENS: tokens, **case.inputs, **others}
-        if DECODER_IDS in inputs:
-            inputs[NEW_TOKENS] = _following(inputs.pop(DECODER_IDS), first_token(config))
+        if DECODER_INPUT_IDS in inputs:
+            inputs[NEW_TOKENS] = _following(inputs.pop(DECODER_INPUT_IDS), first_token(config))
         found.append(Case(case.name, inputs, case.preset))
     return found
 

@@ -22,11 +22,12 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import Task, is_of_another_output
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, LinkedDataError, shortened
+from mtl_export.names import TASK_IDS
 from mtl_export.parity.cases import Case
 from mtl_export.parity.outputs import Subject, answers
 from mtl_export.parity.presets import LAYERS, NOTHING, ZEROED
 from mtl_export.parity.report import Cell
-from mtl_export.runtime.runners.task_batches import TASK_IDS, by_task
+from mtl_export.runtime.runners.task_batches import by_task
 
 OTHERS = "tensors of other tasks"
 # Parts of stacks that are nothing but adapters.

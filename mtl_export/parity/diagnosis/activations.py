@@ -22,7 +22,7 @@ from mtl_export.adapters.modules.model import MultiTaskModel
 from mtl_export.adapters.modules.naming import own_module
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import GraphError
-from mtl_export.parity.cases import TASK_IDS
+from mtl_export.names import TASK_IDS
 from mtl_export.runtime.ort import task_table
 from mtl_export.runtime.runners.base import Runner
 

@@ -16,7 +16,8 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import MtlExportError
-from mtl_export.parity.cases import ATTENTION_MASK, MIXED, TASK_IDS, Case
+from mtl_export.names import ATTENTION_MASK, TASK_IDS
+from mtl_export.parity.cases import MIXED, Case
 from mtl_export.parity.diagnosis.activations import (
     Activation,
     Activations,

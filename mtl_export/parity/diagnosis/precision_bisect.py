@@ -17,10 +17,11 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import GraphError, shortened
-from mtl_export.parity.cases import TASK_IDS, Case
+from mtl_export.names import LOGITS, TASK_IDS
+from mtl_export.parity.cases import Case
 from mtl_export.parity.diagnosis.activations import graph_session
 from mtl_export.parity.diagnosis.layer_errors import Bisection
-from mtl_export.parity.outputs import LOGITS, answers
+from mtl_export.parity.outputs import answers
 from mtl_export.parity.report import Cell
 from mtl_export.parity.tolerance import FLOOR_FACTOR
 from mtl_export.runtime.runners.base import Runner

@@ -18,12 +18,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.runtime.generation import LOGITS, Decoding, GreedyDecoder, left_padded
+from mtl_export.names import ATTENTION_MASK, INPUT_IDS, LOGITS, TASK_IDS
+from mtl_export.runtime.generation import Decoding, GreedyDecoder, left_padded
 from mtl_export.runtime.ort import OrtPart, OrtRunner, open_session, run_session
 
 NEW_TOKENS = "new_tokens"
 PROMPT_TASK_IDS = "prompt_task_ids"
-TASK_IDS, INPUT_IDS, ATTENTION_MASK = "task_ids", "input_ids", "attention_mask"
 
 
 @runtime_checkable

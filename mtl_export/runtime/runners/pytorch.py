@@ -37,10 +37,10 @@ from mtl_export.checkpoint.config_limits import check_config
 from mtl_export.checkpoint.files.json_file import read_json
 from mtl_export.checkpoint.files.safetensors import open_safetensors
 from mtl_export.checkpoint.model_inputs import CONFIG
-from mtl_export.checkpoint.outputs import LOGITS
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BaseModelError, EngineRunError, MtlExportError, shortened
 from mtl_export.merge.head_file import HEAD_FILE, read_readout
+from mtl_export.names import LOGITS
 from mtl_export.runtime.saturating_casts import SaturatingCasts
 
 TORCH_DTYPES = {

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.runtime.generation import LOGITS
+from mtl_export.names import LOGITS, TASK_IDS
 from mtl_export.runtime.ort import OrtPart, open_session
-from mtl_export.runtime.runners.language import NEW_TOKENS, PROMPT_TASK_IDS, TASK_IDS
+from mtl_export.runtime.runners.language import NEW_TOKENS, PROMPT_TASK_IDS
 from mtl_export.runtime.seq2seq_generation import (
     Seq2SeqDecoding,
     Seq2SeqGreedyDecoder,

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mtl_export.errors import EngineRunError
+from mtl_export.names import TASK_IDS
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
-
-TASK_IDS = "task_ids"
 
 
 def by_task(

@@ -14,15 +14,9 @@ import torch
 
 from mtl_export.adapters.modules.base import quiet_transformers
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.runtime.generation import LOGITS, left_padded
-from mtl_export.runtime.runners.language import (
-    ATTENTION_MASK,
-    INPUT_IDS,
-    NEW_TOKENS,
-    TASK_IDS,
-    joined_inputs,
-    positions,
-)
+from mtl_export.names import ATTENTION_MASK, INPUT_IDS, LOGITS, TASK_IDS
+from mtl_export.runtime.generation import left_padded
+from mtl_export.runtime.runners.language import NEW_TOKENS, joined_inputs, positions
 from mtl_export.runtime.runners.pytorch import MergedRunner, OracleRunner, errors_of_model
 from mtl_export.runtime.saturating_casts import SaturatingCasts
 

@@ -13,8 +13,8 @@ import torch
 
 from mtl_export.adapters.modules.base import quiet_transformers
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.runtime.generation import LOGITS
-from mtl_export.runtime.runners.language import NEW_TOKENS, TASK_IDS
+from mtl_export.names import LOGITS, TASK_IDS
+from mtl_export.runtime.runners.language import NEW_TOKENS
 from mtl_export.runtime.runners.pytorch import MergedRunner, OracleRunner, errors_of_model
 from mtl_export.runtime.runners.seq2seq import (
     decoder_inputs,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mtl_export.api.artefacts import MERGED, MERGED_ONNX, SINGLE_ONNX
+from mtl_export.names import MERGED_MODEL, PER_TASK_ONNX, SINGLE_ONNX
 from tests.benchmarks.gate.project import Project
 
 FAILED, REFUSED = 3, 7
-HF, ONE, ALL = MERGED, MERGED_ONNX, SINGLE_ONNX
+HF, ONE, ALL = MERGED_MODEL, PER_TASK_ONNX, SINGLE_ONNX
 
 
 @dataclass(frozen=True)

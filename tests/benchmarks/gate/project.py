@@ -84,9 +84,9 @@ class Project:
             shutil.rmtree(self.out / "merged", ignore_errors=True)
         if artefact == "merged pytorch":
             shutil.rmtree(self.out / "onnx", ignore_errors=True)
-        elif artefact == "merged onnx" and single:
+        elif artefact == "per-task onnx" and single:
             self._clear(ROUTED)
-        elif artefact == "single graph onnx":
+        elif artefact == "single-graph onnx":
             self._clear(PER_TASK)
 
     def seal(self) -> None:

@@ -16,7 +16,7 @@ from tests.benchmarks.gate.project import PER_TASK, Project, edit_graph, set_val
 from tests.benchmarks.gate.weights import put
 from tests.factories import WORDS
 
-MERGED_INT8 = "merged int8"
+MERGED_INT8 = "per-task int8"
 FOLDER = "onnx-int8"
 
 

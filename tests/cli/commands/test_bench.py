@@ -19,7 +19,7 @@ QUICK = ("bench", "--shapes", "1x8,5x7", "--rounds", "2", "--threads", "1")
 def test_everything_that_runs_is_measured(exported: Path, run: Run) -> None:
     """Both graphs and PyTorch on every shape, beside the merged one; engines say why not."""
     document = run(*QUICK, "--json").json
-    names = ["merged onnx", "single graph onnx", "eager pytorch unmerged"]
+    names = ["per-task onnx", "single-graph onnx", "eager pytorch unmerged"]
     results = document["results"]
     assert [(r["shape"], r["artefact"]) for r in results] == [
         (shape, name) for shape in ("1x8", "5x7") for name in names
@@ -40,12 +40,12 @@ def test_everything_that_runs_is_measured(exported: Path, run: Run) -> None:
         assert one["peak_bytes"] >= one["before_bytes"] > 0
     graph = exported / "out" / "onnx"
     files = sum((graph / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
-    assert footprints["single graph onnx"]["file_bytes"] == files
+    assert footprints["single-graph onnx"]["file_bytes"] == files
     # A process that runs a graph has no torch in it.
     eager = footprints["eager pytorch unmerged"]["before_bytes"]
-    assert footprints["single graph onnx"]["before_bytes"] < eager / 2
+    assert footprints["single-graph onnx"]["before_bytes"] < eager / 2
     reasons = {one["artefact"]: one["reason"] for one in document["not_run"]}
-    assert reasons["merged engine"] == "not built; mtl-export trt --all-tasks makes it"
+    assert reasons["per-task engine"] == "not built; mtl-export trt --all-tasks makes it"
     conditions = document["conditions"]
     assert conditions["tasks"] == ["ads_rel", "topic", "spam"]
     assert conditions["threads"] == 1
@@ -57,7 +57,7 @@ def test_people_get_tables(exported: Path, run: Run) -> None:
     shutil.rmtree(exported / "out" / "onnx" / "topic")
     outcome = run(*QUICK, "--no-eager", "--task", "topic")
     assert outcome.code == 0, outcome.stderr
-    assert "not run: merged onnx: not exported; mtl-export onnx" in outcome.stdout
+    assert "not run: per-task onnx: not exported; mtl-export onnx" in outcome.stdout
     assert "p50 ms" in outcome.stdout
     assert "load average" in outcome.stdout
     assert "tasks         topic, in turn" in outcome.stdout
@@ -71,7 +71,7 @@ def test_engines_without_a_gpu_say_so(exported: Path, run: Run) -> None:
     (folder / "model.engine").write_bytes(b"engine")
     outcome = run(*QUICK, "--no-eager", "--json")
     reasons = {one["artefact"]: one["reason"] for one in outcome.json["not_run"]}
-    assert "model.engine.json" in reasons["single graph engine"]
+    assert "model.engine.json" in reasons["single-graph engine"]
     shutil.rmtree(exported / "out" / "onnx")
     alone = run(*QUICK, "--json")
     assert alone.code == 6

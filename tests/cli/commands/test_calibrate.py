@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mtl_export.errors import UsageError
+from mtl_export.names import QUANTISATION_KEY
 from mtl_export_calibration import modelopt
 from mtl_export_calibration.formats import format_named
-from mtl_export_calibration.qdq import METADATA
 from mtl_export_calibration.targets import refuse_parts
 from tests.cli.conftest import Run, files_below
 from tests.factories import TASKS, WORDS
@@ -212,7 +212,7 @@ def test_ranges_may_be_modelopts(rows: Path, run: Run, number: str) -> None:
     theirs = json.loads((folder / "calibration.json").read_text())
     assert theirs["engine"] == "modelopt"
     model = onnx.load(folder / "model.onnx")
-    about = json.loads({one.key: one.value for one in model.metadata_props}[METADATA])
+    about = json.loads({one.key: one.value for one in model.metadata_props}[QUANTISATION_KEY])
     assert about["engine"] == "modelopt"
     values = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
     scales = {

@@ -57,7 +57,7 @@ def test_a_language_model_from_export_to_parity(project: Path, run: Run) -> None
     steps = "prefill.onnx, steps from the cache"
     assert steps in {one["what"] for one in replayed.json["checks"] if one["verdict"] == "passed"}
     if find_spec("tensorrt_rtx") is not None:
-        engine = [c for c in outcome.json["cells"] if c["artefact"] == "single graph engine"]
+        engine = [c for c in outcome.json["cells"] if c["artefact"] == "single-graph engine"]
         assert [(cell["verdict"], "have no runner" in cell["reason"]) for cell in engine] == [
             ("not-run", True)
         ]
@@ -68,8 +68,8 @@ def test_a_language_model_from_export_to_parity(project: Path, run: Run) -> None
     }
     for task in TASKS:
         for case in ("mixed tasks", "8 steps, mixed tasks", "8 tokens, mixed tasks"):
-            assert ("single graph onnx", case, task) in found
-    assert ("single graph onnx", "bad task ids, step", "*") in found
+            assert ("single-graph onnx", case, task) in found
+    assert ("single-graph onnx", "bad task ids, step", "*") in found
     assert ("merged pytorch", "8 tokens, mixed tasks", TASKS[0]) in found
 
     session = TaskSession(project / "out" / "onnx", threads=1)
@@ -100,7 +100,7 @@ def _names_the_wrong_layer(project: Path, run: Run) -> None:
     outcome = run("parity", "--quick", "--threads", "1", "--merged", "out/onnx")
     assert outcome.code == 3
     layer = str(stack.name).removesuffix(".core")
-    said = f"single graph onnx, task {TASKS[1]}: {layer} is wrong: the adapter of task {TASKS[0]}"
+    said = f"single-graph onnx, task {TASKS[1]}: {layer} is wrong: the adapter of task {TASKS[0]}"
     assert said in outcome.stdout
 
 

@@ -82,9 +82,9 @@ def test_half_precision_graphs_are_judged_by_their_own_noise(exported: Path, run
             continue
         key = f"{cell['artefact']} {'spam' if cell['task'] == 'spam' else ''}".rstrip()
         verdicts.setdefault(key, set()).add(cell["verdict"])
-    assert verdicts["single graph onnx"] == {"passed"}
-    assert verdicts["merged onnx"] == {"passed"}
-    assert verdicts["merged onnx spam"] == {"not-run"}
+    assert verdicts["single-graph onnx"] == {"passed"}
+    assert verdicts["per-task onnx"] == {"passed"}
+    assert verdicts["per-task onnx spam"] == {"not-run"}
     manifest = read_manifest(exported / "out" / "onnx")
     assert manifest is not None
     assert manifest.recipe.options["dtype"] == "fp16"

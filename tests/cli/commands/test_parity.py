@@ -42,11 +42,11 @@ def test_right_exports_pass(exported: Path, run: Run) -> None:
     outcome = run("parity", "--report", "parity.json")
     assert outcome.code == 0, outcome.stdout
     assert "parity passed" in outcome.stdout
-    assert "not run: single graph engine: not exported" in outcome.stdout
+    assert "not run: single-graph engine: not exported" in outcome.stdout
     report = json.loads((exported / "parity.json").read_text())
     assert report["counts"]["failed"] == 0
     artefacts = {cell["artefact"] for cell in report["cells"] if cell["verdict"] == "passed"}
-    assert artefacts == {"merged pytorch", "merged onnx", "single graph onnx"}
+    assert artefacts == {"merged pytorch", "per-task onnx", "single-graph onnx"}
     assert run("parity", "--json").json["ok"] is True
 
 
@@ -205,7 +205,7 @@ def test_scores_on_labelled_rows(exported: Path, run: Run) -> None:
     cells = report["accuracy"]["cells"]
     assert {(cell["artefact"], cell["task"]) for cell in cells} == {
         (artefact, task)
-        for artefact in ("merged pytorch", "merged onnx", "single graph onnx")
+        for artefact in ("merged pytorch", "per-task onnx", "single-graph onnx")
         for task in ("ads_rel", "topic", "spam")
     }
     assert {(cell["task"], cell["score"]) for cell in cells} == {

@@ -12,7 +12,7 @@ from tests.cli.conftest import Run
 from tests.factories import edit_tensors, toy_checkpoint
 
 GRAPH = "out/onnx"
-SINGLE = "single graph onnx"
+SINGLE = "single-graph onnx"
 QUICK = ("parity", "--quick", "--json", "--threads", "1")
 # As many as the graph was exported with: then the seed draws the same projections.
 OTHERS = (
@@ -68,7 +68,7 @@ def test_each_checkpoint_judges_its_own_tasks(edited: Path, run: Run) -> None:
     assert found.pop("*") == {"passed"}
     assert set(found) == {"rude", "calm", "theme", "spam", "copy"}
     assert all(verdict == {"not-run"} for verdict in found.values())
-    of_own_graphs = verdicts(other.json, "merged onnx")
+    of_own_graphs = verdicts(other.json, "per-task onnx")
     assert of_own_graphs["spam"] == {"not-run"}
 
 

@@ -13,7 +13,7 @@ from mtl_export.graph.passes.precision import PrecisionPass
 from tests.cli.conftest import Run
 
 LAYER = "bert.encoder.layer.1.attention.self.value"
-SAID = f"single graph onnx, task topic: {LAYER} is wrong: the adapter of task ads_rel"
+SAID = f"single-graph onnx, task topic: {LAYER} is wrong: the adapter of task ads_rel"
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_failure_says_where_and_why(graph: Path, run: Run) -> None:
     outcome = run("parity", "--quick", "--threads", "1", "--report", "parity.json")
     assert outcome.code == 3
     assert SAID in outcome.stdout
-    assert "layers of single graph onnx" in outcome.stdout
+    assert "layers of single-graph onnx" in outcome.stdout
     report = json.loads(Path("parity.json").read_text())
     (found,) = report["localised"]
     wrong = [(e["layer"], e["task"]) for e in found["layers"] if e["verdict"] == "faulty"]
@@ -60,7 +60,7 @@ def test_bisect_names_the_layers_that_need_float32(graph: Path, run: Run) -> Non
     assert passed.code == 0
     assert passed.json["localised"] == []
     error = max(cell["max_abs_error"] or 0.0 for cell in passed.json["cells"]
-                if cell["artefact"] == "single graph onnx" and cell["decisions"])  # fmt: skip
+                if cell["artefact"] == "single-graph onnx" and cell["decisions"])  # fmt: skip
     words = ("--atol", f"{error * 0.9:.9f}", "--rtol", "0")
     outcome = run("parity", "--quick", "--threads", "1", "--bisect", "--json", *words)
     assert outcome.code == 3

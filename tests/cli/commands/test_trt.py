@@ -47,7 +47,7 @@ def test_an_edited_graph_is_built_from_as_it_lies(exported: Path, run: Run) -> N
     assert run("trt", "--all-tasks", "--json").json["outputs"][0]["status"] == "up to date"
     assert run("verify", "out/engines").code in {0, 6}
     parity = run("parity", "--quick", "--json")
-    engine = [c for c in parity.json["cells"] if c["artefact"] == "single graph engine"]
+    engine = [c for c in parity.json["cells"] if c["artefact"] == "single-graph engine"]
     assert not [cell for cell in engine if cell["verdict"] == "failed"]
     (exported / "out" / "onnx" / "config.json").write_text("{}")
     assert run("trt", "--all-tasks").code == 7

@@ -13,9 +13,10 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, GraphError
 from mtl_export.graph.lower import merged_graph, routed_graph
-from mtl_export.graph.passes.precision import METADATA, PrecisionPass, narrowed
+from mtl_export.graph.passes.precision import PrecisionPass, narrowed
 from mtl_export.graph.trace import TracedModel, trace
 from mtl_export.graph.writer import write_graph
+from mtl_export.names import DTYPE_KEY
 from mtl_export.parity.tolerance import FLOOR_FACTOR, noise_floor
 from mtl_export.runtime.ort import OrtRunner
 from mtl_export.runtime.runners.pytorch import OracleRunner
@@ -127,7 +128,7 @@ def test_a_merged_graph_is_converted_too(
     path = written(half(merged_graph(traced, bound, task), "fp16"), bound, tmp_path)
     with OrtRunner(path, threads=1) as runner:
         found = runner.infer(inputs)["logits"]
-        assert runner.metadata[METADATA] == "fp16"
+        assert runner.metadata[DTYPE_KEY] == "fp16"
     assert np.abs(found - exact).max() <= FLOOR_FACTOR * noise_floor(exact, lower, "fp16")
 
 

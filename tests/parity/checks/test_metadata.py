@@ -12,7 +12,7 @@ from mtl_export.parity.outputs import Subject
 from mtl_export.parity.report import Cell, Verdict
 from tests.adapters import toys
 
-CELL = Cell("single graph onnx", "onnxruntime", "*", "contract", "passed")
+CELL = Cell("single-graph onnx", "onnxruntime", "*", "contract", "passed")
 CACHE = ("present.0.key", "present.0.value")
 
 

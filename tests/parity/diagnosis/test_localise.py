@@ -258,8 +258,8 @@ def test_parity_and_localise_agree(toy: Exported, tmp_path: Path) -> None:
     (found,) = localise(
         toy.bound, [bad], toy.cases, report, oracle=oracle, threads=1, progress=steps.append
     )
-    assert (found.artefact, found.task) == ("merged onnx", NAMES[MERGED_TASK])
-    assert steps == [f"layers of merged onnx {NAMES[MERGED_TASK]}"]
+    assert (found.artefact, found.task) == ("per-task onnx", NAMES[MERGED_TASK])
+    assert steps == [f"layers of per-task onnx {NAMES[MERGED_TASK]}"]
     failed = next(cell for cell in report.cells if cell.verdict == "failed")
     finding = replace(report, localised=(found,)).finding(failed)
     assert finding is not None
@@ -310,7 +310,7 @@ def test_what_cannot_be_looked_into_says_why(toy: Exported, tmp_path: Path) -> N
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=False)
     assert "no node of any adapted layer" in reason(replace(good, path=tmp_path / "model.onnx"))
     steps = Case("8 steps, mixed tasks", {**toy.cases[0].inputs, NEW_TOKENS: np.zeros((4, 2))})
-    cell = Cell("single graph onnx", "x", tasks[0].name, steps.name, "failed", "error")
+    cell = Cell("single-graph onnx", "x", tasks[0].name, steps.name, "failed", "error")
     assert chosen_cases([cell], [steps], tasks) == []
 
 
@@ -319,7 +319,7 @@ def test_the_fewest_and_smallest_batches_show_all_tasks(toy: Exported) -> None:
     tasks = toy.bound.adapters.tasks
 
     def cell(task: str, case: str) -> Cell:
-        return Cell("single graph onnx", "onnxruntime", task, case, "failed", "error")
+        return Cell("single-graph onnx", "onnxruntime", task, case, "failed", "error")
 
     def names(cells: list[Cell]) -> list[tuple[str, list[str]]]:
         return [(c.name, sorted(shown)) for c, shown in chosen_cases(cells, toy.cases, tasks)]
