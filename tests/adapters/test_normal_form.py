@@ -61,7 +61,7 @@ def test_factors_that_do_not_fit_are_refused(name: str, shape: tuple[int, ...]) 
     """A transposed or flattened factor is an error, not a broadcast."""
     with pytest.raises(AdapterError) as caught:
         layer_of("enc.dense", factors() | {name: np.ones(shape)})
-    assert caught.value.problem.endswith("enc.dense")
+    assert "enc.dense" in caught.value.problem
     assert str(shape) in caught.value.problem
     assert "core [T, U, D]" in caught.value.expected
     assert caught.value.fix

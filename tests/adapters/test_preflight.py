@@ -38,7 +38,7 @@ def test_all_broken_layers_and_numbers_are_one_message(tmp_path: Path) -> None:
     checkpoint = broken(broken(read_folder(folder), QUERY), POOLER)
     with pytest.raises(CheckpointError) as caught:
         read_adapters(checkpoint)
-    assert caught.value.problem.endswith(str(folder))
+    assert str(folder) in caught.value.problem
     assert caught.value.problem.startswith("3 problems: ")
     for text in ("NaN or Inf in 'bert.encoder.layer.1.output.dense.lora_A'", f"{QUERY}: ", POOLER):
         assert text in caught.value.problem
@@ -51,7 +51,7 @@ def test_a_single_problem_is_said_as_it_is(tmp_path: Path) -> None:
     folder = toys.write_checkpoint(tmp_path / "a", toys.checkpoint_parts(), BaseReference())
     with pytest.raises(CheckpointError) as caught:
         read_adapters(broken(read_folder(folder), QUERY))
-    assert caught.value.problem.endswith(QUERY)
+    assert QUERY in caught.value.problem
 
 
 def test_every_task_of_its_own_is_read() -> None:

@@ -57,8 +57,9 @@ def test_an_image_has_the_graphs_size(shape: tuple[int, ...]) -> None:
     for number, images in ((1, [image(3, 16, 16), image(*shape)]), (0, [image(*shape)])):
         with pytest.raises(UsageError) as caught:
             rows(IMAGES, {"pixel_values": images})
-        assert caught.value.problem.endswith(
+        assert (
             f"row {number} of pixel_values is float32 {list(shape)}, not float32 [3, 16, 16]"
+            in caught.value.problem
         )
 
 

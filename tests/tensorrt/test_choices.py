@@ -164,7 +164,7 @@ def test_rtx_refuses_what_it_would_ignore(
         build_with_options(
             path, tmp_path / "model.engine", options=options, library_name="tensorrt_rtx"
         )
-    assert refusal.value.problem.endswith(what)
+    assert what in refusal.value.problem
     assert (refusal.value.expected, refusal.value.fix) == RTX_REFUSALS[what]
 
 

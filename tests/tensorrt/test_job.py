@@ -165,7 +165,7 @@ def test_a_failing_task_does_not_lose_the_others(models: Path, tmp_path: Path, j
     first, second, third = outcomes
     assert engines([first, second])
     assert isinstance(third.error, EngineBuildError)
-    assert third.error.problem.endswith("external data: model.onnx.data is missing")
+    assert "external data: model.onnx.data is missing" in third.error.problem
     assert places.aborted == [TASKS[2]]
     assert sorted(path.name for path in (tmp_path / "engines").iterdir()) == sorted(TASKS[:2])
 
