@@ -57,7 +57,7 @@ def test_numbers_that_are_not_finite_are_refused_all_at_once(tmp_path: Path, bad
     assert str(tmp_path / "a") in caught.value.problem
     assert f"'{module}.lora_B' (1 values, first at [1, 3, 2])" in caught.value.problem
     assert f"'heads.topics.{toys.HEAD}.bias' (1 values, first at [2])" in caught.value.problem
-    assert caught.value.expected == "finite numbers"
+    assert caught.value.expected.startswith("finite numbers")
     assert caught.value.fix
 
 

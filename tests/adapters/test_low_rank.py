@@ -208,7 +208,7 @@ def test_families_that_need_the_base_ask_for_it(family: str) -> None:
     layer = tensors(values(family, 2, 5, 7))
     with pytest.raises(BaseModelError) as caught:
         normal_form(family, layer, None)
-    assert_whole(caught.value, where=f"{MODULE}.weight", found="not given")
+    assert_whole(caught.value, where=f"{MODULE}.weight", found="no base model was given")
     with pytest.raises(BaseModelError) as caught:
         normal_form(family, layer, base_of(np.ones((5, 7)), None))
     assert_whole(caught.value, where=f"{MODULE}.weight", found="[5, 7]", expected="[7, 5]")

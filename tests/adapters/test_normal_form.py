@@ -87,7 +87,7 @@ def test_every_layer_and_head_serves_every_task(tasks: int, heads: int, wrong: s
     with pytest.raises(CheckpointError) as caught:
         adapter_set(tasks, heads)
     assert wrong in caught.value.problem
-    assert caught.value.expected == f"{tasks} tasks everywhere"
+    assert caught.value.expected.startswith(f"{tasks} tasks everywhere")
     assert "t0" in caught.value.expected
     assert caught.value.fix
 

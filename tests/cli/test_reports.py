@@ -135,8 +135,8 @@ def test_what_ends_the_comparison_is_reported(tmp_path: Path) -> None:
         raise CheckpointError("adapter: broken", fix="Mend it")
     document = json.loads(path.read_text())
     assert document["error"] == {
-        "error": "CheckpointError", "where": "adapter", "found": "broken", "expected": "",
-        "why": "", "fix": "Mend it",
+        "error": "CheckpointError", "problem": "adapter: broken", "expected": "",
+        "fix": "Mend it",
     }  # fmt: skip
     assert (document["verdict"], document["cells"]) == ("not-run", [])
     with pytest.raises(ZeroDivisionError), errors_reported([path]):

@@ -136,7 +136,7 @@ def test_heads_that_do_not_fit_the_model_are_refused(bound: BoundModel, tmp_path
         trace(toys.bound_model(bound.base.folder, adapter))
     assert "head classifier" in caught.value.problem
     assert "take 11 features" in caught.value.problem
-    assert caught.value.expected == "12 features"
+    assert caught.value.expected.startswith("12 features")
     assert "--base" in caught.value.fix
 
 

@@ -129,7 +129,7 @@ def test_a_weight_beyond_the_dtype_is_refused(
         merged_weight(weight, with_delta(sign * (beyond - largest / 2)), 0, dtype)
     assert "enc.dense, task id 0" in caught.value.problem
     assert f"NaN or Inf in {dtype}" in caught.value.problem
-    assert caught.value.expected == "finite weights"
+    assert caught.value.expected.startswith("finite weights")
     assert "--dtype" in caught.value.fix
 
 

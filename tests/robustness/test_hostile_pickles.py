@@ -102,7 +102,7 @@ for name in names:
     try:
         all_readers[name][1]()
     except MtlExportError as error:
-        print(name, type(error).__name__, error.found[:150], sep="|")
+        print(name, type(error).__name__, error.problem[:400], sep="|")
     else:
         print(name, "accepted", "", sep="|")
     assert time.monotonic() - began < {seconds}, name

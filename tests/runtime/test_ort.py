@@ -59,7 +59,7 @@ def test_threads_that_are_no_number_are_refused(model: Path, threads: int) -> No
     """With what was passed."""
     with pytest.raises(UsageError) as caught:
         open_session(model, threads=threads)
-    assert (caught.value.problem, caught.value.problem) == ("threads", repr(threads))
+    assert caught.value.problem == f"threads: {threads!r}"
 
 
 @pytest.mark.parametrize("threads", [0, 1])

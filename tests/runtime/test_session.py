@@ -174,11 +174,11 @@ WRONG_INPUTS: dict[str, tuple[Any, str]] = {
     "unknown input": ({"input_ids": ROWS, "pixels": ROWS}, "pixels is no input"),
     "missing input": ({"attention_mask": ROWS}, "input_ids is missing"),
     "no rows": ({"input_ids": []}, "no rows"),
-    "an empty row": ({"input_ids": [*ROWS[:4], []]}, "found=row 4 of input_ids has no tokens$"),
+    "an empty row": ({"input_ids": [*ROWS[:4], []]}, "^row 4 of input_ids has no tokens$"),
     "fractions": ({"input_ids": [[1.5, 2.0]]}, "is float64"),
     "text": ({"input_ids": ["who", "what"]}, r"row 0 of input_ids is str96 \[\]"),
     "nothing": ({"input_ids": ROWS, "attention_mask": None}, "attention_mask is NoneType"),
-    "a number": ({"input_ids": 5}, "found=input_ids is int, not rows$"),
+    "a number": ({"input_ids": 5}, "^input_ids is int, not rows$"),
     "no order": ({"input_ids": {(2, 3), (2, 4)}}, "input_ids is set"),
     "ragged rows": ({"input_ids": [[2, [3, 4]]]}, "row 0 of input_ids is no array"),
     "too large": ({"input_ids": [[2**70]]}, "row 0 of input_ids is no array"),
@@ -188,7 +188,7 @@ WRONG_INPUTS: dict[str, tuple[Any, str]] = {
         {"input_ids": [[2, 3]], "attention_mask": [[1, 1, 1]]},
         "row 0 has sequence 2 in input_ids, 3 in attention_mask",
     ),
-    "below 0": ({"input_ids": [[2, 3], [2, -100, 3]]}, "found=row 1 of input_ids holds -100, "),
+    "below 0": ({"input_ids": [[2, 3], [2, -100, 3]]}, "^row 1 of input_ids holds -100, "),
     "types below 0": (
         {"input_ids": [[2, 3]], "token_type_ids": [[0, -1]]},
         "row 0 of token_type_ids holds -1, ",
@@ -208,7 +208,7 @@ def test_inputs_that_do_not_fit_are_refused(session: TaskSession, fault: str) ->
     inputs, message = WRONG_INPUTS[fault]
     with pytest.raises(UsageError) as caught:
         session.run(inputs, "spam")
-    assert re.search(message, f"found={caught.value.problem}")
+    assert re.search(message, caught.value.problem)
 
 
 def test_an_id_outside_the_vocabulary_is_refused(session: TaskSession) -> None:
@@ -220,7 +220,7 @@ def test_an_id_outside_the_vocabulary_is_refused(session: TaskSession) -> None:
 @pytest.mark.parametrize("tasks", [{"spam", "topic"}, b"\x00\x01", {"spam": 0, "topic": 1}])
 def test_tasks_have_the_order_of_rows(session: TaskSession, tasks: Any) -> None:
     """A set has none, bytes are no ids, and neither is taken for tasks."""
-    with pytest.raises(UsageError, match=r"tasks: (set|bytes|dict), which has no order of rows"):
+    with pytest.raises(UsageError, match=r"tasks: (set|bytes|dict) for 2 rows"):
         session.run({"input_ids": ROWS[:2]}, tasks)
 
 
@@ -255,7 +255,7 @@ def test_what_is_neither_text_nor_pair_is_refused(session: TaskSession, entry: A
     """With the row and what stands there."""
     with pytest.raises(UsageError) as caught:
         session.encode(["fine", entry])
-    assert (caught.value.problem, caught.value.problem) == ("texts", f"row 1 is {entry!r}")
+    assert caught.value.problem == f"texts: row 1 is {entry!r}"
     assert session.encode([["night", "shift"]]) == session.encode([("night", "shift")])  # type: ignore[list-item]
 
 
