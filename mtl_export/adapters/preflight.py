@@ -51,7 +51,8 @@ def read_all(
     first = errors[0]
     if len(errors) == 1:
         raise first
-    if isinstance(first, BaseModelError) and len({error.problem for error in errors}) == 1:
+    causes = {error.problem.rpartition(": ")[2] for error in errors}
+    if isinstance(first, BaseModelError) and len(causes) == 1:
         raise first  # one cause: the base was not given
     raise type(first)(
         f"{where}: {len(errors)} problems: {shortened(texts, 6)}",

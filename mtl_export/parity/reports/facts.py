@@ -87,7 +87,7 @@ def error_text(report: ParityReport) -> str:
     parts = report.error
     if not parts:
         return ""
-    text = f"{parts.get('where', '')}: {parts.get('found', '')}."
+    text = f"{parts.get('problem', '')}."
     if parts.get("expected"):
         text += f" Expected {parts['expected']}."
     return text + (f" {parts['fix']}." if parts.get("fix") else "")

@@ -273,7 +273,7 @@ def test_a_fault_shows_in_the_logits(tmp_path: Path, fault: str) -> None:
 
 
 REFUSALS: dict[str, tuple[Callable[[Weights], object], str]] = {
-    "no adapter": (lambda s: [s.pop(n) for n in [*s] if ".lora_" in n], "without mLoRALinear"),
+    "no adapter": (lambda s: [s.pop(n) for n in [*s] if ".lora_" in n], "no mLoRALinear"),
     "other method": (lambda s: s.update({f"{LAYER}.lora_As.vqa": torch.ones(2, 3)}), "unknown"),
     "image encoder": (lambda s: s.update({"vis_encoder.conv1.weight": torch.ones(2)}), "unknown"),
     "integers": (lambda s: s.update({f"{LAYER}.bias": torch.ones(12, dtype=torch.int64)}),

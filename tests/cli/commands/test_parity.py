@@ -248,7 +248,7 @@ def test_a_folder_that_no_task_claims_fails_by_its_name(exported: Path, run: Run
     outcome = run("parity", "--quick", "--report", "parity.xml", "--report", "parity.html")
     assert outcome.code == 3, outcome.stdout
     told = "".join(outcome.stdout.split())
-    assert "FAILEDmergedonnx,taskspam_renamed" in told
+    assert "FAILEDper-taskonnx,taskspam_renamed" in told
     assert "notaskiscalled'spam_renamed'" in told
     assert "notes" not in told
     for report in ("parity.xml", "parity.html"):

@@ -141,7 +141,7 @@ def located() -> ParityReport:
 def broken_off() -> ParityReport:
     """Return the report of a comparison that could not be made."""
     error = {
-        "error": "CheckpointError", "where": "adapter & co", "found": "it is <broken>",
+        "error": "CheckpointError", "problem": "adapter & co: it is <broken>",
         "expected": "a checkpoint", "why": "", "fix": "Train it again",
     }  # fmt: skip
     return ParityReport((), "", {}, {}, {"mtl-export": "0.1.0"}, error=error)
