@@ -25,7 +25,7 @@ ENGINES = ONNXRUNTIME, MODELOPT = ("onnxruntime", "modelopt")
 PACKAGES = {ONNXRUNTIME: (), MODELOPT: ("nvidia-modelopt", "torch")}
 
 
-class Engine(Protocol):
+class RangeCollector(Protocol):
     """What measures activations; see ``collect.collect``."""
 
     def __call__(
@@ -42,7 +42,7 @@ class Engine(Protocol):
         ...
 
 
-def engine_named(name: str, method: str, number: NumberFormat) -> Engine:
+def engine_named(name: str, method: str, number: NumberFormat) -> RangeCollector:
     """Return the engine called ``name``.
 
     Args:

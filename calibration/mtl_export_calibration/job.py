@@ -41,11 +41,11 @@ from mtl_export_calibration.evaluate import (
     score,
 )
 from mtl_export_calibration.half import HALF, half_precision
-from mtl_export_calibration.measure import Target, Work, layers_of
+from mtl_export_calibration.measure import ExportedGraph, Work, layers_of
 from mtl_export_calibration.mixed import Search, smallest_exclusion, worst_first
-from mtl_export_calibration.qdq import Recipe, quantise
+from mtl_export_calibration.qdq import QuantisationPlan, quantise
 from mtl_export_calibration.ranges import Cut
-from mtl_export_calibration.report import FILE, GraphReport, Measured
+from mtl_export_calibration.report import FILE, GraphRanges, GraphReport
 
 _KEPT: Shape = {
     "tasks": {str: SCORE},
@@ -70,8 +70,8 @@ class GraphJob:
     def __init__(
         self,
         work: Work,
-        target: Target,
-        measured: Measured,
+        target: ExportedGraph,
+        measured: GraphRanges,
         counts: Mapping[str, Any],
         folder: Path,
     ) -> None:
@@ -242,7 +242,9 @@ class GraphJob:
         number = self._work.options.number
         layers = [layer for layer in self._layers if layer.name not in excluded]
         measured = self._measured
-        recipe = Recipe(number, layers, measured.amax, self._apart() - excluded, measured.rows)
+        recipe = QuantisationPlan(
+            number, layers, measured.amax, self._apart() - excluded, measured.rows
+        )
         quantise(model, recipe, DeltaSource(self._work.bound, self._target.task))
         about = {
             "format": number.name,

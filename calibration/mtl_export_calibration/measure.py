@@ -36,7 +36,7 @@ from mtl_export_calibration.engines import ONNXRUNTIME, PACKAGES, engine_named
 from mtl_export_calibration.formats import NumberFormat
 from mtl_export_calibration.layers import QuantLayer, find_layers
 from mtl_export_calibration.ranges import CUT_FACTOR, Cut, Ranges, combine, worst_cut
-from mtl_export_calibration.report import MEASURED, Measured
+from mtl_export_calibration.report import MEASURED, GraphRanges
 from mtl_export_calibration.sqnr import layer_sqnr_db
 from mtl_export_calibration.weights import refusal, weight_grid
 
@@ -80,7 +80,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Target:
+class ExportedGraph:
     """One exported graph.
 
     Attributes:
@@ -127,7 +127,7 @@ class Work:
     """
 
     bound: BoundModel
-    targets: tuple[Target, ...]
+    targets: tuple[ExportedGraph, ...]
     calibration: Samples
     judged: Samples
     options: Options
@@ -154,16 +154,16 @@ class Work:
         """Return the hashes of all graphs' files, by the graphs' names."""
         return {one.name: one.sha256() for one in self.targets}
 
-    def cache_file(self, target: Target, kind: str) -> Path:
+    def cache_file(self, target: ExportedGraph, kind: str) -> Path:
         """Return where a target's results of one kind are kept."""
         layout = f"task-{target.task.name}" if target.task else "single-graph"
         return self.cache / f"{layout}.{self.options.number.name}.{kind}.json"
 
-    def rows_file(self, target: Target) -> Path:
+    def rows_file(self, target: ExportedGraph) -> Path:
         """Return where rows that a target's weights are rounded for are kept."""
         return self.cache_file(target, "rows").with_suffix(".npz")
 
-    def key(self, target: Target) -> dict[str, Any]:
+    def key(self, target: ExportedGraph) -> dict[str, Any]:
         """Return everything that decides what is measured for ``target``."""
         options = self.options
         sources = [target] if self.combine == PER_TASK else self.targets
@@ -182,7 +182,9 @@ class Work:
         }
 
 
-def layers_of(work: Work, target: Target, model: ir.Model) -> tuple[list[QuantLayer], list[str]]:
+def layers_of(
+    work: Work, target: ExportedGraph, model: ir.Model
+) -> tuple[list[QuantLayer], list[str]]:
     """Return the layers of a target that can be quantised, and why others cannot.
 
     Raises:
@@ -203,7 +205,7 @@ def layers_of(work: Work, target: Target, model: ir.Model) -> tuple[list[QuantLa
     return layers, [f"{name}: {reason}" for name, reason in reasons.items() if reason]
 
 
-def measure(work: Work) -> dict[str, Measured]:
+def measure(work: Work) -> dict[str, GraphRanges]:
     """Return what the data say, by the targets' names; what is cached is not run again.
 
     Raises:
@@ -215,7 +217,7 @@ def measure(work: Work) -> dict[str, Measured]:
         kept = read_cache(work.cache_file(target, "ranges"), keys[target.name], MEASURED)
         rows = _kept_rows(work, target, keys[target.name])
         if kept is not None and rows is not None:
-            found[target.name] = Measured.from_dict(kept, rows)
+            found[target.name] = GraphRanges.from_dict(kept, rows)
     if len(found) == len(work.targets):
         return found
     wanted = [target for target in work.targets if target.name not in found]
@@ -235,7 +237,9 @@ def measure(work: Work) -> dict[str, Measured]:
     return found
 
 
-def _kept_rows(work: Work, target: Target, key: Mapping[str, Any]) -> dict[str, Array] | None:
+def _kept_rows(
+    work: Work, target: ExportedGraph, key: Mapping[str, Any]
+) -> dict[str, Array] | None:
     """Return the rows that weights are rounded for, if any are; None where they are gone."""
     if work.options.number.quantises_activations:
         return {}
@@ -254,7 +258,7 @@ def _refuse_missing(work: Work) -> None:
 
 
 def _collected(
-    work: Work, target: Target, task: Task, samples: Samples, step: str
+    work: Work, target: ExportedGraph, task: Task, samples: Samples, step: str
 ) -> dict[str, TensorStatistics]:
     layers, _ = layers_of(work, target, open_graph(target.path))
     options = work.options
@@ -274,8 +278,8 @@ def _collected(
 
 
 def _measured(
-    work: Work, target: Target, statistics: Mapping[str, Mapping[str, TensorStatistics]]
-) -> Measured:
+    work: Work, target: ExportedGraph, statistics: Mapping[str, Mapping[str, TensorStatistics]]
+) -> GraphRanges:
     options, tasks = work.options, target.tasks(work.bound.adapters.tasks)
     names = [task.name for task in tasks]
     ranges = combine(
@@ -311,7 +315,7 @@ def _measured(
     if not options.number.quantises_activations:
         own = {}  # nobody pays for ranges that are not used
     cut = {task.name: _cut(work, target, task, ranges) for task in tasks}
-    return Measured(ranges.amax, own, sqnr_db, cut, swallowed, rows)
+    return GraphRanges(ranges.amax, own, sqnr_db, cut, swallowed, rows)
 
 
 def _data_files(path: Path) -> set[str]:
@@ -328,7 +332,7 @@ def _weight(model: ir.Model, layer: QuantLayer) -> Array:
     return values
 
 
-def _cut(work: Work, target: Target, task: Task, ranges: Ranges) -> Cut:
+def _cut(work: Work, target: ExportedGraph, task: Task, ranges: Ranges) -> Cut:
     """Return where the ranges cut the task's judged rows most."""
     options = work.options
     if not options.number.quantises_activations:

@@ -38,7 +38,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class QuantisationPlan:
     """What to quantise and how.
 
     Attributes:
@@ -56,7 +56,9 @@ class Recipe:
     rows: Mapping[str, Array] = field(default_factory=dict)
 
 
-def quantise(model: ir.Model, recipe: Recipe, deltas: DeltaSource | None = None) -> ir.Model:
+def quantise(
+    model: ir.Model, recipe: QuantisationPlan, deltas: DeltaSource | None = None
+) -> ir.Model:
     """Change ``model`` in place and return it.
 
     Args:
@@ -88,7 +90,7 @@ class _LayerRewrite:
         graph: ir.Graph,
         node: ir.Node,
         layer: QuantLayer,
-        recipe: Recipe,
+        recipe: QuantisationPlan,
         deltas: DeltaSource | None,
     ) -> None:
         self._graph, self._node, self._layer = graph, node, layer

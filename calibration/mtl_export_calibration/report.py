@@ -24,7 +24,7 @@ SCHEMA = "mtl-export.quantisation/1"
 FILE = "calibration.json"
 
 _BY_NAME: Shape = {str: {str: Real}}
-# ``Measured.as_dict`` as JSON.
+# ``GraphRanges.as_dict`` as JSON.
 MEASURED: Shape = {
     "amax": {str: Real},
     "own": _BY_NAME,
@@ -35,7 +35,7 @@ MEASURED: Shape = {
 
 
 @dataclass(frozen=True)
-class Measured:
+class GraphRanges:
     """What one graph's data say, before anything is quantised.
 
     Attributes:
@@ -66,7 +66,7 @@ class Measured:
         }
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any], rows: Mapping[str, Array]) -> Measured:
+    def from_dict(cls, value: Mapping[str, Any], rows: Mapping[str, Array]) -> GraphRanges:
         """Return the record that ``as_dict`` made, with the rows."""
         cut = {
             task: Cut(one["activation"], one["share"], one["usual"], one["values"])
@@ -126,7 +126,7 @@ class GraphReport:
     method: str
     engine: str
     combine: str
-    measured: Measured
+    measured: GraphRanges
     scores: tuple[TaskScore, ...]
     excluded: tuple[str, ...]
     apart: tuple[str, ...]

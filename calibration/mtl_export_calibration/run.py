@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.bundle.manifest import Recipe
     from mtl_export.data.samples import Samples
-    from mtl_export_calibration.measure import Options, Target, Work
-    from mtl_export_calibration.report import GraphReport, Measured
+    from mtl_export_calibration.measure import ExportedGraph, Options, Work
+    from mtl_export_calibration.report import GraphRanges, GraphReport
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,9 @@ class CalibrationRequest:
         refuse_combination(chosen.engine, chosen.combine)
         engine_named(chosen.engine, chosen.method, chosen.number)
 
-    def graphs(self, bound: BoundModel, layout: str, folder: Path | None) -> list[list[Target]]:
+    def graphs(
+        self, bound: BoundModel, layout: str, folder: Path | None
+    ) -> list[list[ExportedGraph]]:
         """Return the graphs to quantise, those of one layout together.
 
         Args:
@@ -165,7 +167,7 @@ class CalibrationRequest:
             raise nothing_exported(parent, layout)
         return [group for group in found if group]
 
-    def _export(self, bound: BoundModel, parent: Path, targets: Sequence[Target]) -> None:
+    def _export(self, bound: BoundModel, parent: Path, targets: Sequence[ExportedGraph]) -> None:
         """Export the graphs that are not there."""
         missing = [target for target in targets if not target.path.is_file()]
         if not missing:
@@ -217,7 +219,7 @@ class CalibrationRequest:
         return Given(calibration, judged, rows, longest)
 
     def run(
-        self, bound: BoundModel, groups: Sequence[Sequence[Target]], given: Given
+        self, bound: BoundModel, groups: Sequence[Sequence[ExportedGraph]], given: Given
     ) -> list[Outcome]:
         """Quantise graphs, those of one layout together."""
         from mtl_export_calibration.cache import open_cache
@@ -244,7 +246,7 @@ class CalibrationRequest:
         return outcomes
 
     def _graph(
-        self, work: Work, target: Target, measured: Measured, rows: dict[str, Any]
+        self, work: Work, target: ExportedGraph, measured: GraphRanges, rows: dict[str, Any]
     ) -> Outcome:
         from mtl_export.bundle.output import output_folder
         from mtl_export_calibration.job import GraphJob
@@ -273,7 +275,7 @@ class CalibrationRequest:
             return Outcome(failure.report, None)
         return Outcome(report, Written.from_plan(plan, names, perf_counter() - started))
 
-    def _recipe(self, work: Work, target: Target) -> Recipe:
+    def _recipe(self, work: Work, target: ExportedGraph) -> Recipe:
         key, chosen = work.key(target), self.options
         recipe = sources.recipe(
             "calibrate",

@@ -14,7 +14,7 @@ from mtl_export.names import LOGITS, PER_TASK, SINGLE_GRAPH
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
-    from mtl_export_calibration.measure import Target
+    from mtl_export_calibration.measure import ExportedGraph
 
 BOTH = "both"
 
@@ -58,16 +58,16 @@ def refuse_parts(bound: BoundModel, layout: str) -> None:
         )
 
 
-def targets_of(bound: BoundModel, parent: Path, layout: str) -> list[Target]:
+def targets_of(bound: BoundModel, parent: Path, layout: str) -> list[ExportedGraph]:
     """Return the graphs of one layout, there or not."""
-    from mtl_export_calibration.measure import Target
+    from mtl_export_calibration.measure import ExportedGraph
 
     if layout == SINGLE_GRAPH:
-        return [Target(parent, None)]
-    return [Target(parent / task.name, task) for task in bound.adapters.tasks]
+        return [ExportedGraph(parent, None)]
+    return [ExportedGraph(parent / task.name, task) for task in bound.adapters.tasks]
 
 
-def refuse_stale(bound: BoundModel, targets: Sequence[Target]) -> None:
+def refuse_stale(bound: BoundModel, targets: Sequence[ExportedGraph]) -> None:
     """Refuse graphs that were exported from another model, or edited since.
 
     Raises:
@@ -92,7 +92,7 @@ def refuse_stale(bound: BoundModel, targets: Sequence[Target]) -> None:
             )
 
 
-def refuse_form(target: Target) -> None:
+def refuse_form(target: ExportedGraph) -> None:
     """Refuse a graph without logits, or in which rows do not pick their own tasks.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What people see: results on stdout, talk and progress bars on stderr.
+"""What people see: results on stdout, messages and progress bars on stderr.
 
 stdout carries the command's result and nothing else, so it can be piped; with
 ``--json`` it is one JSON object. Bars are drawn only on a terminal; elsewhere each
@@ -90,7 +90,7 @@ def print_line(text: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Talk:
+class Messages:
     """Says on stderr what is going on, as loudly as the settings allow.
 
     Attributes:
@@ -102,8 +102,8 @@ class Talk:
     bars: bool
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> Talk:
-        """Return the talk of one command."""
+    def from_settings(cls, settings: Settings) -> Messages:
+        """Return the messages of one command."""
         if settings.verbosity > 0:
             _show_log(settings.verbosity)
         quiet = settings.json or settings.verbosity < 0
@@ -148,7 +148,7 @@ class Steps:
 
     Args:
         total: How many there are; ``expect`` and ``at`` may say so later.
-        talk: How loud they are.
+        messages: How loud they are.
         bar: Where to draw; None for lines.
         bar_id: The bar's row.
     """
@@ -156,12 +156,12 @@ class Steps:
     def __init__(
         self,
         total: int,
-        talk: Talk,
+        messages: Messages,
         *,
         bar: Progress | None = None,
         bar_id: TaskID | None = None,
     ) -> None:
-        self._total, self._talk = total, talk
+        self._total, self._messages = total, messages
         self._bar, self._bar_id = bar, bar_id
         self._begun = 0
 
@@ -170,13 +170,13 @@ class Steps:
         if self._bar is not None:
             self._bar.console.print(_plain(text), markup=False, soft_wrap=True)
         else:
-            self._talk.note(text)
+            self._messages.note(text)
 
     def detail(self, text: str) -> None:
         """Say what only ``-v`` wants to know."""
         if self._bar is None:
-            self._talk.detail(text)
-        elif self._talk.verbosity > 0:
+            self._messages.detail(text)
+        elif self._messages.verbosity > 0:
             self.note(text)
 
     def expect(self, total: int) -> None:
@@ -192,7 +192,7 @@ class Steps:
         if self._bar is not None and self._bar_id is not None:
             completed = None if is_beside else float(self._begun - 1)
             self._bar.update(self._bar_id, description=name, completed=completed)
-        elif self._talk.verbosity >= -1:
+        elif self._messages.verbosity >= -1:
             line = f"[{self._begun}/{self._total}] {name}"
             _console(sys.stderr).print(line, markup=False, soft_wrap=True)
 

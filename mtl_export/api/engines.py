@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.tensorrt.available import BuilderInfo
     from mtl_export.tensorrt.job import EngineOrder, EnginePart
-    from mtl_export.tensorrt.manifest import Check, EngineManifest
+    from mtl_export.tensorrt.manifest import BuildCheck, EngineManifest
 
 BOTH = "both"
 ENGINE_LAYOUTS = (*LAYOUTS, BOTH)
@@ -80,7 +80,7 @@ class Built:
         return sum(manifest.engine_size_bytes for manifest in self.manifests)
 
     @property
-    def run_check(self) -> Check:
+    def run_check(self) -> BuildCheck:
         """Return the check that ran its engines, or says why nothing did."""
         return self.manifests[0].validated[-1]
 
@@ -121,7 +121,7 @@ class Failed:
         }
 
 
-class Workshop:
+class EngineJob:
     """Orders engines of one model, and opens the folders they go to.
 
     Args:

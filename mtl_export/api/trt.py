@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mtl_export.api import engines, graphs, sources
 from mtl_export.api.engine_choices import EngineChoices
-from mtl_export.api.engines import Built, Failed, Workshop
+from mtl_export.api.engines import Built, EngineJob, Failed
 from mtl_export.api.graph_form import Form, form_of
 from mtl_export.api.progress import SILENT, Progress
 from mtl_export.api.settings import (
@@ -171,20 +171,20 @@ def build_requested(settings: Settings, request: EngineRequest, progress: Progre
     request.choices.refuse_impossible(info.name)
     wanted = engines.wanted_graphs(settings, layout, bound.adapters.tasks)
     progress.note(f"Building with {info.name} {info.version}.")
-    workshop = Workshop(settings, bound, info, request.choices, quantize)
+    job = EngineJob(settings, bound, info, request.choices, quantize)
     exported: list[Written] = []
     if quantize:
-        engines.refuse_uncalibrated(bound, wanted, workshop.onnx_folder, quantize)
+        engines.refuse_uncalibrated(bound, wanted, job.onnx_folder, quantize)
         _note_on_number(progress, info, quantize)
     else:
         asked = form.as_asked(settings.dtype)
-        wanted = [graphs.as_edited(graph, workshop.onnx_folder, bound, asked) for graph in wanted]
-        exporter = graphs.Exporter(bound, workshop.onnx_folder, dtype=settings.dtype, form=form)
+        wanted = [graphs.as_edited(graph, job.onnx_folder, bound, asked) for graph in wanted]
+        exporter = graphs.Exporter(bound, job.onnx_folder, dtype=settings.dtype, form=form)
         progress.expect(len(wanted))
         exported = [exporter.write(graph, progress, force=settings.force) for graph in wanted]
         for output in exported:
             progress.note(f"ONNX {output.path}: {output.status}.")
-    built, failed = _build(workshop, wanted, info, request.jobs, progress)
+    built, failed = _build(job, wanted, info, request.jobs, progress)
     return EngineBuild(tuple(exported), tuple(built), tuple(failed))
 
 
@@ -232,7 +232,7 @@ class _Report:
 
 
 def _build(
-    workshop: Workshop,
+    job: EngineJob,
     wanted: Sequence[graphs.Graph],
     info: BuilderInfo,
     jobs: int,
@@ -241,14 +241,14 @@ def _build(
     """Return the engines of all graphs, and what there is instead where they failed."""
     from mtl_export.tensorrt.job import run_job, with_changing_weights
 
-    workshop.clear()
-    orders = [workshop.order(graph) for graph in wanted]
-    if workshop.is_refit:
+    job.clear()
+    orders = [job.order(graph) for graph in wanted]
+    if job.is_refit:
         orders = with_changing_weights(orders)
     progress.expect(len(orders))
     outcomes = run_job(
         orders,
-        workshop.open_place,
+        job.open_place,
         library_name=info.name,
         jobs=jobs,
         report=_Report(progress),
@@ -257,7 +257,7 @@ def _build(
     for graph, outcome in zip(wanted, outcomes, strict=True):
         order, tasks = outcome.order, tuple(task.name for task in graph.tasks)
         if outcome.error is None:
-            built.append(workshop.built(order, tasks, outcome.seconds))
+            built.append(job.built(order, tasks, outcome.seconds))
         else:
             failed.append(Failed(order.name, order.target, tasks, outcome.error))
     return built, failed

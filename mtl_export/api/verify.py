@@ -12,7 +12,7 @@ from mtl_export.api.progress import SILENT, Progress
 from mtl_export.errors import UsageError, shortened
 
 if TYPE_CHECKING:
-    from mtl_export.bundle.verify import Check
+    from mtl_export.bundle.verify import VerifiedItem
 
 EXIT_FAILED, EXIT_MISSING, EXIT_DAMAGED = 3, 6, 7
 
@@ -28,7 +28,7 @@ class Verification:
         missing: What should have been run and was not; empty without ``require_run``.
     """
 
-    checks: tuple[Check, ...]
+    checks: tuple[VerifiedItem, ...]
     exit_code: int
     missing: str = ""
 
@@ -99,7 +99,7 @@ def is_sha256(text: str) -> bool:
     return bool(re.fullmatch("[0-9a-fA-F]{64}", text))
 
 
-def _not_run(checks: Sequence[Check]) -> str:
+def _not_run(checks: Sequence[VerifiedItem]) -> str:
     """Return what should have been run and was not; "" if nothing."""
     from mtl_export.bundle.verify import NO_TORCH
 

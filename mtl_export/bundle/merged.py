@@ -35,13 +35,13 @@ from mtl_export.bundle.staging import resumable_folder
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.files.json_file import Shape, json_or_none, read_json
 from mtl_export.merge.drift import Squares, TaskDrift
-from mtl_export.merge.hashed_files import Progress
+from mtl_export.merge.hashed_files import HashedPrefix
 from mtl_export.merge.layout import Layout
 from mtl_export.merge.verify import verify_task
 from mtl_export.merge.writer import (
     REPORT_FILE,
     MergeOptions,
-    Written,
+    MergeState,
     layout_of,
     merge_report,
     task_drift,
@@ -134,7 +134,7 @@ def _merged(request: MergeRequest, tick: Callable[[int, int], None]) -> list[Mer
         shared = _shared_there(request, layout, plans)
         is_lost = bool(layout.shared) and shared is None
         if not todo and not is_lost:
-            return _results(request, layout, plans, Written(), shared, {})
+            return _results(request, layout, plans, MergeState(), shared, {})
         work = {task.name: journal.folder / task.name for task in todo}
         written = _write(request, layout, journal, work, tick, with_shared=is_lost)
         if is_lost:
@@ -175,7 +175,7 @@ def _shared_there(
     return whole_files(done, names, is_linked=request.options.is_linked)
 
 
-def _shared_written(layout: Layout, folder: Path, written: Written) -> SharedFiles:
+def _shared_written(layout: Layout, folder: Path, written: MergeState) -> SharedFiles:
     names = [file.name for file in layout.shared]
     return SharedFiles(folder, {name: _entry(written.files[folder / name]) for name in names})
 
@@ -188,14 +188,14 @@ def _write(
     tick: Callable[[int, int], None],
     *,
     with_shared: bool,
-) -> Written:
+) -> MergeState:
     """Write weights to the work folder, and find out that the base is the right one."""
     before = journal.read()
     shared = journal.folder / SHARED_FOLDER if with_shared else None
     for folder in (*work.values(), *([shared] if shared else [])):
         folder.mkdir(exist_ok=True)
 
-    def keep(done: int, total: int, written: Written) -> None:
+    def keep(done: int, total: int, written: MergeState) -> None:
         journal.keep(written)
         tick(done, total)
 
@@ -209,7 +209,7 @@ def _results(
     request: MergeRequest,
     layout: Layout,
     plans: Mapping[str, OutputPlan],
-    written: Written,
+    written: MergeState,
     shared: SharedFiles | None,
     work: Mapping[str, Path],
     *,
@@ -235,7 +235,7 @@ def _results(
 
 
 def _place_shared(
-    request: MergeRequest, shared: SharedFiles, written: Written, stack: ExitStack
+    request: MergeRequest, shared: SharedFiles, written: MergeState, stack: ExitStack
 ) -> None:
     """Have the shared files in place when ``stack`` ends, unless the same lie there already."""
     place = request.parent / shared.name
@@ -252,7 +252,7 @@ def _fill(
     result: MergedTask,
     work: Path,
     shared: SharedFiles | None,
-    written: Written,
+    written: MergeState,
 ) -> None:
     """Move one task's files to where its output folder is staged, and add what belongs there."""
     plan = result.plan
@@ -272,14 +272,14 @@ def _fill(
     write_json(plan.folder / REPORT_FILE, result.report)
 
 
-def _move(folder: Path, written: Written, plan: OutputPlan) -> None:
+def _move(folder: Path, written: MergeState, plan: OutputPlan) -> None:
     for path, progress in written.files.items():
         if path.parent == folder:
             os.rename(path, plan.folder / path.name)
             plan.known[path.name] = _entry(progress)
 
 
-def _entry(progress: Progress) -> FileEntry:
+def _entry(progress: HashedPrefix) -> FileEntry:
     return FileEntry(progress.sha256, progress.done_bytes)
 
 
@@ -309,14 +309,14 @@ class _Journal:
         """Return the work folder."""
         return self._make()
 
-    def read(self) -> Written:
+    def read(self) -> MergeState:
         """Return what the journal says, nothing if there is none."""
         document = _document(self.folder)
         if document is None:
-            return Written()
+            return MergeState()
         try:
             files = {
-                self.folder / name: Progress(int(done), str(digest))
+                self.folder / name: HashedPrefix(int(done), str(digest))
                 for name, (done, digest) in document["files"].items()
             }
             squares = {
@@ -324,10 +324,10 @@ class _Journal:
                 for task, module, blocks in document["squares"]
             }
         except (TypeError, ValueError, AttributeError, OverflowError):
-            return Written()  # not what ``keep`` wrote: everything is written again
-        return Written(files, squares)
+            return MergeState()  # not what ``keep`` wrote: everything is written again
+        return MergeState(files, squares)
 
-    def keep(self, written: Written) -> None:
+    def keep(self, written: MergeState) -> None:
         """Write down how far things are, if the last time is a while ago."""
         if monotonic() < self._next_s:
             return

@@ -54,7 +54,7 @@ NO_TORCH = "only PyTorch runs this folder; mtl-export parity compares it"
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class VerifiedItem:
     """One thing that was looked at.
 
     Attributes:
@@ -83,7 +83,7 @@ def verify_folder(
     all_tasks: bool = False,
     expected: Sequence[str] = (),
     progress: Callable[[str], None] = lambda step: None,
-) -> list[Check]:
+) -> list[VerifiedItem]:
     """Return what was checked of ``root`` and of the outputs inside it.
 
     Args:
@@ -125,7 +125,7 @@ def verify_folder(
         try:
             manifest = read_manifest(folder)
         except IntegrityError as error:
-            checks.append(Check(name, FILES, MANIFEST_FILE, "failed", str(error)))
+            checks.append(VerifiedItem(name, FILES, MANIFEST_FILE, "failed", str(error)))
             continue
         assert manifest is not None
         manifests[folder] = manifest
@@ -135,16 +135,18 @@ def verify_folder(
     return [*checks, *_absent_tasks(root, manifests, all_tasks=all_tasks), *_rests(root)]
 
 
-def _unexpected(checks: Sequence[Check], expected: Sequence[str]) -> Iterator[Check]:
+def _unexpected(checks: Sequence[VerifiedItem], expected: Sequence[str]) -> Iterator[VerifiedItem]:
     """Yield every manifest that is not expected, and every one that is and was not found."""
     found = {one.manifest_sha256: one.folder for one in checks if one.manifest_sha256}
     for digest, folder in found.items():
         if digest not in expected:
             reason = f"its SHA-256 is {digest}, which is none of those expected"
-            yield Check(folder, FILES, MANIFEST_FILE, "failed", reason)
+            yield VerifiedItem(folder, FILES, MANIFEST_FILE, "failed", reason)
     for digest in dict.fromkeys(expected):
         if digest not in found:
-            yield Check(".", FILES, MANIFEST_FILE, "failed", f"none has the SHA-256 {digest}")
+            yield VerifiedItem(
+                ".", FILES, MANIFEST_FILE, "failed", f"none has the SHA-256 {digest}"
+            )
 
 
 def output_folders(root: Path) -> Iterator[Path]:
@@ -158,7 +160,7 @@ def output_folders(root: Path) -> Iterator[Path]:
 
 def _verify_output(
     folder: Path, name: str, manifest: Manifest, threads: int, hash_of: Callable[[Path], str]
-) -> list[Check]:
+) -> list[VerifiedItem]:
     problems = damage(folder, manifest, hash_of) + _extra(folder, manifest)
     problems += unlike_its_kind(manifest)
     problems = problems or _other_sources(folder, manifest)
@@ -166,10 +168,12 @@ def _verify_output(
     if problems:
         reason = shortened(problems, limit=20)
         return [
-            Check(name, FILES, what, "failed", reason, manifest_sha256=digest),
-            Check(name, GOLDEN, GOLDEN_FILE, "not-run", "its files are not what was written"),
+            VerifiedItem(name, FILES, what, "failed", reason, manifest_sha256=digest),
+            VerifiedItem(
+                name, GOLDEN, GOLDEN_FILE, "not-run", "its files are not what was written"
+            ),
         ]
-    passed = Check(name, FILES, what, "passed", manifest_sha256=digest)
+    passed = VerifiedItem(name, FILES, what, "passed", manifest_sha256=digest)
     return [passed, *_replay(folder, name, manifest, threads)]
 
 
@@ -199,17 +203,17 @@ def _is_cache_at_work(folder: Path) -> bool:
     return folder.name == CACHE_FOLDER and is_locked(folder)
 
 
-def _rests(root: Path) -> Iterator[Check]:
+def _rests(root: Path) -> Iterator[VerifiedItem]:
     """Yield what runs are writing now, a remark, and what killed ones left, a failure."""
     for path in _folders(root):
         name = path.relative_to(root).as_posix()
         if not is_staging(path.name) and not _is_cache_at_work(path):
             continue
         if is_locked(path):
-            yield Check(".", REMARK, name, "not-run", "a run is writing it now")
+            yield VerifiedItem(".", REMARK, name, "not-run", "a run is writing it now")
         else:
             reason = "the rest of a killed run: run its command again, or delete it"
-            yield Check(".", FILES, name, "failed", reason)
+            yield VerifiedItem(".", FILES, name, "failed", reason)
 
 
 def _folders(root: Path) -> Iterator[Path]:
@@ -222,7 +226,7 @@ def _folders(root: Path) -> Iterator[Path]:
 
 def _absent_tasks(
     root: Path, manifests: Mapping[Path, Manifest], *, all_tasks: bool
-) -> Iterator[Check]:
+) -> Iterator[VerifiedItem]:
     """Yield what is to be said of tasks that have no folder beside those of others."""
     known: dict[Path, list[str]] = {}
     for folder, manifest in manifests.items():
@@ -239,9 +243,9 @@ def _absent_tasks(
             name = parent.relative_to(root).as_posix()
             what = f"{len(absent)} of {len({*tasks})} tasks have no folder"
             if all_tasks:
-                yield Check(name, FILES, what, "failed", shortened(absent))
+                yield VerifiedItem(name, FILES, what, "failed", shortened(absent))
             else:
-                yield Check(name, REMARK, what, "not-run", shortened(absent))
+                yield VerifiedItem(name, REMARK, what, "not-run", shortened(absent))
 
 
 def _other_sources(folder: Path, manifest: Manifest) -> list[str]:
@@ -276,19 +280,19 @@ def _extra(folder: Path, manifest: Manifest) -> list[str]:
     return [f"{name} is not in the manifest" for name in found if name not in manifest.files]
 
 
-def _stranger(name: str) -> Check:
-    return Check(".", FILES, name, "failed", f"{name} belongs to no manifest")
+def _stranger(name: str) -> VerifiedItem:
+    return VerifiedItem(".", FILES, name, "failed", f"{name} belongs to no manifest")
 
 
-def _replay(folder: Path, name: str, manifest: Manifest, threads: int) -> list[Check]:
+def _replay(folder: Path, name: str, manifest: Manifest, threads: int) -> list[VerifiedItem]:
     if GOLDEN_FILE not in manifest.files:
         models = [file for file in manifest.files if Path(file).suffix in {".onnx", ".engine"}]
         reason = NO_VECTORS if models else NO_TORCH
-        return [Check(name, GOLDEN, GOLDEN_FILE, "not-run", reason)]
+        return [VerifiedItem(name, GOLDEN, GOLDEN_FILE, "not-run", reason)]
     try:
         vectors = read_golden(folder / GOLDEN_FILE)
     except IntegrityError as error:
-        return [Check(name, GOLDEN, GOLDEN_FILE, "failed", str(error))]
+        return [VerifiedItem(name, GOLDEN, GOLDEN_FILE, "failed", str(error))]
     checks = []
     for model in dict.fromkeys(one.model for one in vectors):
         own = [one for one in vectors if one.model == model]
@@ -296,17 +300,17 @@ def _replay(folder: Path, name: str, manifest: Manifest, threads: int) -> list[C
     return checks
 
 
-def _replay_model(path: Path, name: str, vectors: list[Vector], threads: int) -> list[Check]:
-    checks: list[Check] = []
+def _replay_model(path: Path, name: str, vectors: list[Vector], threads: int) -> list[VerifiedItem]:
+    checks: list[VerifiedItem] = []
     try:
         with runner_of(path, threads=threads) as runner:
             for vector in vectors:
                 reason = vector.vacuity or vector.difference(runner.infer(vector.inputs))
                 what = f"{path.name}, {vector.name}"
                 verdict: Literal["passed", "failed"] = "failed" if reason else "passed"
-                checks.append(Check(name, GOLDEN, what, verdict, reason, vector.widest))
+                checks.append(VerifiedItem(name, GOLDEN, what, verdict, reason, vector.widest))
     except BackendMissingError as error:
-        checks.append(Check(name, GOLDEN, path.name, "not-run", str(error)))
+        checks.append(VerifiedItem(name, GOLDEN, path.name, "not-run", str(error)))
     except MtlExportError as error:
-        checks.append(Check(name, GOLDEN, path.name, "failed", str(error)))
+        checks.append(VerifiedItem(name, GOLDEN, path.name, "failed", str(error)))
     return checks

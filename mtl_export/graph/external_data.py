@@ -40,7 +40,7 @@ BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorPlace:
     """Where a tensor lies.
 
     Attributes:
@@ -100,18 +100,18 @@ class DataFile:
         """Return hash and size of what is written so far."""
         return WrittenFile(self._digest.hexdigest(), self._end)
 
-    def add(self, tensor: ir.TensorProtocol) -> Place:
+    def add(self, tensor: ir.TensorProtocol) -> TensorPlace:
         """Return where ``tensor`` lies, after writing it if no equal one is there."""
         content = _bytes_of(tensor)
         key = (len(content), bytes(content[:LINE_BYTES]))
         places = self._seen.setdefault(key, [])
         for offset in places:
             if self._holds(offset, content):
-                return Place(self._path.name, offset, len(content))
+                return TensorPlace(self._path.name, offset, len(content))
         alignment = PAGE_BYTES if len(content) >= PAGE_BYTES else LINE_BYTES
         self._write(memoryview(bytes(-self._end % alignment)))
         places.append(self._end)
-        place = Place(self._path.name, self._end, len(content))
+        place = TensorPlace(self._path.name, self._end, len(content))
         self._write(content)
         return place
 
@@ -150,12 +150,12 @@ class SharedData:
         self._is_linked = is_linked
         self._path: Path | None = None
         self._written: WrittenFile | None = None
-        self._places: dict[tuple[str, str], Place] = {}
+        self._places: dict[tuple[str, str], TensorPlace] = {}
         self._tensors: dict[tuple[str, str], ir.TensorProtocol] = {}
 
     def give(
         self, folder: Path, tensors: Mapping[tuple[str, str], ir.TensorProtocol]
-    ) -> tuple[dict[tuple[str, str], Place], WrittenFile]:
+    ) -> tuple[dict[tuple[str, str], TensorPlace], WrittenFile]:
         """Put the file into ``folder``.
 
         Args:
@@ -202,7 +202,7 @@ def write_data(
     folder: Path,
     shared: SharedData | None = None,
     is_common: Callable[[str, ir.TensorProtocol], bool] = lambda name, tensor: False,
-) -> tuple[dict[tuple[str, str], Place], dict[str, WrittenFile]]:
+) -> tuple[dict[tuple[str, str], TensorPlace], dict[str, WrittenFile]]:
     """Write the weights of all graphs of one folder.
 
     Args:
@@ -215,7 +215,7 @@ def write_data(
         Where each initializer lies, by stem and name; the files by name.
     """
     tensors = {(stem, value.name or ""): tensor for stem, value, tensor in initializers(models)}
-    places: dict[tuple[str, str], Place] = {}
+    places: dict[tuple[str, str], TensorPlace] = {}
     files: dict[str, WrittenFile] = {}
     if shared is not None:
         common = {key: tensor for key, tensor in tensors.items() if is_common(key[1], tensor)}
@@ -244,7 +244,7 @@ def clone_file(source: Path, target: Path) -> None:
 
 @contextmanager
 def externalised(
-    models: Mapping[str, ir.Model], places: Mapping[tuple[str, str], Place]
+    models: Mapping[str, ir.Model], places: Mapping[tuple[str, str], TensorPlace]
 ) -> Iterator[None]:
     """Point the initializers of ``models`` at ``places`` for the block."""
     changed: list[tuple[ir.Value, ir.TensorProtocol]] = []

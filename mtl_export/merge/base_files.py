@@ -10,11 +10,11 @@ import numpy as np
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array, Tensor
-from mtl_export.merge.hashed_files import Lane, read_at
+from mtl_export.merge.hashed_files import HashedFile, read_at
 
 
 class BaseFiles:
-    """The base's files, open, each with a lane that hashes it if asked to.
+    """The base's files, open, each with a hash of it if asked to.
 
     Args:
         bound: Whose base it is.
@@ -27,7 +27,7 @@ class BaseFiles:
         self._paths = [file for file in base.weight_files if file.suffix == ".safetensors"]
         # Other formats are not read from front to back, nor is a base of which a part is left out.
         self.hashed = hashed and len(self._paths) == len(base.weight_files) and _is_all_read(bound)
-        self.lanes: dict[Path, Lane] = {}
+        self.hashes: dict[Path, HashedFile] = {}
         self._descriptors: dict[Path, int] = {}
 
     def open(self, stack: ExitStack) -> None:
@@ -40,12 +40,12 @@ class BaseFiles:
                 with suppress(OSError):
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             if self.hashed:
-                self.lanes[path] = Lane()
+                self.hashes[path] = HashedFile()
                 size = bytearray(8)
                 read_at(descriptor, memoryview(size), 0)
                 header = bytearray(8 + int.from_bytes(size, "little"))
                 read_at(descriptor, memoryview(header), 0)
-                self.lanes[path].hash_at(0, memoryview(header))
+                self.hashes[path].hash_at(0, memoryview(header))
 
     def read(self, tensor: Tensor, begin: int, end: int, out: Array) -> None:
         """Fill ``out`` with elements ``begin`` to ``end`` of ``tensor``."""
@@ -59,11 +59,11 @@ class BaseFiles:
         """Hash elements of ``tensor`` from ``begin`` on, in their turn."""
         if tensor.file is not None:
             offset = tensor.offset_bytes + begin * values.itemsize
-            self.lanes[tensor.file].hash_at(offset, values.view(np.uint8).data)
+            self.hashes[tensor.file].hash_at(offset, values.view(np.uint8).data)
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of each file, by ``file_names``; empty if they were not hashed."""
-        return {self._names[path]: lane.progress().sha256 for path, lane in self.lanes.items()}
+        return {self._names[path]: hashed.progress().sha256 for path, hashed in self.hashes.items()}
 
 
 def _is_all_read(bound: BoundModel) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array, Tensor
-from mtl_export.merge.hashed_files import PAGE, WriteLane
+from mtl_export.merge.hashed_files import PAGE, HashedOutput
 from mtl_export.merge.layout import Piece
 
 CHUNK_BYTES = 1 << 20
@@ -26,17 +26,17 @@ _BASE, _CONVERTED, _FOLDED = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Destination:
     """Where one piece goes.
 
     Attributes:
         piece: The piece.
-        lane: Its file.
+        output: Its file.
         offset: Where in it.
     """
 
     piece: Piece
-    lane: WriteLane
+    output: HashedOutput
     offset: int
 
     def place(self, begin: int) -> int:
@@ -59,7 +59,7 @@ class Chunk:
     source: Tensor | None
     begin: int
     end: int
-    batches: tuple[tuple[Target, ...], ...]
+    batches: tuple[tuple[Destination, ...], ...]
     is_hashed: bool = False
 
     @property
@@ -127,7 +127,7 @@ def slot_for(chunks: Sequence[Chunk]) -> tuple[int, int]:
 
 
 def chunks_of(
-    bound: BoundModel, places: Mapping[int, Sequence[Target]], *, hash_base: bool
+    bound: BoundModel, places: Mapping[int, Sequence[Destination]], *, hash_base: bool
 ) -> Iterator[Chunk]:
     """Yield the work in file order, without what an earlier run has done.
 
@@ -146,12 +146,14 @@ def chunks_of(
         if source is not None:
             yield from _slices(source, made, is_hashed=hash_base and order in base)
         for target in targets:
-            done = target.lane.begun_at >= target.place(prod(target.piece.shape))
+            done = target.output.begun_at >= target.place(prod(target.piece.shape))
             if target.piece.source is None and not done:
                 yield Chunk(None, 0, 0, ((target,),))
 
 
-def _slices(source: Tensor, targets: tuple[Target, ...], *, is_hashed: bool) -> Iterator[Chunk]:
+def _slices(
+    source: Tensor, targets: tuple[Destination, ...], *, is_hashed: bool
+) -> Iterator[Chunk]:
     """Yield ``source`` in chunks of whole rows, and where it can be of whole pages."""
     count = prod(source.shape)
     itemsize = NUMPY_DTYPES[source.dtype].itemsize
@@ -162,7 +164,7 @@ def _slices(source: Tensor, targets: tuple[Target, ...], *, is_hashed: bool) -> 
     step = (rows // whole_pages * whole_pages or rows) * row
     for begin in range(0, count, step):
         end = min(begin + step, count)
-        wanted = [t for t in targets if t.lane.begun_at < t.place(end)]
+        wanted = [t for t in targets if t.output.begun_at < t.place(end)]
         if wanted or is_hashed:
             batches = [tuple(wanted[n : n + TOGETHER]) for n in range(0, len(wanted), TOGETHER)]
             yield Chunk(source, begin, end, tuple(batches) or ((),), is_hashed)

@@ -9,7 +9,7 @@ import numpy as np
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.merge.base_files import BaseFiles
-from mtl_export.merge.chunks import Chunk, Slot, Target
+from mtl_export.merge.chunks import Chunk, Destination, Slot
 from mtl_export.merge.drift import SAMPLE, Squares, measure
 from mtl_export.merge.fold import BLOCK, Delta, refuse_not_finite, task_delta
 from mtl_export.merge.layout import Piece
@@ -17,7 +17,7 @@ from mtl_export.merge.rounding import Scratch
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class BlockSums:
     """Sums over one block of one task's layer.
 
     Attributes:
@@ -33,7 +33,7 @@ class Measured:
     squares: Squares
 
 
-class Maker:
+class ChunkFolder:
     """One thread's or process's way of making chunks.
 
     Args:
@@ -47,7 +47,7 @@ class Maker:
         self._module = ""
         self._deltas: dict[int, Delta | None] = {}
 
-    def make(self, chunk: Chunk, batch: int, slot: Slot) -> list[Measured]:
+    def make(self, chunk: Chunk, batch: int, slot: Slot) -> list[BlockSums]:
         """Fill ``slot`` with a batch of the chunk's outputs; the first one reads the base.
 
         Raises:
@@ -78,8 +78,8 @@ class Maker:
             refuse_not_finite(piece.name, piece.dtype)
 
     def _fold(
-        self, chunk: Chunk, values: Array, folded: list[tuple[Target, Array]]
-    ) -> list[Measured]:
+        self, chunk: Chunk, values: Array, folded: list[tuple[Destination, Array]]
+    ) -> list[BlockSums]:
         """Fold several tasks into the base's ``values``, which are widened once for all."""
         work = [(target.piece, out, self._delta(target.piece)) for target, out in folded]
         width = folded[0][0].piece.shape[-1]
@@ -99,7 +99,7 @@ class Maker:
                     refuse_not_finite(f"{piece.module}, task {task}", piece.dtype)
                 if is_measured:
                     squares = measure(base, exact, out[begin:end], rows.stop - rows.start)
-                    measured.append(Measured(task, piece.module, rows.start, squares))
+                    measured.append(BlockSums(task, piece.module, rows.start, squares))
         return measured
 
     def _delta(self, piece: Piece) -> Delta | None:

@@ -1,6 +1,6 @@
 """Files that several threads write or read in any order and that are hashed in file order.
 
-SHA-256 must see a file from front to back. A lane lets every thread do its reading or
+SHA-256 must see a file from front to back. This lets every thread do its reading or
 writing at once and then wait for its turn to hash, so that hashing costs no second pass
 over the disk. Turns are given by offset: threads that take their work in file order never
 wait in a circle, because the one that is furthest behind never waits.
@@ -28,7 +28,7 @@ class CancelledError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class HashedPrefix:
     """How far a file is: its first bytes, and their hash.
 
     Attributes:
@@ -40,7 +40,7 @@ class Progress:
     sha256: str
 
 
-class Lane:
+class HashedFile:
     """Hashes a file's bytes in order, whoever brings them."""
 
     def __init__(self) -> None:
@@ -79,14 +79,14 @@ class Lane:
             self._cancelled = True
             self._turn.notify_all()
 
-    def progress(self) -> Progress:
+    def progress(self) -> HashedPrefix:
         """Return how much is hashed; may be called while others write."""
         with self._turn:
             position, settled = self._settled
-        return Progress(position, settled.hexdigest())
+        return HashedPrefix(position, settled.hexdigest())
 
 
-class WriteLane(Lane):
+class HashedOutput(HashedFile):
     """An output file.
 
     Args:
@@ -102,7 +102,7 @@ class WriteLane(Lane):
     """
 
     def __init__(
-        self, path: Path, header: bytes, size_bytes: int, resumed: Progress | None = None
+        self, path: Path, header: bytes, size_bytes: int, resumed: HashedPrefix | None = None
     ) -> None:
         super().__init__()
         self.path = path
@@ -150,7 +150,7 @@ class WriteLane(Lane):
                 raise
         write_at(self._file, data[done:], offset + done)
 
-    def _take_up(self, resumed: Progress) -> bool:
+    def _take_up(self, resumed: HashedPrefix) -> bool:
         """Hash what is there; return whether it is what ``resumed`` says."""
         block = memoryview(bytearray(1 << 20))
         try:

@@ -5,7 +5,7 @@
                      worker processes                       threads
 
 Chunks are a few megabytes of whole rows, taken in file order by a few threads. Each has
-its chunk made by a worker (``crew``), then writes and hashes the outputs (``lanes``).
+its chunk made by a worker (``workers``), then writes and hashes the outputs (``outputs``).
 Reading, computing and writing overlap because the threads are at different places, and
 memory is a few buffers a thread, whatever the model's size. The base is read once and,
 where asked for, hashed on the way.
@@ -27,13 +27,13 @@ from pathlib import Path
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.merge.base_files import BaseFiles
-from mtl_export.merge.chunks import Chunk, Slot, Target, chunks_of, slot_for
+from mtl_export.merge.chunks import Chunk, Destination, Slot, chunks_of, slot_for
 from mtl_export.merge.drift import Squares
 from mtl_export.merge.fold import rounded
-from mtl_export.merge.fold_chunk import Maker, bytes_of
-from mtl_export.merge.hashed_files import CancelledError, Progress, WriteLane
+from mtl_export.merge.fold_chunk import ChunkFolder, bytes_of
+from mtl_export.merge.hashed_files import CancelledError, HashedOutput, HashedPrefix
 from mtl_export.merge.layout import OutputFile
-from mtl_export.merge.workers import Crew, hire
+from mtl_export.merge.workers import Workers, start_workers
 
 # How often the caller hears of the progress, in seconds.
 TICK_S = 0.5
@@ -60,14 +60,14 @@ class Pass:
         bound: BoundModel,
         files: Sequence[tuple[Path, OutputFile]],
         *,
-        resumed: Mapping[Path, Progress] | None = None,
+        resumed: Mapping[Path, HashedPrefix] | None = None,
         hash_base: bool = False,
     ) -> None:
         self._bound = bound
         self._files = files
         self._resumed = resumed or {}
         self._stack = ExitStack()
-        self._lanes: dict[Path, WriteLane] = {}
+        self._outputs: dict[Path, HashedOutput] = {}
         self._base = BaseFiles(bound, hashed=hash_base)
         self._take = threading.Lock()
         self._error: BaseException | None = None
@@ -90,12 +90,12 @@ class Pass:
             chunks = list(chunks_of(self._bound, places, hash_base=self._base.hashed))
             count = core_count()
             slots = [Slot(*slot_for(chunks)) for _ in range(count + WRITERS)]
-            crew = hire(count, self._new_maker, chunks, slots, self.total_bytes)
-            self._stack.callback(crew.close)
+            workers = start_workers(count, self._new_folder, chunks, slots, self.total_bytes)
+            self._stack.callback(workers.close)
             order = iter(range(len(chunks)))
             threads = [
                 threading.Thread(
-                    target=self._work, args=(crew, order, chunks, number, slot), daemon=True
+                    target=self._work, args=(workers, order, chunks, number, slot), daemon=True
                 )
                 for number, slot in enumerate(slots)
             ]
@@ -115,41 +115,46 @@ class Pass:
             raise self._error
         tick(self._done_bytes)
 
-    def progress(self) -> dict[Path, Progress]:
+    def progress(self) -> dict[Path, HashedPrefix]:
         """Return how far each file is; may be called from ``tick``."""
-        return {path: lane.progress() for path, lane in list(self._lanes.items())}
+        return {path: output.progress() for path, output in list(self._outputs.items())}
 
     def base_digests(self) -> dict[str, str]:
         """Return the SHA-256 of each base file, by name, if the base was hashed."""
         return self._base.digests()
 
-    def _new_maker(self) -> Maker:
-        return Maker(self._bound, self._base)
+    def _new_folder(self) -> ChunkFolder:
+        return ChunkFolder(self._bound, self._base)
 
-    def _open(self) -> dict[int, list[Target]]:
+    def _open(self) -> dict[int, list[Destination]]:
         """Open every output file; return where the pieces go, by their order."""
-        places: dict[int, list[Target]] = {}
+        places: dict[int, list[Destination]] = {}
         headers = [file.header() for _, file in self._files]
         with ThreadPoolExecutor(core_count()) as pool:  # what is resumed is hashed
-            lanes = list(pool.map(self._lane, self._files, headers))
-        for (path, file), header, lane in zip(self._files, headers, lanes, strict=True):
-            self._stack.callback(lane.close)
-            self._lanes[path] = lane
-            self._done_bytes += lane.begun_at - len(header)
+            outputs = list(pool.map(self._opened, self._files, headers))
+        for (path, file), header, output in zip(self._files, headers, outputs, strict=True):
+            self._stack.callback(output.close)
+            self._outputs[path] = output
+            self._done_bytes += output.begun_at - len(header)
             offset = len(header)
             for piece in file.pieces:
-                places.setdefault(piece.order, []).append(Target(piece, lane, offset))
+                places.setdefault(piece.order, []).append(Destination(piece, output, offset))
                 offset += piece.size_bytes
         self._base.open(self._stack)
         return places
 
-    def _lane(self, place: tuple[Path, OutputFile], header: bytes) -> WriteLane:
+    def _opened(self, place: tuple[Path, OutputFile], header: bytes) -> HashedOutput:
         path, file = place
         size = len(header) + sum(piece.size_bytes for piece in file.pieces)
-        return WriteLane(path, header, size, self._resumed.get(path))
+        return HashedOutput(path, header, size, self._resumed.get(path))
 
     def _work(
-        self, crew: Crew, order: Iterator[int], chunks: Sequence[Chunk], number: int, slot: Slot
+        self,
+        workers: Workers,
+        order: Iterator[int],
+        chunks: Sequence[Chunk],
+        number: int,
+        slot: Slot,
     ) -> None:
         """Take chunks in order until there are none: have them made, write and hash them."""
         try:
@@ -163,7 +168,7 @@ class Pass:
                     self._write_value(chunk)
                     continue
                 for batch, targets in enumerate(chunk.batches):
-                    measured = crew.make(index, batch, number)
+                    measured = workers.make(index, batch, number)
                     with self._take:
                         for one in measured:
                             blocks = self.squares.setdefault((one.task, one.module), {})
@@ -184,17 +189,17 @@ class Pass:
                 values = rounded(target.piece.values(), piece.dtype, piece.name)
                 self._write(target, 0, values.reshape(-1))
 
-    def _write(self, target: Target, begin: int, values: Array) -> None:
+    def _write(self, target: Destination, begin: int, values: Array) -> None:
         data = bytes_of(values)
-        target.lane.write(target.place(begin), data.data, data.ctypes.data)
+        target.output.write(target.place(begin), data.data, data.ctypes.data)
         with self._take:
             self._done_bytes += data.nbytes
 
     def _fail(self, error: BaseException) -> None:
         with self._take:
             self._error = self._error or error
-        for lane in (*self._lanes.values(), *self._base.lanes.values()):
-            lane.cancel()
+        for output in (*self._outputs.values(), *self._base.hashes.values()):
+            output.cancel()
 
 
 def core_count() -> int:

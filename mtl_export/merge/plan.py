@@ -38,6 +38,7 @@ from mtl_export.merge.layout import Layout, output_dtype
 from mtl_export.merge.one_pass import WRITERS, core_count
 from mtl_export.merge.rounding import Scratch
 from mtl_export.merge.writer import MergeOptions, layout_of
+from mtl_export.names import SINGLE_ENGINE, SINGLE_GRAPH
 
 # Measured: what python with numpy holds, and what torch, transformers and a trace add.
 PYTHON_BYTES = 45_000_000
@@ -47,7 +48,6 @@ TRACER_BYTES = 400_000_000
 START_S = 0.3
 PROBE_BYTES = 64 << 20
 MERGED, SHARED = "merged, standalone", "merged, shared"
-SINGLE_GRAPH, SINGLE_ENGINE = "single graph", "single engine"
 ENGINES = "engine per task"
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mtl_export import errors
 from mtl_export.errors import MtlExportError
 from mtl_export.merge.chunks import Chunk, Slot
-from mtl_export.merge.fold_chunk import Maker, Measured
+from mtl_export.merge.fold_chunk import BlockSums, ChunkFolder
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -32,10 +32,10 @@ FORK_BYTES = 32 << 20
 _JOB = struct.Struct("<3I")
 
 
-class Crew(Protocol):
+class Workers(Protocol):
     """Makes chunks for several threads."""
 
-    def make(self, chunk: int, batch: int, slot: int) -> list[Measured]:
+    def make(self, chunk: int, batch: int, slot: int) -> list[BlockSums]:
         """Fill a slot with a batch of a chunk's outputs; all three by number."""
         ...
 
@@ -44,51 +44,51 @@ class Crew(Protocol):
         ...
 
 
-def hire(
+def start_workers(
     count: int,
-    new_maker: Callable[[], Maker],
+    new_folder: Callable[[], ChunkFolder],
     chunks: Sequence[Chunk],
     slots: Sequence[Slot],
     size_bytes: int,
-) -> Crew:
+) -> Workers:
     """Return ``count`` workers, processes if they pay and the system has them.
 
     Args:
         count: How many.
-        new_maker: Makes what one of them computes with.
+        new_folder: Makes what one of them computes with.
         chunks: The work.
         slots: The memory it goes through.
         size_bytes: How much there is to write.
     """
     if count > 1 and size_bytes >= FORK_BYTES and sys.platform == "linux":
-        return ProcessCrew(count, new_maker, chunks, slots)
-    return ThreadCrew(new_maker, chunks, slots)
+        return ProcessWorkers(count, new_folder, chunks, slots)
+    return ThreadWorkers(new_folder, chunks, slots)
 
 
-class ThreadCrew:
+class ThreadWorkers:
     """The calling threads, each at its own slot.
 
     Args:
-        new_maker: Makes what one of them computes with.
+        new_folder: Makes what one of them computes with.
         chunks: The work.
         slots: The memory; one a thread.
     """
 
     def __init__(
-        self, new_maker: Callable[[], Maker], chunks: Sequence[Chunk], slots: Sequence[Slot]
+        self, new_folder: Callable[[], ChunkFolder], chunks: Sequence[Chunk], slots: Sequence[Slot]
     ) -> None:
-        self._makers = [new_maker() for _ in slots]
+        self._folders = [new_folder() for _ in slots]
         self._chunks, self._slots = chunks, slots
 
-    def make(self, chunk: int, batch: int, slot: int) -> list[Measured]:
+    def make(self, chunk: int, batch: int, slot: int) -> list[BlockSums]:
         """Compute here and now."""
-        return self._makers[slot].make(self._chunks[chunk], batch, self._slots[slot])
+        return self._folders[slot].make(self._chunks[chunk], batch, self._slots[slot])
 
     def close(self) -> None:
         """Do nothing."""
 
 
-class ProcessCrew:
+class ProcessWorkers:
     """Forked processes that take their work from one queue, as soon as they are free.
 
     The queue is a pipe that all of them read: a worker that has finished finds the next job
@@ -96,7 +96,7 @@ class ProcessCrew:
 
     Args:
         count: How many.
-        new_maker: Makes what one of them computes with.
+        new_folder: Makes what one of them computes with.
         chunks: The work, which they know from their birth.
         slots: The memory, which they share; one a thread of the parent.
     """
@@ -104,7 +104,7 @@ class ProcessCrew:
     def __init__(
         self,
         count: int,
-        new_maker: Callable[[], Maker],
+        new_folder: Callable[[], ChunkFolder],
         chunks: Sequence[Chunk],
         slots: Sequence[Slot],
     ) -> None:
@@ -124,7 +124,7 @@ class ProcessCrew:
             if child == 0:
                 # A worker that kept the queue's other end would not hear that it was closed.
                 os.close(self._queue)
-                _live(jobs, [theirs for _, theirs in answers], new_maker, chunks, slots)
+                _live(jobs, [theirs for _, theirs in answers], new_folder, chunks, slots)
             # Only the worker holds it now: its death can be read from ``life``.
             os.close(own_end)
             self._lives.append(life)
@@ -141,7 +141,7 @@ class ProcessCrew:
             events.register(file, select.POLLIN)
         return events
 
-    def make(self, chunk: int, batch: int, slot: int) -> list[Measured]:
+    def make(self, chunk: int, batch: int, slot: int) -> list[BlockSums]:
         """Have a free worker compute.
 
         Raises:
@@ -158,7 +158,7 @@ class ProcessCrew:
         except (EOFError, OSError) as error:
             raise RuntimeError("a worker process has died; was it killed for memory?") from error
         if kind == "made":
-            measured: list[Measured] = found
+            measured: list[BlockSums] = found
             return measured
         if kind == "error":
             name = found.pop("error")
@@ -181,7 +181,7 @@ class ProcessCrew:
 def _live(
     jobs: int,
     answers: Sequence[Connection[Any, Any]],
-    new_maker: Callable[[], Maker],
+    new_folder: Callable[[], ChunkFolder],
     chunks: Sequence[Chunk],
     slots: Sequence[Slot],
 ) -> None:
@@ -189,11 +189,11 @@ def _live(
     try:
         # An interrupt from the keyboard is the parent's to handle.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        maker = new_maker()
+        folder = new_folder()
         # A pipe hands out whole what was written whole, if it is as short as this.
         while job := os.read(jobs, _JOB.size):
             chunk, batch, slot = _JOB.unpack(job)
-            answers[slot].send(_answer(maker, chunks[chunk], batch, slots[slot]))
+            answers[slot].send(_answer(folder, chunks[chunk], batch, slots[slot]))
         os._exit(0)
     except OSError:
         os._exit(0)
@@ -201,9 +201,9 @@ def _live(
         os._exit(1)
 
 
-def _answer(maker: Maker, chunk: Chunk, batch: int, slot: Slot) -> tuple[str, Any]:
+def _answer(folder: ChunkFolder, chunk: Chunk, batch: int, slot: Slot) -> tuple[str, Any]:
     try:
-        return "made", maker.make(chunk, batch, slot)
+        return "made", folder.make(chunk, batch, slot)
     except MtlExportError as error:
         return "error", error.as_dict()
     except OSError as error:

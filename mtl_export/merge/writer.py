@@ -21,7 +21,7 @@ from mtl_export.checkpoint.base_model import INDEX_FILE, companion_files
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES
 from mtl_export.merge.drift import Squares, TaskDrift, sum_of
-from mtl_export.merge.hashed_files import Progress
+from mtl_export.merge.hashed_files import HashedPrefix
 from mtl_export.merge.head_file import has_head_file, head_note, write_head
 from mtl_export.merge.layout import DTYPES, Layout, MergeLayout, merge_layout, output_dtype
 from mtl_export.merge.one_pass import Pass
@@ -48,7 +48,7 @@ class MergeOptions:
 
 
 @dataclass
-class Written:
+class MergeState:
     """How far a merge is, and what it found.
 
     Attributes:
@@ -56,11 +56,11 @@ class Written:
         squares: By task name and module, then by row, what was measured.
     """
 
-    files: dict[Path, Progress] = field(default_factory=dict)
+    files: dict[Path, HashedPrefix] = field(default_factory=dict)
     squares: dict[tuple[str, str], dict[int, Squares]] = field(default_factory=dict)
 
 
-Tick = Callable[[int, int, Written], None]
+Tick = Callable[[int, int, MergeState], None]
 
 
 def layout_of(bound: BoundModel, tasks: Sequence[Task], options: MergeOptions) -> Layout:
@@ -104,7 +104,7 @@ def write_merged(
     """
     layout = layout_of(bound, (task,), MergeOptions(dtype=dtype))
 
-    def tick(done: int, total: int, written: Written) -> None:
+    def tick(done: int, total: int, written: MergeState) -> None:
         progress(done, total)
 
     written = write_tasks(bound, {task: folder}, layout, tick=tick)
@@ -118,9 +118,9 @@ def write_tasks(
     layout: Layout,
     *,
     shared: Path | None = None,
-    resumed: Written | None = None,
+    resumed: MergeState | None = None,
     tick: Tick = lambda done, total, written: None,
-) -> Written:
+) -> MergeState:
     """Write the weights of several tasks, reading the base once.
 
     The base's hash, if it is not known yet, is taken on the way and known afterwards.
@@ -146,12 +146,12 @@ def write_tasks(
         for task, folder in folders.items()
         for file in layout.own[task.name]
     ]
-    before = resumed or Written()
+    before = resumed or MergeState()
     one_pass = Pass(bound, places, resumed=before.files, hash_base=not bound.base.is_hashed)
     one_pass.squares.update(before.squares)
 
-    def written() -> Written:
-        return Written(one_pass.progress(), one_pass.squares)
+    def written() -> MergeState:
+        return MergeState(one_pass.progress(), one_pass.squares)
 
     one_pass.run(lambda done: tick(done, one_pass.total_bytes, written()))
     bound.base.remember_digests(one_pass.base_digests())
@@ -191,7 +191,7 @@ def write_companions(
         write_head(bound, task, folder, output_dtype(touched, dtype))
 
 
-def task_drift(layout: Layout, task: Task, written: Written) -> TaskDrift:
+def task_drift(layout: Layout, task: Task, written: MergeState) -> TaskDrift:
     """Return how far ``task`` moves each layer, as measured while it was written."""
     folded = [piece for file in layout.own[task.name] for piece in file.pieces if piece.task]
     layers = {}

@@ -67,7 +67,7 @@ def fields_of(values: Sequence[Any]) -> tuple[Field, ...]:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowBatch:
     """The inputs of one call, row by row.
 
     Attributes:
@@ -103,7 +103,7 @@ def rows_from(
     where: str,
     longest: int | None = None,
     placed_by: str = "",
-) -> Rows:
+) -> RowBatch:
     """Return ``inputs`` as rows that the graph takes.
 
     Args:
@@ -138,7 +138,7 @@ def rows_from(
     count = len(next(iter(rows.values()), []))
     sizes = tuple(_sizes(rows, known, number) for number in range(count))
     own = tuple({dim: found[0][1] for dim, found in one.items()} for one in sizes)
-    return Rows(tuple(fields), rows, own, {INPUT_IDS: pad_token_id})
+    return RowBatch(tuple(fields), rows, own, {INPUT_IDS: pad_token_id})
 
 
 def _refused(problems: Sequence[str], known: Mapping[str, Field], where: str) -> UsageError:

@@ -31,7 +31,7 @@ from mtl_export.runtime.answers import Answer, answer_of
 from mtl_export.runtime.arguments import count_of, listed, whole_number
 from mtl_export.runtime.model_files import PARTS, graph_file
 from mtl_export.runtime.ort import OrtPart, metadata_of, open_session, run_session, task_table
-from mtl_export.runtime.rows import Rows, fields_of, joined, own_part, rows_from
+from mtl_export.runtime.rows import RowBatch, fields_of, joined, own_part, rows_from
 from mtl_export.runtime.texts import TextFiles
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ class TaskSession:
             fix="Pass one of these names or ids",
         )
 
-    def _rows(self, inputs: Mapping[str, Any], pad_token_id: int) -> Rows:
+    def _rows(self, inputs: Mapping[str, Any], pad_token_id: int) -> RowBatch:
         # A language model's graphs count positions from the mask.
         is_counted = self._path.name == PREFILL_FILE
         return rows_from(
@@ -296,7 +296,7 @@ class TaskSession:
                 yield rows[start : start + size]
 
     def _run_batch(
-        self, rows: Rows, chosen: Sequence[int], served: Sequence[Task]
+        self, rows: RowBatch, chosen: Sequence[int], served: Sequence[Task]
     ) -> dict[str, Array]:
         inputs = rows.batch(chosen)
         if self._task_input is not None:

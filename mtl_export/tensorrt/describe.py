@@ -13,7 +13,7 @@ from pathlib import Path
 from mtl_export.errors import EngineBuildError
 from mtl_export.tensorrt.available import BuilderInfo
 from mtl_export.tensorrt.header import EngineHeader, read_header, sha256_of_graph
-from mtl_export.tensorrt.manifest import NOT_RUN, PASSED, TASKS, Check, EngineManifest
+from mtl_export.tensorrt.manifest import NOT_RUN, PASSED, TASKS, BuildCheck, EngineManifest
 from mtl_export.tensorrt.options import BuildOptions
 from mtl_export.tensorrt.source import PREFIX, OnnxSource
 from mtl_export.version import VERSION
@@ -76,8 +76,8 @@ def describe_engine(
         libraries=_library_versions(info.name),
         targets=header.capabilities if header else tuple(filter(None, (info.gpu,))),
         validated=(
-            Check("the network has the graph's inputs and outputs", PASSED),
-            Check("the profiles fit every input", PASSED),
+            BuildCheck("the network has the graph's inputs and outputs", PASSED),
+            BuildCheck("the profiles fit every input", PASSED),
             *_header_checks(header, size, engine_name, info, options),
             *_checks_on_gpu(info, source),
         ),
@@ -90,7 +90,7 @@ def _header_checks(
     engine_name: str,
     info: BuilderInfo,
     options: BuildOptions,
-) -> list[Check]:
+) -> list[BuildCheck]:
     wanted = sorted(options.compute_capabilities)
     targets = sorted(header.capabilities) if header else []
     rows: list[tuple[str, object, object]] = [
@@ -100,7 +100,7 @@ def _header_checks(
     ]
     if header is None:
         reason = f"the header layout of {info.name} {info.version} is not known"
-        return [Check(check, NOT_RUN, reason) for check, _, _ in rows]
+        return [BuildCheck(check, NOT_RUN, reason) for check, _, _ in rows]
     for check, found, expected in rows:
         if found != expected:
             raise EngineBuildError(
@@ -111,17 +111,17 @@ def _header_checks(
                 ),
                 fix="Build it again; if this stays, report it with the library's version",
             )
-    return [Check(check, PASSED) for check, _, _ in rows]
+    return [BuildCheck(check, PASSED) for check, _, _ in rows]
 
 
-def _checks_on_gpu(info: BuilderInfo, source: OnnxSource) -> tuple[Check, Check]:
+def _checks_on_gpu(info: BuilderInfo, source: OnnxSource) -> tuple[BuildCheck, BuildCheck]:
     runs = "building does not run engines; the engine runner and parity do"
     if source.path.stem in PARTS:
         runs = f"{source.path.stem} is one of a model's several graphs; those have no engine runner"
     reason = info.reason or runs
     return (
-        Check("a GPU opens the engine and finds these inputs and outputs", NOT_RUN, reason),
-        Check("its outputs equal the graph's", NOT_RUN, reason),
+        BuildCheck("a GPU opens the engine and finds these inputs and outputs", NOT_RUN, reason),
+        BuildCheck("its outputs equal the graph's", NOT_RUN, reason),
     )
 
 

@@ -1,20 +1,20 @@
 """Engine orders -> engines: longest first, several at a time, none lost to another's failure.
 
-    orders ─ longest first ─┬─ lane: open its folder, build its files, put it in place ─┐
-                            └─ lane: ...                                                ┴─> outcomes
+    orders ─ longest first ─┬─ builder: open its folder, build its files, rename it ─┐
+                            └─ builder: ...                                        ┴─> outcomes
 
 An order is one folder of engines. How a folder is opened (skipped if it is there already,
 written beside its place and renamed) is the caller's business: the job enters the context
 manager it is given, writes engines and their manifests, and leaves it, so that a killed job
 has lost nothing but the folders that it was writing.
 
-One lane builds in this process. Several lanes are processes, because a TensorRT library has
+One builder builds in this process. Several builders are processes, because a TensorRT library has
 one logger and what is logged must be told apart by build. They are spawned, do nothing but
 build, and end with the process that started them: building reports its progress, and fails
 when nobody listens.
 
 A folder may lie inside another order's (``engines/<task>`` in ``engines``). The outer one is
-put in place while nothing is being written inside it: its lane waits for those that are at
+put in place while nothing is being written inside it: its builder waits for those that are at
 it, and they for the swap.
 """
 
@@ -32,7 +32,7 @@ from typing import Protocol, TypeAlias
 from mtl_export.errors import MtlExportError
 from mtl_export.tensorrt.differences import differing_weights, refit_key
 from mtl_export.tensorrt.options import BuildOptions
-from mtl_export.tensorrt.workers import Lane, LocalLane, ProcessLane
+from mtl_export.tensorrt.workers import Builder, BuilderProcess, LocalBuilder
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class EngineOutcome:
     seconds: float
 
 
-class Place(Protocol):
+class EngineFolder(Protocol):
     """An order's folder while it is open."""
 
     @property
@@ -96,11 +96,11 @@ class Place(Protocol):
         """Return whether the engines are there already."""
 
 
-OpenPlace: TypeAlias = Callable[[EngineOrder], AbstractContextManager[Place]]
+OpenPlace: TypeAlias = Callable[[EngineOrder], AbstractContextManager[EngineFolder]]
 
 
 class JobReport(Protocol):
-    """Hears how the job goes; several lanes may call, one at a time."""
+    """Hears how the job goes; several builders may call, one at a time."""
 
     def begin(self, order: EngineOrder) -> None:
         """Hear that ``order`` begins."""
@@ -157,16 +157,16 @@ def run_job(
     count = max(1, min(jobs, len(orders)))
     work = _Job(orders, open_place, report)
     if count == 1:
-        work.follow(LocalLane(library_name))
+        work.follow(LocalBuilder(library_name))
     else:
-        _in_processes(work, [ProcessLane(library_name) for _ in range(count)])
+        _in_processes(work, [BuilderProcess(library_name) for _ in range(count)])
     return [work.outcomes[order.target] for order in orders]
 
 
-def _in_processes(work: _Job, lanes: Sequence[ProcessLane]) -> None:
+def _in_processes(work: _Job, builders: Sequence[BuilderProcess]) -> None:
     try:
-        with ThreadPoolExecutor(len(lanes)) as pool:
-            followed = [pool.submit(work.follow, lane) for lane in lanes]
+        with ThreadPoolExecutor(len(builders)) as pool:
+            followed = [pool.submit(work.follow, builder) for builder in builders]
             try:
                 wait(followed, return_when=FIRST_EXCEPTION)
                 for one in followed:
@@ -174,18 +174,18 @@ def _in_processes(work: _Job, lanes: Sequence[ProcessLane]) -> None:
                         one.result()
             except BaseException:
                 work.stop()
-                for lane in lanes:
-                    lane.kill()
+                for builder in builders:
+                    builder.kill()
                 raise
         for one in followed:
             one.result()
     finally:
-        for lane in lanes:
-            lane.close()
+        for builder in builders:
+            builder.close()
 
 
 class _Job:
-    """Orders that lanes take one by one.
+    """Orders that builders take one by one.
 
     Args:
         orders: All of them.
@@ -208,13 +208,13 @@ class _Job:
         self._done = dict.fromkeys(targets, 0.0)
         self._sizes = {order.target: max(order.size_bytes, 1) for order in orders}
 
-    def follow(self, lane: Lane) -> None:
-        """Do orders in ``lane`` until none is left."""
+    def follow(self, builder: Builder) -> None:
+        """Do orders in ``builder`` until none is left."""
         while (order := self._next()) is not None:
             started = perf_counter()
             error, is_built = None, False
             try:
-                is_built = self._do(order, lane)
+                is_built = self._do(order, builder)
             except MtlExportError as failure:
                 error = failure
             self._advance(order, 1.0 if is_built or error else None)
@@ -222,7 +222,7 @@ class _Job:
             self.outcomes[order.target] = EngineOutcome(order, is_built, error, seconds)
 
     def stop(self) -> None:
-        """Let no lane begin another order."""
+        """Let no builder begin another order."""
         with self._lock:
             self._waiting.clear()
 
@@ -233,7 +233,7 @@ class _Job:
                 self._report.begin(order)
             return order
 
-    def _do(self, order: EngineOrder, lane: Lane) -> bool:
+    def _do(self, order: EngineOrder, builder: Builder) -> bool:
         """Build ``order``; return whether there was anything to build."""
         is_outer = order.target in self._outer
         with self._gate.held(is_outer) as before_swap, self._open_place(order) as place:
@@ -245,7 +245,7 @@ class _Job:
                     self._advance(order, (done + fraction) / len(order.parts))
 
                 path = place.folder / part.file
-                lane.build(part.onnx_path, path, options=part.options, progress=progress)
+                builder.build(part.onnx_path, path, options=part.options, progress=progress)
             before_swap()
         return True
 

@@ -64,7 +64,7 @@ _SHAPE: Shape = {
 
 
 @dataclass(frozen=True)
-class Check:
+class BuildCheck:
     """One thing that was looked at, or could not be.
 
     Attributes:
@@ -124,7 +124,7 @@ class EngineManifest:
     options: Mapping[str, Any]
     libraries: Mapping[str, str]
     targets: tuple[str, ...]
-    validated: tuple[Check, ...]
+    validated: tuple[BuildCheck, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the manifest as the file's JSON value."""
@@ -219,7 +219,7 @@ class EngineManifest:
             libraries=value["libraries"],
             targets=tuple(value["targets"]),
             validated=tuple(
-                Check(one["check"], one["verdict"], one.get("reason") or "")
+                BuildCheck(one["check"], one["verdict"], one.get("reason") or "")
                 for one in value["validated"]
             ),
         )

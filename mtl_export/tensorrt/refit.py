@@ -42,7 +42,7 @@ from mtl_export.tensorrt.differences import (
     refit_key,
     refused,
 )
-from mtl_export.tensorrt.manifest import PASSED, Check, EngineManifest
+from mtl_export.tensorrt.manifest import PASSED, BuildCheck, EngineManifest
 from mtl_export.tensorrt.network import numpy_name
 from mtl_export.tensorrt.opened import not_taken, open_engine, write_with_weights
 from mtl_export.tensorrt.options import BuildOptions, check_options
@@ -296,4 +296,4 @@ def _check_round_trip(
 def _with_check(manifest: EngineManifest, check: str) -> EngineManifest:
     """Return the manifest with one more check that passed, before those that need a run."""
     done, last = manifest.validated[:-2], manifest.validated[-2:]
-    return replace(manifest, validated=(*done, Check(check, PASSED), *last))
+    return replace(manifest, validated=(*done, BuildCheck(check, PASSED), *last))

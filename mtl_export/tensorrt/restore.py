@@ -17,7 +17,7 @@ from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.errors import IntegrityError, shortened
 from mtl_export.tensorrt.api import load_library
 from mtl_export.tensorrt.available import available_builder
-from mtl_export.tensorrt.manifest import PASSED, Check, EngineManifest, manifest_path
+from mtl_export.tensorrt.manifest import PASSED, BuildCheck, EngineManifest, manifest_path
 from mtl_export.tensorrt.opened import not_taken, open_engine, write_with_weights
 from mtl_export.tensorrt.source import read_source
 
@@ -71,7 +71,7 @@ def restore_weights(stripped_path: Path, onnx_path: Path, engine_path: Path) -> 
         engine_sha256=sha256,
         engine_size_bytes=size_bytes,
         options={name: value for name, value in manifest.options.items() if name != STRIPPED},
-        validated=(*done, Check(RESTORED, PASSED), *last),
+        validated=(*done, BuildCheck(RESTORED, PASSED), *last),
     )
 
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.merge.fold import BLOCK, Delta
-from mtl_export.merge.hashed_files import PAGE, WriteLane
+from mtl_export.merge.hashed_files import PAGE, HashedOutput
 from mtl_export.merge.rounding import Scratch
 
 # Stored shapes of a LLaMA of 1.1 B parameters: q and o, k and v, gate and up, down.
@@ -73,7 +73,7 @@ class Bench:
         skipped = -memory.ctypes.data % PAGE
         used = memory[skipped : skipped + TASKS * BLOCKS * self.count * BYTES]
         self.outputs = used.view(ml_dtypes.bfloat16).reshape(TASKS, BLOCKS, self.count)
-        self._lane = WriteLane(folder / f"{os.getpid()}-{width}", b"", 1 << 30)
+        self._lane = HashedOutput(folder / f"{os.getpid()}-{width}", b"", 1 << 30)
 
     def write(self, output: Array) -> None:
         """Write whole pages of a task's output; hashing is a stage of its own."""

@@ -22,7 +22,7 @@ from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.errors import IntegrityError, OutputError
 from mtl_export.merge import chunks
 from mtl_export.merge import one_pass as stream
-from mtl_export.merge.hashed_files import WriteLane
+from mtl_export.merge.hashed_files import HashedOutput
 from mtl_export.merge.writer import MergeOptions
 from mtl_export_cli.main import cli
 from tests.bundle.merges import REFERENCED, TASKS, assert_whole, request_for, statuses, tensors_of
@@ -125,13 +125,13 @@ def test_an_interrupt_leaves_what_resume_takes_up(
     assert len(rests) == 1
     assert rests[0].startswith(".merge.mtl-export-")
     written: list[int] = []
-    original = WriteLane.write
+    original = HashedOutput.write
 
-    def counted(self: WriteLane, offset: int, data: memoryview, address: int) -> None:
+    def counted(self: HashedOutput, offset: int, data: memoryview, address: int) -> None:
         written.append(len(data))
         original(self, offset, data, address)
 
-    monkeypatch.setattr(WriteLane, "write", counted)
+    monkeypatch.setattr(HashedOutput, "write", counted)
     merge_tasks(request_for(bound, out, resume=True))
     everything = 3 * sum(piece.size_bytes for piece in tensors_of(bound))
     assert sum(written) < 0.6 * everything

@@ -18,7 +18,7 @@ from mtl_export.bundle.manifest import (
     write_manifest,
 )
 from mtl_export.bundle.staging import locked
-from mtl_export.bundle.verify import NO_TORCH, NO_VECTORS, REMARK, Check, verify_folder
+from mtl_export.bundle.verify import NO_TORCH, NO_VECTORS, REMARK, VerifiedItem, verify_folder
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.errors import BackendMissingError, IntegrityError, UsageError
 from mtl_export.runtime.golden import GOLDEN_FILE, Vector, golden_bytes
@@ -75,7 +75,7 @@ def out(tmp_path: Path) -> Path:
     return root
 
 
-def verdicts(checks: list[Check]) -> list[tuple[str, str, str]]:
+def verdicts(checks: list[VerifiedItem]) -> list[tuple[str, str, str]]:
     """Return folder, kind and verdict of each check."""
     return [(one.folder, one.kind, one.verdict) for one in checks]
 
@@ -164,7 +164,7 @@ def test_a_file_among_outputs_fails(out: Path) -> None:
     """What lies beside the outputs is in no manifest."""
     (out.parent / "notes.txt").write_text("x")
     checks = verify_folder(out.parent)
-    assert checks[0] == Check(
+    assert checks[0] == VerifiedItem(
         ".", "files", "notes.txt", "failed", "notes.txt belongs to no manifest"
     )
 
@@ -251,9 +251,9 @@ def test_a_task_without_a_folder_is_told(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "onnx" / "spam")
     what = "1 of 2 tasks have no folder"
     *_, remark = verify_folder(tmp_path)
-    assert remark == Check("onnx", REMARK, what, "not-run", "spam")
+    assert remark == VerifiedItem("onnx", REMARK, what, "not-run", "spam")
     *_, failed = verify_folder(tmp_path, all_tasks=True)
-    assert failed == Check("onnx", "files", what, "failed", "spam")
+    assert failed == VerifiedItem("onnx", "files", what, "failed", "spam")
 
 
 def test_other_sources_in_the_manifest_than_in_the_graph_fail(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mtl_export.runtime.ort import OrtRunner
 from mtl_export_calibration.deltas import DeltaSource
 from mtl_export_calibration.formats import FORMATS, INT4, INT8, NumberFormat
 from mtl_export_calibration.layers import find_layers
-from mtl_export_calibration.qdq import Recipe, quantise
+from mtl_export_calibration.qdq import QuantisationPlan, quantise
 from mtl_export_calibration.weights import refusal
 from tests.calibration import test_qdq as qdq
 from tests.graph import marked
@@ -38,7 +38,7 @@ def written(folder: Path, number: NumberFormat, **rows: Array) -> tuple[Path, Pa
     ir.save(qdq.model(), exact)
     model = qdq.model()
     layers = [layer for layer in find_layers(model) if not refusal(layer, number)]
-    ir.save(quantise(model, Recipe(number, layers, qdq.RANGES, rows=rows)), rounded)
+    ir.save(quantise(model, QuantisationPlan(number, layers, qdq.RANGES, rows=rows)), rounded)
     return exact, rounded
 
 
@@ -150,7 +150,7 @@ def test_a_change_that_was_kept_apart_is_no_difference(tmp_path: Path) -> None:
     ir.save(model, exact)
     layers = find_layers(model, heads=bound.adapters.heads)
     apart = frozenset(layer.name for layer in layers)
-    recipe = Recipe(INT8, layers, {layer.x: 4.0 for layer in layers}, apart)
+    recipe = QuantisationPlan(INT8, layers, {layer.x: 4.0 for layer in layers}, apart)
     ir.save(quantise(model, recipe, DeltaSource(bound, task)), rounded)
     assert write_dequantised(rounded, exact, tmp_path / "plain.onnx") == []
     x = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)

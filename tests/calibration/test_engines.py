@@ -14,7 +14,7 @@ from mtl_export_calibration import modelopt
 from mtl_export_calibration.collect import collect
 from mtl_export_calibration.engines import engine_named, refuse_combination
 from mtl_export_calibration.formats import FP8, INT4, INT8, NumberFormat
-from mtl_export_calibration.measure import Options, Target, Work, measure
+from mtl_export_calibration.measure import ExportedGraph, Options, Work, measure
 from tests.calibration import toys
 
 
@@ -23,7 +23,7 @@ def work(folder: Path, engine: str) -> Work:
     graph = toys.write_graph(folder / "graph")
     rows = toys.samples(4)
     options = Options(INT8, "max", threads=1, engine=engine)
-    return Work(toys.bound(), (Target(graph, None),), rows, rows, options, folder / "cache")
+    return Work(toys.bound(), (ExportedGraph(graph, None),), rows, rows, options, folder / "cache")
 
 
 def test_the_default_engine_needs_nothing_more() -> None:

@@ -21,7 +21,7 @@ from mtl_export.runtime.ort import OrtRunner, onnx_metadata
 from mtl_export_calibration.evaluate import answers
 from mtl_export_calibration.formats import FP8, INT4, INT8
 from mtl_export_calibration.job import GraphJob
-from mtl_export_calibration.measure import Options, Target, Work, measure
+from mtl_export_calibration.measure import ExportedGraph, Options, Work, measure
 from mtl_export_calibration.report import GraphReport
 from tests.calibration import toys
 from tests.graph import marked
@@ -49,7 +49,7 @@ def judged(source: Path) -> Samples:
 
 def work(source: Path, judged: Samples, cache: Path, options: Options = OPTIONS) -> Work:
     """Return the work on the toy's single graph."""
-    target = Target(source, None)
+    target = ExportedGraph(source, None)
     return Work(toys.bound(), (target,), toys.samples(64), judged, options, cache)
 
 
@@ -231,7 +231,7 @@ def test_merged_graphs_have_ranges_of_their_own(
     source: Path, judged: Samples, tmp_path: Path
 ) -> None:
     """Per task by default, all together if asked, which needs the graphs of all tasks."""
-    targets = tuple(Target(source, task) for task in toys.TASKS)
+    targets = tuple(ExportedGraph(source, task) for task in toys.TASKS)
     both = replace(work(source, judged, tmp_path / "cache"), targets=targets)
     own = measure(both)
     assert own["quiet"].amax["e"] < own["loud"].amax["e"] / 4
@@ -257,7 +257,7 @@ def small_change(tmp_path: Path, options: Options) -> Work:
     ir.save(MergeTaskPass(bound, task)(marked.model()).model, tmp_path / "model.onnx")
     x = np.random.default_rng(0).normal(size=(64, 3, 5)).astype(np.float32)
     rows = Samples({"x": x}, np.full(64, task.index), np.full(64, -1))
-    return Work(bound, (Target(tmp_path, task),), rows, rows, options, tmp_path / "cache")
+    return Work(bound, (ExportedGraph(tmp_path, task),), rows, rows, options, tmp_path / "cache")
 
 
 def test_a_change_below_the_steps_is_added_in_float(tmp_path: Path) -> None:

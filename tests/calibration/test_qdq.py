@@ -18,7 +18,7 @@ from mtl_export.runtime.ort import OrtRunner
 from mtl_export_calibration.deltas import DeltaSource, swallowed_layers
 from mtl_export_calibration.formats import FORMATS, FP8, INT4, INT8, NumberFormat
 from mtl_export_calibration.layers import find_layers
-from mtl_export_calibration.qdq import Recipe, quantise
+from mtl_export_calibration.qdq import QuantisationPlan, quantise
 from mtl_export_calibration.weights import refusal, weight_grid
 
 I, O = 64, 6  # noqa: E741 - the shapes' own names
@@ -76,7 +76,7 @@ def quantised(number: NumberFormat, path: Path) -> ir.Model:
     """Write the quantised graph to ``path``, check it and return it."""
     original = model()
     layers = [layer for layer in find_layers(original) if not refusal(layer, number)]
-    result = quantise(original, Recipe(number, layers, RANGES))
+    result = quantise(original, QuantisationPlan(number, layers, RANGES))
     ir.save(result, path)
     onnx.checker.check_model(str(path), full_check=True)
     return result
@@ -164,7 +164,7 @@ def test_operators_that_changed_forbid_a_higher_opset() -> None:
     original.graph.append(node)
     layers = find_layers(original)[:1]
     with pytest.raises(GraphError, match="GroupNormalization"):
-        quantise(original, Recipe(INT4, layers, {}))
+        quantise(original, QuantisationPlan(INT4, layers, {}))
 
 
 def test_layers_are_found_by_their_module() -> None:
@@ -199,7 +199,7 @@ def test_the_low_rank_path_stays_as_it_is() -> None:
     found = find_layers(original)
     assert {layer.op_type for layer in found} == {"MatMul"}
     assert len(found) == 2
-    result = quantise(original, Recipe(INT8, found, {"x": 3.0}))
+    result = quantise(original, QuantisationPlan(INT8, found, {"x": 3.0}))
     calls = [node for node in result.graph if node.op_type == functions.TASK_DELTA]
     assert len(calls) == 2
     assert all(node.inputs[0] is not None and node.inputs[0].name == "x" for node in calls)
@@ -229,7 +229,7 @@ def test_a_delta_kept_apart_is_added_in_full(tmp_path: Path) -> None:
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     seen = list(ReferenceEvaluator(proto).run(None, {"x": x}))[1:]
     ranges = {n: float(np.abs(v).max()) for n, v in zip(names, seen, strict=True)}
-    recipe = Recipe(INT8, layers, ranges,
+    recipe = QuantisationPlan(INT8, layers, ranges,
                     frozenset(one.name for one in layers))  # fmt: skip
     result = quantise(again, recipe, source)
     assert (

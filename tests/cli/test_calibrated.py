@@ -6,7 +6,7 @@ from mtl_export_calibration.evaluate import TaskScore
 from mtl_export_calibration.formats import format_named
 from mtl_export_calibration.measure import Options
 from mtl_export_calibration.ranges import Cut
-from mtl_export_calibration.report import GraphReport, Measured
+from mtl_export_calibration.report import GraphRanges, GraphReport
 from mtl_export_calibration.run import Outcome
 from mtl_export_cli.calibrated import print_outcomes
 
@@ -18,7 +18,7 @@ def printed(
     sqnr_db = {"q": {"spam": 20.0}, "k": {"spam": 18.0}}
     report = GraphReport(
         graph="single graph", number=number, method="max", engine="onnxruntime",
-        combine="union", measured=Measured({}, {}, sqnr_db, {"spam": cut}, {}),
+        combine="union", measured=GraphRanges({}, {}, sqnr_db, {"spam": cut}, {}),
         scores=(TaskScore("spam", 90, 90, 0.9, 0.88, 0.97, drop, 20.0),),
         excluded=(), apart=(), notes=(), max_drop=1.0, trials=trials, data={},
     )  # fmt: skip

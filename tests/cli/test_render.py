@@ -37,7 +37,7 @@ def on_terminal(function: Callable[..., object], *arguments: object) -> str:
 
 def run_steps(settings: Settings) -> None:
     """Run two steps, the first with something to report inside."""
-    with render.Talk.from_settings(settings).steps(2) as steps:
+    with render.Messages.from_settings(settings).steps(2) as steps:
         steps.begin("merge: a")
         steps.within(1, 2)
         steps.begin("merge: [b]")
@@ -73,7 +73,7 @@ def test_quiet_twice_says_nothing() -> None:
 
 def test_a_callers_count_of_steps_is_followed(capsys: pytest.CaptureFixture[str]) -> None:
     """A stage that counts for itself says done and total; its last call ends no new step."""
-    with render.Talk.from_settings(Settings()).steps(0) as steps:
+    with render.Messages.from_settings(Settings()).steps(0) as steps:
         for done, name in enumerate(("oracle", "merged a", "done")):
             steps.at(name, done, 2)
     assert capsys.readouterr().err == "[1/2] oracle\n[2/2] merged a\n"
@@ -82,7 +82,7 @@ def test_a_callers_count_of_steps_is_followed(capsys: pytest.CaptureFixture[str]
 def test_notes_obey_verbosity(capsys: pytest.CaptureFixture[str]) -> None:
     """Notes go away with -q, details come with -v, both on stderr."""
     for verbosity in (-1, 0, 1):
-        talk = render.Talk(verbosity, bars=False)
+        talk = render.Messages(verbosity, bars=False)
         talk.note(f"note {verbosity}")
         talk.detail(f"detail {verbosity}")
     assert capsys.readouterr() == ("", "note 0\nnote 1\ndetail 1\n")
@@ -144,9 +144,9 @@ HOSTILE = "x\x1b]0;owned\x07\x1b[2J\u009b31m\n::error::fake\r\u202e\u2028y"
         lambda text: render.print_facts([(text, text)]),
         lambda text: render.print_table([text], [[text]], title=text),
         lambda text: render.print_json({text: text}),
-        render.Talk(1, bars=False).note,
-        render.Talk(1, bars=False).detail,
-        lambda text: render.Steps(1, render.Talk(0, bars=False)).begin(text),
+        render.Messages(1, bars=False).note,
+        render.Messages(1, bars=False).detail,
+        lambda text: render.Steps(1, render.Messages(0, bars=False)).begin(text),
     ],
 )
 @pytest.mark.usefixtures("environment")

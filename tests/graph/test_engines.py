@@ -20,7 +20,7 @@ from mtl_export.graph.writer import write_graph
 from mtl_export.tensorrt import EngineManifest, build_engine, default_profile
 from mtl_export_calibration.formats import format_named
 from mtl_export_calibration.layers import find_layers
-from mtl_export_calibration.qdq import Recipe, quantise
+from mtl_export_calibration.qdq import QuantisationPlan, quantise
 
 pytest.importorskip("tensorrt_rtx", reason="engines are built by tensorrt_rtx")
 
@@ -63,6 +63,6 @@ def test_quantised_single_graph_becomes_an_engine(
     layers = find_layers(model)
     assert len(layers) > 5
     amax = {layer.x: 4.0 for layer in layers}
-    quantised = quantise(model, Recipe(format_named(number), layers, amax))
+    quantised = quantise(model, QuantisationPlan(format_named(number), layers, amax))
     manifest = engine_of(quantised, bound, tmp_path)
     assert {name, "float32"} <= set(manifest.precision)

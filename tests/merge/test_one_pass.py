@@ -26,11 +26,11 @@ from mtl_export.merge import hashed_files as lanes
 from mtl_export.merge import one_pass as stream
 from mtl_export.merge import workers as crew
 from mtl_export.merge.base_files import BaseFiles
-from mtl_export.merge.fold_chunk import Maker
-from mtl_export.merge.hashed_files import Progress, WriteLane
+from mtl_export.merge.fold_chunk import ChunkFolder
+from mtl_export.merge.hashed_files import HashedOutput, HashedPrefix
 from mtl_export.merge.writer import (
     MergeOptions,
-    Written,
+    MergeState,
     layout_of,
     write_companions,
     write_merged,
@@ -55,7 +55,7 @@ def write_all(
         shared.mkdir()
     written = write_tasks(bound, folders, plan, shared=shared)
     for path, progress in written.files.items():
-        assert progress == Progress(path.stat().st_size, sha256_of_file(path))
+        assert progress == HashedPrefix(path.stat().st_size, sha256_of_file(path))
     for task, place in folders.items():
         write_companions(bound, task, place, plan, dtype=options.dtype, shared="../_shared/")
     return folders
@@ -122,15 +122,15 @@ def test_files_past_the_page_cache_are_the_same(
     bound = bases.bound_model(base, bases.write_checkpoint(tmp_path / "adapter"))
     expected = write_all(bound, tmp_path / "cached")
     direct = []
-    original = WriteLane._write_directly
+    original = HashedOutput._write_directly
 
-    def counted(self: WriteLane, data: memoryview, offset: int) -> None:
+    def counted(self: HashedOutput, data: memoryview, offset: int) -> None:
         direct.append(len(data))
         assert offset % lanes.PAGE == 0
         assert len(data) % lanes.PAGE == 0
         original(self, data, offset)
 
-    monkeypatch.setattr(WriteLane, "_write_directly", counted)
+    monkeypatch.setattr(HashedOutput, "_write_directly", counted)
     for module in (lanes, layout):
         monkeypatch.setattr(module, "DIRECT_BYTES", 1)
     found = write_all(bound, tmp_path / "direct")
@@ -265,7 +265,7 @@ def test_a_worker_that_is_killed_is_told(
     monkeypatch.setattr(stream, "core_count", lambda: 2)
     base = bases.write_base(tmp_path / "base")
     bound = bases.bound_model(base, bases.write_checkpoint(tmp_path / "adapter"))
-    make, lock = Maker.make, tmp_path / "killed"
+    make, lock = ChunkFolder.make, tmp_path / "killed"
 
     def killed(*arguments: Any) -> Any:
         with suppress(FileExistsError):
@@ -274,7 +274,7 @@ def test_a_worker_that_is_killed_is_told(
             os.kill(os.getpid(), signal.SIGKILL)
         return make(*arguments)
 
-    monkeypatch.setattr(Maker, "make", killed)
+    monkeypatch.setattr(ChunkFolder, "make", killed)
     with pytest.raises(RuntimeError, match="a worker process has died"):
         write_all(bound, tmp_path / "out")
 
@@ -290,12 +290,12 @@ def test_what_an_earlier_run_wrote_is_taken_up(
     plan = layout_of(bound, tasks, MergeOptions())
     whole = write_all(bound, tmp_path / "whole")
     folders = {task: tmp_path / "again" / task.name for task in tasks}
-    stopped: list[Written] = []
+    stopped: list[MergeState] = []
 
     class StopError(Exception):
         """Ends the first run."""
 
-    def stop(done: int, total: int, written: Written) -> None:
+    def stop(done: int, total: int, written: MergeState) -> None:
         if total // 3 < done:
             stopped.append(written)
             raise StopError
@@ -312,13 +312,13 @@ def test_what_an_earlier_run_wrote_is_taken_up(
         opened.seek(3000)
         opened.write(b"\x00\x01\x02\x03\x04\x05\x06")
     written: list[int] = []
-    original = WriteLane.write
+    original = HashedOutput.write
 
-    def counted(self: WriteLane, offset: int, data: memoryview, address: int) -> None:
+    def counted(self: HashedOutput, offset: int, data: memoryview, address: int) -> None:
         written.append(len(data))
         original(self, offset, data, address)
 
-    monkeypatch.setattr(WriteLane, "write", counted)
+    monkeypatch.setattr(HashedOutput, "write", counted)
     result = write_tasks(bound, folders, plan, resumed=before)
     kept = sum(p.done_bytes for path, p in before.files.items() if path != damaged)
     assert sum(written) <= plan.size_bytes - kept

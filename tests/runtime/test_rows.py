@@ -12,7 +12,7 @@ import pytest
 
 from mtl_export.errors import UsageError
 from mtl_export.runtime import TaskSession
-from mtl_export.runtime.rows import Field, Rows, own_part, rows_from
+from mtl_export.runtime.rows import Field, RowBatch, own_part, rows_from
 
 BATCH = "batch"
 IMAGES = (Field("pixel_values", (BATCH, 3, 16, 16), "float32"),)
@@ -26,7 +26,7 @@ REGIONS = (
 )
 
 
-def rows(fields: tuple[Field, ...], inputs: dict[str, Any], **options: Any) -> Rows:
+def rows(fields: tuple[Field, ...], inputs: dict[str, Any], **options: Any) -> RowBatch:
     """Read ``inputs`` for a graph with ``fields``."""
     return rows_from(inputs, fields, pad_token_id=1, where="graph", **options)
 

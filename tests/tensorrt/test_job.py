@@ -191,7 +191,7 @@ def test_a_folder_that_refuses_does_not_lose_the_others(
 def test_an_outer_folder_is_put_in_place_while_nothing_is_written_inside(
     models: Path, tmp_path: Path
 ) -> None:
-    """Its lane waits for the one that writes inside it, and nothing is lost in the swap."""
+    """Its builder waits for the one that writes inside it, and nothing is lost in the swap."""
     places = Places()
     outer = EngineOrder(
         name="outer",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mtl_export.errors import EngineBuildError, IntegrityError, OutputError
-from mtl_export.tensorrt import Check, EngineManifest, Profile, manifest_path
+from mtl_export.tensorrt import BuildCheck, EngineManifest, Profile, manifest_path
 from mtl_export.tensorrt.available import BuilderInfo
 from mtl_export.tensorrt.describe import describe_engine
 from mtl_export.tensorrt.header import read_header, sha256_of_graph
@@ -44,7 +44,7 @@ def manifest() -> EngineManifest:
         options={"optimization_level": 3},
         libraries={"onnx": "1.23.2"},
         targets=("8.6",),
-        validated=(Check("it opens", "not-run", "no GPU"),),
+        validated=(BuildCheck("it opens", "not-run", "no GPU"),),
     )
 
 

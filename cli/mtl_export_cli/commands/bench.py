@@ -65,7 +65,7 @@ def command(
         eager=not no_eager,
         threads=threads,
     )
-    with render.Talk.from_settings(settings).steps() as steps:
+    with render.Messages.from_settings(settings).steps() as steps:
         result = run_bench(settings, request, steps)
     if settings.json:
         render.print_json({"ok": True, "command": "bench", **result.as_dict()})

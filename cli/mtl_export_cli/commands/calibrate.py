@@ -128,7 +128,7 @@ def command(
         threads=threads,
         engine=engine,
     )
-    with render.Talk.from_settings(settings).steps() as steps:
+    with render.Messages.from_settings(settings).steps() as steps:
         request = CalibrationRequest(
             settings, chosen, data or "", judge or data or "", samples, seed, steps
         )

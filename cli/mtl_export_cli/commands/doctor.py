@@ -35,7 +35,7 @@ INSTALL_ORT = "pip install 'mtl-export[cpu]'"
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Requirement:
     """One thing that is there or not.
 
     Attributes:
@@ -63,8 +63,8 @@ def command(settings: Settings) -> None:
     only merges, a missing GPU is no fault.
     """
     findings = [
-        Finding("mtl-export", PRESENT, VERSION),
-        Finding("python", PRESENT, f"{platform.python_version()} on {platform.platform()}"),
+        Requirement("mtl-export", PRESENT, VERSION),
+        Requirement("python", PRESENT, f"{platform.python_version()} on {platform.platform()}"),
         *(_package(name, cost) for name, cost in CORE.items()),
         _onnxruntime(),
         _gpu(),
@@ -82,37 +82,37 @@ def command(settings: Settings) -> None:
             render.print_line(f"Without {one.name}: {one.cost}. {one.fix}".rstrip())
 
 
-def _package(name: str, cost: str, fix: str = REPAIR) -> Finding:
+def _package(name: str, cost: str, fix: str = REPAIR) -> Requirement:
     try:
-        return Finding(name, PRESENT, version(name))
+        return Requirement(name, PRESENT, version(name))
     except PackageNotFoundError:
-        return Finding(name, MISSING, "not installed", cost, fix)
+        return Requirement(name, MISSING, "not installed", cost, fix)
 
 
-def _onnxruntime() -> Finding:
+def _onnxruntime() -> Requirement:
     cost = "parity cannot run graphs"
     try:
         import onnxruntime
     except ImportError as error:
-        return Finding("onnxruntime", MISSING, _first_line(error), cost, INSTALL_ORT)
+        return Requirement("onnxruntime", MISSING, _first_line(error), cost, INSTALL_ORT)
     providers = ", ".join(
         name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()
     )
-    return Finding("onnxruntime", PRESENT, f"{onnxruntime.__version__} ({providers})")
+    return Requirement("onnxruntime", PRESENT, f"{onnxruntime.__version__} ({providers})")
 
 
-def _gpu() -> Finding:
+def _gpu() -> Requirement:
     from mtl_export.tensorrt.available import find_gpu
 
     gpu = find_gpu()
     if not gpu.problem:
-        return Finding("NVIDIA GPU", PRESENT, f"compute capability {gpu.capability}")
-    return Finding(
+        return Requirement("NVIDIA GPU", PRESENT, f"compute capability {gpu.capability}")
+    return Requirement(
         "NVIDIA GPU", MISSING, gpu.problem, "engines can be built by tensorrt_rtx, not run"
     )
 
 
-def _builders() -> list[Finding]:
+def _builders() -> list[Requirement]:
     from mtl_export.tensorrt.available import INSTALL_FULL, INSTALL_RTX, available_builder
 
     findings = []
@@ -123,10 +123,10 @@ def _builders() -> list[Finding]:
         try:
             info = available_builder(name)
         except BackendMissingError as error:
-            findings.append(Finding(name, MISSING, error.problem, cost, fix))
+            findings.append(Requirement(name, MISSING, error.problem, cost, fix))
         else:
             runs = "" if info.can_run else f"; cannot run here: {info.reason}"
-            findings.append(Finding(name, PRESENT, f"{info.version}, builds engines{runs}"))
+            findings.append(Requirement(name, PRESENT, f"{info.version}, builds engines{runs}"))
     return findings
 
 

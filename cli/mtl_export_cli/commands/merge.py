@@ -68,7 +68,7 @@ def command(
     choices = MergeChoices(
         layout, "reference" if is_meant else None, max_shard_size, resume, verify
     )
-    with render.Talk.from_settings(settings).steps() as steps:
+    with render.Messages.from_settings(settings).steps() as steps:
         merged = merge_requested(settings, choices, steps)
     _print(settings, merged, report=report)
 

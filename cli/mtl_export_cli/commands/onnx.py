@@ -64,6 +64,6 @@ def command(
     """
     is_per_task = graphs.layout_or_default(settings, layout) == PER_TASK
     linked = link_data and (is_per_task or "link_data" in settings.typed)
-    with render.Talk.from_settings(settings).steps() as steps:
+    with render.Messages.from_settings(settings).steps() as steps:
         written = export_requested(settings, layout, form, steps, link_data=linked)
     print_written("onnx", written, as_json=settings.json)

@@ -130,7 +130,7 @@ def command(
             bisect=bisect,
             require_run=require_run,
         )
-        with render.Talk.from_settings(settings).steps() as steps:
+        with render.Messages.from_settings(settings).steps() as steps:
             result = judge_exports(settings, request, steps)
         write_reports(report, result.report)
     if settings.json:

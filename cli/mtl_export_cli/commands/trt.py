@@ -100,7 +100,7 @@ def command(
     others are built all the same, and the exit code is 6.
     """
     request = EngineRequest(layout, quantize, jobs, form, choices)
-    with render.Talk.from_settings(settings).steps() as steps:
+    with render.Messages.from_settings(settings).steps() as steps:
         found = build_requested(settings, request, steps)
     _print(settings, found)
     return _exit_code(found.failed)

@@ -14,7 +14,7 @@ from mtl_export_cli import options, render
 from mtl_export_cli.options import option, with_settings
 
 if TYPE_CHECKING:
-    from mtl_export.bundle.verify import Check
+    from mtl_export.bundle.verify import VerifiedItem
 
 VERDICTS = ("passed", "failed", "not-run")
 WORDS = {"files": "not run:", "golden": "not run:", "remark": "remark:"}
@@ -68,17 +68,17 @@ def command(
     whoever can change a file can write a manifest that fits. --expect, with a digest that came
     another way than the folder, shows that too.
     """
-    talk = render.Talk.from_settings(settings)
+    messages = render.Messages.from_settings(settings)
     found = verify(
         folder,
         require_run=require_run,
         require_all_tasks=require_all_tasks,
         expect=expect,
         threads=threads,
-        progress=render.Steps(0, talk),
+        progress=render.Steps(0, messages),
     )
     if found.missing:
-        talk.note(f"--require-run: {found.missing}")
+        messages.note(f"--require-run: {found.missing}")
     if settings.json:
         render.print_json(found.as_dict())
     else:
@@ -103,7 +103,7 @@ def _print(found: Verification) -> None:
     )
 
 
-def _summary(checks: Sequence[Check], folder: str, kind: str) -> str:
+def _summary(checks: Sequence[VerifiedItem], folder: str, kind: str) -> str:
     own = [check for check in checks if check.folder == folder and check.kind == kind]
     if len(own) == 1 and (kind == "files" or own[0].verdict == "not-run"):
         return f"{own[0].what} {own[0].verdict}" if kind == "files" else own[0].verdict

@@ -39,7 +39,7 @@ from mtl_export.checkpoint.checkpoint import (
     check_task_names,
 )
 from mtl_export.checkpoint.formats.mtlora_swin_file import StoredModel, is_mtlora, read_stored
-from mtl_export.checkpoint.formats.mtlora_swin_settings import MODES, Settings, settings_of
+from mtl_export.checkpoint.formats.mtlora_swin_settings import MODES, SwinSettings, settings_of
 from mtl_export.checkpoint.hashing import sha256_of_files
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import AdapterError, CheckpointError, UsageError, shortened
@@ -144,7 +144,7 @@ def _refuse_forks(stored: StoredModel) -> None:
 
 
 def _tasks(
-    path: Path, stored: StoredModel, settings: Settings, order: Sequence[str] | None
+    path: Path, stored: StoredModel, settings: SwinSettings, order: Sequence[str] | None
 ) -> tuple[str, ...]:
     """Return the tasks in id order."""
     found = {match["task"] for name in stored.tensors if (match := _HEAD.fullmatch(name))}
@@ -205,7 +205,7 @@ def _refuse_unknown(stored: StoredModel, keys: Mapping[str, _Key], tasks: Sequen
 
 
 def _layers(
-    stored: StoredModel, settings: Settings, keys: Mapping[str, _Key], tasks: Sequence[str]
+    stored: StoredModel, settings: SwinSettings, keys: Mapping[str, _Key], tasks: Sequence[str]
 ) -> dict[str, LayerTensors]:
     """Return the adapted layers, once their tensors fit each other and the configuration."""
     found: dict[str, dict[str, Tensor]] = {}
@@ -313,7 +313,7 @@ def _last_block(stage: int, layers: Mapping[str, LayerTensors]) -> int:
     return max(map(int, blocks), default=-1)
 
 
-def _notes(stored: StoredModel, settings: Settings, tasks: Sequence[str]) -> tuple[str, ...]:
+def _notes(stored: StoredModel, settings: SwinSettings, tasks: Sequence[str]) -> tuple[str, ...]:
     notes = [f"mode {settings.mode}; scales of each stage: {settings.described(tasks)}"]
     for task in tasks:
         ends = (f"decoders.decoders.{task}.{name}" for name in _LAST_CONVOLUTIONS)

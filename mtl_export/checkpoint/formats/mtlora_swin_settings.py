@@ -20,7 +20,7 @@ STAGES = 4
 
 
 @dataclass(frozen=True)
-class Settings:
+class SwinSettings:
     """What decides the numbers.
 
     Attributes:
@@ -56,7 +56,7 @@ class Settings:
         return ", ".join(f"{name} {'/'.join(f'{v:g}' for v in v4)}" for name, v4 in lists.items())
 
 
-def settings_of(where: str, config: Mapping[str, Any]) -> Settings:
+def settings_of(where: str, config: Mapping[str, Any]) -> SwinSettings:
     """Return the settings in a configuration.
 
     Args:
@@ -94,7 +94,7 @@ def settings_of(where: str, config: Mapping[str, Any]) -> Settings:
     if problems or not isinstance(tasks, (list, tuple)):
         raise _refusal(where, problems or [f"TASKS {tasks!r}"])
     heads = model.get("DECODER_HEAD")
-    return Settings(
+    return SwinSettings(
         mode=mode,
         tasks=tuple(map(str, tasks)),
         shared_scale=shared,

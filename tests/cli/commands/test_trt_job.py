@@ -25,14 +25,16 @@ CALIBRATE = ("calibrate", "--max-drop", "100", "--threads", "1", "--data", "rows
 @pytest.fixture
 def topic_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every build of the task ``topic`` be refused."""
-    build = lanes.LocalLane.build
+    build = lanes.LocalBuilder.build
 
-    def refusing(lane: lanes.LocalLane, onnx_path: Path, *args: object, **options: object) -> None:
+    def refusing(
+        lane: lanes.LocalBuilder, onnx_path: Path, *args: object, **options: object
+    ) -> None:
         if onnx_path.parent.name == "topic":
             raise EngineBuildError(f"{onnx_path}: refused", fix="Try again")
         build(lane, onnx_path, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(lanes.LocalLane, "build", refusing)
+    monkeypatch.setattr(lanes.LocalBuilder, "build", refusing)
 
 
 def test_a_failing_task_does_not_lose_the_others(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mtl_export.bundle.manifest import read_manifest, write_manifest
-from mtl_export.bundle.verify import Check
+from mtl_export.bundle.verify import VerifiedItem
 from mtl_export.checkpoint.hashing import sha256_of_file
 from tests.cli.conftest import Run
 
@@ -86,9 +86,9 @@ def test_a_graph_keeps_the_sources_it_was_made_from(graphs: Path, tmp_path: Path
 def test_what_golden_vectors_allow_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass within anything is none."""
     checks = [
-        Check(".", "files", "3 files", "passed"),
-        Check(".", "golden", "model.onnx, spam", "passed", within=1e-6),
-        Check(".", "golden", "model.onnx, mixed", "passed", within=1e9),
+        VerifiedItem(".", "files", "3 files", "passed"),
+        VerifiedItem(".", "golden", "model.onnx, spam", "passed", within=1e-6),
+        VerifiedItem(".", "golden", "model.onnx, mixed", "passed", within=1e9),
     ]
     monkeypatch.setattr("mtl_export.bundle.verify.verify_folder", lambda *_, **__: checks)
     assert "2 passed, errors up to 1.0e+09 allowed" in run("verify", "out").stdout
