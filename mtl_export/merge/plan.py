@@ -3,7 +3,7 @@
     strategy              on disk                    in memory, all tasks   to switch task
     merged, standalone    T base                     T base                 load base
     merged, shared        base + T touched           base + T touched       load touched
-    single graph          base + adapters            base + adapters        nothing: an input
+    single-graph          base + adapters            base + adapters        nothing: an input
     engine per task       T base                     T base                 load base
     single engine         base + adapters            base + adapters        nothing: an input
 

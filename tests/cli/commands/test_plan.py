@@ -15,9 +15,9 @@ def test_every_strategy_has_a_row(project: Path, run: Run) -> None:
     """The table names them, the last lines say which to take and what to type."""
     outcome = run("plan")
     assert outcome.code == 0
-    for name in ("merged, standalone", "merged, shared", "single graph", "engine per task"):
+    for name in ("merged, standalone", "merged, shared", "single-graph", "engine per task"):
         assert name in outcome.stdout
-    assert "recommended  single graph: one copy of the base serves all 3 tasks" in outcome.stdout
+    assert "recommended  single-graph: one copy of the base serves all 3 tasks" in outcome.stdout
     assert "mtl-export onnx --all-tasks" in outcome.stdout
     assert files_below(project / "out") == []
 
