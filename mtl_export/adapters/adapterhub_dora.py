@@ -18,11 +18,6 @@ its forward pass, which is what was trained and what is computed here.
 | m.weight   | magnitude | [O]    |
 
 Normal form: LoRA's, with gain = g and bias g . b.
-
->>> import numpy as np
->>> gain = row_gain(np.array([10.0]), weight=np.array([[3.0, 0.0]]), product=np.array([[0.0, 4.0]]))
->>> gain.tolist()
-[[2.0]]
 """
 
 from __future__ import annotations
@@ -31,9 +26,10 @@ import numpy as np
 
 from mtl_export.adapters import lora
 from mtl_export.adapters.base_layer import BaseLayer
+from mtl_export.adapters.dora import checked_gain
 from mtl_export.adapters.normal_form import LayerAdapter
+from mtl_export.adapters.roles import checked_values
 from mtl_export.checkpoint.checkpoint import LayerTensors
-from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CheckpointError
 
 NAME = "adapterhub_dora"
@@ -48,22 +44,16 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
             or a row of W + B A has no length.
         BaseModelError: There is no base.
     """
-    values = lora.checked_values(layer, required={"magnitude": "O"})
+    values = checked_values(layer, {**lora.ROLES, "magnitude": "O"})
     down, up = values["down"].astype(np.float64), values["up"].astype(np.float64)
     weight, product = base.weight().astype(np.float64), up @ down
     if weight.shape != product.shape:
         raise CheckpointError(
             f"{layer.module}: the base weight is {list(weight.shape)}",
-            expected=f"{list(product.shape)}, because the norm of W + B A is part of the weight",
+            expected=str(list(product.shape)),
             fix="Pass the base that the adapter was trained on to --base",
         )
-    gain = row_gain(values["magnitude"].astype(np.float64), weight=weight, product=product)
-    if not np.isfinite(gain).all():
-        raise CheckpointError(
-            f"{layer.module}: row {int(np.argmin(np.isfinite(gain[0])))} of W + B A is zero",
-            expected="rows with a direction, because DoRA divides each row by its length",
-            fix="Check that the base is the one the adapter was trained on",
-        )
+    gain = checked_gain(layer.module, values["magnitude"], weight + product, "W + B A")
     rank, kept = down.shape[0], base.bias()
     return LayerAdapter(
         module=layer.module,
@@ -73,16 +63,3 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
         gain=gain,
         bias=None if kept is None else gain * kept.astype(np.float64),
     )
-
-
-def row_gain(magnitude: Array, *, weight: Array, product: Array) -> Array:
-    """Return g = m / ||W + B A||, float64 ``[1, O]``.
-
-    Args:
-        magnitude: m ``[O]``.
-        weight: W ``[O, I]``.
-        product: B A ``[O, I]``, not scaled.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        gain: Array = magnitude / np.linalg.norm(weight + product, axis=1)
-    return gain[None]

@@ -33,6 +33,7 @@ import numpy as np
 from mtl_export.adapters import lora
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.normal_form import LayerAdapter
+from mtl_export.adapters.roles import checked_values
 from mtl_export.checkpoint.checkpoint import LayerTensors
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CheckpointError
@@ -49,7 +50,7 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
             V has no length.
         BaseModelError: There is no base, or it has another shape.
     """
-    values = lora.checked_values(layer, required={"magnitude": "O"})
+    values = checked_values(layer, {**lora.ROLES, "magnitude": "O"})
     rank = values["down"].shape[0]
     weight = lora.base_weight(values, base).astype(np.float64)
     direction = LayerAdapter(
@@ -58,13 +59,8 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
         core=lora.one_core(lora.scaling_of(layer, rank), rank),
         up=values["up"],
     )
-    gain = row_gain(values["magnitude"].astype(np.float64), weight + direction.delta(0))
-    if not np.isfinite(gain).all():
-        raise CheckpointError(
-            f"{layer.module}: row {int(np.argmin(np.isfinite(gain[0])))} of W + s B A is zero",
-            expected="rows with a direction, because DoRA divides each row by its length",
-            fix="Check that the base is the one the adapter was trained on",
-        )
+    directions = weight + direction.delta(0)
+    gain = checked_gain(layer.module, values["magnitude"], directions, "W + s B A")
     return dataclasses.replace(direction, gain=gain)
 
 
@@ -78,3 +74,19 @@ def row_gain(magnitude: Array, directions: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         gain: Array = magnitude / np.linalg.norm(directions, axis=1)
     return gain[None]
+
+
+def checked_gain(module: str, magnitude: Array, directions: Array, formula: str) -> Array:
+    """Return ``row_gain`` of the layer ``module``, in whose error V is called ``formula``.
+
+    Raises:
+        CheckpointError: A row of V has no length.
+    """
+    gain = row_gain(magnitude.astype(np.float64), directions)
+    if not np.isfinite(gain).all():
+        raise CheckpointError(
+            f"{module}: row {int(np.argmin(np.isfinite(gain[0])))} of {formula} is zero",
+            expected="rows with a direction: DoRA divides each row by its length",
+            fix="Check that the base is the one the adapter was trained on",
+        )
+    return gain

@@ -25,8 +25,9 @@ import numpy as np
 
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.normal_form import OwnAdapter
+from mtl_export.adapters.roles import checked_values
 from mtl_export.checkpoint.checkpoint import LayerTensors
-from mtl_export.errors import CheckpointError, HyperparameterError
+from mtl_export.errors import HyperparameterError
 
 NAME = "ia3"
 
@@ -39,18 +40,9 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> OwnAdapter:
         CheckpointError: ``scale`` is missing, or does not fit the base layer.
         BaseModelError: There is no base.
     """
-    found = {role: tensor.shape for role, tensor in layer.tensors.items()}
     out_features, in_features = base.weight().shape
-    if found != {"scale": (out_features,)}:
-        raise CheckpointError(
-            f"{layer.module}: "
-            f"{', '.join((f'{role} {list(shape)}' for role, shape in sorted(found.items())))}",
-            expected=(
-                f"scale [{out_features}], because the base layer has {out_features} outputs, each "
-                "with a factor of its own"
-            ),
-            fix="Pass the base that the adapter was trained on to --base",
-        )
+    fix = "Pass the base that the adapter was trained on to --base"
+    values = checked_values(layer, {"scale": str(out_features)}, fix=fix)
     scaling = layer.hyper.get("scaling", 1.0)
     if not np.isfinite(scaling):
         raise HyperparameterError(
@@ -60,7 +52,7 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> OwnAdapter:
             expected="a finite number",
             fix="Correct alpha in the adapter's config",
         )
-    gain = scaling * layer.tensors["scale"].widened().astype(np.float64)[None]
+    gain = scaling * values["scale"].astype(np.float64)[None]
     kept = base.bias()
     return OwnAdapter(
         module=layer.module,

@@ -33,6 +33,7 @@ import numpy as np
 from mtl_export.adapters import lora
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.normal_form import LayerAdapter
+from mtl_export.adapters.roles import checked_values
 from mtl_export.checkpoint.checkpoint import LayerTensors
 from mtl_export.checkpoint.tensors import Array
 
@@ -47,7 +48,7 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
         CheckpointError: A tensor is missing, or the shapes contradict each other.
         BaseModelError: There is no base, or it has another shape.
     """
-    values = lora.checked_values(layer, required={"diagonal": "r"})
+    values = checked_values(layer, {**lora.ROLES, "diagonal": "r"})
     weight = lora.base_weight(values, base)
     rank = values["down"].shape[0]
     left, least, right = least_directions(weight, rank)

@@ -35,11 +35,13 @@ import numpy as np
 
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.normal_form import LayerAdapter
+from mtl_export.adapters.roles import checked_values
 from mtl_export.checkpoint.checkpoint import LayerTensors
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import BaseModelError, CheckpointError, HyperparameterError
+from mtl_export.errors import BaseModelError, HyperparameterError
 
 NAME = "lora"
+ROLES = MappingProxyType({"down": "r, I", "up": "O, r"})
 
 
 def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
@@ -50,7 +52,7 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
         CheckpointError: A tensor is missing, or the shapes contradict each other.
         BaseModelError: ``up_bias`` was trained, and there is no base to add it to.
     """
-    values = checked_values(layer, optional={"up_bias": "O", "bias": "O"})
+    values = checked_values(layer, ROLES, {"up_bias": "O", "bias": "O"})
     scaling = scaling_of(layer, values["down"].shape[0])
     return LayerAdapter(
         module=layer.module,
@@ -81,7 +83,7 @@ def scaling_of(layer: LayerTensors, rank: int) -> float:
             layer.module,
             "alpha",
             "the checkpoint does not carry it" if scaling is None else f"s = {scaling}",
-            expected="a finite number, because the delta is multiplied by alpha / r",
+            expected="a finite number",
             fix="Pass --alpha (or set alpha in mtl-export.toml) with the value used in training",
         )
     return float(scaling)
@@ -112,45 +114,7 @@ def base_weight(values: Mapping[str, Array], base: BaseLayer) -> Array:
     if weight.shape != expected:
         raise BaseModelError(
             f"{base.module}.weight: shape {list(weight.shape)}",
-            expected=f"{list(expected)}, because this adapter's weights depend on it",
+            expected=str(list(expected)),
             fix="Pass the base that the adapter was trained on to --base",
         )
     return weight
-
-
-def checked_values(
-    layer: LayerTensors,
-    *,
-    required: Mapping[str, str] = MappingProxyType({}),
-    optional: Mapping[str, str] = MappingProxyType({}),
-) -> dict[str, Array]:
-    """Return the layer's values by role, float32 or float64, once their shapes fit.
-
-    Args:
-        layer: With ``down [r, I]`` and ``up [O, r]``.
-        required: Further roles that must be there, each a vector of length ``"O"`` or ``"r"``.
-        optional: The same for roles that may be there.
-
-    Raises:
-        CheckpointError: A tensor is missing or unknown, or the shapes contradict each other.
-    """
-    found = {role: tensor.shape for role, tensor in layer.tensors.items()}
-    needed = {"down", "up", *required}
-    fits = needed <= found.keys() <= needed | optional.keys()
-    if fits:
-        down, up = found["down"], found["up"]
-        fits = len(down) == len(up) == 2 and min(*down, *up) > 0 and up[1] == down[0]
-    if fits:
-        lengths = {"O": found["up"][:1], "r": found["down"][:1]}
-        vectors = {**required, **optional}
-        fits = all(found.get(role, lengths[of]) == lengths[of] for role, of in vectors.items())
-    if not fits:
-        wanted = "".join(f", {role} [{of}]" for role, of in required.items())
-        allowed = "".join(f", and maybe {role} [{of}]" for role, of in optional.items())
-        raise CheckpointError(
-            f"{layer.module}: "
-            f"{', '.join((f'{role} {list(shape)}' for role, shape in sorted(found.items())))}",
-            expected=f"down [r, I], up [O, r]{wanted}{allowed}, because the delta is up @ down",
-            fix="Re-save the adapter; all tensors of a layer must come from one training run",
-        )
-    return {role: tensor.widened() for role, tensor in layer.tensors.items()}

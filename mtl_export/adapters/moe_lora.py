@@ -24,17 +24,20 @@ Normal form: down = [A_1; ...; A_E], up = [B_1 ... B_E], core_t = s diag(g_t1 1,
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import numpy as np
 
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.lora import scaling_of
 from mtl_export.adapters.mtl_lora import softmax
 from mtl_export.adapters.normal_form import LayerAdapter
+from mtl_export.adapters.roles import checked_values
 from mtl_export.checkpoint.checkpoint import LayerTensors
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import CheckpointError
 
 NAME = "moe_lora"
+ROLES = MappingProxyType({"down": "E, q, I", "up": "E, O, q", "gate": "T, E"})
 
 
 def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
@@ -44,8 +47,7 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
         HyperparameterError: ``alpha`` is unknown.
         CheckpointError: A tensor is missing, or the shapes contradict each other.
     """
-    _check_shapes(layer)
-    values = {role: tensor.widened() for role, tensor in layer.tensors.items()}
+    values = checked_values(layer, ROLES)
     experts, expert_rank, in_features = values["down"].shape
     rank = experts * expert_rank
     return LayerAdapter(
@@ -70,26 +72,3 @@ def task_cores(*, gate: Array, expert_rank: int, scale: float) -> Array:
     diagonals = scale * np.repeat(weights, expert_rank, axis=1)
     cores: Array = diagonals[:, :, None] * np.eye(diagonals.shape[1])
     return cores
-
-
-def _check_shapes(layer: LayerTensors) -> None:
-    found = {role: tensor.shape for role, tensor in layer.tensors.items()}
-    fits = found.keys() == {"down", "up", "gate"}
-    if fits:
-        down, up, gate = found["down"], found["up"], found["gate"]
-        fits = (
-            len(down) == len(up) == 3
-            and len(gate) == 2
-            and min(*down, *up, *gate) > 0
-            and (up[0], up[2], gate[1]) == (down[0], down[1], down[0])
-        )
-    if not fits:
-        raise CheckpointError(
-            f"{layer.module}: "
-            f"{', '.join((f'{role} {list(shape)}' for role, shape in sorted(found.items())))}",
-            expected=(
-                "down [E, q, I], up [E, O, q], gate [T, E], because that is MoE-LoRA's sum over "
-                "experts"
-            ),
-            fix="Re-save the adapter; all experts of a layer must have one rank",
-        )

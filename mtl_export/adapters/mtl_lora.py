@@ -35,18 +35,22 @@ Normal form: down = A, up = [B_1 ... B_n], core_t = s c [p_t1 Lambda_t; ...; p_t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.normal_form import LayerAdapter
+from mtl_export.adapters.roles import checked_values
 from mtl_export.checkpoint.checkpoint import LayerTensors
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import CheckpointError, HyperparameterError
+from mtl_export.errors import HyperparameterError
 
 NAME = "mtl_lora"
-ROLES = frozenset({"down", "lambda", "up", "mixing"})
-OPTIONAL_ROLES = frozenset({"scaler"})
+ROLES = MappingProxyType(
+    {"down": "r, I", "lambda": "T, r, r or T, r", "up": "n, O, r", "mixing": "T, n"}
+)
+OPTIONAL_ROLES = MappingProxyType({"scaler": ""})
 
 
 def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
@@ -56,8 +60,7 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
         HyperparameterError: ``alpha`` or ``temperature`` is unknown, or tau <= 0.
         CheckpointError: A tensor is missing, or the shapes contradict each other.
     """
-    _check_shapes(layer)
-    values = {role: tensor.widened() for role, tensor in layer.tensors.items()}
+    values = checked_values(layer, ROLES, OPTIONAL_ROLES)
     rank = values["down"].shape[0]
     scale = hyper_parameter(layer, "alpha") / rank * learnt_scale(values)
     up_count, out_features, _ = values["up"].shape
@@ -120,7 +123,7 @@ def hyper_parameter(layer: LayerTensors, name: str) -> float:
             layer.module,
             name,
             "the checkpoint does not carry it",
-            expected="a number, because the training command knew it and the delta depends on it",
+            expected="a number",
             fix=f"Pass --{name} (or set {name} in mtl-export.toml) with the value used in training",
         )
     if not np.isfinite(value) or (name == "temperature" and value <= 0):
@@ -132,32 +135,3 @@ def hyper_parameter(layer: LayerTensors, name: str) -> float:
             fix=f"Pass the value used in training to --{name}",
         )
     return float(value)
-
-
-def _check_shapes(layer: LayerTensors) -> None:
-    found = {role: tensor.shape for role, tensor in layer.tensors.items()}
-    missing = ROLES - found.keys()
-    unknown = found.keys() - ROLES - OPTIONAL_ROLES
-    fits = False
-    if not missing and not unknown:
-        down, lambdas, up, mixing = (found[r] for r in ("down", "lambda", "up", "mixing"))
-        fits = (
-            len(down) == 2
-            and len(up) == 3
-            and len(mixing) == 2
-            and min(*down, *up, *mixing) > 0
-            and up[2] == down[0]
-            and mixing[1] == up[0]
-            and lambdas in {(mixing[0], down[0], down[0]), (mixing[0], down[0])}
-            and found.get("scaler", ()) == ()
-        )
-    if not fits:
-        raise CheckpointError(
-            f"{layer.module}: "
-            f"{', '.join((f'{role} {list(shape)}' for role, shape in sorted(found.items())))}",
-            expected=(
-                "down [r, I], lambda [T, r, r] or [T, r], up [n, O, r], mixing [T, n], because "
-                "that is MTL-LoRA's equation for h_t"
-            ),
-            fix="Re-save the adapter; all four tensors of a layer must come from one training run",
-        )

@@ -33,6 +33,7 @@ import numpy as np
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.mtl_lora import hyper_parameter, learnt_scale, softmax
 from mtl_export.adapters.normal_form import LayerAdapter
+from mtl_export.adapters.roles import checked_values, misshapen
 from mtl_export.checkpoint.checkpoint import LayerTensors
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import CheckpointError
@@ -49,10 +50,9 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
         HyperparameterError: ``alpha`` or ``temperature`` is unknown, or tau <= 0.
         CheckpointError: A tensor is missing, or the shapes contradict each other.
     """
-    letters = _checked_letters(layer)
-    values = {role: tensor.widened() for role, tensor in layer.tensors.items()}
-    rank = values[f"up_{letters[0]}"].shape[2]
-    head = values[f"up_{letters[0]}"].shape[1]
+    values = _checked_values(layer)
+    letters = [letter for letter in BLOCKS if f"up_{letter}" in values]
+    _, head, rank = values[f"up_{letters[0]}"].shape
     scale = hyper_parameter(layer, "alpha") / rank * learnt_scale(values)
     lambdas = values["lambda"].astype(np.float64)
     if lambdas.ndim == 2:
@@ -90,10 +90,7 @@ def block_count_of(layer: LayerTensors, base: BaseLayer, head: int, letters: lis
         raise CheckpointError(
             f"{layer.module}: blocks of {head} rows for {', '.join(letters)}, base layer of "
             f"{out_features}",
-            expected=(
-                f"a multiple of {head}, at least {needed * head}, because the blocks q, k, v lie "
-                "one after another in a fused layer"
-            ),
+            expected=f"a multiple of {head}, at least {needed * head}",
             fix="Pass the base that the adapter was trained on to --base",
         )
     return int(out_features // head)
@@ -107,41 +104,17 @@ def _weights(layer: LayerTensors, values: dict[str, Array], letter: str, tasks: 
     return softmax(values[f"mixing_{letter}"].astype(np.float64) / temperature)
 
 
-def _checked_letters(layer: LayerTensors) -> list[str]:
-    """Return the adapted blocks in order, once every shape fits."""
-    found = {role: tensor.shape for role, tensor in layer.tensors.items()}
-    letters = [letter for letter in BLOCKS if f"up_{letter}" in found]
-    known = {"down", "lambda", "scaler"}
-    known |= {f"{kind}_{letter}" for letter in letters for kind in ("up", "mixing")}
-    fits = bool(letters) and {"down", "lambda"} <= found.keys() <= known
-    if fits:
-        down, lambdas, first = found["down"], found["lambda"], found[f"up_{letters[0]}"]
-        fits = (
-            len(down) == 2
-            and len(first) == 3
-            and min(*down, *first) > 0
-            and down[0] == first[2] * len(letters)
-            and lambdas in {(lambdas[0], down[0], down[0]), (lambdas[0], down[0])}
-            and found.get("scaler", ()) == ()
-            and all(_block_fits(found, letter, first, lambdas[0]) for letter in letters)
-        )
-    if not fits:
-        raise CheckpointError(
-            f"{layer.module}: "
-            f"{', '.join((f'{role} {list(shape)}' for role, shape in sorted(found.items())))}",
-            expected=(
-                "down [g r, I], lambda [T, g r, g r] or [T, g r], and per block up [n, h, r] with "
-                "mixing [T, n], or up [1, h, r] alone, because that is MTL-LoRA's fused layer"
-            ),
-            fix="Re-save the adapter; all tensors of a layer must come from one training run",
-        )
-    return letters
-
-
-def _block_fits(
-    found: dict[str, tuple[int, ...]], letter: str, first: tuple[int, ...], tasks: int
-) -> bool:
-    up, mixing = found[f"up_{letter}"], found.get(f"mixing_{letter}")
-    if len(up) != 3 or up[1:] != first[1:]:
-        return False
-    return up[0] == 1 if mixing is None else mixing == (tasks, up[0])
+def _checked_values(layer: LayerTensors) -> dict[str, Array]:
+    """Return the values by role, once every shape fits."""
+    letters = [letter for letter in BLOCKS if f"up_{letter}" in layer.tensors]
+    ups = {f"up_{letter}": f"n_{letter}, h, r" for letter in letters or BLOCKS}
+    mixings = {f"mixing_{letter}": f"T, n_{letter}" for letter in letters}
+    required = {"down": "g r, I", "lambda": "T, g r, g r or T, g r", **ups}
+    values = checked_values(layer, required, {**mixings, "scaler": ""})
+    for letter in letters:
+        if f"mixing_{letter}" not in values and len(values[f"up_{letter}"]) > 1:
+            raise misshapen(layer, f"mixing_{letter} [T, n], or up [1, h, r] alone")
+    rank = values[f"up_{letters[0]}"].shape[2]
+    if values["down"].shape[0] != len(letters) * rank:
+        raise misshapen(layer, f"down [g r, I], g r = {len(letters)} * {rank}")
+    return values

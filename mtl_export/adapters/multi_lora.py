@@ -24,16 +24,19 @@ the scalings sit between W's rows and B, where no core reaches; core = s I.
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import numpy as np
 
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.lora import one_core, scaling_of
 from mtl_export.adapters.normal_form import LayerAdapter
+from mtl_export.adapters.roles import checked_values
 from mtl_export.checkpoint.checkpoint import LayerTensors
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import CheckpointError
 
 NAME = "multi_lora"
+ROLES = MappingProxyType({"down": "n, r, I", "up": "n, O, r", "scaling_rows": "n, O"})
 
 
 def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
@@ -43,8 +46,7 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
         HyperparameterError: ``alpha`` is unknown.
         CheckpointError: A tensor is missing, or the shapes contradict each other.
     """
-    _check_shapes(layer)
-    values = {role: tensor.widened() for role, tensor in layer.tensors.items()}
+    values = checked_values(layer, ROLES)
     count, rank, in_features = values["down"].shape
     return LayerAdapter(
         module=layer.module,
@@ -63,26 +65,3 @@ def scaled_up(up: Array, scaling_rows: Array) -> Array:
     """
     scaled = up.astype(np.float64) * scaling_rows.astype(np.float64)[:, :, None]
     return np.concatenate(list(scaled), axis=1)
-
-
-def _check_shapes(layer: LayerTensors) -> None:
-    found = {role: tensor.shape for role, tensor in layer.tensors.items()}
-    fits = found.keys() == {"down", "up", "scaling_rows"}
-    if fits:
-        down, up, rows = found["down"], found["up"], found["scaling_rows"]
-        fits = (
-            len(down) == len(up) == 3
-            and min(*down, *up) > 0
-            and (up[0], up[2]) == (down[0], down[1])
-            and rows == up[:2]
-        )
-    if not fits:
-        raise CheckpointError(
-            f"{layer.module}: "
-            f"{', '.join((f'{role} {list(shape)}' for role, shape in sorted(found.items())))}",
-            expected=(
-                "down [n, r, I], up [n, O, r], scaling_rows [n, O], because that is MultiLoRA's "
-                "sum over parallel LoRAs"
-            ),
-            fix="Re-save the adapter; all tensors of a layer must come from one training run",
-        )

@@ -27,6 +27,7 @@ import numpy as np
 from mtl_export.adapters import lora
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.normal_form import LayerAdapter
+from mtl_export.adapters.roles import checked_values
 from mtl_export.checkpoint.checkpoint import LayerTensors
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import AdapterError
@@ -46,13 +47,10 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
     if base.stored_transposed:
         raise AdapterError(
             f"{layer.module}: OLoRA on a Conv1D layer",
-            expected=(
-                "linear layers, because PEFT decomposes the weight as it is stored, and its "
-                "factors do not fit then"
-            ),
+            expected="linear layers: PEFT decomposes the weight as it is stored",
             fix='Train with another initialisation, such as "pissa"',
         )
-    values = lora.checked_values(layer)
+    values = checked_values(layer, lora.ROLES)
     rank = values["down"].shape[0]
     scaling = lora.scaling_of(layer, rank)
     left, right = first_directions(lora.base_weight(values, base), rank)

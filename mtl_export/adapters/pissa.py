@@ -28,6 +28,7 @@ import numpy as np
 from mtl_export.adapters import lora
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.normal_form import LayerAdapter
+from mtl_export.adapters.roles import checked_values
 from mtl_export.checkpoint.checkpoint import LayerTensors
 from mtl_export.checkpoint.tensors import Array
 
@@ -42,7 +43,7 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
         CheckpointError: A tensor is missing, or the shapes contradict each other.
         BaseModelError: There is no base, or it has another shape.
     """
-    values = lora.checked_values(layer)
+    values = checked_values(layer, lora.ROLES)
     rank = values["down"].shape[0]
     left, largest, right = principal_directions(lora.base_weight(values, base), rank)
     scaled = np.full(rank, lora.scaling_of(layer, rank))

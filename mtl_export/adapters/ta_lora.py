@@ -35,19 +35,24 @@ core_t = s diag(1, g_1(e_t) 1, ..., g_n(e_t) 1), the gates in float64.
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import numpy as np
 
 from mtl_export.adapters.base_layer import BaseLayer
 from mtl_export.adapters.lora import scaling_of
 from mtl_export.adapters.mtl_lora import softmax
 from mtl_export.adapters.normal_form import LayerAdapter
+from mtl_export.adapters.roles import checked_values
 from mtl_export.checkpoint.checkpoint import LayerTensors
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import CheckpointError, HyperparameterError
+from mtl_export.errors import HyperparameterError
 
 NAME = "ta_lora"
-ROLES = frozenset({"down", "up", "task_embedding", "gate"})
-OPTIONAL_ROLES = frozenset({"gate_bias"})
+ROLES = MappingProxyType(
+    {"down": "n + 1, r, I", "up": "n + 1, O, r", "task_embedding": "T, d", "gate": "n, d"}
+)
+OPTIONAL_ROLES = MappingProxyType({"gate_bias": "n"})
 
 
 def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
@@ -57,8 +62,7 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
         HyperparameterError: ``alpha`` is unknown, or which gate was trained.
         CheckpointError: A tensor is missing, or the shapes contradict each other.
     """
-    _check_shapes(layer)
-    values = {role: tensor.widened() for role, tensor in layer.tensors.items()}
+    values = checked_values(layer, ROLES, OPTIONAL_ROLES)
     branches, rank, in_features = values["down"].shape
     weights = gates(
         values["task_embedding"],
@@ -119,38 +123,7 @@ def has_softmax_gate(layer: LayerTensors) -> bool:
             layer.module,
             "gate_softmax",
             "the checkpoint does not carry it" if value is None else f"{value:g}",
-            expected=(
-                "1 (softmax over the branches) or 0 (sigmoid of each), because the two gates give "
-                "other weights from the same numbers"
-            ),
+            expected="1 (softmax over the branches) or 0 (sigmoid of each)",
             fix="Save the adapter with save_checkpoint, which writes it",
         )
     return value == 1.0
-
-
-def _check_shapes(layer: LayerTensors) -> None:
-    found = {role: tensor.shape for role, tensor in layer.tensors.items()}
-    fits = ROLES <= found.keys() <= ROLES | OPTIONAL_ROLES
-    if fits:
-        down, up, embedding, gate = (
-            found[role] for role in ("down", "up", "task_embedding", "gate")
-        )
-        fits = (
-            len(down) == len(up) == 3
-            and len(embedding) == len(gate) == 2
-            and min(*down, *up, *embedding, *gate) > 0
-            and (up[0], up[2]) == (down[0], down[1])
-            and gate == (down[0] - 1, embedding[1])
-            and found.get("gate_bias", gate[:1]) == gate[:1]
-        )
-    if not fits:
-        raise CheckpointError(
-            f"{layer.module}: "
-            f"{', '.join((f'{role} {list(shape)}' for role, shape in sorted(found.items())))}",
-            expected=(
-                "down [n + 1, r, I], up [n + 1, O, r], task_embedding [T, d], gate [n, d], and "
-                "maybe gate_bias [n], because that is TA-LoRA's sum of a shared branch and n "
-                "gated ones"
-            ),
-            fix="Re-save the adapter; all tensors of a layer must come from one training run",
-        )
