@@ -103,10 +103,7 @@ def bind(
         raise BaseModelError(
             f"base {base.reference}: {len(problems)} tensors do not fit: {shortened(problems)}"
             f"{f'; SHA-256 {base.sha256}, trained on {trained_on}' if other else ''}",
-            expected=(
-                "the base that the adapter was trained on, because the delta is added to the base "
-                "weight, element by element"
-            ),
+            expected="the base that the adapter was trained on",
             fix=f"Pass that base to --base{_trained_on(checkpoint)}",
         )
     refuse_uncalled(adapters, base)
@@ -127,7 +124,7 @@ def check_base_hash(bound: BoundModel) -> None:
     if expected and bound.base.sha256 != expected:
         raise IntegrityError(
             f"base {bound.base.reference}: its weights have SHA-256 {bound.base.sha256}",
-            expected=f"{expected}, because the checkpoint was trained on that very base",
+            expected=expected,
             fix=f"Pass that base to --base{_trained_on(bound.checkpoint)}",
         )
 

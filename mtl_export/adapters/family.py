@@ -284,6 +284,6 @@ def _not_finite_error(checkpoint: Checkpoint, bad: Mapping[str, str]) -> Checkpo
     return CheckpointError(
         f"{checkpoint.path}: NaN or Inf in "
         f"{shortened((f'{name!r} ({where})' for name, where in bad.items()))}",
-        expected="finite numbers, because they would spread to every output of the task",
+        expected="finite numbers",
         fix="Export an earlier checkpoint of the run, from before it diverged",
     )

@@ -30,10 +30,6 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
     """
     raise AdapterError(
         f"{layer.module}: MTLoRA (Swin) is not supported yet",
-        expected=(
-            "an adapter whose task layers have one input, because its task layers add a low-rank "
-            "term on the task's own stream to the shared one's output, and no merged weight gives "
-            "that"
-        ),
+        expected="an adapter whose task layers have one input: no merged weight gives two streams",
         fix="Use mtl-export inspect, which reads it; every other command refuses it for now",
     )

@@ -167,10 +167,7 @@ def _check_rows(layer: AnyAdapter) -> None:
 def _misfit(module: str, found: str) -> AdapterError:
     return AdapterError(
         f"{module}: {found}",
-        expected=(
-            "up [O, U], core [T, U, D], down [D, I], gain and bias [T, O], because the delta of "
-            "task t is up @ core[t] @ down"
-        ),
+        expected="up [O, U], core [T, U, D], down [D, I], gain and bias [T, O]",
         fix="This is a reader's fault; please report it with the checkpoint's key list",
     )
 

@@ -42,10 +42,7 @@ def stacked(
     if lacking:
         raise AdapterError(
             f"{checkpoint.path}: {shortened(lacking)}",
-            expected=(
-                "a head for every task or for none, because one graph cannot give some rows a "
-                "trained head and others a random one"
-            ),
+            expected="a head for every task or for none",
             fix="Export the tasks with heads and those without separately",
         )
     names = _union([member.replaced for member in members])

@@ -201,9 +201,8 @@ def _refuse_lone_rows(
         raise UnusableBaseError(
             f"base {base.reference}: trained rows of {name}, which is tied to {shortened(others)}",
             expected=(
-                "rows of the input embedding, in a class that ties its output layer to it, "
-                "because PEFT gives these rows to that one weight alone, and the base stores one "
-                "for all"
+                "rows of the input embedding, in a class that ties its output layer to it: "
+                "PEFT gives these rows to that one weight alone"
             ),
             fix=f"Train the ones that are meant of {shortened(sorted(group))} as modules_to_save",
         )
@@ -237,10 +236,7 @@ def _refuse_rows(adapters: AdapterSet, base: BaseModel, names: Iterable[str]) ->
         raise UnusableBaseError(
             f"base {base.reference}: trained rows of {shortened(rows)}, and a weight that is tied "
             "to it differs",
-            expected=(
-                "rows of one weight, or the whole of another, because PEFT gives the rows to all "
-                "weights that are tied"
-            ),
+            expected="rows of one weight, or the whole of another",
             fix="Train all of them as modules_to_save",
         )
 
@@ -251,10 +247,7 @@ def _refuse_unknown(adapters: AdapterSet, base: BaseModel, changed: Iterable[str
         raise UnusableBaseError(
             f"base {base.reference}: the adapter changes {shortened(tables)} of the class "
             f"{adapters.model_class!r}, which transformers does not have or cannot build",
-            expected=(
-                f"a class of transformers, or {FLAG}: false in config.json, because other weights "
-                "may be tied to it"
-            ),
+            expected=f"a class of transformers, or {FLAG}: false in config.json",
             fix=(
                 f"Save the base untied: config.{FLAG} = False and a copy of the embedding as "
                 "output layer"

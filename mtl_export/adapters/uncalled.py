@@ -49,10 +49,7 @@ def refuse_uncalled(adapters: AdapterSet, base: BaseModel) -> None:
         raise UnusableBaseError(
             f"base {base.reference}: {adapters.model_class} never calls the adapted "
             f"{shortened(found)}: it reads their weight",
-            expected=(
-                "adapters of layers that the model calls, because their deltas were never "
-                "trained, and folded in they would change the answers"
-            ),
+            expected="adapters of layers that the model calls: these were never trained",
             fix=(
                 "Remove these layers from the adapter (from its tensors and its target_modules), "
                 "or train it without them"

@@ -36,6 +36,8 @@ class FrozenAdapter(AdaptedLayer):
         layer: The stored values by role, and the numbers beside them.
     """
 
+    down: torch.Tensor  # of the families that have it, as ``up``
+    up: torch.Tensor
     embedding: ClassVar[type[FrozenAdapter] | None] = None  # what adapts an nn.Embedding
 
     def __init__(
@@ -63,7 +65,7 @@ class FrozenAdapter(AdaptedLayer):
         """Return s = alpha / r, unless the producer gave s."""
         scaling = layer.hyper.get("scaling")
         if scaling is None:
-            scaling = layer.hyper["alpha"] / self.get_buffer("down").shape[0]
+            scaling = layer.hyper["alpha"] / self.down.shape[0]
         if not math.isfinite(scaling):
             raise ValueError(f"{layer.module}: the scaling {scaling} is not finite")
         return scaling

@@ -25,8 +25,7 @@ class AdapterHubDoRALinear(FrozenAdapter):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return h for every row of ``x``."""
-        down, up = self.get_buffer("down"), self.get_buffer("up")
-        lengths = (self.base.weight + up @ down).norm(dim=1)
-        added = functional.linear(functional.linear(x, down), up) * self.scaling
+        lengths = (self.base.weight + self.up @ self.down).norm(dim=1)
+        added = functional.linear(functional.linear(x, self.down), self.up) * self.scaling
         h: torch.Tensor = self.get_buffer("magnitude") / lengths * (self.base(x) + added)
         return h

@@ -59,10 +59,7 @@ def base_model(bound: BoundModel, dtype: torch.dtype) -> Any:
         raise BaseModelError(
             f"base {bound.base.reference}: {model_class.__name__} has weights that are nowhere: "
             f"{shortened(missing)}",
-            expected=(
-                "every weight in the base or in the checkpoint, because transformers would fill "
-                "the gap with random numbers"
-            ),
+            expected="every weight in the base or in the checkpoint",
             fix="Pass the base the adapter was trained on, or save these modules with the adapter",
         )
     _replace(model, bound, dtype, added)
@@ -172,10 +169,7 @@ def _refuse_mismatched(info: dict[str, Any], model_class: Any, bound: BoundModel
 def _unfit(model_class: Any, bound: BoundModel, found: str) -> BaseModelError:
     return BaseModelError(
         f"base {bound.base.reference}: {model_class.__name__} of its config.json {found}",
-        expected=(
-            "the config.json that was saved with the weights, because the model is built from its "
-            "class, its config and its weights"
-        ),
+        expected="the config.json that was saved with the weights",
         fix="Pass the whole base that the adapter was trained on",
     )
 
@@ -222,10 +216,7 @@ def class_named(name: str) -> Any:
         raise AdapterError(
             f"model class {name!r}: transformers {transformers.__version__} has no model of that "
             "name",
-            expected=(
-                "a class such as BertForSequenceClassification, because the model is rebuilt from "
-                "its class to be traced"
-            ),
+            expected="a class such as BertForSequenceClassification",
             fix=(
                 "Correct the class that the checkpoint names, or architectures in the base's "
                 "config.json"

@@ -27,9 +27,8 @@ class DoRAEmbedding(FrozenAdapter):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the vectors of ``ids``."""
-        down, up = self.get_buffer("down"), self.get_buffer("up")
-        lengths = (self.base.weight.T + self.scaling * up @ down).norm(dim=1)
-        z = self.base(ids) + self.scaling * functional.linear(down.T[ids], up)
+        lengths = (self.base.weight.T + self.scaling * self.up @ self.down).norm(dim=1)
+        z = self.base(ids) + self.scaling * functional.linear(self.down.T[ids], self.up)
         h: torch.Tensor = self.get_buffer("magnitude") * z / lengths
         return h
 
@@ -47,11 +46,10 @@ class DoRALinear(FrozenAdapter):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return h for every row of ``x``."""
-        down, up = self.get_buffer("down"), self.get_buffer("up")
         weight, bias = self.base.weight, self.base.bias
-        lengths = (weight + self.scaling * up @ down).norm(dim=1)
+        lengths = (weight + self.scaling * self.up @ self.down).norm(dim=1)
         z = functional.linear(x, weight) + self.scaling * functional.linear(
-            functional.linear(x, down), up
+            functional.linear(x, self.down), self.up
         )
         h: torch.Tensor = self.get_buffer("magnitude") * z / lengths
         return h if bias is None else h + bias

@@ -8,32 +8,24 @@ test holds the two against each other in float64.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
-from torch import nn
 from torch.nn import functional
 
-from mtl_export.adapters.modules.adapted import FrozenAdapter
-from mtl_export.adapters.modules.lora import LoRALinear
-from mtl_export.adapters.modules.routing import TaskRouting
-from mtl_export.checkpoint.checkpoint import LayerTensors
+from mtl_export.adapters.modules.lora import ChangedBaseLinear
 
 
-class KaSALinear(LoRALinear):
+class KaSALinear(ChangedBaseLinear):
     """A linear layer of truncated rank, with a LoRA adapter that has a trained diagonal."""
 
-    embedding: ClassVar[type[FrozenAdapter] | None] = None
-
-    def __init__(self, base: nn.Linear, routing: TaskRouting, layer: LayerTensors) -> None:
-        super().__init__(base, routing, layer)
-        kept = min(base.weight.shape) - self.get_buffer("down").shape[0]
-        with torch.no_grad():
-            left, singular, right = torch.linalg.svd(base.weight.double(), full_matrices=False)
-            base.weight.copy_(left[:, :kept] @ singular[:kept].diag() @ right[:kept])
+    def changed(self, weight: torch.Tensor, rank: int) -> torch.Tensor:
+        """Return W'."""
+        kept = min(weight.shape) - rank
+        left, singular, right = torch.linalg.svd(weight, full_matrices=False)
+        changed: torch.Tensor = left[:, :kept] @ singular[:kept].diag() @ right[:kept]
+        return changed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return h for every row of ``x``."""
-        z = functional.linear(x, self.get_buffer("down")) * self.get_buffer("diagonal")
-        h: torch.Tensor = self.base(x) + self.scaling * functional.linear(z, self.get_buffer("up"))
+        z = functional.linear(x, self.down) * self.get_buffer("diagonal")
+        h: torch.Tensor = self.base(x) + self.scaling * functional.linear(z, self.up)
         return h

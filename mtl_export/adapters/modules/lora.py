@@ -30,10 +30,8 @@ class LoRAEmbedding(FrozenAdapter):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the vectors of ``ids``."""
-        z = self.get_buffer("down").T[ids]
-        h: torch.Tensor = self.base(ids) + self.scaling * functional.linear(
-            z, self.get_buffer("up")
-        )
+        z = self.down.T[ids]
+        h: torch.Tensor = self.base(ids) + self.scaling * functional.linear(z, self.up)
         return h
 
 
@@ -59,7 +57,22 @@ class LoRALinear(FrozenAdapter):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return h for every row of ``x``."""
-        z = functional.linear(x, self.get_buffer("down"))  # A x
-        delta = functional.linear(z, self.get_buffer("up"), self.up_bias)  # B A x + b_B
+        z = functional.linear(x, self.down)  # A x
+        delta = functional.linear(z, self.up, self.up_bias)  # B A x + b_B
         h: torch.Tensor = self.base(x) + self.scaling * delta
         return h
+
+
+class ChangedBaseLinear(LoRALinear):
+    """A LoRA layer on W' in place of W, of which training took a part away."""
+
+    embedding: ClassVar[type[FrozenAdapter] | None] = None
+
+    def __init__(self, base: nn.Linear, routing: TaskRouting, layer: LayerTensors) -> None:
+        super().__init__(base, routing, layer)
+        with torch.no_grad():
+            base.weight.copy_(self.changed(base.weight.double(), self.down.shape[0]))
+
+    def changed(self, weight: torch.Tensor, rank: int) -> torch.Tensor:
+        """Return W', float64 ``[O, I]``, of W and r."""
+        raise NotImplementedError

@@ -116,10 +116,7 @@ def linear_named(model: nn.Module, name: str) -> nn.Linear:
     if not isinstance(layer, nn.Linear):
         raise BaseModelError(
             f"{name}: a {type(layer).__name__} in {type(model).__name__}",
-            expected=(
-                "an nn.Linear, or transformers' Conv1D, because adapters and per-task heads "
-                "replace linear layers"
-            ),
+            expected="an nn.Linear, or transformers' Conv1D",
             fix="Name the linear layers inside it as target or head modules",
         )
     return layer

@@ -32,7 +32,7 @@ class MoELoRALinear(FrozenAdapter):
 
     def scaling_of(self, layer: LayerTensors) -> float:
         """Return s = alpha / (E q)."""
-        experts, expert_rank, _ = self.get_buffer("down").shape
+        experts, expert_rank, _ = self.down.shape
         return layer.hyper["alpha"] / (experts * expert_rank)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,7 @@ class MoELoRALinear(FrozenAdapter):
         gates = self.gates[self.routing.rows(x.shape[0])]
         one_per_row = (-1, *[1] * (x.ndim - 1))
         h: torch.Tensor = self.base(x)
-        experts = zip(self.get_buffer("down"), self.get_buffer("up"), strict=True)
+        experts = zip(self.down, self.up, strict=True)
         for i, (down, up) in enumerate(experts):
             expert = functional.linear(functional.linear(x, down), up)  # B_i A_i x
             h = h + self.scaling * gates[:, i].view(one_per_row) * expert

@@ -25,7 +25,7 @@ class MultiLoRALinear(FrozenAdapter):
 
     def scaling_of(self, layer: LayerTensors) -> float:
         """Return s = alpha / r."""
-        return layer.hyper["alpha"] / self.get_buffer("down").shape[1]
+        return layer.hyper["alpha"] / self.down.shape[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return h for every row of ``x``."""

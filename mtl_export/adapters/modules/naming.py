@@ -31,10 +31,7 @@ def own_module(model: Any, stored: str) -> str:
             return name
     raise BaseModelError(
         f"{stored}: {type(model).__name__} has no module of that name",
-        expected=(
-            "a module of the class that was trained, because the checkpoint adapts it or has its "
-            "own for every task"
-        ),
+        expected="a module of the class that was trained",
         fix="Check model_class, or pass the base the adapter was trained on to --base",
     )
 

@@ -8,25 +8,16 @@ test holds the two against each other in float64.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
-from torch import nn
 
-from mtl_export.adapters.modules.adapted import FrozenAdapter
-from mtl_export.adapters.modules.lora import LoRALinear
-from mtl_export.adapters.modules.routing import TaskRouting
-from mtl_export.checkpoint.checkpoint import LayerTensors
+from mtl_export.adapters.modules.lora import ChangedBaseLinear
 
 
-class OLoRALinear(LoRALinear):
+class OLoRALinear(ChangedBaseLinear):
     """A linear layer without the start of its QR decomposition, with a LoRA adapter."""
 
-    embedding: ClassVar[type[FrozenAdapter] | None] = None
-
-    def __init__(self, base: nn.Linear, routing: TaskRouting, layer: LayerTensors) -> None:
-        super().__init__(base, routing, layer)
-        rank = self.get_buffer("down").shape[0]
-        with torch.no_grad():
-            q, r = torch.linalg.qr(base.weight.double())
-            base.weight.copy_(base.weight.double() - self.scaling * q[:, :rank] @ r[:rank])
+    def changed(self, weight: torch.Tensor, rank: int) -> torch.Tensor:
+        """Return W'."""
+        q, r = torch.linalg.qr(weight)
+        changed: torch.Tensor = weight - self.scaling * q[:, :rank] @ r[:rank]
+        return changed

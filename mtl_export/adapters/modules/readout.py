@@ -41,10 +41,7 @@ def with_readouts(
     if unknown:
         raise AdapterError(
             f"head on {base_class.__name__}: function {', '.join(unknown)}",
-            expected=(
-                f"one of {', '.join(sorted(ACT2FN))}, because the head is computed with "
-                "transformers' functions"
-            ),
+            expected=f"one of {', '.join(sorted(ACT2FN))}",
             fix="Report the checkpoint's head_config.json",
         )
 

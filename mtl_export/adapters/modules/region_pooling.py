@@ -133,10 +133,7 @@ def _images(
         least, most = side * side, (LARGEST * side) ** 2
         raise UsageError(
             f"vis_feats: an image of {int(total[is_wrong][0])} regions",
-            expected=(
-                f"a square number between {least} and {most} for each image, because the model "
-                f"pools each image's grid of features to {side} x {side} (--downsample)"
-            ),
+            expected=f"a square number between {least} and {most} for each image (--downsample)",
             fix="Pass the whole grid of features, and masks and image orders that fit it",
         )
     return _Images(total, first, grid, is_wrong)

@@ -52,7 +52,7 @@ def save_checkpoint(
     if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
         raise OutputError(
             f"{path}: it is there already",
-            expected="a new or an empty folder, because a trained checkpoint must not be lost",
+            expected="a new or an empty folder",
             fix="Pass another path, or overwrite=True",
         )
     modules = dict(model.model.named_modules())
