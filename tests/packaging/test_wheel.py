@@ -22,6 +22,9 @@ SOURCES = {
 # Files other than Python that are meant to be shipped, relative to their source root.
 DATA_FILES = {f"{package}/py.typed" for package in SOURCES} | {
     "mtl_export/parity/reports/parity.schema.json",
+    "mtl_export/parity/reports/plots.svg.j2",
+    "mtl_export/parity/reports/report.css",
+    "mtl_export/parity/reports/report.html.j2",
     "mtl_export/tensorrt/engine.schema.json",
 }
 METADATA_FILES = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from html import escape
 
 from mtl_export.parity.report import (
     AccuracyCell,
@@ -116,11 +115,6 @@ def share(cell: Cell) -> float | None:
 def clean(text: str) -> str:
     """Return ``text`` without the characters that XML and HTML cannot hold."""
     return _FORBIDDEN.sub("\ufffd", text)
-
-
-def escaped(text: str) -> str:
-    """Return ``text`` as HTML and SVG show it."""
-    return escape(clean(text))
 
 
 def number(value: float | None) -> str:

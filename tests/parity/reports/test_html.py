@@ -10,7 +10,6 @@ import pytest
 
 from mtl_export.parity.report import ParityReport
 from mtl_export.parity.reports.html import html_text
-from mtl_export.parity.reports.html_style import STYLE
 from mtl_export.parity.reports.json_report import json_text
 from tests.parity.reports.samples import (
     LIMIT,
@@ -78,8 +77,10 @@ def test_the_page_is_well_formed_and_alone(kind: str) -> None:
     for name in ("src", "href", "xlink:href", "action", "srcset", "data", "style"):
         assert page.values(name) == []
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
-    assert "url(" not in STYLE
-    assert "@import" not in STYLE
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    assert "prefers-color-scheme: dark" in style
+    assert "url(" not in style
+    assert "@import" not in style
     assert re.findall(r"<script[^>]*>", text) == ['<script type="application/json" id="report">']
     assert "default-src 'none'; style-src 'unsafe-inline'" in page.values("content")
     for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
