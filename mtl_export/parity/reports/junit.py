@@ -17,7 +17,9 @@ https://github.com/windyroad/JUnit-Schema/blob/2378e66/JUnit.xsd
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
@@ -26,57 +28,88 @@ from mtl_export.parity.report import AccuracyCell, Cell, ParityReport
 from mtl_export.parity.reports import facts
 
 
+@dataclass(frozen=True)
+class _Case:
+    """A test case: its name, and the element that says why it did not pass, if any."""
+
+    name: str
+    kind: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    details: str | None = None
+
+
 def junit_text(report: ParityReport) -> str:
     """Return the report as JUnit XML."""
     root = Element("testsuites")
     if report.error:
-        _error_suite(root, report)
-    for index, artefact in enumerate(facts.artefacts(report), start=len(root)):
-        cells = [cell for cell in report.cells if cell.artefact == artefact]
-        scores = [cell for cell in report.accuracy if cell.artefact == artefact]
-        _suite(root, index, artefact, cells, scores, report)
-    ElementTree.indent(root)
-    text = ElementTree.tostring(root, encoding="unicode")
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
-
-
-def _suite(
-    root: Element,
-    index: int,
-    artefact: str,
-    cells: Sequence[Cell],
-    scores: Sequence[AccuracyCell],
-    report: ParityReport,
-) -> None:
-    verdicts = [cell.verdict for cell in cells] + [cell.verdict for cell in scores]
-    failed, skipped = verdicts.count("failed"), verdicts.count("not-run")
-    suite = _open_suite(root, index, artefact, len(verdicts), failed, 0, skipped)
-    properties = SubElement(suite, "properties")
+        text = facts.error_text(report)
+        told = {"type": report.error.get("error") or "Error", "message": text}
+        case = _Case("the comparison is made", "error", told, text)
+        _suite(root, "parity", [case], report.versions)
     said = {"verdict": report.verdict, "tolerance": report.tolerance, **report.sources}
     if least := facts.least_tolerance_line(report):
         said["least tolerance"] = least
-    for name, value in {**said, **report.versions}.items():
-        SubElement(properties, "property", name=_token(name), value=facts.clean(value))
-    seen: dict[str, int] = {}
-    for cell in cells:
-        name = _token(f"{cell.task}: {cell.case}")
-        seen[name] = seen.get(name, 0) + 1
+    for artefact in facts.artefacts(report):
+        cases = [
+            _case(f"{cell.task}: {cell.case}", cell, _details(cell, report))
+            for cell in report.cells
+            if cell.artefact == artefact
+        ]
+        cases += [
+            _case(f"{cell.task}: {cell.score} of {cell.rows} rows", cell, _scored(cell))
+            for cell in report.accuracy
+            if cell.artefact == artefact
+        ]
+        _suite(root, artefact, cases, {**said, **report.versions})
+    ElementTree.indent(root)
+    text = facts.clean(ElementTree.tostring(root, encoding="unicode"))
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
+
+
+def _case(name: str, cell: Cell | AccuracyCell, details: str) -> _Case:
+    if cell.verdict == "passed":
+        return _Case(name)
+    if cell.verdict == "not-run":
+        return _Case(name, "skipped", {"message": cell.reason})
+    kind = "ParityFailed" if isinstance(cell, Cell) else "AccuracyFailed"
+    return _Case(name, "failure", {"type": kind, "message": cell.reason}, details)
+
+
+def _suite(
+    root: Element, artefact: str, cases: Sequence[_Case], properties: Mapping[str, str]
+) -> None:
+    counts = Counter(case.kind for case in cases)
+    suite = SubElement(
+        root,
+        "testsuite",
+        name=_token(artefact),
+        package="mtl-export.parity",
+        id=str(len(root)),
+        hostname="localhost",
+        timestamp=_timestamp(),
+        time="0",
+        tests=str(len(cases)),
+        failures=str(counts["failure"]),
+        errors=str(counts["error"]),
+        skipped=str(counts["skipped"]),
+    )
+    holder = SubElement(suite, "properties")
+    for name, value in properties.items():
+        SubElement(holder, "property", name=_token(name), value=value)
+    # Jenkins groups by what precedes the last full stop.
+    group = f"mtl-export.parity.{_token(artefact)}"
+    seen: Counter[str] = Counter()
+    for case in cases:
+        name = _token(case.name)
+        seen[name] += 1
         # GitLab takes cases of one name for one case.
         unique = name if seen[name] == 1 else f"{name} ({seen[name]})"
-        _case(SubElement(suite, "testcase", _names(unique, artefact)), cell, _details(cell, report))
-    for score in scores:
-        name = _token(f"{score.task}: {score.score} of {score.rows} rows")
-        _case(SubElement(suite, "testcase", _names(name, artefact)), score, _scored(score))
-    _close_suite(suite, f"{failed} of {len(verdicts)} failed, {skipped} not run")
-
-
-def _case(case: Element, cell: Cell | AccuracyCell, details: str) -> None:
-    if cell.verdict == "not-run":
-        SubElement(case, "skipped", message=facts.clean(cell.reason))
-    elif cell.verdict == "failed":
-        kind = "ParityFailed" if isinstance(cell, Cell) else "AccuracyFailed"
-        failure = SubElement(case, "failure", type=kind, message=facts.clean(cell.reason))
-        failure.text = facts.clean(details)
+        element = SubElement(suite, "testcase", name=unique, classname=group, time="0")
+        if case.kind:
+            SubElement(element, case.kind, dict(case.attributes)).text = case.details
+    told = f"{counts['failure']} of {len(cases)} failed, {counts['skipped']} not run"
+    SubElement(suite, "system-out").text = "" if counts["error"] else told
+    SubElement(suite, "system-err").text = ""
 
 
 def _details(cell: Cell, report: ParityReport) -> str:
@@ -100,47 +133,6 @@ def _details(cell: Cell, report: ParityReport) -> str:
 def _scored(cell: AccuracyCell) -> str:
     told = zip(facts.ACCURACY_COLUMNS, facts.accuracy_row(cell), strict=True)
     return "\n".join([cell.reason, *(f"{name}: {text}" for name, text in told if text)])
-
-
-def _error_suite(root: Element, report: ParityReport) -> None:
-    suite = _open_suite(root, 0, "parity", 1, 0, 1, 0)
-    properties = SubElement(suite, "properties")
-    for name, value in report.versions.items():
-        SubElement(properties, "property", name=_token(name), value=facts.clean(value))
-    case = SubElement(suite, "testcase", _names("the comparison is made", "parity"))
-    text = facts.clean(facts.error_text(report))
-    kind = facts.clean(report.error.get("error") or "Error")
-    SubElement(case, "error", type=kind, message=text).text = text
-    _close_suite(suite, "")
-
-
-def _open_suite(
-    root: Element, index: int, name: str, tests: int, failures: int, errors: int, skipped: int
-) -> Element:
-    return SubElement(
-        root,
-        "testsuite",
-        name=_token(name),
-        package="mtl-export.parity",
-        id=str(index),
-        hostname="localhost",
-        timestamp=_timestamp(),
-        time="0",
-        tests=str(tests),
-        failures=str(failures),
-        errors=str(errors),
-        skipped=str(skipped),
-    )
-
-
-def _close_suite(suite: Element, said: str) -> None:
-    SubElement(suite, "system-out").text = said
-    SubElement(suite, "system-err").text = ""
-
-
-def _names(name: str, artefact: str) -> dict[str, str]:
-    # Jenkins groups by what precedes the last full stop.
-    return {"name": name, "classname": f"mtl-export.parity.{_token(artefact)}", "time": "0"}
 
 
 def _timestamp() -> str:
