@@ -173,6 +173,15 @@ def edit_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def edit_numbers(folder: Path, **changes: float | None) -> None:
+    """Change (or with None remove) the training numbers of every layer of a checkpoint."""
+    layers = json.loads((folder / CONFIG_FILE).read_text())["layers"]
+    for entry in layers.values():
+        kept = {**entry["hyper"], **changes}
+        entry["hyper"] = {name: value for name, value in kept.items() if value is not None}
+    edit_config(folder, layers=layers)
+
+
 def edit_tensors(folder: Path, **changes: Array | None) -> None:
     """Replace, add (or with None remove) tensors of a checkpoint; ``__`` stands for a dot."""
     from safetensors.numpy import load_file, save_file

@@ -55,8 +55,8 @@ def test_numbers_that_are_not_finite_are_refused_all_at_once(tmp_path: Path, bad
     with pytest.raises(CheckpointError) as caught:
         read_adapters(read_folder(tmp_path / "a"))
     assert str(tmp_path / "a") in caught.value.problem
-    assert f"'{module}.lora_B' (1 values, first at [1, 3, 2])" in caught.value.problem
-    assert f"'heads.topics.{toys.HEAD}.bias' (1 values, first at [2])" in caught.value.problem
+    assert f"'layers.{module}.up' (1 values, first at [1, 3, 2])" in caught.value.problem
+    assert f"'heads.1.{toys.HEAD}.bias' (1 values, first at [2])" in caught.value.problem
     assert caught.value.expected.startswith("finite numbers")
     assert caught.value.fix
 

@@ -12,9 +12,8 @@ import torch
 from safetensors import safe_open
 
 from mtl_export.checkpoint.checkpoint import BaseReference, Checkpoint, Task
-from mtl_export.checkpoint.convert import fits_version_1, with_base, write_checkpoint
-from mtl_export.checkpoint.formats.own_folder import CONFIG_FILE, WEIGHTS_FILE
-from mtl_export.checkpoint.formats.own_folder_v2 import write_v2
+from mtl_export.checkpoint.convert import with_base, write_checkpoint
+from mtl_export.checkpoint.formats.own_folder import CONFIG_FILE, WEIGHTS_FILE, store_checkpoint
 from mtl_export.checkpoint.reader import open_checkpoint
 from tests.adapters import toys
 from tests.checkpoint import mtlora_toys, official_toys
@@ -47,10 +46,10 @@ def official(make: Callable[..., Any], **options: Any) -> Callable[[Path], Path]
 
 
 def in_memory(checkpoint: Checkpoint) -> Callable[[Path], Path]:
-    """Return a writer of our own folder, version 2."""
+    """Return a writer of our own folder."""
 
     def write(folder: Path) -> Path:
-        write_v2(folder, checkpoint)
+        store_checkpoint(folder, checkpoint)
         return folder
 
     return write
@@ -63,7 +62,7 @@ def mtlora(folder: Path) -> Path:
 
 
 def half_known(folder: Path) -> Path:
-    """Write a version-1 folder that lacks alpha and temperature."""
+    """Write a folder of ours that lacks alpha and temperature."""
     toys.write_checkpoint(
         folder,
         toys.checkpoint_parts(dtype="BF16") | {"alpha": None, "temperature": None},
@@ -72,24 +71,23 @@ def half_known(folder: Path) -> Path:
     return folder
 
 
-# name -> writer, the numbers it lacks, and whether version 1 can hold it
-CASES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], bool]] = {
-    "own 1": (toy_checkpoint, (), True),
-    "own 1 without numbers": (half_known, ("alpha", "temperature"), True),
-    "own 2": (in_memory(checkpoint_of()), (), False),
-    "own 2 with members": (in_memory(with_members()), (), False),
-    "official mtl_lora": (official(official_toys.mtl_lora), ("alpha", "temperature"), True),
+# name -> writer, and the numbers it lacks
+CASES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
+    "own": (toy_checkpoint, ()),
+    "own without numbers": (half_known, ("alpha", "temperature")),
+    "own with everything": (in_memory(checkpoint_of()), ()),
+    "own with members": (in_memory(with_members()), ()),
+    "official mtl_lora": (official(official_toys.mtl_lora), ("alpha", "temperature")),
     "official mtl_lora bf16": (
         official(official_toys.mtl_lora, diagonal=True, scaler=True),
         ("alpha", "temperature"),
-        True,
     ),
-    "official fused": (official(official_toys.mtl_lora_fused), ("alpha", "temperature"), False),
-    "official moe_lora": (official(official_toys.moe_lora), ("alpha",), False),
-    "official multi_lora": (official(official_toys.multi_lora, scaler=True), ("alpha",), False),
-    "official lora": (official(official_toys.lora), ("alpha",), False),
-    "official dora": (official(official_toys.dora), ("alpha",), False),
-    "mtlora": (mtlora, (), False),
+    "official fused": (official(official_toys.mtl_lora_fused), ("alpha", "temperature")),
+    "official moe_lora": (official(official_toys.moe_lora), ("alpha",)),
+    "official multi_lora": (official(official_toys.multi_lora, scaler=True), ("alpha",)),
+    "official lora": (official(official_toys.lora), ("alpha",)),
+    "official dora": (official(official_toys.dora), ("alpha",)),
+    "mtlora": (mtlora, ()),
 }  # fmt: skip
 
 
@@ -112,13 +110,12 @@ def keys_in(path: Path) -> set[str]:
 @pytest.mark.parametrize("case", list(CASES))
 def test_every_format_becomes_our_own_without_loss(tmp_path: Path, case: str) -> None:
     """Bit for bit the same, needing no flag any more; converting twice gives the same bytes."""
-    write, lacks, in_version_1 = CASES[case]
+    write, lacks = CASES[case]
     source = write(tmp_path / case)
     known = {name: NUMBERS[name] for name in lacks}
     checkpoint = open_checkpoint(
         source, alpha=known.get("alpha"), temperature=known.get("temperature")
     )
-    assert fits_version_1(checkpoint) is in_version_1
     write_checkpoint(tmp_path / "own", checkpoint)
     again = open_checkpoint(tmp_path / "own")
     assert_same(again, checkpoint)

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from mtl_export.checkpoint.checkpoint import Readout, TaskKind
-from mtl_export.checkpoint.formats.own_folder import CONFIG_FILE, read_folder
-from mtl_export.checkpoint.formats.own_folder_v2 import write_v2
+from mtl_export.checkpoint.formats.own_folder import CONFIG_FILE, read_folder, store_checkpoint
 from mtl_export.checkpoint.outputs import BARE, named_outputs
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.errors import CheckpointError
@@ -53,7 +52,7 @@ def test_names_follow_what_a_head_gives() -> None:
 def test_our_own_folder_keeps_them(tmp_path: Path, *, is_shared: bool) -> None:
     """Written and read again a checkpoint is the same: outputs, heads, and where there is none."""
     checkpoint = open_checkpoint(write_mixed(tmp_path / "hub", is_shared=is_shared))
-    write_v2(tmp_path / "own", checkpoint)
+    store_checkpoint(tmp_path / "own", checkpoint)
     again = read_folder(tmp_path / "own")
     assert_same(again, checkpoint)
     assert {task.name: task.output for task in again.tasks} == OUTPUTS
@@ -88,7 +87,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_outputs_that_contradict_the_tasks_are_refused(tmp_path: Path, case: str) -> None:
     """Every task has one output, and every output is described once."""
-    write_v2(tmp_path / "own", open_checkpoint(write_mixed(tmp_path / "hub")))
+    store_checkpoint(tmp_path / "own", open_checkpoint(write_mixed(tmp_path / "hub")))
     changes, found = BROKEN[case]
     file = tmp_path / "own" / CONFIG_FILE
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -99,7 +98,7 @@ def test_outputs_that_contradict_the_tasks_are_refused(tmp_path: Path, case: str
 
 def test_outputs_that_nobody_describes_are_refused(tmp_path: Path) -> None:
     """A task's output is no more than a word where the folder does not say what it is."""
-    write_v2(tmp_path / "own", open_checkpoint(write_mixed(tmp_path / "hub")))
+    store_checkpoint(tmp_path / "own", open_checkpoint(write_mixed(tmp_path / "hub")))
     file = tmp_path / "own" / CONFIG_FILE
     config = json.loads(file.read_text())
     del config["outputs"]
@@ -111,7 +110,7 @@ def test_outputs_that_nobody_describes_are_refused(tmp_path: Path) -> None:
 def test_a_head_of_another_output_is_refused(tmp_path: Path) -> None:
     """A task that answers elsewhere must bring no numbers for this head."""
     checkpoint = open_checkpoint(write_mixed(tmp_path / "hub"))
-    write_v2(tmp_path / "own", checkpoint)
+    store_checkpoint(tmp_path / "own", checkpoint)
     file = tmp_path / "own" / CONFIG_FILE
     config = json.loads(file.read_text())
     config["tasks"][0]["output"] = "classification_2"

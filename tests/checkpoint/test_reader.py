@@ -10,7 +10,7 @@ import pytest
 from mtl_export.checkpoint.reader import FORMATS, open_checkpoint
 from mtl_export.errors import CheckpointError, IntegrityError, UsageError
 from tests.checkpoint.messages import assert_whole
-from tests.factories import TASKS, edit_config, toy_checkpoint
+from tests.factories import TASKS, edit_config, edit_numbers, toy_checkpoint
 
 
 @pytest.fixture
@@ -93,14 +93,10 @@ def test_a_pickle_with_code_is_an_integrity_error(tmp_path: Path, whole_folder: 
     assert_whole(caught.value, where=str(file), found="system", expected="tensors")
 
 
-@pytest.mark.parametrize(
-    ("option", "key"), [("alpha", "lora_alpha"), ("temperature", "temperature")]
-)
-def test_a_number_the_checkpoint_lacks_is_taken_from_the_command(
-    folder: Path, option: str, key: str
-) -> None:
+@pytest.mark.parametrize("option", ["alpha", "temperature"])
+def test_a_number_the_checkpoint_lacks_is_taken_from_the_command(folder: Path, option: str) -> None:
     """--alpha and --temperature fill in what is null, and only that."""
-    edit_config(folder, **{key: None})
+    edit_numbers(folder, **{option: None})
     assert all(option not in layer.hyper for layer in open_checkpoint(folder).layers.values())
     given: dict[str, Any] = {option: 0.125}
     for layer in open_checkpoint(folder, **given).layers.values():
@@ -126,15 +122,6 @@ def test_a_number_the_checkpoint_carries_is_not_overruled(
 
 def placeholders(folder: Path) -> None:
     """Give the checkpoint's three tasks the names of one that carries none."""
-    from safetensors.numpy import load_file, save_file
-
-    from mtl_export.checkpoint.formats.own_folder import WEIGHTS_FILE
-
-    tensors = load_file(folder / WEIGHTS_FILE)
-    for index, task in enumerate(TASKS):
-        for key in [key for key in tensors if key.startswith(f"heads.{task.name}.")]:
-            tensors[key.replace(f".{task.name}.", f".task{index}.")] = tensors.pop(key)
-    save_file(tensors, str(folder / WEIGHTS_FILE))
     edit_config(
         folder,
         tasks=[{"name": f"task{t.index}", "labels": list(t.labels), "kind": t.kind} for t in TASKS],

@@ -18,7 +18,7 @@ from mtl_export.bundle.manifest import damage, read_manifest
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.checkpoint import tasks_of
 from mtl_export.checkpoint.formats.mtlora_swin_settings import settings_of
-from mtl_export.checkpoint.formats.own_folder_v2 import write_v2
+from mtl_export.checkpoint.formats.own_folder import store_checkpoint
 from mtl_export.checkpoint.model_class import concrete_class
 from mtl_export.checkpoint.model_inputs import (
     has_position_table,
@@ -87,19 +87,19 @@ def checkpoint(folder: Path) -> None:
 
 
 def own(folder: Path) -> Path:
-    """Write version 1 of our folder."""
+    """Write our folder as a trainer does."""
     return toy_checkpoint(folder, toy_base(folder.with_name("base"))) / "adapter_config.json"
 
 
-def own_v2(folder: Path) -> Path:
-    """Write version 2 of our folder."""
-    write_v2(folder, own_toys.checkpoint_of())
+def own_whole(folder: Path) -> Path:
+    """Write our folder with one of everything."""
+    store_checkpoint(folder, own_toys.checkpoint_of())
     return folder / "adapter_config.json"
 
 
 def own_members(folder: Path) -> Path:
-    """Write version 2 of our folder with an adapter for each task."""
-    write_v2(folder, own_toys.with_members())
+    """Write our folder with an adapter for each task."""
+    store_checkpoint(folder, own_toys.with_members())
     return folder / "adapter_config.json"
 
 
@@ -152,7 +152,7 @@ def folder_made(folder: Path) -> Path:
 
 # Has one of everything, which no family has.
 IN_MEMORY = "version2"
-CHECKPOINTS = (own, own_v2, own_members, peft, hub_adapter, hub_head, hub_setup, hub_model)
+CHECKPOINTS = (own, own_whole, own_members, peft, hub_adapter, hub_head, hub_setup, hub_model)
 
 
 def _refusal(read: Reader, folder: Path, text: str) -> str:
@@ -182,7 +182,7 @@ def refused_count(path: Path, read: Reader, folder: Path) -> int:
 @pytest.mark.parametrize("write", CHECKPOINTS, ids=lambda write: write.__name__)
 def test_checkpoints(tmp_path: Path, write: Callable[[Path], Path]) -> None:
     """A config of a checkpoint is read, or refused by name."""
-    folder = tmp_path / (IN_MEMORY if write in {own_v2, own_members} else "adapter")
+    folder = tmp_path / (IN_MEMORY if write in {own_whole, own_members} else "adapter")
     assert refused_count(write(folder), checkpoint, folder) > 30
 
 

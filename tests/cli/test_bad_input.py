@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.cli.conftest import Run, files_below
-from tests.factories import edit_config, edit_tensors, toy_base
+from tests.factories import edit_config, edit_numbers, edit_tensors, toy_base
 
 LAYER = "bert.encoder.layer.1.intermediate.dense"
 ENTRY = "from mtl_export_cli.main import main; main()"
@@ -79,9 +79,14 @@ def config(**changes: object) -> Callable[[Path], None]:
     return lambda project: edit_config(project / "adapter", **changes)
 
 
+def numbers(**changes: float | None) -> Callable[[Path], None]:
+    """Change or remove training numbers of the adapter's layers."""
+    return lambda project: edit_numbers(project / "adapter", **changes)
+
+
 NAN = np.full((3, 2), np.nan, np.float32)
 NAN[0] = 0.5
-MIXING = f"{LAYER}.lora_B_w".replace(".", "__")
+MIXING = f"layers.{LAYER}.mixing".replace(".", "__")
 
 
 @dataclass(frozen=True)
@@ -124,22 +129,22 @@ CASES = {
         words=("--task", "span"),
     ),
     "no temperature": Case(5, ("temperature", "does not carry it", "--temperature"),
-                           config(temperature=None)),
-    "no alpha": Case(5, ("alpha", "does not carry it", "--alpha"), config(lora_alpha=None)),
-    "temperature of zero": Case(5, ("temperature", "above 0"), config(temperature=0.0)),
+                           numbers(temperature=None)),
+    "no alpha": Case(5, ("alpha", "does not carry it", "--alpha"), numbers(alpha=None)),
+    "temperature of zero": Case(5, ("temperature", "above 0"), numbers(temperature=0.0)),
     "another alpha than the checkpoint's": Case(
         2, ("--alpha 6", "the checkpoint itself says 5", "Leave out --alpha"),
         words=("--alpha", "6"),
     ),
     "NaN in a tensor": Case(
-        5, ("NaN or Inf", f"{LAYER}.lora_B_w", "first at [1, 0]", "4 values"),
+        5, ("NaN or Inf", f"{LAYER}.mixing", "first at [1, 0]", "4 values"),
         tensors(**{MIXING: NAN}),
     ),
     "an extra tensor": Case(
         5, ("unknown 'bert.surplus'", "adapter_config.json"),
         tensors(bert__surplus=np.ones(3, np.float32)),
     ),
-    "a missing tensor": Case(5, (f"missing '{LAYER}.lora_B_w'",), tensors(**{MIXING: None})),
+    "a missing tensor": Case(5, (f"missing 'layers.{LAYER}.mixing'",), tensors(**{MIXING: None})),
     "a tensor of another shape": Case(
         5, (f"'{LAYER}.lora_B_w' is [4, 2], not [3, 2]",),
         tensors(**{MIXING: np.ones((4, 2), np.float32)}),

@@ -225,17 +225,17 @@ def adapterhub(good: Good, root: Path) -> None:
 
 
 def own_folder(good: Good, root: Path) -> None:
-    """Write our own folder in both versions."""
-    from mtl_export.checkpoint.formats.own_folder_v2 import write_v2
+    """Write our own folder of one adapter, and of one for each task."""
+    from mtl_export.checkpoint.formats.own_folder import store_checkpoint
     from mtl_export.checkpoint.reader import open_checkpoint
 
-    shutil.copytree(good.adapter, root / "v1")
+    shutil.copytree(good.adapter, root / "mtl_lora")
     peft(good, good.root / "peft")
     several = open_checkpoint(good.root / "peft" / "several", task_names=["second", "first"])
     one = open_checkpoint(good.root / "peft" / "one")
-    for name, checkpoint in (("v2", one), ("members", several)):
+    for name, checkpoint in (("one", one), ("members", several)):
         (root / name).mkdir()
-        write_v2(root / name, checkpoint)
+        store_checkpoint(root / name, checkpoint)
 
 
 def base(good: Good, root: Path) -> None:

@@ -1,49 +1,49 @@
-"""Our own checkpoint folder: read it, and write it from a trainer.
-
-There are two versions. Version 1, below, holds an MTL-LoRA adapter whose layers share
-their numbers; version 2 (``folder_v2``) holds everything else: other families, numbers per
-layer, one adapter per task, trained tensors of the base. Two files, PEFT's habit:
+"""Our own checkpoint folder: any family, and one adapter per task. Read and write.
 
 ``adapter_config.json``, UTF-8 JSON, one object with exactly these keys
 
     format            "mtl-export"
-    format_version    1
-    adapter_type      name of the family: "mtl_lora"
+    format_version    2
+    adapter_type      name of the family in ``adapters.family.FAMILIES``
     tasks             list in id order of {"name": str, "labels": [str], "kind": K}, K one of
                       single_label_classification, multi_label_classification, regression,
                       headless; labels in logit order, [] for headless
-    r                 rank, int
-    lora_alpha        number or null (then --alpha is asked for)
-    temperature       softmax temperature tau > 0, number or null (then --temperature)
-    up_projections    n, int
-    lambda_format     "full" or "diagonal"
-    learn_scale       bool
-    target_modules    sorted list of the adapted modules' dotted names in model_class
-    head_modules      sorted list of the dotted names of per-task linear heads
-    model_class       transformers class, e.g. "BertForSequenceClassification"
+    model_class       transformers class, "" if unknown
     base_model_name_or_path   what --base was during training, "" if unknown
     base_sha256       SHA-256 of the base's weight files (hashing.sha256_of_files), "" if unknown
+    readout           null, or {"pooling": P, "activations": [str]}: the heads are the chain
+                      head.0, head.1, ... (``checkpoint.Readout``)
+    outputs           only where tasks' heads differ in what they compute: list of {"name": str,
+                      "pooling": P, "activations": [str], "is_bare": bool}, and each task has
+                      {"output": name} beside its other keys; the heads are head.NAME.0, ...,
+                      those of tasks with that output only, and none where it is bare
+    layers            object: module -> {"roles": sorted [str], "hyper": {str: number},
+                      "embedding": bool}; roles and numbers are the family's
+    head_modules      sorted list of the dotted names of per-task linear heads
+    replaced          sorted list of the base tensors that trained ones take the place of
+    rows              object: base tensor -> list of the rows that were trained anew
+    members           true where every task has an adapter of its own: task NAME is then a
+                      folder ``members/NAME`` of this format with that one task; layers,
+                      head_modules, replaced and rows are empty here, and no weights are here
 
-``adapter_model.safetensors``, every tensor F64, F32, F16 or BF16, per target module M
+``adapter_model.safetensors``, beside it unless ``members``: per layer M, role R, task id T
+(0, 1, ...), head H and base tensor N
 
-    M.lora_A          [r, I]
-    M.lora_lambdas    [T, r, r] (full) or [T, r] (diagonal)
-    M.lora_B          [n, O, r]
-    M.lora_B_w        [T, n], before the softmax
-    M.lora_scaler     [], before the sigmoid; only with learn_scale
+    layers.M.R            shape as the family documents
+    heads.T.H.weight      [L, I]
+    heads.T.H.bias        [L], optional
+    replaced.N            as in the base
+    rows.N                [number of rows, ...]
 
-and per task NAME and head module H
-
-    heads.NAME.H.weight   [L, I]
-    heads.NAME.H.bias     [L], optional
-
-Nothing else may be in either file. A checkpoint is written as version 1 if that can hold
-it, so that older readers can read it.
+All but ``replaced`` are F64, F32, F16 or BF16. Nothing else may be in either file. JSON
+objects are sorted by key and tensors by name, so one checkpoint is one sequence of bytes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,63 +55,43 @@ import numpy as np
 from mtl_export.checkpoint.checkpoint import (
     BaseReference,
     Checkpoint,
+    Fate,
     HeadTensors,
     LayerTensors,
     LedgerEntry,
+    Readout,
+    RowTensors,
     Task,
     check_task_names,
 )
-from mtl_export.checkpoint.files.json_file import Shape, json_or_none, misfit, read_json
+from mtl_export.checkpoint.files.json_file import json_or_none
 from mtl_export.checkpoint.files.safetensors import open_safetensors, write_safetensors
 from mtl_export.checkpoint.formats.own_folder_checks import (
     CONFIG_FILE,
     FORMAT,
     VERSION,
     WEIGHTS_FILE,
-    is_task_entry,
+    check_tensors,
+    checked_config,
+    no_file,
 )
-from mtl_export.checkpoint.formats.own_folder_v2 import fate_of, read_v2, task_entry
-from mtl_export.checkpoint.hashing import sha256_of_files
-from mtl_export.checkpoint.tensors import FLOAT_DTYPES, Array, Tensor
+from mtl_export.checkpoint.hashing import sha256_of_digests, sha256_of_file, sha256_of_files
+from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array, Tensor
 from mtl_export.errors import CheckpointError, shortened
 
 __all__ = [
     "CONFIG_FILE",
-    "CONFIG_KEYS",
     "FORMAT",
-    "SUFFIXES",
     "WEIGHTS_FILE",
     "is_own_folder",
     "read_folder",
+    "store_checkpoint",
     "write_folder",
 ]
 
-FORMAT_VERSION = 1
-# role in the family -> suffix in the file
-SUFFIXES = {
-    "down": "lora_A",
-    "lambda": "lora_lambdas",
-    "up": "lora_B",
-    "mixing": "lora_B_w",
-    "scaler": "lora_scaler",
-}
-CONFIG_KEYS: dict[str, Shape] = {
-    "format": str,
-    "format_version": int,
-    "adapter_type": str,
-    "tasks": [object],
-    "r": int,
-    "lora_alpha": (float, None),
-    "temperature": (float, None),
-    "up_projections": int,
-    "lambda_format": str,
-    "learn_scale": bool,
-    "target_modules": [str],
-    "head_modules": [str],
-    "model_class": str,
-    "base_model_name_or_path": str,
-    "base_sha256": str,
-}
+MEMBERS = "members"
+# Roles that hold one slice per task; the others are shared factors.
+STACKED_ROLES = frozenset({"lambda", "mixing", "gate", "task_embedding"})
 
 
 def is_own_folder(path: Path) -> bool:
@@ -123,65 +103,78 @@ def read_folder(path: Path) -> Checkpoint:
     """Return the checkpoint in our folder ``path``; tensors stay on disk.
 
     Raises:
-        CheckpointError: The config lacks a key or has a wrong one, the weights are
-            missing, truncated, or hold more or fewer tensors than the config says.
+        CheckpointError: The config lacks a key or has a wrong one, a file is missing or
+            truncated, or holds more or fewer tensors than the config says.
     """
-    if _version(path / CONFIG_FILE) == VERSION:
-        return read_v2(path)
-    config = _read_config(path / CONFIG_FILE)
-    weights_path = path / WEIGHTS_FILE
-    if not weights_path.is_file():
-        raise CheckpointError(
-            f"{path}: no {WEIGHTS_FILE}",
-            expected=f"{WEIGHTS_FILE} beside {CONFIG_FILE}",
-            fix="Copy the whole folder",
-        )
-    tensors = open_safetensors(weights_path).tensors
+    config = checked_config(path / CONFIG_FILE)
     tasks = tuple(
-        Task(entry["name"], index, tuple(entry["labels"]), entry["kind"])
-        for index, entry in enumerate(config["tasks"])
+        Task.from_entry({**entry, "index": index}) for index, entry in enumerate(config["tasks"])
     )
-    _check_keys(weights_path, config, tensors)
-    _check_config_shapes(weights_path, config, tensors)
-    hyper = {
-        name: float(config[key])
-        for name, key in (("alpha", "lora_alpha"), ("temperature", "temperature"))
-        if config[key] is not None
+    common: dict[str, Any] = {
+        "path": path,
+        "format": FORMAT,
+        "family": config["adapter_type"],
+        "tasks": tasks,
+        "base": BaseReference(config["base_model_name_or_path"], config["base_sha256"]),
+        "model_class": config["model_class"],
+        "readouts": _readouts(config),
     }
-    layers = {
-        module: LayerTensors(
-            module,
-            {
-                role: tensors[f"{module}.{suffix}"]
-                for role, suffix in SUFFIXES.items()
-                if f"{module}.{suffix}" in tensors
-            },
-            MappingProxyType(hyper),
-        )
-        for module in config["target_modules"]
-    }
-    heads = {
-        module: tuple(
-            HeadTensors(
-                tensors[f"heads.{task.name}.{module}.weight"],
-                tensors.get(f"heads.{task.name}.{module}.bias"),
-            )
-            for task in tasks
-        )
-        for module in config["head_modules"]
-    }
+    if config["members"]:
+        return _with_members(path, common)
+    weights = path / WEIGHTS_FILE
+    if not weights.is_file():
+        raise no_file(path, WEIGHTS_FILE)
+    tensors = dict(open_safetensors(weights).tensors)
+    check_tensors(weights, config, tensors)
     return Checkpoint(
-        path=path,
-        format=FORMAT,
-        family=config["adapter_type"],
-        tasks=tasks,
-        layers=MappingProxyType(layers),
-        heads=MappingProxyType(heads),
-        base=BaseReference(config["base_model_name_or_path"], config["base_sha256"]),
-        model_class=config["model_class"],
-        sha256=sha256_of_files([path / CONFIG_FILE, weights_path]),
+        **common,
+        layers=MappingProxyType(
+            {module: _layer(module, entry, tensors) for module, entry in config["layers"].items()}
+        ),
+        heads=MappingProxyType(
+            {
+                module: tuple(_head(tensors, f"heads.{task.index}.{module}") for task in tasks)
+                for module in config["head_modules"]
+            }
+        ),
+        sha256=sha256_of_files([path / CONFIG_FILE, weights]),
+        replaced=MappingProxyType(
+            {name: tensors[f"replaced.{name}"] for name in config["replaced"]}
+        ),
+        rows=MappingProxyType(
+            {
+                name: RowTensors(tuple(indices), tensors[f"rows.{name}"])
+                for name, indices in config["rows"].items()
+            }
+        ),
         ledger=_ledger(config, tensors),
     )
+
+
+def store_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write ``checkpoint`` to the folder ``path``, stored dtypes kept bit for bit.
+
+    Raises:
+        CheckpointError: The task names are not usable, or a number is not finite.
+    """
+    check_task_names(str(path), [task.name for task in checkpoint.tasks])
+    config = _config_of(checkpoint)
+    _refuse_not_finite(checkpoint)
+    path.mkdir(parents=True, exist_ok=True)
+    for task, member in zip(checkpoint.tasks, checkpoint.members, strict=bool(checkpoint.members)):
+        own = (dataclasses.replace(task, index=0),)
+        store_checkpoint(path / MEMBERS / task.name, dataclasses.replace(member, tasks=own))
+    if not checkpoint.members:
+        # Not ascontiguousarray: it turns a scalar into shape [1].
+        arrays = {
+            name: np.asarray(tensor.numpy(), order="C")
+            for name, tensor in sorted(_stored_tensors(checkpoint).items())
+        }
+        write_safetensors(path / f"{WEIGHTS_FILE}.partial", arrays)
+        os.replace(path / f"{WEIGHTS_FILE}.partial", path / WEIGHTS_FILE)
+    partial_config = path / f"{CONFIG_FILE}.partial"
+    partial_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial_config, path / CONFIG_FILE)
 
 
 def write_folder(
@@ -208,165 +201,186 @@ def write_folder(
         base: The base it was trained on.
 
     Raises:
-        CheckpointError: The task names are not usable.
+        CheckpointError: The task names are not usable, or a number is not finite.
     """
-    check_task_names(str(path), [task.name for task in tasks])
-    # Not ascontiguousarray: it turns the scalar lora_scaler into shape [1].
-    tensors = {
-        f"{module}.{SUFFIXES[role]}": np.asarray(value, order="C")
-        for module, roles in layers.items()
-        for role, value in roles.items()
+    numbers = {"alpha": alpha, "temperature": temperature}
+    hyper = {name: float(value) for name, value in numbers.items() if value is not None}
+    checkpoint = Checkpoint(
+        path=path,
+        format=FORMAT,
+        family="mtl_lora",
+        tasks=tasks,
+        layers={
+            module: LayerTensors(
+                module, {role: _in_memory(role, value) for role, value in roles.items()}, hyper
+            )
+            for module, roles in layers.items()
+        },
+        heads={
+            module: tuple(_head_of(by_task.get(task.name)) for task in tasks)
+            for module, by_task in heads.items()
+        },
+        base=base,
+        model_class=model_class,
+        sha256="",
+    )
+    store_checkpoint(path, checkpoint)
+
+
+def _in_memory(name: str, value: Array) -> Tensor:
+    dtype = next(key for key, known in NUMPY_DTYPES.items() if known == value.dtype)
+    return Tensor(name, dtype, value.shape, lambda: value)
+
+
+def _head_of(stored: tuple[Array, Array | None] | None) -> HeadTensors | None:
+    if stored is None:
+        return None
+    weight, bias = (None if one is None else _in_memory("head", one) for one in stored)
+    return None if weight is None else HeadTensors(weight, bias)
+
+
+def _task_entry(task: Task) -> dict[str, Any]:
+    """Return ``task`` as an item of ``tasks`` in a config."""
+    entry = {"name": task.name, "labels": list(task.labels), "kind": task.kind}
+    return entry | ({"output": task.output} if task.output else {})
+
+
+def _fate_of(role: str) -> Fate:
+    """Return what becomes of a layer's tensor of this role."""
+    return "stacked" if role in STACKED_ROLES or role.startswith("task_") else "folded"
+
+
+def _readouts(config: Mapping[str, Any]) -> tuple[Readout, ...]:
+    one = config["readout"]
+    if one is not None:
+        return (Readout(one["pooling"], tuple(one["activations"])),)
+    return tuple(
+        Readout(entry["pooling"], tuple(entry["activations"]), entry["name"], entry["is_bare"])
+        for entry in config.get("outputs", ())
+    )
+
+
+def _head(tensors: Mapping[str, Tensor], name: str) -> HeadTensors | None:
+    """Return a head; which tasks lack which was checked with the tensors' names."""
+    weight = tensors.get(f"{name}.weight")
+    return None if weight is None else HeadTensors(weight, tensors.get(f"{name}.bias"))
+
+
+def _layer(module: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LayerTensors:
+    return LayerTensors(
+        module,
+        MappingProxyType({role: tensors[f"layers.{module}.{role}"] for role in entry["roles"]}),
+        MappingProxyType({name: float(value) for name, value in entry["hyper"].items()}),
+        embedding=entry["embedding"],
+    )
+
+
+def _with_members(path: Path, common: dict[str, Any]) -> Checkpoint:
+    members = []
+    for task in common["tasks"]:
+        folder = path / MEMBERS / task.name
+        if not (folder / CONFIG_FILE).is_file():
+            raise no_file(path, f"{MEMBERS}/{task.name}/{CONFIG_FILE}")
+        member = read_folder(folder)
+        if len(member.tasks) != 1 or member.members or member.tasks[0].name != task.name:
+            raise CheckpointError(
+                f"{folder}: tasks {shortened(task.name for task in member.tasks)}",
+                expected=f"the one task {task.name}, because {path / CONFIG_FILE} says so",
+                fix="Copy the whole folder",
+            )
+        members.append(member)
+    digests = {f"{MEMBERS}/{m.tasks[0].name}": m.sha256 for m in members}
+    return Checkpoint(
+        **common,
+        layers=MappingProxyType({}),
+        heads=MappingProxyType({}),
+        sha256=sha256_of_digests(
+            {CONFIG_FILE: sha256_of_file(path / CONFIG_FILE), **digests},
+        ),
+        members=tuple(members),
+        ledger=tuple(
+            LedgerEntry(f"{MEMBERS}/{m.tasks[0].name}/{entry.tensor}", entry.fate, entry.reason)
+            for m in members
+            for entry in m.ledger
+        ),
+    )
+
+
+def _stored_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return every tensor by its key in the weights file."""
+    stored = {
+        f"layers.{module}.{role}": tensor
+        for module, layer in checkpoint.layers.items()
+        for role, tensor in layer.tensors.items()
     }
-    for module, by_task in heads.items():
-        for name, (weight, bias) in by_task.items():
-            tensors[f"heads.{name}.{module}.weight"] = np.asarray(weight, order="C")
-            if bias is not None:
-                tensors[f"heads.{name}.{module}.bias"] = np.asarray(bias, order="C")
-    first = next(iter(layers.values()))
-    config = {
+    for module, heads in checkpoint.heads.items():
+        for index, head in enumerate(heads):
+            if head is None:
+                continue
+            stored[f"heads.{index}.{module}.weight"] = head.weight
+            if head.bias is not None:
+                stored[f"heads.{index}.{module}.bias"] = head.bias
+    stored |= {f"replaced.{name}": tensor for name, tensor in checkpoint.replaced.items()}
+    return stored | {f"rows.{name}": rows.values for name, rows in checkpoint.rows.items()}
+
+
+def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    entries = [
+        {"pooling": one.pooling, "activations": list(one.activations)}
+        for one in checkpoint.readouts
+    ]
+    is_one = [one.name for one in checkpoint.readouts] == [""]
+    outputs = [
+        {"name": one.name, **entry, "is_bare": one.is_bare}
+        for one, entry in zip(checkpoint.readouts, entries, strict=True)
+    ]
+    return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "adapter_type": "mtl_lora",
-        "tasks": [task_entry(task) for task in tasks],
-        "r": int(first["down"].shape[0]),
-        "lora_alpha": alpha,
-        "temperature": temperature,
-        "up_projections": int(first["up"].shape[0]),
-        "lambda_format": "full" if first["lambda"].ndim == 3 else "diagonal",
-        "learn_scale": "scaler" in first,
-        "target_modules": sorted(layers),
-        "head_modules": sorted(heads),
-        "model_class": model_class,
-        "base_model_name_or_path": base.id,
-        "base_sha256": base.sha256,
+        "format_version": VERSION,
+        "adapter_type": checkpoint.family,
+        "tasks": [_task_entry(task) for task in checkpoint.tasks],
+        "model_class": checkpoint.model_class,
+        "base_model_name_or_path": checkpoint.base.id,
+        "base_sha256": checkpoint.base.sha256,
+        "readout": entries[0] if is_one else None,
+        **({"outputs": outputs} if outputs and not is_one else {}),
+        "layers": {
+            module: {
+                "roles": sorted(layer.tensors),
+                "hyper": dict(sorted(layer.hyper.items())),
+                "embedding": layer.embedding,
+            }
+            for module, layer in sorted(checkpoint.layers.items())
+        },
+        "head_modules": sorted(checkpoint.heads),
+        "replaced": sorted(checkpoint.replaced),
+        "rows": {name: list(rows.indices) for name, rows in sorted(checkpoint.rows.items())},
+        "members": bool(checkpoint.members),
     }
-    path.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path / f"{WEIGHTS_FILE}.partial", dict(sorted(tensors.items())))
-    partial_config = path / f"{CONFIG_FILE}.partial"
-    partial_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(path / f"{WEIGHTS_FILE}.partial", path / WEIGHTS_FILE)
-    os.replace(partial_config, path / CONFIG_FILE)
 
 
-def _version(config: Path) -> object:
-    return read_json(config).get("format_version")
-
-
-def _ledger(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LedgerEntry, ...]:
-    """Return what becomes of every tensor, in file order."""
-    fates = {
-        f"{module}.{suffix}": fate_of(role)
-        for module in config["target_modules"]
-        for role, suffix in SUFFIXES.items()
-    }
-    return tuple(LedgerEntry(name, fates.get(name, "head")) for name in tensors)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    problems = [f"no {key!r}" for key in CONFIG_KEYS if key not in config]
-    problems += [f"unknown {key!r}" for key in config if key not in CONFIG_KEYS]
-    problems += [
-        found[0]
-        for key, shape in CONFIG_KEYS.items()
-        if key in config and (found := misfit(config[key], shape, key))
+def _refuse_not_finite(checkpoint: Checkpoint) -> None:
+    bad = [
+        f"{layer.module}: {name} = {value}"
+        for layer in checkpoint.layers.values()
+        for name, value in layer.hyper.items()
+        if not math.isfinite(value)
     ]
-    if not problems:
-        if config["format_version"] != FORMAT_VERSION:
-            problems.append(f"format_version {config['format_version']}")
-        if config["lambda_format"] not in {"full", "diagonal"}:
-            problems.append(f"lambda_format {config['lambda_format']!r}")
-        problems += [
-            f"task {entry!r}"
-            for entry in config["tasks"]
-            if not is_task_entry(entry) or "output" in entry
-        ]
-        problems += [
-            f"{key} is {config[key]!r}"
-            for key in ("target_modules", "head_modules")
-            if config[key] != sorted(set(map(str, config[key])))
-        ]
-        if not config["target_modules"]:
-            problems.append("target_modules is empty")
-    if problems:
+    if bad:
         raise CheckpointError(
-            f"{path}: {shortened(problems)}",
-            expected=(
-                f"exactly the keys of format version {FORMAT_VERSION}, each of its type, because "
-                "mtl_export.checkpoint.formats.own_folder documents them"
-            ),
-            fix="Write the folder with mtl_export.write_checkpoint",
+            f"{checkpoint.path}: {shortened(bad)}",
+            expected="finite numbers",
+            fix="Pass the value used in training, e.g. with --alpha",
         )
-    check_task_names(str(path), [entry["name"] for entry in config["tasks"]])
-    return dict(config)
 
 
-def _check_keys(path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    roles = [role for role in SUFFIXES if role != "scaler" or config["learn_scale"]]
-    required = {
-        f"{module}.{SUFFIXES[role]}" for module in config["target_modules"] for role in roles
+def _ledger(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LedgerEntry, ...]:
+    entries = {
+        f"layers.{module}.{role}": _fate_of(role)
+        for module, entry in config["layers"].items()
+        for role in entry["roles"]
     }
-    optional = set()
-    for module in config["head_modules"]:
-        for entry in config["tasks"]:
-            required.add(f"heads.{entry['name']}.{module}.weight")
-            optional.add(f"heads.{entry['name']}.{module}.bias")
-    problems = [f"missing {key!r}" for key in sorted(required - tensors.keys())]
-    problems += [f"unknown {key!r}" for key in sorted(tensors.keys() - required - optional)]
-    problems += [
-        f"{name!r} has dtype {tensor.dtype}"
-        for name, tensor in tensors.items()
-        if tensor.dtype not in FLOAT_DTYPES
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{path}: {shortened(problems)}",
-            expected=(
-                "floating-point tensors, exactly those that adapter_config.json announces, "
-                "because a tensor that is ignored or missing would change the model silently"
-            ),
-            fix="Make target_modules, head_modules, tasks and learn_scale agree with the weights",
-        )
-
-
-def _check_config_shapes(path: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    task_count, rank, up_count = len(config["tasks"]), config["r"], config["up_projections"]
-    full = config["lambda_format"] == "full"
-    lambda_shape = (task_count, rank, rank) if full else (task_count, rank)
-    problems = []
-    for module in config["target_modules"]:
-        down, up = tensors[f"{module}.lora_A"].shape, tensors[f"{module}.lora_B"].shape
-        expected = {
-            f"{module}.lora_A": (rank, *down[1:2]),
-            f"{module}.lora_lambdas": lambda_shape,
-            f"{module}.lora_B": (up_count, *up[1:2], rank),
-            f"{module}.lora_B_w": (task_count, up_count),
-        }
-        problems += [
-            f"{name!r} is {list(tensors[name].shape)}, not {list(shape)}"
-            for name, shape in expected.items()
-            if tensors[name].shape != shape
-        ]
-    for module in config["head_modules"]:
-        weights = [f"heads.{entry['name']}.{module}.weight" for entry in config["tasks"]]
-        widths = sorted({tensors[name].shape[1:] for name in weights})
-        if len(widths) > 1:
-            problems.append(f"the tasks' heads {module!r} take {' and '.join(map(str, widths))}")
-        for entry, name in zip(config["tasks"], weights, strict=True):
-            shape = tensors[name].shape
-            if len(shape) != 2 or shape[0] != len(entry["labels"]):
-                problems.append(
-                    f"{name!r} is {list(shape)}, but the task has {len(entry['labels'])} labels"
-                )
-            bias = tensors.get(f"heads.{entry['name']}.{module}.bias")
-            if bias is not None and bias.shape != shape[:1]:
-                problems.append(f"{bias.name!r} is {list(bias.shape)}, not {list(shape[:1])}")
-    if problems:
-        raise CheckpointError(
-            f"{path}: {shortened(problems)}",
-            expected=(
-                f"T={task_count}, r={rank}, n={up_count}, Lambda {config['lambda_format']}, "
-                "because adapter_config.json says so"
-            ),
-            fix="Correct adapter_config.json or re-save the adapter",
-        )
+    return tuple(
+        LedgerEntry(name, entries.get(name, "head" if name.startswith("heads.") else "copied"))
+        for name in tensors
+    )

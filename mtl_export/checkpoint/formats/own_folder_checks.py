@@ -1,4 +1,4 @@
-"""What a version-2 folder of ours must look like; ``folder_v2`` documents it."""
+"""What our own folder must look like; ``own_folder`` documents it."""
 
 from __future__ import annotations
 
@@ -42,6 +42,13 @@ def checked_config(path: Path) -> dict[str, Any]:
         CheckpointError: With everything that is wrong with it.
     """
     config = read_json(path)
+    version = config.get("format_version", VERSION)
+    if version != VERSION:
+        raise CheckpointError(
+            f"{path}: format_version {version!r:.80}",
+            expected=f"format_version {VERSION}, the only one there is",
+            fix="Save the trained adapter again with this mtl-export: mtl_export.write_checkpoint",
+        )
     problems = [f"no {key!r}" for key in KEYS if key not in config]
     problems += [f"unknown {key!r}" for key in config if key not in {*KEYS, "outputs"}]
     problems += [
@@ -56,7 +63,7 @@ def checked_config(path: Path) -> dict[str, Any]:
             f"{path}: {shortened(problems)}",
             expected=(
                 f"exactly the keys of format version {VERSION}, each of its type, because "
-                "mtl_export.checkpoint.formats.own_folder_v2 documents them"
+                "mtl_export.checkpoint.formats.own_folder documents them"
             ),
             fix="Write the folder again with mtl-export inspect --convert",
         )
@@ -66,7 +73,7 @@ def checked_config(path: Path) -> dict[str, Any]:
 
 def _problems(config: Mapping[str, Any]) -> list[str]:
     """Return what is wrong inside the values of a config with the right keys."""
-    problems = [f"task {entry!r}" for entry in config["tasks"] if not is_task_entry(entry)]
+    problems = [f"task {entry!r}" for entry in config["tasks"] if not _is_task_entry(entry)]
     problems += [
         f"{key} is {config[key]!r}"
         for key in ("head_modules", "replaced")
@@ -188,7 +195,7 @@ def check_tensors(path: Path, config: Mapping[str, Any], tensors: Mapping[str, T
         )
 
 
-def is_task_entry(entry: object) -> bool:
+def _is_task_entry(entry: object) -> bool:
     """Return whether ``entry`` is an item of ``tasks`` in a config."""
     return (
         isinstance(entry, dict)

@@ -14,8 +14,12 @@ from mtl_export.adapters.modules.save import save_checkpoint
 from mtl_export.adapters.modules.ta_lora import Gate, TALoRALinear
 from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.checkpoint import BaseReference
-from mtl_export.checkpoint.formats.own_folder import CONFIG_FILE, WEIGHTS_FILE, read_folder
-from mtl_export.checkpoint.formats.own_folder_v2 import write_v2
+from mtl_export.checkpoint.formats.own_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    read_folder,
+    store_checkpoint,
+)
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.errors import CheckpointError, OutputError
 from mtl_export.runtime.runners.pytorch import oracle_model
@@ -131,6 +135,6 @@ def test_labels_that_the_head_has_no_rows_for_are_refused_when_saved_and_read(
         save_checkpoint(model, tmp_path / "again", tasks=wrong, base=BaseReference())
     assert not (tmp_path / "again").exists()
     contradictory = dataclasses.replace(bound.checkpoint, tasks=wrong)
-    write_v2(tmp_path / "second", contradictory)
+    store_checkpoint(tmp_path / "second", contradictory)
     with pytest.raises(CheckpointError, match=f"task {task.name} has"):
         open_checkpoint(tmp_path / "second")

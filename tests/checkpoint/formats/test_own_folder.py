@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +11,183 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtl_export.checkpoint.checkpoint import BaseReference, Task
-from mtl_export.checkpoint.formats import own_folder as folder_module
+from mtl_export.checkpoint.checkpoint import BaseReference, LayerTensors, Task
+from mtl_export.checkpoint.formats import own_folder, own_folder_checks
 from mtl_export.checkpoint.formats.own_folder import (
     CONFIG_FILE,
-    CONFIG_KEYS,
-    SUFFIXES,
     WEIGHTS_FILE,
     is_own_folder,
     read_folder,
+    store_checkpoint,
     write_folder,
 )
-from mtl_export.checkpoint.hashing import sha256_of_files
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES
 from mtl_export.errors import CheckpointError
 from tests.adapters import toys
 from tests.checkpoint.messages import assert_whole
+from tests.checkpoint.own_toys import Source, assert_same, checkpoint_of, with_members
 from tests.factories import edit_config, edit_tensors
 
+
+@given(
+    seed=st.integers(0, 2**16),
+    dtype=st.sampled_from(["F64", "F32", "F16", "BF16"]),
+    rank=st.integers(1, 4),
+    members=st.booleans(),
+)
+def test_what_is_written_is_read_back_and_written_again(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, dtype: str, rank: int, members: bool
+) -> None:
+    """Any checkpoint comes back bit for bit, and saving that gives the same bytes."""
+    root = tmp_path_factory.mktemp("own")
+    checkpoint = with_members(seed) if members else checkpoint_of(seed, dtype=dtype, rank=rank)
+    store_checkpoint(root / "first", checkpoint)
+    again = read_folder(root / "first")
+    assert_same(again, checkpoint)
+    store_checkpoint(root / "second", again)
+    files = sorted(p.relative_to(root / "first") for p in (root / "first").rglob("*.*")
+                   if p.is_file())  # fmt: skip
+    assert len(files) == (5 if members else 2)
+    for file in files:
+        assert (root / "first" / file).read_bytes() == (root / "second" / file).read_bytes()
+    assert read_folder(root / "second").sha256 == again.sha256
+
+
+def test_the_docstring_documents_every_key(tmp_path: Path) -> None:
+    """Exactly the documented keys, in the documented order of meaning."""
+    store_checkpoint(tmp_path, checkpoint_of())
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert config.keys() == own_folder_checks.KEYS.keys()
+    for key in config:
+        assert f"\n    {key} " in (own_folder.__doc__ or "")
+
+
+def test_task_names_do_not_collide(tmp_path: Path) -> None:
+    """Names with dots cannot be mistaken for another task's head."""
+    checkpoint = checkpoint_of()
+    store_checkpoint(tmp_path, checkpoint)
+    keys = {entry.tensor for entry in read_folder(tmp_path).ledger}
+    assert {"heads.0.head.1.weight", "heads.1.head.1.weight"} <= keys
+
+
+def test_the_hash_covers_every_file(tmp_path: Path) -> None:
+    """A change in one member is another checkpoint."""
+    store_checkpoint(tmp_path / "a", with_members())
+    before = read_folder(tmp_path / "a").sha256
+    edit_tensors(tmp_path / "a" / "members" / "tone", replaced__norm__bias=np.ones(4, np.float32))
+    assert read_folder(tmp_path / "a").sha256 != before
+
+
+def test_a_member_alone_is_a_checkpoint(tmp_path: Path) -> None:
+    """One task's folder can be read by itself."""
+    store_checkpoint(tmp_path, with_members())
+    member = read_folder(tmp_path / "members" / "tone.fine")
+    assert [task.name for task in member.tasks] == ["tone.fine"]
+
+
+def test_a_number_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    """Such a folder could not be read again."""
+    layer = LayerTensors("b.dense", {"down": Source(0)(1, 2)}, {"alpha": float("nan")})
+    with pytest.raises(CheckpointError, match="alpha = nan"):
+        store_checkpoint(tmp_path / "x", replace(checkpoint_of(), layers={"b.dense": layer}))
+    assert not (tmp_path / "x").exists()
+
+
 BASE = BaseReference("toy/bert", "ab" * 32)
-MODULE = "bert.pooler.dense"
+LAYER = {"roles": ["down"], "hyper": {}, "embedding": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"colour": 1}, "unknown 'colour'"),
+        ({"members": 1}, "members is 1"),
+        ({"members": True}, "members, and layers and head_modules and replaced and rows"),
+        ({"tasks": [{"name": "x"}]}, "task {'name': 'x'}"),
+        ({"layers": {"m": {}}}, "layer m: {}"),
+        ({"layers": {"m": LAYER | {"roles": ["b", "a"]}}}, "layer m"),
+        ({"layers": {"m": LAYER | {"roles": []}}}, "layer m"),
+        ({"layers": {"m": LAYER | {"hyper": {"alpha": "1"}}}}, "layer m"),
+        ({"layers": {"m": LAYER | {"hyper": {"alpha": True}}}}, "layer m"),
+        ({"layers": {"m": LAYER | {"embedding": 0}}}, "layer m"),
+        ({"head_modules": ["b", "a"]}, "head_modules is ['b', 'a']"),
+        ({"replaced": ["a", "a"]}, "replaced is ['a', 'a']"),
+        ({"rows": {"w": [1, 1]}}, "rows w: [1, 1]"),
+        ({"rows": {"w": [-1]}}, "rows w: [-1]"),
+        ({"readout": {"pooling": "mean", "activations": []}}, "readout is {'pooling': 'mean'"),
+        ({"readout": 3}, "readout is 3"),
+    ],
+)
+def test_a_wrong_config_is_refused(tmp_path: Path, changes: dict[str, Any], found: str) -> None:
+    """A key of another type or meaning is refused with its value."""
+    store_checkpoint(tmp_path, checkpoint_of())
+    edit_config(tmp_path, **changes)
+    refused(tmp_path, CONFIG_FILE, found, "format version 2")
+
+
+@pytest.mark.parametrize("key", [k for k in own_folder_checks.KEYS if not k.startswith("format")])
+def test_every_key_is_required(tmp_path: Path, key: str) -> None:
+    """A config without one of the keys is refused with its name."""
+    store_checkpoint(tmp_path, checkpoint_of())
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    del config[key]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    refused(tmp_path, CONFIG_FILE, f"no {key!r}", "format version 2")
+
+
+def refused(folder: Path, where: str, found: str, expected: str = "") -> None:
+    """Check that reading ``folder`` is refused with a whole message."""
+    with pytest.raises(CheckpointError) as caught:
+        read_folder(folder)
+    assert_whole(caught.value, where=str(folder / where), found=found, expected=expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("layers.b.dense.down", None, "missing 'layers.b.dense.down'"),
+        ("layers.b.dense.extra", np.ones(2, np.float32), "unknown 'layers.b.dense.extra'"),
+        ("layers.b.dense.up", np.ones((5, 3), np.int32), "'layers.b.dense.up' has dtype I32"),
+        ("heads.0.head.1.weight", None, "missing 'heads.0.head.1.weight'"),
+        ("heads.0.head.0.bias", np.ones(5, np.float32), "'heads.0.head.0' has a weight [6, 4]"),
+        ("heads.1.head.0.weight", np.ones(6, np.float32), "'heads.1.head.0' has a weight [6]"),
+        ("heads.2.head.0.weight", np.ones((6, 4), np.float32), "unknown 'heads.2.head.0.weight'"),
+        ("replaced.norm.bias", None, "missing 'replaced.norm.bias'"),
+        ("rows.a.words.weight", np.ones((3, 4), np.float32), "'rows.a.words.weight' is not 2 rows"),
+    ],
+)
+def test_tensors_and_config_must_agree(tmp_path: Path, key: str, value: Any, found: str) -> None:
+    """A tensor that is extra, missing or misshapen is refused by name."""
+    store_checkpoint(tmp_path, checkpoint_of())
+    edit_tensors(tmp_path, **{key.replace(".", "__"): value})
+    refused(tmp_path, WEIGHTS_FILE, found, "exactly the tensors")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "where", "found"),
+    [
+        (lambda f: (f / "members/tone/adapter_config.json").unlink(), "", "no members/tone/"),
+        (lambda f: (f / "members/tone/adapter_model.safetensors").unlink(), "members/tone", "no "),
+        (
+            lambda f: (
+                (f / "members/tone").rename(f / "x")
+                and (f / "members/tone.fine").rename(f / "members/tone")
+            ),
+            "members/tone",
+            "tasks tone.fine",
+        ),
+    ],
+)
+def test_members_must_be_whole(
+    tmp_path: Path, break_it: Callable[[Path], object], where: str, found: str
+) -> None:
+    """A member that is absent, half there or another task's is refused."""
+    store_checkpoint(tmp_path / "a", with_members())
+    break_it(tmp_path / "a")
+    with pytest.raises(CheckpointError) as caught:
+        read_folder(tmp_path / "a")
+    assert caught.value.problem.endswith(str(tmp_path / "a" / where))
+    assert found in caught.value.problem
 
 
 @pytest.fixture
@@ -38,7 +196,7 @@ def folder(tmp_path: Path) -> Path:
     return toys.write_checkpoint(tmp_path / "adapter", toys.checkpoint_parts(), BASE)
 
 
-def test_what_is_written_is_read_back(folder: Path) -> None:
+def test_what_a_trainer_writes_is_read_back(folder: Path) -> None:
     """Tasks, numbers, base, layers and heads come back in order and bit by bit."""
     parts = toys.checkpoint_parts()
     checkpoint = read_folder(folder)
@@ -61,31 +219,6 @@ def test_what_is_written_is_read_back(folder: Path) -> None:
         assert head.bias is not None
         assert head.weight.numpy().tobytes() == weight.tobytes()
         assert head.bias.numpy().tobytes() == bias.tobytes()
-
-
-def test_the_config_says_what_the_docstring_documents(folder: Path) -> None:
-    """Exactly the documented keys, in the documented order, with the values of the weights."""
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    assert list(config) == list(CONFIG_KEYS)
-    documentation = folder_module.__doc__ or ""
-    for key in config:
-        assert f"\n    {key} " in documentation
-    assert (config["r"], config["up_projections"]) == (toys.RANK, toys.UPS)
-    assert (config["lambda_format"], config["learn_scale"]) == ("full", True)
-    assert config["target_modules"] == sorted(toys.MODULES)
-    assert config["tasks"][1] == {
-        "name": "topics",
-        "labels": ["ads", "jobs", "news", "sport"],
-        "kind": "multi_label_classification",
-    }
-
-
-def test_the_hash_covers_both_files(folder: Path) -> None:
-    """A change of one byte in either file is another checkpoint."""
-    before = read_folder(folder).sha256
-    assert before == sha256_of_files([folder / CONFIG_FILE, folder / WEIGHTS_FILE])
-    edit_config(folder, base_model_name_or_path="toy/other")
-    assert read_folder(folder).sha256 != before
 
 
 @given(
@@ -187,86 +320,12 @@ def test_a_folder_says_that_it_is_ours(tmp_path: Path, content: str, own: bool) 
     assert is_own_folder(tmp_path) is own
 
 
-def refused(folder: Path, file: str, found: str, expected: str = "") -> None:
-    """Check that reading ``folder`` is refused with a whole message about ``file``."""
-    with pytest.raises(CheckpointError) as caught:
-        read_folder(folder)
-    assert type(caught.value) is CheckpointError
-    assert_whole(caught.value, where=str(folder / file), found=found, expected=expected)
-
-
-@pytest.mark.parametrize("key", list(CONFIG_KEYS))
-def test_every_key_is_required(folder: Path, key: str) -> None:
-    """A config without one of the keys is refused with its name."""
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    del config[key]
-    (folder / CONFIG_FILE).write_text(json.dumps(config))
-    refused(folder, CONFIG_FILE, f"no {key!r}", "format version 1")
-
-
-def task_entry(**changes: Any) -> list[dict[str, Any]]:
-    """Return the toy tasks with the first one changed."""
-    entries = [{"name": t.name, "labels": list(t.labels), "kind": t.kind} for t in toys.TASKS]
-    return [entries[0] | changes, *entries[1:]]
-
-
-@pytest.mark.parametrize(
-    ("changes", "found"),
-    [
-        ({"colour": 1}, "unknown 'colour'"),
-        ({"r": "5"}, "r is '5'"),
-        ({"r": 5.0}, "r is 5.0"),
-        ({"r": True}, "r is True"),
-        ({"up_projections": None}, "up_projections is None"),
-        ({"lora_alpha": "7"}, "lora_alpha is '7'"),
-        ({"lora_alpha": True}, "lora_alpha is True"),
-        ({"temperature": [0.1]}, "temperature is [0.1]"),
-        ({"learn_scale": 1}, "learn_scale is 1"),
-        ({"tasks": {}}, "tasks is {}"),
-        ({"format_version": 3}, "format_version 3"),
-        ({"lambda_format": "sparse"}, "lambda_format 'sparse'"),
-        ({"target_modules": []}, "target_modules is empty"),
-        ({"target_modules": [MODULE, MODULE]}, "target_modules is"),
-        ({"target_modules": ["b", "a"]}, "target_modules is ['b', 'a']"),
-        ({"target_modules": [1]}, "target_modules.0 is 1"),
-        ({"head_modules": ["a", None]}, "head_modules.1 is None"),
-        ({"tasks": ["sentiment"]}, "task 'sentiment'"),
-        ({"tasks": task_entry(colour=1)}, "task {"),
-        ({"tasks": task_entry(name=1)}, "task {"),
-        ({"tasks": task_entry(labels=[1, 2])}, "task {"),
-        ({"tasks": task_entry(kind="ranking")}, "task {"),
-        ({"tasks": task_entry(kind="headless")}, "task {"),
-        ({"tasks": task_entry(labels=[])}, "task {"),
-    ],
-    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
-)
-def test_a_wrong_config_is_refused(folder: Path, changes: dict[str, Any], found: str) -> None:
-    """A key of another type or meaning is refused with its value."""
-    edit_config(folder, **changes)
-    refused(folder, CONFIG_FILE, found, "format version 1")
-
-
 @pytest.mark.parametrize("names", [[], ["a/b", "b", "c"], ["a", "a", "c"]])
 def test_unusable_task_names_are_refused(folder: Path, names: list[str]) -> None:
     """Task names must be safe folder names, each different."""
-    entries = task_entry()
+    entries = [{"name": t.name, "labels": list(t.labels), "kind": t.kind} for t in toys.TASKS]
     edit_config(folder, tasks=[e | {"name": n} for e, n in zip(entries, names, strict=False)])
     refused(folder, CONFIG_FILE, "task names", "each different")
-
-
-def test_all_problems_of_a_config_are_listed(folder: Path) -> None:
-    """A missing, an unknown and a wrong key are one message."""
-    edit_config(folder, colour=1, r="5")
-    for found in ("unknown 'colour'", "r is '5'"):
-        refused(folder, CONFIG_FILE, found)
-
-
-def test_missing_weights_are_refused(folder: Path) -> None:
-    """A config alone is half a checkpoint."""
-    (folder / WEIGHTS_FILE).unlink()
-    with pytest.raises(CheckpointError) as caught:
-        read_folder(folder)
-    assert_whole(caught.value, where=str(folder), found=f"no {WEIGHTS_FILE}", expected=WEIGHTS_FILE)
 
 
 def test_truncated_weights_are_refused(folder: Path) -> None:
@@ -276,78 +335,19 @@ def test_truncated_weights_are_refused(folder: Path) -> None:
     refused(folder, WEIGHTS_FILE, "not a whole safetensors file")
 
 
-@pytest.mark.parametrize("role", list(SUFFIXES))
-def test_every_tensor_of_a_layer_is_required(folder: Path, role: str) -> None:
-    """A layer without one of its tensors is refused with the tensor's name."""
-    name = f"{MODULE}.{SUFFIXES[role]}"
-    edit_tensors(folder, **{name.replace(".", "__"): None})
-    refused(folder, WEIGHTS_FILE, f"missing {name!r}", "adapter_config.json")
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "found"),
-    [
-        ("bert.pooler.dense.lora_C", np.ones(2, np.float32), "unknown"),
-        ("bert.pooler.dense.lora_B", np.ones((2, 12, 5), np.int32), "has dtype I32"),
-        ("heads.topics.classifier.weight", None, "missing"),
-        ("heads.other.classifier.weight", np.ones((2, 12), np.float32), "unknown"),
-        ("heads.topics.other.bias", np.ones(4, np.float32), "unknown"),
-    ],
-)
-def test_tensors_and_config_must_agree(folder: Path, key: str, value: Any, found: str) -> None:
-    """A tensor that is extra, missing or no float is refused by name."""
-    edit_tensors(folder, **{key.replace(".", "__"): value})
-    refused(folder, WEIGHTS_FILE, found)
-    refused(folder, WEIGHTS_FILE, repr(key), "exactly those")
-
-
-def test_a_learnt_scale_that_is_not_announced_is_refused(folder: Path) -> None:
-    """learn_scale false with a scaler in the file would drop it silently."""
-    edit_config(folder, learn_scale=False)
-    refused(folder, WEIGHTS_FILE, "unknown 'bert.encoder.layer.0.attention.self.query.lora_scaler'")
-
-
-@pytest.mark.parametrize(
-    ("change", "found"),
-    [
-        (lambda f: edit_config(f, r=4), "'bert.encoder.layer.0.attention.self.query.lora_A' is"),
-        (lambda f: edit_config(f, up_projections=3), "lora_B' is [2, 12, 5], not [3, 12, 5]"),
-        (lambda f: edit_config(f, lambda_format="diagonal"), "lora_lambdas' is [3, 5, 5], not [3"),
-        (
-            lambda f: edit_tensors(f, bert__pooler__dense__lora_B=np.ones((2, 5, 12), np.float32)),
-            f"'{MODULE}.lora_B' is [2, 5, 12], not [2, 5, 5]",
-        ),
-        (
-            lambda f: edit_tensors(f, bert__pooler__dense__lora_B_w=np.ones((2, 3), np.float32)),
-            f"'{MODULE}.lora_B_w' is [2, 3], not [3, 2]",
-        ),
-        (
-            lambda f: edit_tensors(f, heads__topics__classifier__weight=np.ones((3, 12), "f4")),
-            "is [3, 12], but the task has 4 labels",
-        ),
-        (
-            lambda f: edit_tensors(f, heads__topics__classifier__weight=np.ones(4, "f4")),
-            "is [4], but the task has 4 labels",
-        ),
-        (
-            lambda f: edit_tensors(f, heads__topics__classifier__bias=np.ones(5, "f4")),
-            "'heads.topics.classifier.bias' is [5], not [4]",
-        ),
-        (
-            lambda f: edit_tensors(f, heads__topics__classifier__weight=np.ones((4, 11), "f4")),
-            "the tasks' heads 'classifier' take (11,) and (12,)",
-        ),
-    ],
-)
-def test_shapes_and_config_must_agree(
-    folder: Path, change: Callable[[Path], None], found: str
-) -> None:
-    """A tensor whose shape is not what the config says is refused with both shapes."""
-    change(folder)
-    refused(folder, WEIGHTS_FILE, found, "T=3")
-
-
-def test_unknown_numbers_are_left_to_the_command(folder: Path) -> None:
-    """Null alpha and temperature are read as unknown, not as zero."""
-    edit_config(folder, lora_alpha=None, temperature=None)
+def test_unknown_numbers_are_left_to_the_command(tmp_path: Path) -> None:
+    """Numbers that are None are read as unknown, not as zero."""
+    parts = toys.checkpoint_parts() | {"alpha": None, "temperature": None}
+    folder = toys.write_checkpoint(tmp_path / "adapter", parts, BASE)
     assert all(not layer.hyper for layer in read_folder(folder).layers.values())
+
+
+@pytest.mark.parametrize("version", [1, 3, "2", None])
+def test_another_version_is_refused(folder: Path, version: object) -> None:
+    """The folder of before says one thing: its version, and how to get the one there is."""
+    edit_config(folder, format_version=version)
+    with pytest.raises(CheckpointError) as caught:
+        read_folder(folder)
+    assert caught.value.problem == f"{folder / CONFIG_FILE}: format_version {version!r}"
+    assert caught.value.expected.startswith("format_version 2")
+    assert "mtl_export.write_checkpoint" in caught.value.fix

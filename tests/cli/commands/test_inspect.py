@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Run
-from tests.factories import TASKS, edit_config, edit_tensors, toy_base, toy_checkpoint
+from tests.factories import TASKS, edit_numbers, edit_tensors, toy_base, toy_checkpoint
 
 
 def test_everything_about_a_checkpoint_is_said(project: Path, run: Run) -> None:
@@ -62,7 +62,7 @@ def empty_toml(folder: Path) -> Path:
 
 def test_missing_numbers_are_listed_with_the_flag_that_gives_them(project: Path, run: Run) -> None:
     """What the checkpoint does not carry is no error here; it is said how to give it."""
-    edit_config(project / "adapter", lora_alpha=None, temperature=None)
+    edit_numbers(project / "adapter", alpha=None, temperature=None)
     outcome = run("inspect", "--json")
     assert outcome.code == 0
     assert [line.partition(":")[0] for line in outcome.json["missing"]] == ["alpha", "temperature"]
@@ -113,7 +113,7 @@ def test_a_broken_checkpoint_is_an_error(project: Path, run: Run) -> None:
 
     edit_tensors(
         project / "adapter",
-        bert__encoder__layer__0__output__dense__lora_B_w=np.full((3, 2), np.nan, np.float32),
+        layers__bert__encoder__layer__0__output__dense__mixing=np.full((3, 2), np.nan, np.float32),
     )
     outcome = run("inspect")
     assert outcome.code == 5

@@ -10,7 +10,7 @@ from mtl_export.checkpoint.reader import FORMATS, open_checkpoint
 from tests.checkpoint import mtlora_toys, official_toys
 from tests.checkpoint.official_toys import Drawer
 from tests.cli.conftest import Run, files_below
-from tests.factories import TASKS, edit_config
+from tests.factories import TASKS, edit_config, edit_numbers
 
 
 def official(folder: Path) -> Path:
@@ -71,7 +71,7 @@ def test_converting_is_repeatable_and_careful(project: Path, run: Run) -> None:
     assert run(*words).json["outputs"][0]["status"] == "written"
     before = {name: (project / "own" / name).read_bytes() for name in files_below(project / "own")}
     assert run(*words).json["outputs"][0]["status"] == "up to date"
-    edit_config(project / "adapter", lora_alpha=9.0)
+    edit_numbers(project / "adapter", alpha=9.0)
     refused = run(*words)
     assert refused.code == 2
     assert "--force" in refused.json["error"]["fix"]

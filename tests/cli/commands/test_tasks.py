@@ -28,7 +28,7 @@ def test_remove_and_rename_say_what_becomes_of_every_id(exported: Path, run: Run
 def test_an_edited_graph_is_never_written_over(exported: Path, run: Run) -> None:
     """Nor with --force: what would be lost is named; ``verify`` finds it whole."""
     toy_checkpoint(exported / "other", exported / "base")
-    edit_tensors(exported / "other", heads__spam__classifier__bias=None)
+    edit_tensors(exported / "other", heads__2__classifier__bias=None)
     assert run("tasks", "add", GRAPH, "toxic", "-c", "other", "--from", "spam").code == 0
     assert run("verify", GRAPH).code == 0
     before = (exported / GRAPH / "model.onnx").read_bytes()
@@ -121,7 +121,7 @@ def test_another_base_beside_a_checkpoint_that_names_none_is_refused(
 def test_an_edit_that_was_done_is_up_to_date(exported: Path, run: Run) -> None:
     """Whoever killed a command after its end types it again, and it is no other edit by then."""
     toy_checkpoint(exported / "other", exported / "base")
-    edit_tensors(exported / "other", heads__spam__classifier__bias=None)
+    edit_tensors(exported / "other", heads__2__classifier__bias=None)
     add = ("tasks", "add", GRAPH, "toxic", "-c", "other", "--from", "spam")
     rename = ("tasks", "rename", GRAPH, "spam", "junk")
     remove = ("tasks", "remove", GRAPH, "topic")
@@ -143,7 +143,7 @@ def test_an_edit_that_was_done_is_up_to_date(exported: Path, run: Run) -> None:
 def test_what_only_looks_like_an_edit_done_before_is_refused(exported: Path, run: Run) -> None:
     """Other numbers under the name, a name that never was, one that became another since."""
     toy_checkpoint(exported / "other", exported / "base")
-    edit_tensors(exported / "other", heads__spam__classifier__bias=None)
+    edit_tensors(exported / "other", heads__2__classifier__bias=None)
     assert run("tasks", "add", GRAPH, "spam", "-c", "adapter").code == 0  # it is what lies there
     for words in (("spam", "-c", "other"), ("topic", "-c", "adapter", "--from", "spam")):
         outcome = run("tasks", "add", GRAPH, *words)
