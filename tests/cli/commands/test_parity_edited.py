@@ -87,7 +87,7 @@ def test_what_is_wrong_in_an_edited_graph_fails(
     assert "spam" in reasons(outcome.json, "*").partition("not the checkpoint's")[2]
     monkeypatch.undo()
     monkeypatch.chdir(edited)
-    edit_tensors(edited / "other", heads__toxic__classifier__bias=None)
+    edit_tensors(edited / "other", heads__1__classifier__bias=None)
     retrained = run(*QUICK, "-c", "other")
     assert retrained.code == 3
     assert "no task of it is of this checkpoint" in reasons(retrained.json, "*")
