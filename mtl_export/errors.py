@@ -47,7 +47,8 @@ class MtlExportError(Exception):
     def __str__(self) -> str:
         """Return the whole message as one paragraph."""
         expected = f"Expected {self.expected}" if self.expected else ""
-        return " ".join(f"{part}." for part in (self.problem, expected, self.fix) if part)
+        parts = (self.problem, expected, self.fix)
+        return " ".join(part if part.endswith("?") else f"{part}." for part in parts if part)
 
     def as_dict(self) -> dict[str, str]:
         """Return the parts for ``--json``."""
@@ -85,7 +86,7 @@ class TaskNotFoundError(UsageError):
         return cls(
             f"task {name!r}: the {of} has no task of that name",
             expected=f"one of {shortened(names)}",
-            fix=meant if near else other,
+            fix=f"{meant}?" if near else other,
         )
 
 

@@ -133,7 +133,7 @@ def _unknown(path: Path, prefix: str, key: str, known: Mapping[str, Reader]) -> 
     return UsageError(
         f"{path}: {prefix}{key}: there is no such key",
         expected=f"one of {', '.join(known)}",
-        fix=f"Did you mean {prefix}{near[0]}?"[:-1] if near else "Remove it",
+        fix=f"Did you mean {prefix}{near[0]}?" if near else "Remove it",
     )
 
 

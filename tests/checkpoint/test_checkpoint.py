@@ -21,7 +21,7 @@ def test_an_unknown_task_names_the_nearest() -> None:
     assert_whole(
         caught.value, where="'sentimnet'", found="no task of that name", expected="ads_rel"
     )
-    assert caught.value.fix == "Did you mean --task sentiment?"[:-1]
+    assert caught.value.fix == "Did you mean --task sentiment?"
 
 
 def test_a_task_like_no_other_lists_them() -> None:

@@ -148,10 +148,10 @@ def test_a_missing_folder_is_not_taken_for_a_hub_id(
 @pytest.mark.parametrize(
     ("text", "where", "rest"),
     [
-        ("temprature = 1", "temprature", "Did you mean temperature"),
+        ("temprature = 1", "temprature", r"Did you mean temperature\?$"),
         ("zzz = 1", "zzz", "Remove it"),
-        ("[parity]\ninput = 'x'", r"parity\.input", r"Did you mean parity\.inputs"),
-        ("[pairty]\natol = 1", "pairty", "Did you mean parity"),
+        ("[parity]\ninput = 'x'", r"parity\.input", r"Did you mean parity\.inputs\?$"),
+        ("[pairty]\natol = 1", "pairty", r"Did you mean parity\?$"),
         ("alpha = 'much'", "alpha", "Expected a number"),
         ("alpha = true", "alpha", "Expected a number"),
         ("checkpoint = 3", "checkpoint", "Expected a text in quotes"),

@@ -86,10 +86,10 @@ def test_a_name_that_the_graph_does_not_have_is_said_to_be_the_graphs(
         assert "task 'nope': the graph has no task of that name" in outcome.stderr
         assert "Name one of these." in outcome.stderr
         assert "--task" not in outcome.stderr
-    assert "Did you mean spam." in run("tasks", "remove", GRAPH, "spamm").stderr
+    assert "Did you mean spam?" in run("tasks", "remove", GRAPH, "spamm").stderr
     added = run("tasks", "add", GRAPH, "new", "-c", "adapter", "--from", "topik")
     assert "the checkpoint has no task of that name" in added.stderr
-    assert "Did you mean --from topic." in added.stderr
+    assert "Did you mean --from topic?" in added.stderr
 
 
 def test_a_file_that_is_not_there_is_not_taken_for_its_folder(exported: Path, run: Run) -> None:
