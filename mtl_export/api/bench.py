@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from mtl_export.api.lineup import Lineup
-    from mtl_export.bench.measure import Measured, Shape, Timing
+    from mtl_export.bench.measure import BatchShape, Measurement, Timing
 
 NEW_TOKENS = 16
 
@@ -36,7 +36,7 @@ class BenchRequest:
         threads: For each model; 0: all cores.
     """
 
-    shapes: Sequence[Shape]
+    shapes: Sequence[BatchShape]
     onnx: Path
     engines: Path
     rounds: int = 5
@@ -56,7 +56,7 @@ class BenchResult:
     """
 
     lineup: Lineup
-    measured: Measured
+    measured: Measurement
     conditions: Mapping[str, Any]
 
     def ratio(self, timing: Timing) -> float | None:
@@ -198,13 +198,13 @@ def run_bench(settings: Settings, request: BenchRequest, progress: Progress) -> 
     return BenchResult(found, measured, conditions(before, request.threads, request.rounds, tasks))
 
 
-def parse_shapes(text: str) -> list[Shape]:
+def parse_shapes(text: str) -> list[BatchShape]:
     """Return the shapes in ``1x32,8x128``.
 
     Raises:
         UsageError: Something else stands there.
     """
-    from mtl_export.bench.measure import Shape
+    from mtl_export.bench.measure import BatchShape
 
     parsed = []
     for word in text.split(","):
@@ -215,5 +215,5 @@ def parse_shapes(text: str) -> list[Shape]:
                 expected="rows x tokens, such as 8x128",
                 fix="Correct --shapes",
             )
-        parsed.append(Shape(int(numbers[0]), int(numbers[1])))
+        parsed.append(BatchShape(int(numbers[0]), int(numbers[1])))
     return list(dict.fromkeys(parsed))

@@ -24,10 +24,9 @@ from mtl_export.names import (
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
-    from mtl_export.bench.measure import Shape, Subject
+    from mtl_export.bench.measure import BatchShape, Candidate
     from mtl_export.checkpoint.checkpoint import Task
 
-# Where one folder holds both.
 EAGER = "eager pytorch unmerged"
 PACKAGES = ("mtl-export", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "torch",
             "transformers")  # fmt: skip
@@ -44,7 +43,7 @@ class Lineup:
         is_generating: Some of them generate tokens.
     """
 
-    subjects: tuple[Subject, ...]
+    subjects: tuple[Candidate, ...]
     files: Mapping[str, int]
     not_run: tuple[tuple[str, str], ...]
     is_generating: bool
@@ -75,7 +74,9 @@ def lineup(
         UsageError: Nothing was exported.
         BackendMissingError: What was exported cannot be run here.
     """
-    subjects: list[Subject] = []
+    from mtl_export.bench.candidates import EngineCandidate, OnnxCandidate
+
+    subjects: list[Candidate] = []
     files: dict[str, int] = {}
     not_run: list[tuple[str, str]] = []
     is_generating = False
@@ -85,7 +86,8 @@ def lineup(
             continue
         is_generating |= _graph(folder) != "model.onnx"
         task = tasks[0].name if name == ADAPTER_INPUT_ONNX else ""
-        subjects.append(_onnx_subject(name, folder, threads, new_tokens, task))
+        first = _graph(folder).removesuffix(".onnx")
+        subjects.append(OnnxCandidate(name, folder, first, threads, new_tokens, task))
         files[name] = _size(folder, "*.onnx", "*.onnx.data", "*.onnx_adapter")
     for name, candidates in (
         (PER_TASK_ENGINE, [engines / task.name for task in tasks]),
@@ -97,9 +99,7 @@ def lineup(
         if path is None or reason:
             not_run.append((name, reason))
             continue
-        from mtl_export.bench.candidates import Engine
-
-        subjects.append(Engine(name, path))
+        subjects.append(EngineCandidate(name, path))
         files[name] = path.stat().st_size
     _refuse_nothing(subjects, not_run, onnx, engines)
     if with_eager:
@@ -128,17 +128,6 @@ def _graphs(onnx: Path, tasks: Sequence[Task]) -> list[tuple[str, str, Path | No
     ]
 
 
-def _onnx_subject(name: str, folder: Path, threads: int, new_tokens: int, task: str) -> Subject:
-    from mtl_export.bench.candidates import OnnxLanguageModel, OnnxModel, OnnxSeq2Seq
-
-    if _graph(folder) == "prefill.onnx":
-        return OnnxLanguageModel(name, folder, threads, new_tokens, task)
-    if _graph(folder) == "encoder.onnx":
-        return OnnxSeq2Seq(name, folder, threads, new_tokens, task)
-    adapter = folder / f"{task}.onnx_adapter" if task else None
-    return OnnxModel(name, folder / "model.onnx", threads, adapter)
-
-
 def _why_no_engine(path: Path | None) -> str:
     """Return why the engine at ``path`` cannot run here, "" if it can."""
     from mtl_export.tensorrt import TensorRTBackend
@@ -152,7 +141,7 @@ def _why_no_engine(path: Path | None) -> str:
 
 
 def _refuse_nothing(
-    subjects: Sequence[Subject], not_run: Sequence[tuple[str, str]], onnx: Path, engines: Path
+    subjects: Sequence[Candidate], not_run: Sequence[tuple[str, str]], onnx: Path, engines: Path
 ) -> None:
     if subjects:
         return
@@ -169,8 +158,8 @@ def _refuse_nothing(
     )
 
 
-def _eager(settings: Settings, threads: int, new_tokens: int) -> Subject:
-    from mtl_export.bench.candidates import EagerModel
+def _eager(settings: Settings, threads: int, new_tokens: int) -> Candidate:
+    from mtl_export.bench.candidates import EagerCandidate
 
     if settings.checkpoint is None or settings.base is None:
         raise RuntimeError("the checkpoint was opened from these settings")
@@ -181,14 +170,14 @@ def _eager(settings: Settings, threads: int, new_tokens: int) -> Subject:
         "task_names": settings.tasks,
         "biases": settings.biases,
     }
-    return EagerModel(EAGER, settings.checkpoint, settings.base, given, threads, new_tokens)
+    return EagerCandidate(EAGER, settings.checkpoint, settings.base, given, threads, new_tokens)
 
 
 def _size(folder: Path, *patterns: str) -> int:
     return sum(file.stat().st_size for pattern in patterns for file in folder.glob(pattern))
 
 
-def refuse_longer(shapes: Sequence[Shape], new_tokens: int, bound: BoundModel) -> None:
+def refuse_longer(shapes: Sequence[BatchShape], new_tokens: int, bound: BoundModel) -> None:
     """Refuse rows that have more tokens than the model has positions.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mtl_export.bench.measure import Opened, Shape, Timings
+from mtl_export.bench.measure import BatchShape, Opened, Timings
 from mtl_export.bench.memory import refuse_larger
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.names import ATTENTION_MASK, INPUT_IDS, TASK_IDS
@@ -26,23 +26,38 @@ if TYPE_CHECKING:
     from mtl_export.runtime.ort import OrtPart
 
 FORWARD, PREFILL, DECODE = "forward", "prefill", "decode"
+# The graph that reads the inputs -> all that the model runs as.
+GRAPHS = {
+    "model": ("model",),
+    PREFILL: (PREFILL, DECODE),
+    "encoder": ("encoder", "decoder", "decoder_with_past"),
+}
 
 
 @dataclass(frozen=True)
-class OnnxModel:
-    """One ONNX file in ONNX Runtime, on the CPU.
+class OnnxCandidate:
+    """The graphs of one model in ONNX Runtime, on the CPU.
+
+    A call of ``model.onnx`` is one run of its session. A call of ``prefill.onnx`` and
+    ``decode.onnx`` is the prompts (phase ``prefill``) and then ``new_tokens`` greedy steps; one of
+    an encoder-decoder likewise, and its encoder and the decoder's first token are its prompts.
+    Outputs stay in the graph's dtype: what runners that compare add to a run is not timed.
 
     Attributes:
         name: As tables print it.
-        path: The file.
+        folder: Holds the graphs.
+        first: The one that reads the inputs: a key of ``GRAPHS``.
         threads: Threads inside one operator; 0: ONNX Runtime's choice.
-        adapter: For graphs that take adapters as input: the ``.onnx_adapter`` file.
+        new_tokens: Decoding steps of one call.
+        task: For graphs that take adapters as input: whose adapters; "" for all others.
     """
 
     name: str
-    path: Path
+    folder: Path
+    first: str = "model"
     threads: int = 0
-    adapter: Path | None = None
+    new_tokens: int = 16
+    task: str = ""
 
     def prepare(self) -> None:
         """Import onnxruntime."""
@@ -51,117 +66,55 @@ class OnnxModel:
         load_onnxruntime()
 
     def open(self) -> Opened:
-        """Open a session."""
-        from mtl_export.runtime.onnx_adapters import active
-        from mtl_export.runtime.ort import open_session, run_session
+        """Open a session of every graph, under the adapters of ``task`` where one is named."""
+        from mtl_export.runtime.onnx_adapters import active, adapter_file
+        from mtl_export.runtime.ort import OrtPart, open_session, run_session
 
-        session = open_session(self.path, threads=self.threads)
-        adapter = active(self.adapter) if self.adapter else None
+        paths = [self.folder / f"{stem}.onnx" for stem in GRAPHS[self.first]]
+        sessions = [open_session(path, threads=self.threads) for path in paths]
+        files = [path.with_name(adapter_file(path.stem, self.task)) for path in paths]
+        adapters = [active(file) if self.task else None for file in files]
 
         def call(inputs: Mapping[str, Array]) -> Timings:
-            options = adapter.options if adapter else None
+            options = adapters[0].options if adapters[0] else None
             begun = perf_counter()
-            run_session(session, self.path, inputs, options=options)
+            run_session(sessions[0], paths[0], inputs, options=options)
             return {FORWARD: [perf_counter() - begun]}
 
-        return Opened(call, fields_of(session.get_inputs()))
+        fields = fields_of(sessions[0].get_inputs())
+        if self.first == "model":
+            return Opened(call, fields)
+        parts = list(map(OrtPart, sessions, paths, adapters))
+        begin = _prompts(parts) if self.first == PREFILL else _sources(parts, self.folder)
+        return Opened(lambda inputs: _timed_steps(partial(begin, inputs), self.new_tokens), fields)
 
 
-@dataclass(frozen=True)
-class OnnxLanguageModel:
-    """A causal language model as ``prefill.onnx`` and ``decode.onnx``, on the CPU.
+def _prompts(parts: Sequence[OrtPart]) -> Callable[[Mapping[str, Array]], _Decoding]:
+    """Return what begins to decode with a causal language model's two graphs."""
+    from mtl_export.runtime.generation import Decoding
 
-    Attributes:
-        name: As tables print it.
-        folder: Holds both.
-        threads: Threads inside one operator; 0: ONNX Runtime's choice.
-        new_tokens: Decoding steps of one call.
-        task: For graphs that take adapters as input: whose adapters; "" for all others.
-    """
+    prefill, decode = parts
 
-    name: str
-    folder: Path
-    threads: int = 0
-    new_tokens: int = 16
-    task: str = ""
+    def begin(inputs: Mapping[str, Array]) -> _Decoding:
+        ids, mask = inputs[INPUT_IDS], inputs[ATTENTION_MASK]
+        return Decoding(prefill, decode, ids, mask, inputs.get(TASK_IDS))
 
-    def prepare(self) -> None:
-        """Import onnxruntime."""
-        from mtl_export.runtime.ort import load_onnxruntime
-
-        load_onnxruntime()
-
-    def open(self) -> Opened:
-        """Open both sessions."""
-        from mtl_export.runtime.generation import Decoding
-        from mtl_export.runtime.ort import open_session
-
-        paths = [self.folder / f"{stem}.onnx" for stem in (PREFILL, DECODE)]
-        sessions = [open_session(path, threads=self.threads) for path in paths]
-        prefill, decode = _parts(sessions, paths, self.task)
-
-        def call(inputs: Mapping[str, Array]) -> Timings:
-            ids, mask, tasks = inputs[INPUT_IDS], inputs[ATTENTION_MASK], inputs.get(TASK_IDS)
-            return _timed_steps(
-                lambda: Decoding(prefill, decode, ids, mask, tasks), self.new_tokens
-            )
-
-        return Opened(call, fields_of(sessions[0].get_inputs()))
+    return begin
 
 
-@dataclass(frozen=True)
-class OnnxSeq2Seq:
-    """An encoder-decoder as its three graphs, on the CPU; its encoder counts as ``prefill``.
+def _sources(parts: Sequence[OrtPart], folder: Path) -> Callable[[Mapping[str, Array]], _Decoding]:
+    """Return what begins to decode with an encoder-decoder's three graphs in ``folder``."""
+    from mtl_export.runtime.runners.seq2seq import encoder_inputs
+    from mtl_export.runtime.seq2seq_generation import Seq2SeqDecoding, Seq2SeqParts
+    from mtl_export.runtime.token_rules import TokenRules
 
-    Attributes:
-        name: As tables print it.
-        folder: Holds them.
-        threads: Threads inside one operator; 0: ONNX Runtime's choice.
-        new_tokens: Decoding steps of one call.
-        task: For graphs that take adapters as input: whose adapters; "" for all others.
-    """
+    graphs, start = Seq2SeqParts(*parts), TokenRules.from_folder(folder).start or 0
 
-    name: str
-    folder: Path
-    threads: int = 0
-    new_tokens: int = 16
-    task: str = ""
+    def begin(inputs: Mapping[str, Array]) -> _Decoding:
+        first = np.full((len(inputs[INPUT_IDS]), 1), start, np.int64)
+        return Seq2SeqDecoding(graphs, encoder_inputs(inputs), inputs.get(TASK_IDS), first)
 
-    def prepare(self) -> None:
-        """Import onnxruntime."""
-        from mtl_export.runtime.ort import load_onnxruntime
-
-        load_onnxruntime()
-
-    def open(self) -> Opened:
-        """Open the three sessions."""
-        from mtl_export.runtime.ort import open_session
-        from mtl_export.runtime.seq2seq_generation import Seq2SeqDecoding, Seq2SeqParts
-        from mtl_export.runtime.token_rules import TokenRules
-
-        stems = ("encoder", "decoder", "decoder_with_past")
-        paths = [self.folder / f"{stem}.onnx" for stem in stems]
-        sessions = [open_session(path, threads=self.threads) for path in paths]
-        parts = Seq2SeqParts(*_parts(sessions, paths, self.task))
-        start = TokenRules.from_folder(self.folder).start or 0
-
-        def call(inputs: Mapping[str, Array]) -> Timings:
-            own = {name: value for name, value in inputs.items() if name != TASK_IDS}
-            first = np.full((len(inputs[INPUT_IDS]), 1), start, np.int64)
-            tasks = inputs.get(TASK_IDS)
-            return _timed_steps(lambda: Seq2SeqDecoding(parts, own, tasks, first), self.new_tokens)
-
-        return Opened(call, fields_of(sessions[0].get_inputs()))
-
-
-def _parts(sessions: Sequence[Any], paths: Sequence[Path], task: str) -> list[OrtPart]:
-    """Return the graphs ready to run, under the adapters of ``task`` where one is named."""
-    from mtl_export.runtime.onnx_adapters import active, adapter_file
-    from mtl_export.runtime.ort import OrtPart
-
-    files = [path.with_name(adapter_file(path.stem, task)) for path in paths]
-    adapters = [active(file) if task else None for file in files]
-    return list(map(OrtPart, sessions, paths, adapters))
+    return begin
 
 
 class _Decoding(Protocol):
@@ -189,8 +142,10 @@ def _timed_steps(start: Callable[[], _Decoding], new_tokens: int) -> Timings:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineCandidate:
     """A TensorRT engine on the GPU.
+
+    A call is ``TensorRTBackend.infer``: copies to and from the GPU are timed.
 
     Attributes:
         name: As tables print it.
@@ -225,8 +180,11 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class EagerModel:
+class EagerCandidate:
     """The unmerged model in PyTorch, float32: every layer as its paper writes it.
+
+    A call is one forward pass over a batch of mixed tasks; where tasks have a model each, one for
+    each task. Language models run the prompts and ``new_tokens`` steps with transformers' cache.
 
     Attributes:
         name: As tables print it.
@@ -340,7 +298,7 @@ class Batches:
     vocabulary: int
     task_ids: tuple[int, ...]
 
-    def __call__(self, shape: Shape, fields: Sequence[Field]) -> dict[str, Array]:
+    def __call__(self, shape: BatchShape, fields: Sequence[Field]) -> dict[str, Array]:
         """Return a batch of ``shape`` for a graph with the inputs ``fields``.
 
         Raises:

@@ -56,7 +56,7 @@ class Opened:
     fields: tuple[Field, ...] | None
 
 
-class Subject(Protocol):
+class Candidate(Protocol):
     """What is measured. It is pickled, so it holds paths and numbers only."""
 
     @property
@@ -74,7 +74,7 @@ class Subject(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class BatchShape:
     """One batch shape.
 
     Attributes:
@@ -102,7 +102,7 @@ class Timing:
     """
 
     subject: str
-    shape: Shape
+    shape: BatchShape
     phase: str
     blocks: tuple[tuple[float, ...], ...]
     has_tokens: bool = True
@@ -157,7 +157,7 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """The result of one measurement.
 
     Attributes:
@@ -168,20 +168,20 @@ class Measured:
     timings: tuple[Timing, ...]
     footprints: tuple[Footprint, ...]
 
-    def timing(self, subject: str, shape: Shape, phase: str) -> Timing | None:
+    def timing(self, subject: str, shape: BatchShape, phase: str) -> Timing | None:
         """Return the times of ``subject``, None if it was not measured so."""
         wanted = (subject, shape, phase)
         return next((t for t in self.timings if (t.subject, t.shape, t.phase) == wanted), None)
 
 
 def measure(
-    subjects: Sequence[Subject],
-    shapes: Sequence[Shape],
-    inputs: Callable[[Shape, Sequence[Field]], Mapping[str, Array]],
+    subjects: Sequence[Candidate],
+    shapes: Sequence[BatchShape],
+    inputs: Callable[[BatchShape, Sequence[Field]], Mapping[str, Array]],
     *,
     rounds: int,
     progress: Callable[[str], None] = lambda step: None,
-) -> Measured:
+) -> Measurement:
     """Return the times and footprints of ``subjects`` on every shape.
 
     Args:
@@ -224,7 +224,7 @@ def measure(
                 if (phase, name) in blocks
             ]
         footprints = tuple(worker.footprint() for worker in workers)
-    return Measured(tuple(timings), footprints)
+    return Measurement(tuple(timings), footprints)
 
 
 def _with_tasks(fields: Sequence[Field]) -> tuple[Field, ...]:
@@ -290,7 +290,7 @@ class _Worker:
 
 
 @contextmanager
-def _worker(subject: Subject) -> Iterator[_Worker]:
+def _worker(subject: Candidate) -> Iterator[_Worker]:
     # Neither fork nor forkserver: the child must not begin with the parent's memory.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -309,7 +309,7 @@ def _worker(subject: Subject) -> Iterator[_Worker]:
             process.join()
 
 
-def _serve(connection: Connection, subject: Subject) -> None:
+def _serve(connection: Connection, subject: Candidate) -> None:
     """Answer the parent until it hangs up; the child's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     try:
@@ -324,7 +324,7 @@ def _serve(connection: Connection, subject: Subject) -> None:
         connection.send(("bug", traceback.format_exc()))
 
 
-def _answers(connection: Connection, subject: Subject) -> Iterator[object]:
+def _answers(connection: Connection, subject: Candidate) -> Iterator[object]:
     subject.prepare()
     before, begun = peak_bytes(), perf_counter()
     opened = subject.open()

@@ -7,9 +7,9 @@ import pytest
 
 from mtl_export.bench.candidates import Batches
 from mtl_export.bench.measure import (
+    BatchShape,
     Footprint,
-    Measured,
-    Shape,
+    Measurement,
     Timing,
     call_count,
     measure,
@@ -20,11 +20,11 @@ from mtl_export.errors import EngineRunError, UsageError
 from mtl_export.runtime.rows import Field
 from tests.bench.fake_candidates import FIELDS, Fake
 
-ONE, EIGHT = Shape(1, 4), Shape(8, 16)
+ONE, EIGHT = BatchShape(1, 4), BatchShape(8, 16)
 BATCHES = Batches(vocabulary=50, task_ids=(2, 0))
 
 
-def measured(*subjects: Fake, rounds: int = 3) -> Measured:
+def measured(*subjects: Fake, rounds: int = 3) -> Measurement:
     """Measure fakes on two shapes."""
     return measure(subjects, [ONE, EIGHT], BATCHES, rounds=rounds)
 
@@ -87,7 +87,7 @@ def test_what_happens_in_the_process_is_told(
 def test_a_shape_beyond_memory_is_refused() -> None:
     """Before it is made: a system that lends more than it has would end processes."""
     with pytest.raises(UsageError, match=r"shape 99999999999x40: its inputs take 64000\.0 GB"):
-        BATCHES(Shape(99999999999, 40), FIELDS)
+        BATCHES(BatchShape(99999999999, 40), FIELDS)
 
 
 def test_images_have_no_tokens() -> None:
@@ -125,7 +125,7 @@ def test_memory_of_this_process_is_known() -> None:
     assert Footprint("x", 1.0, 1, 2, None).pss_bytes is None
 
 
-def batch_of(*fields: Field, shape: Shape = EIGHT) -> dict[str, Array]:
+def batch_of(*fields: Field, shape: BatchShape = EIGHT) -> dict[str, Array]:
     """Return a batch for a graph with these inputs."""
     chosen: Sequence[Field] = fields
     return BATCHES(shape, chosen)

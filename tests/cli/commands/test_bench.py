@@ -10,6 +10,7 @@ import pytest
 
 from mtl_export.api.lineup import lineup
 from mtl_export.api.settings import Settings
+from mtl_export.bench.candidates import OnnxCandidate
 from mtl_export.checkpoint.checkpoint import Task
 from tests.cli.conftest import Run
 
@@ -134,8 +135,8 @@ def test_every_kind_of_graph_is_measured_under_its_adapter(tmp_path: Path) -> No
             threads=1, new_tokens=2, with_eager=False,
         )  # fmt: skip
         (subject,) = found.subjects
-        named = getattr(subject, "task", "") or getattr(subject, "adapter", Path()).stem
-        assert named == "short"
+        assert isinstance(subject, OnnxCandidate)
+        assert (subject.first, subject.task) == (graph, "short")
 
 
 def test_a_busy_machine_is_told() -> None:
