@@ -13,8 +13,8 @@ from mtl_export.errors import BackendMissingError, MtlExportError, UsageError
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.parity.accuracy.labelled_rows import LabelledRows
+    from mtl_export.parity.artefact import Artefact
     from mtl_export.parity.report import ParityReport
-    from mtl_export.parity.run import Artefact
     from mtl_export.runtime.runners.base import Runner
 
 EXIT_PARITY, EXIT_ACCURACY, EXIT_MISSING = 3, 4, 6

@@ -37,8 +37,8 @@ from mtl_export.runtime.model_files import ENGINE_SUFFIX, runner_of
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.checkpoint.checkpoint import Task
+    from mtl_export.parity.artefact import Artefact
     from mtl_export.parity.report import Cell
-    from mtl_export.parity.run import Artefact
 
 KINDS = (
     *(MERGED_MODEL, PER_TASK_ONNX, SINGLE_ONNX, ADAPTER_INPUT_ONNX),
@@ -200,7 +200,7 @@ def _record(folder: Path) -> _Record:
 def _merged(
     folder: Path, task: Task, found: list[Artefact], missing: list[Cell], graph: str
 ) -> None:
-    from mtl_export.parity.run import Artefact
+    from mtl_export.parity.artefact import Artefact
     from mtl_export.runtime.runners.pytorch import MergedRunner
     from mtl_export.runtime.runners.torch_language import MergedLanguageRunner
     from mtl_export.runtime.runners.torch_seq2seq import MergedSeq2SeqRunner
@@ -239,7 +239,7 @@ def _onnx(
     name: str = "",
 ) -> None:
     from mtl_export.graph.origins import EditedGraph
-    from mtl_export.parity.run import Artefact
+    from mtl_export.parity.artefact import Artefact
     from mtl_export.runtime.ort import onnx_metadata
     from mtl_export.runtime.runners.one_task import one_task
 
@@ -275,8 +275,8 @@ def _onnx(
 
 
 def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[Cell]) -> None:
+    from mtl_export.parity.artefact import Artefact
     from mtl_export.parity.report import Cell
-    from mtl_export.parity.run import Artefact
     from mtl_export.runtime.runners.one_task import one_task
     from mtl_export.tensorrt import TensorRTBackend
 

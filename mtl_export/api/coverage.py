@@ -16,8 +16,8 @@ from mtl_export.names import PER_TASK, QUANTISED_DTYPES
 if TYPE_CHECKING:
     from mtl_export.api.artefacts import Places
     from mtl_export.checkpoint.checkpoint import Task
+    from mtl_export.parity.artefact import Artefact
     from mtl_export.parity.report import Cell, ParityReport
-    from mtl_export.parity.run import Artefact
 
 # Of what is not a folder of weights.
 _SUFFIXES = frozenset({".onnx", ".engine"})

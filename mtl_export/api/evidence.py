@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mtl_export.parity.artefact import Artefact
     from mtl_export.parity.cases import Case
     from mtl_export.parity.report import ArtefactFiles, ParityReport
-    from mtl_export.parity.run import Artefact
 
 
 def with_evidence(

@@ -10,9 +10,9 @@ from mtl_export.errors import OutputError
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
+    from mtl_export.parity.artefact import Artefact
     from mtl_export.parity.cases import Case
     from mtl_export.parity.report import ParityReport
-    from mtl_export.parity.run import Artefact
     from mtl_export.parity.tolerance import Tolerance
     from mtl_export.runtime.golden import Vector
 

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.api.artefacts import Places
+    from mtl_export.parity.artefact import Artefact
     from mtl_export.parity.cases import Case
     from mtl_export.parity.presets import Preset
     from mtl_export.parity.report import Cell, ParityReport
-    from mtl_export.parity.run import Artefact
     from mtl_export.parity.tolerance import Tolerance
 
 

@@ -12,9 +12,8 @@ from mtl_export.errors import MtlExportError
 from mtl_export.names import QUANTISATION_KEY
 
 if TYPE_CHECKING:
-    from mtl_export.parity.checks.quantised import Quantised
+    from mtl_export.parity.artefact import Artefact, Quantised
     from mtl_export.parity.report import RecordedTask
-    from mtl_export.parity.run import Artefact
 
 REPORT = "calibration.json"
 BY_CALIBRATE = "by calibrate's --max-drop"
@@ -41,7 +40,7 @@ def read_quantised(
         artefact: Its name.
         times: Where calibrate keeps what it timed; None where nothing is kept.
     """
-    from mtl_export.parity.checks.quantised import Quantised
+    from mtl_export.parity.artefact import Quantised
 
     if float_path is None and path.is_file():
         roots = [parent for parent in path.parents if parent.name == f"onnx-{number}"]

@@ -9,21 +9,19 @@ pass        the error is within the tolerance AND the decisions agree AND nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from mtl_export.adapters.binding import BoundModel
-from mtl_export.checkpoint.checkpoint import Task
-from mtl_export.checkpoint.sentence_embedding import SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError
 from mtl_export.graph.origins import EditedGraph
 from mtl_export.names import LOGITS
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import ONE_ROW, Case
 from mtl_export.parity.checks.edited_graph import unjudged_cells, views_of
 from mtl_export.parity.checks.generation import Speech, bad_step_ids, oracle_speech, token_cells
@@ -31,7 +29,7 @@ from mtl_export.parity.checks.inputs import padding_only_cells, wrong_kind_cell
 from mtl_export.parity.checks.logits import compare_case
 from mtl_export.parity.checks.metadata import beside_cells
 from mtl_export.parity.checks.provenance import wrong_files
-from mtl_export.parity.checks.quantised import Quantised, plain_cells, quantised_cells
+from mtl_export.parity.checks.quantised import plain_cells, quantised_cells
 from mtl_export.parity.checks.rows import bad_ids_cell, isolation_cell, row_cells
 from mtl_export.parity.checks.stored_tensors import stored_cell, table_cell
 from mtl_export.parity.checks.task_tensors import weight_cells
@@ -48,39 +46,6 @@ from mtl_export.version import VERSION
 PROBED = frozenset({"model.onnx", "prefill.onnx"})
 # No task has these ids; the last wraps to 1 in a runtime that narrows ids to int32.
 BAD_IDS = (-1, 2**32 + 1, 2**63 - 1)
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """One thing that ships.
-
-    Attributes:
-        name: As reports print it.
-        kind: ``merged`` serves one task and takes no ``task_ids``; ``single-graph`` serves all.
-        runner: Runs it.
-        task: The task of a merged artefact; None for a single graph.
-        dtype: ``fp32``, ``fp16`` or ``bf16``: what it computes in; sets its noise floor.
-        checkpoint_sha256: What it says it was made from.
-        base_sha256: Likewise.
-        defect: What is known to be wrong with its files; it fails then without being run.
-        path: Its file or folder; None for one that lies nowhere.
-        embedding: How it pools hidden states to one vector a row; None if it does not.
-        quantised: What is known of an artefact with Q/DQ; None for others.
-        edited: What a single graph says of the edits of its tasks; None without any.
-    """
-
-    name: str
-    kind: str
-    runner: Runner
-    task: Task | None
-    dtype: str
-    checkpoint_sha256: str
-    base_sha256: str
-    defect: str = ""
-    path: Path | None = None
-    embedding: SentenceEmbedding | None = None
-    quantised: Quantised | None = None
-    edited: EditedGraph | None = None
 
 
 def step_count(artefacts: Sequence[Artefact]) -> int:

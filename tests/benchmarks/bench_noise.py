@@ -24,8 +24,9 @@ from mtl_export.checkpoint.tensors import Array, Tensor
 from mtl_export.graph.lower import merged_graph, routed_graph
 from mtl_export.graph.trace import trace
 from mtl_export.graph.writer import write_graph
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import build_cases, seeded_rows
-from mtl_export.parity.run import Artefact, run_parity
+from mtl_export.parity.run import run_parity
 from mtl_export.parity.tolerance import FLOOR_FACTOR, Tolerance
 from mtl_export.runtime.ort import OrtRunner
 from mtl_export.runtime.runners.pytorch import OracleRunner

@@ -9,8 +9,7 @@ import pytest
 
 from mtl_export.api.accuracy import refuse_alone
 from mtl_export.errors import UsageError
-from mtl_export.parity.checks.quantised import Quantised
-from mtl_export.parity.run import Artefact
+from mtl_export.parity.artefact import Artefact, Quantised
 from mtl_export_cli.commands.parity import command
 from mtl_export_cli.options import is_typed
 from tests.parity.fakes import FakeRunner, right

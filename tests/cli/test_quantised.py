@@ -15,9 +15,10 @@ from mtl_export.api.artefacts import Places, find_artefacts
 from mtl_export.api.parity_inputs import cases_of, oracle_of
 from mtl_export.api.quantised import BY_CALIBRATE, with_max_drop
 from mtl_export.api.settings import Settings
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.checks.quantised import PLAIN, QUANTISED
 from mtl_export.parity.report import ParityReport
-from mtl_export.parity.run import Artefact, run_parity
+from mtl_export.parity.run import run_parity
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export_cli.main import cli
 from mtl_export_cli.quantised import print_quantised

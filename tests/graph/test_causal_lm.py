@@ -22,9 +22,10 @@ from mtl_export.graph.parts import trace_parts
 from mtl_export.graph.trace import TracedModel
 from mtl_export.graph.writer import write_graphs
 from mtl_export.merge.writer import write_merged
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import build_cases, seeded_rows
 from mtl_export.parity.checks.generation import step_cases
-from mtl_export.parity.run import Artefact, run_parity
+from mtl_export.parity.run import run_parity
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.generation import Decoding, GreedyDecoder
 from mtl_export.runtime.ort import OrtPart, open_session

@@ -15,10 +15,11 @@ from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph.lower import merged_graph
 from mtl_export.graph.trace import TracedModel
 from mtl_export.graph.writer import write_graph
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import Case, build_cases, seeded_rows
 from mtl_export.parity.golden import golden_vectors
 from mtl_export.parity.report import ParityReport
-from mtl_export.parity.run import Artefact, run_parity
+from mtl_export.parity.run import run_parity
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.ort import OrtRunner
 from mtl_export.runtime.runners.base import Runner

@@ -18,9 +18,10 @@ from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import GraphError
 from mtl_export.graph.seq2seq import SAMPLE_TOKENS, STEMS, trace_seq2seq
 from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import build_cases, seeded_rows
 from mtl_export.parity.checks.seq2seq import decoder_cases
-from mtl_export.parity.run import Artefact, run_parity
+from mtl_export.parity.run import run_parity
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.ort import OrtPart, OrtRunner, open_session
 from mtl_export.runtime.runners.language import NEW_TOKENS

@@ -11,9 +11,10 @@ from typing_extensions import Self
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError, MtlExportError
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import Case
 from mtl_export.parity.report import Cell, ParityReport
-from mtl_export.parity.run import Artefact, run_parity
+from mtl_export.parity.run import run_parity
 from mtl_export.parity.tolerance import Tolerance
 from tests.graph import marked
 

@@ -16,11 +16,11 @@ from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph.lower import merged_graph, routed_graph
 from mtl_export.graph.trace import trace
 from mtl_export.graph.writer import write_graph
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import MIXED, Case, build_cases, seeded_rows
 from mtl_export.parity.diagnosis.layer_errors import Localisation
 from mtl_export.parity.diagnosis.localise import localise
 from mtl_export.parity.report import Cell, ParityReport
-from mtl_export.parity.run import Artefact
 from mtl_export.runtime.ort import OrtRunner
 from mtl_export.runtime.runners.base import Runner
 from mtl_export.runtime.runners.pytorch import OracleRunner

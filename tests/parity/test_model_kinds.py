@@ -19,9 +19,10 @@ from mtl_export.checkpoint.base_model import open_base
 from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BaseModelError, MtlExportError, ParityError
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.presets import choose
 from mtl_export.parity.report import ParityReport
-from mtl_export.parity.run import Artefact, run_parity
+from mtl_export.parity.run import run_parity
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.runners.base import Runner
 from mtl_export.runtime.runners.language import NEW_TOKENS

@@ -22,9 +22,9 @@ from mtl_export.errors import BackendMissingError, MtlExportError, ParityError
 from mtl_export.names import ATTENTION_MASK, LOGITS, TASK_IDS
 from mtl_export.parity.accuracy.gate import judge_accuracy
 from mtl_export.parity.accuracy.scores import Answers
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.checks.provenance import wrong_files
 from mtl_export.parity.report import AccuracyCell, Verdict
-from mtl_export.parity.run import Artefact
 from mtl_export.runtime.runners.base import Runner
 
 BATCH = 32

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import shortened
 from mtl_export.graph.origins import EditedGraph
 from mtl_export.names import TASK_IDS
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import Case
 from mtl_export.parity.checks.generation import Speech
 from mtl_export.parity.checks.stored_tensors import TABLE, stored_cell
@@ -33,9 +33,6 @@ from mtl_export.parity.reference import Reference
 from mtl_export.parity.report import WHOLE, Cell
 from mtl_export.runtime.runners.base import AroundRunner, Runner
 from mtl_export.runtime.runners.language import PROMPT_TASK_IDS, Generator
-
-if TYPE_CHECKING:
-    from mtl_export.parity.run import Artefact
 
 _NOT_ASKED = "not asked of a graph whose tasks were edited"
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,13 +19,11 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError
 from mtl_export.names import ATTENTION_MASK, INPUT_IDS, LOGITS, TASK_IDS
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import MIXED, Case
 from mtl_export.parity.report import Cell, Verdict
 from mtl_export.runtime.runners.base import Runner
 from mtl_export.runtime.runners.language import NEW_TOKENS, PROMPT_TASK_IDS, Generator
-
-if TYPE_CHECKING:
-    from mtl_export.parity.run import Artefact
 
 STEPS = 8
 LONG = "batch "

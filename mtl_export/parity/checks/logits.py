@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.names import TASK_IDS
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import Case
 from mtl_export.parity.metrics import Decisions, decisions, difference, ranking, top_labels
 from mtl_export.parity.outputs import answers
@@ -19,9 +19,6 @@ from mtl_export.parity.reference import Floors, Reference
 from mtl_export.parity.report import Cell
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.runners.base import Runner
-
-if TYPE_CHECKING:
-    from mtl_export.parity.run import Artefact
 
 # Tokens that sampling usually chooses from.
 TOP = 5

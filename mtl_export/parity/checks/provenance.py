@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mtl_export.adapters.binding import BoundModel
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.checks.edited_graph import no_task_of
-
-if TYPE_CHECKING:
-    from mtl_export.parity.run import Artefact
 
 
 def wrong_files(bound: BoundModel, artefact: Artefact) -> str:

@@ -16,11 +16,10 @@ rows of a user's own keep their accuracy, ``parity --dataset`` tells, as for any
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,17 +27,15 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import shortened
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.checks.logits import compare_case
 from mtl_export.parity.metrics import decisions, sqnr_db
 from mtl_export.parity.outputs import answers
 from mtl_export.parity.reference import Floors, Reference
-from mtl_export.parity.report import Cell, RecordedTask, worst
+from mtl_export.parity.report import Cell, worst
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.ort import OrtRunner
 from mtl_export.runtime.runners.base import Runner
-
-if TYPE_CHECKING:
-    from mtl_export.parity.run import Artefact
 
 QUANTISED, PLAIN, RECORDED = "quantised", "without Q/DQ", "as calibrated"
 # Noise of a tenth of the signal's energy. Examples/01 in int8 has 16 dB on random tokens and 22
@@ -46,21 +43,6 @@ QUANTISED, PLAIN, RECORDED = "quantised", "without Q/DQ", "as calibrated"
 LEAST_DB = 10.0
 # An error that no logit has: what is compared then is everything but the error.
 _ANY = 1e30
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """What is known of a quantised artefact.
-
-    Attributes:
-        number: ``int8``, ``fp8`` or ``int4``.
-        float_path: The float graph it was made from; None where it is not there.
-        recorded: What calibrate counted, by task; empty where its report is not there.
-    """
-
-    number: str
-    float_path: Path | None = None
-    recorded: Mapping[str, RecordedTask] = field(default_factory=dict)
 
 
 class _Recorder:

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import MtlExportError
 from mtl_export.names import ATTENTION_MASK, TASK_IDS
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import MIXED, Case
 from mtl_export.parity.diagnosis.activations import (
     Activation,
@@ -39,9 +39,6 @@ from mtl_export.parity.diagnosis.precision_bisect import HALF_DTYPES, bisect_pre
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.runtime.runners.base import Runner
 from mtl_export.runtime.runners.language import NEW_TOKENS
-
-if TYPE_CHECKING:
-    from mtl_export.parity.run import Artefact
 
 ALL = "*"
 # Graphs that can be looked into, and run on one batch without a cache.

@@ -10,7 +10,6 @@ is enough. That takes log2(n) graphs for each part chosen. The Casts are in a co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import GraphError, shortened
 from mtl_export.names import LOGITS, TASK_IDS
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import Case
 from mtl_export.parity.diagnosis.activations import graph_session
 from mtl_export.parity.diagnosis.layer_errors import Bisection
@@ -25,9 +25,6 @@ from mtl_export.parity.outputs import answers
 from mtl_export.parity.report import Cell
 from mtl_export.parity.tolerance import FLOOR_FACTOR
 from mtl_export.runtime.runners.base import Runner
-
-if TYPE_CHECKING:
-    from mtl_export.parity.run import Artefact
 
 HALF_DTYPES = frozenset({"fp16", "bf16"})
 # Graphs that are tried before what is left is taken as it is.

@@ -12,8 +12,8 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, EngineRunError, ParityError
 from mtl_export.parity.accuracy.labelled_rows import BATCH, LabelledRows, Truth, accuracy_cells
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.report import AccuracyCell
-from mtl_export.parity.run import Artefact
 from tests.parity.fakes import (
     TASKS,
     Answer,

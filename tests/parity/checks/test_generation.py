@@ -8,6 +8,7 @@ import pytest
 
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import Case
 from mtl_export.parity.checks.generation import (
     STEPS,
@@ -17,7 +18,6 @@ from mtl_export.parity.checks.generation import (
     step_cases,
     token_cells,
 )
-from mtl_export.parity.run import Artefact
 from mtl_export.runtime.runners.language import NEW_TOKENS, PROMPT_TASK_IDS, Generator, positions
 from tests.graph import marked
 from tests.parity import fakes

@@ -10,10 +10,10 @@ import pytest
 
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
+from mtl_export.parity.artefact import Artefact, Quantised
 from mtl_export.parity.cases import Case
-from mtl_export.parity.checks.quantised import PLAIN, QUANTISED, RECORDED, Quantised
+from mtl_export.parity.checks.quantised import PLAIN, QUANTISED, RECORDED
 from mtl_export.parity.report import RecordedTask
-from mtl_export.parity.run import Artefact
 from tests.parity.fakes import TASKS, Answer, exact, failed, judge, merged, right_for, single
 
 NOISE = 0.3  # far beyond 8 noise floors of 1e-6; of logits of size 3
