@@ -9,10 +9,9 @@ pass        the error is within the tolerance AND the decisions agree AND nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
-from typing import Literal
 
 import numpy as np
 
@@ -37,7 +36,7 @@ from mtl_export.parity.outputs import Subject
 from mtl_export.parity.presets import LAYERS, NOTHING, PADDING_ONLY, ZEROED
 from mtl_export.parity.probes import Asked, asked, padding_of
 from mtl_export.parity.reference import Floors, Reference, noise_floors, references_of
-from mtl_export.parity.report import Cell, ParityReport
+from mtl_export.parity.report import Cell, ParityReport, Verdict
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.runners.base import Runner
 from mtl_export.version import VERSION
@@ -46,6 +45,39 @@ from mtl_export.version import VERSION
 PROBED = frozenset({"model.onnx", "prefill.onnx"})
 # No task has these ids; the last wraps to 1 in a runtime that narrows ids to int32.
 BAD_IDS = (-1, 2**32 + 1, 2**63 - 1)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One artefact, and what it is judged by.
+
+    Attributes:
+        bound: The checkpoint and its base.
+        artefact: What is judged.
+        exact: What the oracle answers to rows of its tasks.
+        speech: What the oracle generates; None where that is not compared.
+        floors: Noise floors of the dtype that it computes in.
+        tolerance: What is allowed.
+        threads: Of ONNX Runtime; 0 lets it decide.
+        extra: What is compared besides the cases.
+        is_alone: Only its own file is looked at, not those in its folder.
+    """
+
+    bound: BoundModel
+    artefact: Artefact
+    exact: list[Reference]
+    speech: Speech | None
+    floors: Floors
+    tolerance: Tolerance
+    threads: int
+    extra: Asked
+    is_alone: bool = False
+
+    def cell(self, verdict: Verdict = "passed", reason: str = "", case: str = "contract") -> Cell:
+        """Return a cell of the artefact's only task, or of all of a single graph's."""
+        artefact = self.artefact
+        name = artefact.task.name if artefact.task else "*"
+        return Cell(artefact.name, artefact.runner.name, name, case, verdict, reason)
 
 
 def step_count(artefacts: Sequence[Artefact]) -> int:
@@ -114,7 +146,7 @@ def run_parity(
             and (artefact.task is None or one.subject.serves(artefact.task))
         ]
         floor = floors[artefact.dtype]
-        cells += _judge(bound, artefact, own, speech, floor, tolerance, threads, extra)
+        cells += _judge(Judged(bound, artefact, own, speech, floor, tolerance, threads, extra))
     cells += not_there
     return ParityReport(
         cells=tuple(cells),
@@ -141,189 +173,140 @@ def run_parity(
     )
 
 
-def _judge(
-    bound: BoundModel,
-    artefact: Artefact,
-    exact: list[Reference],
-    speech: Speech | None,
-    floors: Floors,
-    tolerance: Tolerance,
-    threads: int,
-    extra: Asked,
-    *,
-    is_alone: bool = False,
-) -> list[Cell]:
-    """Return the cells of one artefact; one that ``is_alone`` has no files beside it."""
-
-    def whole(verdict: Literal["failed", "not-run"], reason: str) -> list[Cell]:
-        name = artefact.task.name if artefact.task else "*"
-        return [Cell(artefact.name, artefact.runner.name, name, "*", verdict, reason)]
-
+def _judge(judged: Judged) -> list[Cell]:
+    """Return the cells of one artefact."""
+    bound, artefact, speech = judged.bound, judged.artefact, judged.speech
+    floors, tolerance = judged.floors, judged.tolerance
     if wrong := wrong_files(bound, artefact):
-        return whole("failed", wrong)
+        return [judged.cell("failed", wrong, "*")]
     cells: list[Cell] = []
     try:
         if artefact.edited is not None:
-            return _judge_edited(
-                bound, artefact, artefact.edited, exact, speech, floors, tolerance, threads, extra
-            )
-        if not is_alone:
-            cells += _beside(bound, artefact, exact)
+            return _judge_edited(judged, artefact.edited)
+        if not judged.is_alone:
+            cells += _beside(judged)
         with artefact.runner as runner:
             if artefact.quantised is not None:
-                return cells + _judge_quantised(
-                    bound, artefact, runner, exact, floors, tolerance, threads, extra
-                )
-            for _, group in groupby(exact, key=lambda one: id(one.case)):
+                return cells + _judge_quantised(judged, runner)
+            for _, group in groupby(judged.exact, key=lambda one: id(one.case)):
                 cells += compare_case(bound, artefact, runner, [*group], floors, tolerance)
-            cells += _contract(bound, artefact, runner, exact, floors, tolerance, threads, extra)
-            cells += _left_out(artefact, extra.left_out)
+            cells += _contract(judged, runner)
+            cells += _left_out(judged)
             if speech is not None:
                 limit = tolerance.of(LOGITS).factor * floors[Subject(LOGITS)]
                 cells += token_cells(artefact, runner, speech, bound.adapters.tasks, limit)
                 if artefact.kind == "single-graph":
                     cells.append(bad_step_ids(artefact, runner, speech, _bad(bound)))
     except BackendMissingError as error:
-        cells += whole("not-run", str(error))
+        cells.append(judged.cell("not-run", str(error), "*"))
     except MtlExportError as error:
-        cells += whole("failed", str(error))
+        cells.append(judged.cell("failed", str(error), "*"))
     return cells
 
 
-def _judge_edited(
-    bound: BoundModel,
-    artefact: Artefact,
-    edited: EditedGraph,
-    exact: list[Reference],
-    speech: Speech | None,
-    floors: Floors,
-    tolerance: Tolerance,
-    threads: int,
-    extra: Asked,
-) -> list[Cell]:
+def _judge_edited(judged: Judged, edited: EditedGraph) -> list[Cell]:
     """Return the cells of a graph whose tasks were edited."""
-    adapters, path = bound.adapters, artefact.path
+    artefact, adapters = judged.artefact, judged.bound.adapters
+    path = artefact.path
     cells = unjudged_cells(artefact, edited, adapters)
     for view in views_of(edited, adapters):
-        own = view.references(exact)
+        own = view.references(judged.exact)
         runner = view.runner(artefact.runner, own, len(adapters.tasks))
         # What its file holds for other checkpoints' tasks is not known here.
         apart = replace(artefact, runner=runner, path=None, edited=None,
                         checkpoint_sha256=adapters.checkpoint_sha256)  # fmt: skip
         found = _judge(
-            bound, apart, own, view.speech(speech), floors, tolerance, threads, view.asked(extra),
-            is_alone=True,
-        )  # fmt: skip
+            replace(
+                judged,
+                artefact=apart,
+                exact=own,
+                speech=view.speech(judged.speech),
+                extra=view.asked(judged.extra),
+                is_alone=True,
+            )
+        )
         if path is not None and path.suffix == ".onnx":
             cell = Cell(artefact.name, artefact.runner.name, "*", "contract", "passed")
             found += view.file_cells(cell, path, adapters)
         cells += view.named(found)
-    return cells + _beside(bound, artefact, exact)
+    return cells + _beside(judged)
 
 
-def _beside(bound: BoundModel, artefact: Artefact, exact: list[Reference]) -> list[Cell]:
+def _beside(judged: Judged) -> list[Cell]:
     """Return the cells of what decides what the numbers mean; engines have manifests for it."""
+    artefact = judged.artefact
     path, task = artefact.path, artefact.task
     if path is None or not (path.is_dir() or path.suffix == ".onnx"):
         return []
-    cell = Cell(artefact.name, artefact.runner.name, _owner(artefact), "contract", "passed")
-    return beside_cells(cell, bound, path, task, artefact.dtype, [one.subject for one in exact])
+    subjects = [one.subject for one in judged.exact]
+    return beside_cells(judged.cell(), judged.bound, path, task, artefact.dtype, subjects)
 
 
-def _judge_quantised(
-    bound: BoundModel,
-    artefact: Artefact,
-    runner: Runner,
-    exact: list[Reference],
-    floors: Floors,
-    tolerance: Tolerance,
-    threads: int,
-    extra: Asked,
-) -> list[Cell]:
+def _judge_quantised(judged: Judged, runner: Runner) -> list[Cell]:
     """Return the cells of an open artefact with Q/DQ, and of its graph without them."""
-    cells, noise = quantised_cells(bound, artefact, runner, exact, floors)
+    artefact, floors, factor = judged.artefact, judged.floors, judged.tolerance.factor
+    cells, noise = quantised_cells(judged.bound, artefact, runner, judged.exact, floors)
     # A row that is summed in another order may be rounded to other steps all the way.
-    loose = Tolerance(atol=max(noise, tolerance.factor * max(floors.values())), rtol=0.0)
+    loose = Tolerance(atol=max(noise, factor * max(floors.values())), rtol=0.0)
     # What the tensors of its graph do is seen without Q/DQ.
     apart = replace(artefact, path=None)
-    cells += _contract(bound, apart, runner, exact, floors, loose, threads, extra)
-    cells += _left_out(artefact, extra.left_out)
+    cells += _contract(replace(judged, artefact=apart, tolerance=loose), runner)
+    cells += _left_out(judged)
     return cells + plain_cells(
         artefact,
-        lambda plain: _judge(
-            bound, plain, exact, None, floors, tolerance, threads, extra, is_alone=True
-        ),
-        threads=threads,
-        left_out=extra.left_out,
+        lambda plain: _judge(replace(judged, artefact=plain, speech=None, is_alone=True)),
+        threads=judged.threads,
+        left_out=judged.extra.left_out,
     )
 
 
-def _contract(
-    bound: BoundModel,
-    artefact: Artefact,
-    runner: Runner,
-    exact: list[Reference],
-    floors: Floors,
-    tolerance: Tolerance,
-    threads: int,
-    extra: Asked,
-) -> list[Cell]:
+def _contract(judged: Judged, runner: Runner) -> list[Cell]:
     """Return the cells of what must hold whatever the numbers are, of each kind of answer."""
+    artefact, adapters, padding = judged.artefact, judged.bound.adapters, judged.extra.padding
     cells: list[Cell] = []
-    own = {one.subject.output: one.subject for one in exact if one.subject.tasks}
+    own = {one.subject.output: one.subject for one in judged.exact if one.subject.tasks}
     for output, subject in own.items():
-        some = [one for one in exact if one.subject == subject]
-        found = _contract_of(bound, artefact, runner, some, floors, tolerance, threads, extra)
+        some = [one for one in judged.exact if one.subject == subject]
+        found = _contract_of(replace(judged, exact=some), runner)
         cells += [replace(cell, case=f"{cell.case}, {output}") for cell in found]
     if not cells:
-        cells = _contract_of(bound, artefact, runner, exact, floors, tolerance, threads, extra)
-    path, adapters = artefact.path, bound.adapters
-    cell = Cell(artefact.name, artefact.runner.name, _owner(artefact), "contract", "passed")
+        cells = _contract_of(judged, runner)
+    path, cell = artefact.path, judged.cell()
     if path is not None and path.suffix == ".onnx":
         cells.append(table_cell(cell, path, [artefact.task] if artefact.task else adapters.tasks))
         if path.name in PROBED and artefact.kind == "single-graph":
             cells.append(stored_cell(cell, path, adapters))
-    if extra.padding is not None and not own and artefact.embedding is None:
-        cells += padding_only_cells(cell, runner, extra.padding, artefact.task)
+    if padding is not None and not own and artefact.embedding is None:
+        cells += padding_only_cells(cell, runner, padding, artefact.task)
     return cells
 
 
-def _owner(artefact: Artefact) -> str:
-    return artefact.task.name if artefact.task else "*"
-
-
-def _left_out(artefact: Artefact, left_out: Mapping[str, str]) -> list[Cell]:
-    """Return what an artefact that ran was not asked, and why."""
-    other = {f"{ONE_ROW}{task}" for task in range(len(left_out))}
-    if artefact.task is not None:
-        other.discard(f"{ONE_ROW}{artefact.task.index}")
+def _left_out(judged: Judged) -> list[Cell]:
+    """Return a cell for each case and check that an artefact was not put through, and why."""
+    task, left_out = judged.artefact.task, judged.extra.left_out
+    other = {f"{ONE_ROW}{index}" for index in range(len(left_out))}
+    if task is not None:
+        other.discard(f"{ONE_ROW}{task.index}")
         other |= {LAYERS, ZEROED}  # a merged model has no adapters
     return [
-        Cell(artefact.name, artefact.runner.name, _owner(artefact), name, "not-run", reason)
+        judged.cell("not-run", reason, name)
         for name, reason in left_out.items()
-        if artefact.task is None or name not in other
+        if task is None or name not in other
     ]
 
 
-def _contract_of(
-    bound: BoundModel,
-    artefact: Artefact,
-    runner: Runner,
-    exact: list[Reference],
-    floors: Floors,
-    tolerance: Tolerance,
-    threads: int,
-    extra: Asked,
-) -> list[Cell]:
-    cell = Cell(artefact.name, artefact.runner.name, _owner(artefact), "contract", "passed")
+def _contract_of(judged: Judged, runner: Runner) -> list[Cell]:
+    bound, artefact, extra = judged.bound, judged.artefact, judged.extra
+    cell = judged.cell()
     # One with a column for each row of the batch is no row's own answer.
-    own = [one for one in exact if not one.subject.is_across_rows]
+    own = [one for one in judged.exact if not one.subject.is_across_rows]
     one = max(own, key=lambda one: len(set(one.case.task_ids.tolist())))
     case = one.case
     output = one.subject.output if artefact.task is None else one.subject.merged_output
     cells, shape = [], one.logits.shape[1:]
     finite = one.logits[np.isfinite(one.logits)]
-    limit = float(tolerance.of(one.subject.output).allowed(finite, floors[one.subject]).max())
+    tolerance, floor = judged.tolerance.of(one.subject.output), judged.floors[one.subject]
+    limit = float(tolerance.allowed(finite, floor).max())
     if artefact.kind == "single-graph":
         cells.append(bad_ids_cell(cell, runner, case, output, shape, _bad(bound)))
         cells.append(wrong_kind_cell(cell, runner, case, output))
@@ -331,7 +314,7 @@ def _contract_of(
         if artefact.path is not None and artefact.path.name in PROBED:
             path, tasks = artefact.path, bound.adapters.tasks
             cells += weight_cells(
-                cell, path, case, one.subject, tasks, _adapted(bound), threads,
+                cell, path, case, one.subject, tasks, _adapted(bound), judged.threads,
                 left_out=extra.left_out, zeroed=extra.zeroed.get(output), limit=limit,
             )  # fmt: skip
     return cells + row_cells(
