@@ -61,7 +61,9 @@ def golden_vectors(
         vectors.append(_vector(runner, model, own.name, rows, floors[own.name], tolerance))
     steps = [case for case in cases if NEW_TOKENS in case.inputs]
     if steps and len(steps) < len(cases):  # else every batch above has them
-        vectors += _steps(runner, model, steps, tasks, task, floors, tolerance)
+        floor = max(floors[one.name] for one in (tasks if task is None else [task]))
+        if rows := _step_rows(steps, task):
+            vectors.append(_vector(runner, model, STEPS, rows, floor, tolerance))
     if task is None:
         floor = max(floors[one.name] for one in tasks)
         mixed = _mixed(cases)
@@ -75,25 +77,14 @@ def golden_vectors(
     return tuple(vector for vector in vectors if not vector.vacuity)
 
 
-def _steps(
-    runner: Runner,
-    model: str,
-    cases: Sequence[Case],
-    tasks: Sequence[Task],
-    task: Task | None,
-    floors: Mapping[str, float],
-    tolerance: Tolerance,
-) -> list[Vector]:
-    """Return a language model's answers to tokens that are fed one by one, from its cache."""
+def _step_rows(cases: Sequence[Case], task: Task | None) -> dict[str, Array]:
+    """Return rows whose tokens are fed one by one, from the cache; empty without any of a task."""
     if task is None:
-        floor = max(floors[one.name] for one in tasks)
-        return [_vector(runner, model, STEPS, _mixed(cases), floor, tolerance)]
+        return _mixed(cases)
     own = [case for case in cases if (case.task_ids == task.index).any()]
-    if not own:
-        return []
-    rows = _rows_of(own, task)
-    rows.pop(TASK_IDS)
-    return [_vector(runner, model, STEPS, rows, floors[task.name], tolerance)]
+    rows = _rows_of(own, task) if own else {}
+    rows.pop(TASK_IDS, None)
+    return rows
 
 
 def for_engine(vectors: Sequence[Vector], model: str) -> tuple[Vector, ...]:

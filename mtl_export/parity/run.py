@@ -147,7 +147,17 @@ def run_parity(
         ]
         floor = floors[artefact.dtype]
         cells += _judge(Judged(bound, artefact, own, speech, floor, tolerance, threads, extra))
-    cells += not_there
+    return _report(bound, artefacts, [*cells, *not_there], tolerance, floors)
+
+
+def _report(
+    bound: BoundModel,
+    artefacts: Sequence[Artefact],
+    cells: Sequence[Cell],
+    tolerance: Tolerance,
+    floors: Mapping[str, Floors],
+) -> ParityReport:
+    tasks = bound.adapters.tasks
     return ParityReport(
         cells=tuple(cells),
         tolerance=tolerance.describe(),
@@ -167,7 +177,7 @@ def run_parity(
             record
             for artefact in artefacts
             if artefact.quantised is not None
-            for task in bound.adapters.tasks
+            for task in tasks
             if (record := artefact.quantised.recorded.get(task.name)) is not None
         ),
     )
@@ -317,9 +327,7 @@ def _contract_of(judged: Judged, runner: Runner) -> list[Cell]:
                 cell, path, case, one.subject, tasks, _adapted(bound), judged.threads,
                 left_out=extra.left_out, zeroed=extra.zeroed.get(output), limit=limit,
             )  # fmt: skip
-    return cells + row_cells(
-        cell, runner, case, output, shape, artefact.task, limit, extra.left_out
-    )
+    return cells + row_cells(cell, runner, one, artefact.task, limit, extra.left_out)
 
 
 def _adapted(bound: BoundModel) -> list[str]:

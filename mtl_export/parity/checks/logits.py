@@ -40,11 +40,9 @@ def compare_case(
             return []
         own = Case(case.name, case.rows(rows))
         outputs = runner.infer({n: value for n, value in own.inputs.items() if n != TASK_IDS})
-        everything = np.ones(int(rows.sum()), np.bool_)
         return [
             _compare(artefact, replace(one, case=own, logits=one.logits[rows]), artefact.task,
-                     everything, outputs.get(one.subject.merged_output), floors[one.subject],
-                     tolerance)
+                     outputs.get(one.subject.merged_output), floors[one.subject], tolerance)
             for one in references if one.subject.serves(artefact.task)
         ]  # fmt: skip
     outputs = runner.infer(case.inputs)
@@ -53,7 +51,7 @@ def compare_case(
         for task in bound.adapters.tasks:
             rows = case.task_ids == task.index
             if rows.any() and one.subject.serves(task):
-                cell = _compare(artefact, one, task, rows, outputs.get(one.subject.output),
+                cell = _compare(artefact, one, task, outputs.get(one.subject.output),
                                 floors[one.subject], tolerance)  # fmt: skip
                 others = _other_answers(one, outputs, rows) if one.subject.tasks else ""
                 if cell.verdict == "passed" and others:
@@ -78,16 +76,16 @@ def _compare(
     artefact: Artefact,
     wanted: Reference,
     task: Task,
-    rows: Array,
     candidate: Array | None,
     floor: float,
     tolerance: Tolerance,
 ) -> Cell:
-    """Return the cell for the task's ``rows``, bool [B].
+    """Return the cell for the task's rows.
 
     The reference is [B, widest], or [B, S, widest] where every token has its own logits.
     """
     case, output, reference = wanted.case, wanted.subject.output, wanted.logits
+    rows = case.task_ids == task.index
 
     def failed(reason: str) -> Cell:
         return Cell(

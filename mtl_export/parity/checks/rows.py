@@ -25,6 +25,7 @@ from mtl_export.names import ATTENTION_MASK, INPUT_IDS, TASK_IDS
 from mtl_export.parity.cases import Case
 from mtl_export.parity.outputs import answers
 from mtl_export.parity.presets import FURTHER, NOTHING, ONE_BY_ONE
+from mtl_export.parity.reference import Reference
 from mtl_export.parity.report import Cell
 from mtl_export.runtime.runners.base import Runner
 from mtl_export.runtime.runners.language import NEW_TOKENS
@@ -36,9 +37,7 @@ Infer = Callable[[Mapping[str, Array]], Array | None]
 def row_cells(
     cell: Cell,
     runner: Runner,
-    case: Case,
-    output: str,
-    shape: tuple[int, ...],
+    reference: Reference,
     task: Task | None,
     limit: float,
     left_out: Collection[str] = NOTHING,
@@ -48,13 +47,13 @@ def row_cells(
     Args:
         cell: Says whose they are.
         runner: The artefact, open.
-        case: A batch of mixed tasks.
-        output: Which output is compared.
-        shape: Of one row of it; the last dimension may differ.
+        reference: One output for a batch of mixed tasks; its last dimension may differ.
         task: The task of a merged artefact: its rows are taken, and no ``task_ids``.
         limit: Largest error that an artefact may have against the oracle.
         left_out: Checks not to run.
     """
+    case, subject = reference.case, reference.subject
+    output = subject.output if task is None else subject.merged_output
     if task is not None:
         case = Case(case.name, case.rows(case.task_ids == task.index))
 
@@ -63,7 +62,7 @@ def row_cells(
         return runner.infer(given).get(output)
 
     whole = infer(case.inputs)
-    expected = (len(case.task_ids), *shape)
+    expected = (len(case.task_ids), *reference.logits.shape[1:])
     if whole is None or (whole.ndim, whole.shape[:-1]) != (len(expected), expected[:-1]):
         found = "is missing" if whole is None else f"has shape {list(whole.shape)}"
         reason = f"{output} {found}, not {list(expected)}"

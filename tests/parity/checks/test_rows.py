@@ -11,6 +11,8 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.parity.cases import MIXED, Case
 from mtl_export.parity.checks.rows import row_cells
+from mtl_export.parity.outputs import Subject
+from mtl_export.parity.reference import Reference
 from mtl_export.parity.report import Cell
 from tests.parity.fakes import TASKS, WIDEST, Answer, FakeRunner, exact, right_for
 
@@ -28,7 +30,8 @@ def judged(cases: list[Case], answer: Answer, task: int | None = None) -> dict[s
     mixed = next(case for case in cases if case.name == MIXED)
     with FakeRunner(answer) as runner:
         own = None if task is None else TASKS[task]
-        cells = row_cells(CELL, runner, mixed, "logits", (WIDEST,), own, 1e-6)
+        reference = Reference(mixed, Subject("logits"), np.empty((0, WIDEST)), mixed.name)
+        cells = row_cells(CELL, runner, reference, own, 1e-6)
     return {cell.case: cell for cell in cells}
 
 
