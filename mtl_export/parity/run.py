@@ -324,7 +324,7 @@ def _contract_of(judged: Judged, runner: Runner) -> list[Cell]:
         if artefact.path is not None and artefact.path.name in PROBED:
             path, tasks = artefact.path, bound.adapters.tasks
             cells += weight_cells(
-                cell, path, case, one.subject, tasks, _adapted(bound), judged.threads,
+                cell, path, one, tasks, _adapted(bound), judged.threads,
                 left_out=extra.left_out, zeroed=extra.zeroed.get(output), limit=limit,
             )  # fmt: skip
     return cells + row_cells(cell, runner, one, artefact.task, limit, extra.left_out)

@@ -42,7 +42,8 @@ def mixed(bound: BoundModel) -> Case:
 def judged(path: Path, mixed: Case, bound: BoundModel) -> dict[str, Cell]:
     """Return the cells by check."""
     tasks = bound.adapters.tasks
-    cells = weight_cells(CELL, path, mixed, Subject("logits"), tasks, list(toys.MODULES), 1)
+    reference = Reference(mixed, Subject("logits"), np.empty(0), mixed.name)
+    cells = weight_cells(CELL, path, reference, tasks, list(toys.MODULES), 1)
     return {cell.case: cell for cell in cells}
 
 
@@ -65,7 +66,7 @@ def looked_at(path: Path, mixed: Case, bound: BoundModel) -> dict[str, Cell]:
     zeroed = zeroed_of(lambda dtype: OracleRunner(base, dtype), [reference])["logits"]
     tasks, modules = bound.adapters.tasks, list(toys.MODULES)
     cells = weight_cells(
-        CELL, path, mixed, Subject("logits"), tasks, modules, 1,
+        CELL, path, reference, tasks, modules, 1,
         left_out={LAYERS: "for time"}, zeroed=zeroed, limit=1e-4,
     )  # fmt: skip
     cells += [table_cell(CELL, path, tasks), stored_cell(CELL, path, bound.adapters)]

@@ -26,6 +26,7 @@ from mtl_export.names import TASK_IDS
 from mtl_export.parity.cases import Case
 from mtl_export.parity.outputs import Subject, answers
 from mtl_export.parity.presets import LAYERS, NOTHING, ZEROED
+from mtl_export.parity.reference import Reference
 from mtl_export.parity.report import Cell
 from mtl_export.runtime.runners.task_batches import by_task
 
@@ -40,8 +41,7 @@ FED = {"float32", "float16"}
 def weight_cells(
     cell: Cell,
     path: Path,
-    case: Case,
-    subject: Subject,
+    reference: Reference,
     tasks: Sequence[Task],
     modules: Sequence[str],
     threads: int,
@@ -55,8 +55,7 @@ def weight_cells(
     Args:
         cell: Says whose they are; ``passed``.
         path: The ONNX file of a single graph.
-        case: Every task has a row in it.
-        subject: Which output is looked at.
+        reference: The output that is looked at; every task has a row in its case.
         tasks: The checkpoint's tasks.
         modules: The layers that the checkpoint adapts.
         threads: As for ``OrtRunner``.
@@ -76,6 +75,7 @@ def weight_cells(
     if not probe.stacks:
         reason = "none of its tensors can be exchanged from outside"
         return [replace(cell, case=n, verdict="not-run", reason=reason) for n in names]
+    case, subject = reference.case, reference.subject
     output = subject.output
     if output not in probe.outputs:
         reason = f"no output {output!r}"

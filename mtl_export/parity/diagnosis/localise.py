@@ -35,7 +35,11 @@ from mtl_export.parity.diagnosis.layer_verdicts import (
     levelled,
     measured,
 )
-from mtl_export.parity.diagnosis.precision_bisect import HALF_DTYPES, bisect_precision
+from mtl_export.parity.diagnosis.precision_bisect import (
+    HALF_DTYPES,
+    FailedArtefact,
+    bisect_precision,
+)
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.runtime.runners.base import Runner
 from mtl_export.runtime.runners.language import NEW_TOKENS
@@ -86,17 +90,18 @@ def localise(
             name = artefact.task.name if artefact.task else ALL
             progress(f"layers of {artefact.name} {name if artefact.task else ''}".rstrip())
             reason = _unseen(artefact, cells)
+            own = FailedArtefact(artefact, cells, modules, threads)
             one = Localisation(artefact.name, name, reason=reason)
             if not reason:
                 try:
-                    one = _localised(bound, artefact, cells, cases, layers, modules, threads)
+                    one = _localised(bound, own, cases, layers)
                 except (MtlExportError, ValueError, OSError) as error:
                     # onnx-ir refuses data files with several hard links.
                     one = replace(one, reason=str(error))
             if bisect and not reason and artefact.dtype in HALF_DTYPES:
                 progress(f"precision of {artefact.name}")
                 runner = stack.enter_context(_open(oracle("fp64")))
-                bisection = _bisected(bound, artefact, cells, cases, modules, runner, threads)
+                bisection = _bisected(bound, own, cases, runner)
                 one = replace(one, bisection=bisection)
             found.append(one)
     return tuple(found)
@@ -177,16 +182,14 @@ def _unseen(artefact: Artefact, cells: Sequence[Cell]) -> str:
 
 def _localised(
     bound: BoundModel,
-    artefact: Artefact,
-    cells: Sequence[Cell],
+    failed: FailedArtefact,
     cases: Sequence[Case],
     oracle: Callable[[str], OracleLayers],
-    modules: Sequence[str],
-    threads: int,
 ) -> Localisation:
+    artefact, modules = failed.artefact, failed.modules
     name = artefact.task.name if artefact.task else ALL
     tasks = bound.adapters.tasks if artefact.task is None else (artefact.task,)
-    chosen = chosen_cases(cells, cases, tasks)
+    chosen = chosen_cases(failed.cells, cases, tasks)
     if not chosen:
         reason = "only what follows new tokens is wrong, and layers are seen in prompts alone"
         return Localisation(artefact.name, name, reason=reason)
@@ -194,7 +197,7 @@ def _localised(
     layers: list[LayerError] = []
     findings: list[Finding] = []
     with ExitStack() as stack:
-        candidate = _candidate(artefact, modules, threads, stack)
+        candidate = _candidate(artefact, modules, failed.threads, stack)
         for case, shown in chosen:
             own_tasks = [task for task in tasks if task.name in shown]
             sizes = [
@@ -215,23 +218,18 @@ def _localised(
 
 
 def _bisected(
-    bound: BoundModel,
-    artefact: Artefact,
-    cells: Sequence[Cell],
-    cases: Sequence[Case],
-    modules: Sequence[str],
-    oracle: Runner,
-    threads: int,
+    bound: BoundModel, failed: FailedArtefact, cases: Sequence[Case], oracle: Runner
 ) -> Bisection | None:
     """Return what comes of the bisect, or why nothing does; None for what is no graph."""
+    artefact = failed.artefact
     tasks = bound.adapters.tasks if artefact.task is None else (artefact.task,)
-    chosen = chosen_cases(cells, cases, tasks)
+    chosen = chosen_cases(failed.cells, cases, tasks)
     if artefact.path is None or artefact.path.suffix != ".onnx" or not chosen:
         return None
     case, shown = chosen[0]
     own = [task for task in tasks if task.name in shown]
     try:
-        return bisect_precision(artefact, cells, case, own, modules, oracle, threads=threads)
+        return bisect_precision(failed, case, own, oracle)
     except (MtlExportError, ValueError, OSError) as error:
         return Bisection(case.name, None, None, (), 0, f"no bisect: {error}")
 

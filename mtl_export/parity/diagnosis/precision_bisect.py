@@ -10,6 +10,7 @@ is enough. That takes log2(n) graphs for each part chosen. The Casts are in a co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -31,32 +32,39 @@ HALF_DTYPES = frozenset({"fp16", "bf16"})
 MOST_RUNS = 64
 
 
+@dataclass(frozen=True)
+class FailedArtefact:
+    """An artefact that is looked into.
+
+    Attributes:
+        artefact: What failed.
+        cells: Its cells, with what was allowed for each task.
+        modules: The layers whose names are looked for.
+        threads: Of ONNX Runtime; 0 lets it decide.
+    """
+
+    artefact: Artefact
+    cells: Sequence[Cell]
+    modules: Sequence[str]
+    threads: int = 0
+
+
 def bisect_precision(
-    artefact: Artefact,
-    cells: Sequence[Cell],
-    case: Case,
-    tasks: Sequence[Task],
-    modules: Sequence[str],
-    oracle: Runner,
-    *,
-    threads: int = 0,
+    failed: FailedArtefact, case: Case, tasks: Sequence[Task], oracle: Runner
 ) -> Bisection:
     """Return the smallest set of parts found that must compute in float32.
 
     Args:
-        artefact: A graph in half precision that failed.
-        cells: Its cells, with what was allowed for each task.
+        failed: A graph in half precision.
         case: The batch to try it on.
         tasks: The tasks that are looked at.
-        modules: The layers whose names are looked for.
         oracle: In float64, open.
-        threads: Of ONNX Runtime.
 
     Raises:
         GraphError: The graph has no file, or does not open with the Casts.
         EngineRunError: It does not run.
     """
-    judge = _Judge(artefact, cells, case, tasks, modules, oracle, threads)
+    judge = _Judge(failed, case, tasks, oracle)
     before = judge.share(())
     if before is not None and before <= 1:
         text = f"in {case.name} no error is beyond what is allowed: nothing to widen"
@@ -105,22 +113,15 @@ class _Judge:
     """Runs a graph with some parts in float32, and compares."""
 
     def __init__(
-        self,
-        artefact: Artefact,
-        cells: Sequence[Cell],
-        case: Case,
-        tasks: Sequence[Task],
-        modules: Sequence[str],
-        oracle: Runner,
-        threads: int,
+        self, failed: FailedArtefact, case: Case, tasks: Sequence[Task], oracle: Runner
     ) -> None:
-
         from mtl_export.graph.opened import open_graph
         from mtl_export.graph.widen import parts_of
 
+        artefact, cells, modules = failed.artefact, failed.cells, failed.modules
         if artefact.path is None:
             raise GraphError(f"{artefact.name}: no file", expected="an ONNX graph")
-        self._path, self._threads, self._modules = artefact.path, threads, modules
+        self._path, self._threads, self._modules = artefact.path, failed.threads, modules
         self._case, self._one_task = case, artefact.task
         self.parts = list(parts_of(open_graph(artefact.path), modules))
         self.runs = 0
