@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mtl_export.adapters.quantised_layers import refuse_quantised
 from mtl_export.checkpoint.base_model import BaseModel
-from mtl_export.checkpoint.quantised import refuse_quantised
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES, Array, Tensor
 from mtl_export.errors import BaseModelError
 

@@ -21,6 +21,7 @@ from mtl_export.adapters.base_layer import is_conv1d
 from mtl_export.adapters.family import read_adapters
 from mtl_export.adapters.lazy import mapped
 from mtl_export.adapters.normal_form import AdapterSet, AnyAdapter, Rows
+from mtl_export.adapters.quantised_layers import refuse_quantised
 from mtl_export.adapters.tying import LM_ENDINGS, untied
 from mtl_export.adapters.uncalled import refuse_uncalled
 from mtl_export.checkpoint.base_model import BaseModel
@@ -28,7 +29,6 @@ from mtl_export.checkpoint.checkpoint import Checkpoint
 from mtl_export.checkpoint.hidden_biases import biased_base
 from mtl_export.checkpoint.model_class import concrete_class, has_head, is_seq2seq
 from mtl_export.checkpoint.own_classes import own_class
-from mtl_export.checkpoint.quantised import refuse_quantised
 from mtl_export.checkpoint.sentence_pipeline import Pipeline, read_pipeline
 from mtl_export.checkpoint.tensors import Tensor
 from mtl_export.errors import BaseModelError, IntegrityError, shortened
