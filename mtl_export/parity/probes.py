@@ -37,7 +37,7 @@ class Padding:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExtraChecks:
     """What is asked beside the cases.
 
     Attributes:
@@ -105,19 +105,19 @@ def asked(
     exact: Sequence[Reference],
     left_out: Mapping[str, str],
     base: Callable[[str], Runner] | str | None,
-) -> Asked:
+) -> ExtraChecks:
     """Return what is asked.
 
     Args:
         padding: What the oracle says to rows of padding; None where that is not asked.
         exact: Its answers to the cases.
-        left_out: As in ``Asked``.
+        left_out: As in ``ExtraChecks``.
         base: The oracle of the model without adapters, or why there is none; None: nobody asks.
     """
     if isinstance(base, str):
-        return Asked({ZEROED: base, **left_out}, padding)
+        return ExtraChecks({ZEROED: base, **left_out}, padding)
     zeroed = {} if base is None or ZEROED in left_out else zeroed_of(base, exact)
-    return Asked(left_out, padding, zeroed)
+    return ExtraChecks(left_out, padding, zeroed)
 
 
 def _most_tasks(exact: Sequence[Reference]) -> Reference:

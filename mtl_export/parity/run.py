@@ -23,7 +23,12 @@ from mtl_export.names import LOGITS
 from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import ONE_ROW, Case
 from mtl_export.parity.checks.edited_graph import unjudged_cells, views_of
-from mtl_export.parity.checks.generation import Speech, bad_step_ids, oracle_speech, token_cells
+from mtl_export.parity.checks.generation import (
+    GeneratedTokens,
+    bad_step_ids,
+    oracle_speech,
+    token_cells,
+)
 from mtl_export.parity.checks.inputs import padding_only_cells, wrong_kind_cell
 from mtl_export.parity.checks.logits import compare_case
 from mtl_export.parity.checks.metadata import beside_cells
@@ -34,7 +39,7 @@ from mtl_export.parity.checks.stored_tensors import stored_cell, table_cell
 from mtl_export.parity.checks.task_tensors import weight_cells
 from mtl_export.parity.outputs import Subject
 from mtl_export.parity.presets import LAYERS, NOTHING, PADDING_ONLY, ZEROED
-from mtl_export.parity.probes import Asked, asked, padding_of
+from mtl_export.parity.probes import ExtraChecks, asked, padding_of
 from mtl_export.parity.reference import Floors, Reference, noise_floors, references_of
 from mtl_export.parity.report import Cell, ParityReport, Verdict
 from mtl_export.parity.tolerance import Tolerance
@@ -55,7 +60,7 @@ class Judged:
         bound: The checkpoint and its base.
         artefact: What is judged.
         exact: What the oracle answers to rows of its tasks.
-        speech: What the oracle generates; None where that is not compared.
+        generated: What the oracle generates; None where that is not compared.
         floors: Noise floors of the dtype that it computes in.
         tolerance: What is allowed.
         threads: Of ONNX Runtime; 0 lets it decide.
@@ -66,11 +71,11 @@ class Judged:
     bound: BoundModel
     artefact: Artefact
     exact: list[Reference]
-    speech: Speech | None
+    generated: GeneratedTokens | None
     floors: Floors
     tolerance: Tolerance
     threads: int
-    extra: Asked
+    extra: ExtraChecks
     is_alone: bool = False
 
     def cell(self, verdict: Verdict = "passed", reason: str = "", case: str = "contract") -> Cell:
@@ -127,7 +132,7 @@ def run_parity(
     with oracle("fp64") as reference:
         tasks = bound.adapters.tasks
         exact = references_of(reference, cases, embeddings, tasks)
-        speech = oracle_speech(reference, cases)
+        generated = oracle_speech(reference, cases)
         padding = None if PADDING_ONLY in left_out else padding_of(reference, exact)
     # After the reference is closed: two models in float64 need not fit beside each other.
     extra = asked(padding, exact, left_out, base)
@@ -146,7 +151,7 @@ def run_parity(
             and (artefact.task is None or one.subject.serves(artefact.task))
         ]
         floor = floors[artefact.dtype]
-        cells += _judge(Judged(bound, artefact, own, speech, floor, tolerance, threads, extra))
+        cells += _judge(Judged(bound, artefact, own, generated, floor, tolerance, threads, extra))
     return _report(bound, artefacts, [*cells, *not_there], tolerance, floors)
 
 
@@ -185,7 +190,7 @@ def _report(
 
 def _judge(judged: Judged) -> list[Cell]:
     """Return the cells of one artefact."""
-    bound, artefact, speech = judged.bound, judged.artefact, judged.speech
+    bound, artefact, generated = judged.bound, judged.artefact, judged.generated
     floors, tolerance = judged.floors, judged.tolerance
     if wrong := wrong_files(bound, artefact):
         return [judged.cell("failed", wrong, "*")]
@@ -202,11 +207,11 @@ def _judge(judged: Judged) -> list[Cell]:
                 cells += compare_case(bound, artefact, runner, [*group], floors, tolerance)
             cells += _contract(judged, runner)
             cells += _left_out(judged)
-            if speech is not None:
+            if generated is not None:
                 limit = tolerance.of(LOGITS).factor * floors[Subject(LOGITS)]
-                cells += token_cells(artefact, runner, speech, bound.adapters.tasks, limit)
+                cells += token_cells(artefact, runner, generated, bound.adapters.tasks, limit)
                 if artefact.kind == "single-graph":
-                    cells.append(bad_step_ids(artefact, runner, speech, _bad(bound)))
+                    cells.append(bad_step_ids(artefact, runner, generated, _bad(bound)))
     except BackendMissingError as error:
         cells.append(judged.cell("not-run", str(error), "*"))
     except MtlExportError as error:
@@ -230,7 +235,7 @@ def _judge_edited(judged: Judged, edited: EditedGraph) -> list[Cell]:
                 judged,
                 artefact=apart,
                 exact=own,
-                speech=view.speech(judged.speech),
+                generated=view.generated(judged.generated),
                 extra=view.asked(judged.extra),
                 is_alone=True,
             )
@@ -264,7 +269,7 @@ def _judge_quantised(judged: Judged, runner: Runner) -> list[Cell]:
     cells += _left_out(judged)
     return cells + plain_cells(
         artefact,
-        lambda plain: _judge(replace(judged, artefact=plain, speech=None, is_alone=True)),
+        lambda plain: _judge(replace(judged, artefact=plain, generated=None, is_alone=True)),
         threads=judged.threads,
         left_out=judged.extra.left_out,
     )

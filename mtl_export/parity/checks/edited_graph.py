@@ -24,11 +24,11 @@ from mtl_export.graph.origins import EditedGraph
 from mtl_export.names import TASK_IDS
 from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import Case
-from mtl_export.parity.checks.generation import Speech
+from mtl_export.parity.checks.generation import GeneratedTokens
 from mtl_export.parity.checks.stored_tensors import TABLE, stored_cell
 from mtl_export.parity.checks.task_tensors import OTHERS
 from mtl_export.parity.presets import LAYERS, ZEROED
-from mtl_export.parity.probes import Asked, Padding
+from mtl_export.parity.probes import ExtraChecks, Padding
 from mtl_export.parity.reference import Reference
 from mtl_export.parity.report import WHOLE, Cell
 from mtl_export.runtime.runners.base import AroundRunner, Runner
@@ -64,15 +64,19 @@ class View:
                 found.append(replace(one, case=case, logits=one.logits[rows]))
         return found
 
-    def speech(self, speech: Speech | None) -> Speech | None:
+    def generated(self, generated: GeneratedTokens | None) -> GeneratedTokens | None:
         """Return what the oracle says after prompts of these tasks."""
-        if speech is None:
+        if generated is None:
             return None
-        rows = np.isin(speech.case.task_ids, list(self.ids))
-        case = replace(speech.case, inputs=speech.case.rows(rows))
-        return Speech(case, speech.tokens[rows], speech.margins[rows]) if rows.any() else None
+        rows = np.isin(generated.case.task_ids, list(self.ids))
+        case = replace(generated.case, inputs=generated.case.rows(rows))
+        return (
+            GeneratedTokens(case, generated.tokens[rows], generated.margins[rows])
+            if rows.any()
+            else None
+        )
 
-    def asked(self, extra: Asked) -> Asked:
+    def asked(self, extra: ExtraChecks) -> ExtraChecks:
         """Return what is asked of an edited graph beside the cases."""
         padding = extra.padding
         if padding is not None:
@@ -82,7 +86,7 @@ class View:
                 {name: value[rows] for name, value in padding.is_nan.items()},
             )
         more = dict.fromkeys((OTHERS, LAYERS, ZEROED), _NOT_ASKED)
-        return Asked({**extra.left_out, **more}, padding)
+        return ExtraChecks({**extra.left_out, **more}, padding)
 
     def runner(self, runner: Runner, references: Sequence[Reference], task_count: int) -> Runner:
         """Return ``runner`` as one that knows the checkpoint's ids, and gives its widths."""

@@ -30,7 +30,7 @@ LONG = "batch "
 
 
 @dataclass(frozen=True)
-class Speech:
+class GeneratedTokens:
     """What the oracle says.
 
     Attributes:
@@ -67,7 +67,7 @@ def step_cases(cases: Sequence[Case], *, vocabulary: int, longest: int) -> list[
     return found
 
 
-def oracle_speech(oracle: Runner, cases: Sequence[Case]) -> Speech | None:
+def oracle_speech(oracle: Runner, cases: Sequence[Case]) -> GeneratedTokens | None:
     """Return what the oracle says after the first prompts of most tasks; None without steps."""
     spoken = [case for case in cases if NEW_TOKENS in case.inputs]
     if not spoken or not isinstance(oracle, Generator):
@@ -76,11 +76,15 @@ def oracle_speech(oracle: Runner, cases: Sequence[Case]) -> Speech | None:
     tokens = oracle.generate(case.inputs, STEPS)
     logits = oracle.infer({**case.inputs, NEW_TOKENS: tokens})[LOGITS]
     ordered = np.sort(logits, axis=-1)
-    return Speech(case, tokens, ordered[..., -1] - ordered[..., -2])
+    return GeneratedTokens(case, tokens, ordered[..., -1] - ordered[..., -2])
 
 
 def token_cells(
-    artefact: Artefact, runner: Runner, speech: Speech, tasks: Sequence[Task], limit: float
+    artefact: Artefact,
+    runner: Runner,
+    generated: GeneratedTokens,
+    tasks: Sequence[Task],
+    limit: float,
 ) -> list[Cell]:
     """Return one cell for each task served: whether the artefact says what the oracle says.
 
@@ -88,35 +92,40 @@ def token_cells(
     there is at most twice ``limit``, the error that each side may have.
     """
     served = tasks if artefact.task is None else [artefact.task]
-    ids = speech.case.task_ids
+    ids = generated.case.task_ids
     if not isinstance(runner, Generator):
         reason = f"{runner.name} runs one graph, and generation takes two"
         return [_cell(artefact, task, "not-run", reason) for task in served if task.index in ids]
     chosen = np.ones(len(ids), np.bool_) if artefact.task is None else ids == artefact.task.index
     if not chosen.any():
         return []
-    inputs = speech.case.rows(chosen)
+    inputs = generated.case.rows(chosen)
     if artefact.task is not None:
         del inputs[TASK_IDS]
-    found = np.full_like(speech.tokens, -1)
+    found = np.full_like(generated.tokens, -1)
     found[chosen] = runner.generate(inputs, STEPS)
-    return [_compared(artefact, task, speech, found, limit) for task in served if task.index in ids]
+    return [
+        _compared(artefact, task, generated, found, limit) for task in served if task.index in ids
+    ]
 
 
-def _compared(artefact: Artefact, task: Task, speech: Speech, found: Array, limit: float) -> Cell:
+def _compared(
+    artefact: Artefact, task: Task, generated: GeneratedTokens, found: Array, limit: float
+) -> Cell:
     total = equal = ties = 0
     reason = ""
-    for row in np.flatnonzero(speech.case.task_ids == task.index):
+    for row in np.flatnonzero(generated.case.task_ids == task.index):
         total += STEPS
-        same = speech.tokens[row] == found[row]
+        same = generated.tokens[row] == found[row]
         first = STEPS if same.all() else int(same.argmin())
         equal += first
-        if first < STEPS and speech.margins[row, first] <= 2 * limit:
+        if first < STEPS and generated.margins[row, first] <= 2 * limit:
             ties += STEPS - first
         elif first < STEPS and not reason:
             reason = (
-                f"token {first} of row {row} is {found[row, first]}, not"
-                f" {speech.tokens[row, first]}, which leads by {speech.margins[row, first]:.3g}"
+                f"token {first} of row {row} is {found[row, first]}, not "
+                f"{generated.tokens[row, first]}, "
+                f"which leads by {generated.margins[row, first]:.3g}"
             )
     cell = _cell(artefact, task, "failed" if reason else "passed", reason)
     return replace(cell, decisions=(total, equal, ties))
@@ -127,9 +136,11 @@ def _cell(artefact: Artefact, task: Task, verdict: Verdict, reason: str) -> Cell
     return Cell(artefact.name, artefact.runner.name, task.name, name, verdict, reason)
 
 
-def bad_step_ids(artefact: Artefact, runner: Runner, speech: Speech, bad: Array) -> Cell:
+def bad_step_ids(
+    artefact: Artefact, runner: Runner, generated: GeneratedTokens, bad: Array
+) -> Cell:
     """Return the cell that says whether such ids are kept from going on with a good prompt."""
-    good = speech.case.rows(np.arange(len(speech.tokens)) == 0)
+    good = generated.case.rows(np.arange(len(generated.tokens)) == 0)
     count = len(bad) + 1
     inputs = {name: np.repeat(value, count, axis=0) for name, value in good.items()}
     inputs[PROMPT_TASK_IDS] = inputs[TASK_IDS]

@@ -36,7 +36,7 @@ MOST_EXPLAINED = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class LayerValues:
     """One layer under one task: what it is given and makes.
 
     Attributes:
@@ -86,28 +86,28 @@ class Sizes:
 
 
 def measured(
-    bound: BoundModel, sight: Sight, exact: OracleLayers, lower: OracleLayers, dtype: str
+    bound: BoundModel, at_layer: LayerValues, exact: OracleLayers, lower: OracleLayers, dtype: str
 ) -> Sizes:
     """Return the errors and floors of one layer under one task."""
-    found, module, index = sight.found, sight.module, sight.task.index
+    found, module, index = at_layer.found, at_layer.module, at_layer.task.index
     own_error, own_floor = None, 0.0
     if finite := bool(np.isfinite(found.given).all()):
         wanted = exact.result(module, index, found.given)
-        own_floor = _floor(wanted, lower.result(module, index, found.given), sight.mask, dtype)
-        own_error = _error(wanted, found.result, sight.mask)
+        own_floor = _floor(wanted, lower.result(module, index, found.given), at_layer.mask, dtype)
+        own_error = _error(wanted, found.result, at_layer.mask)
         if _is_beyond(own_error, own_floor):
             for less in in_other_orders(lambda: lower.result(module, index, found.given)):
-                own_floor = max(own_floor, _floor(wanted, less, sight.mask, dtype))
+                own_floor = max(own_floor, _floor(wanted, less, at_layer.mask, dtype))
             if (right := right_formula(bound, module, index)) is not None:
                 # Few outputs can be exact by chance in every order.
                 terms = HALF_ULP[dtype] * right.largest_sum(found.given)
                 own_floor = max(own_floor, 2 * terms / FLOOR_FACTOR)
     return Sizes(
-        module, sight.task,
-        _error(sight.exact.given, found.given, sight.mask), sight.floors[0],
-        _error(sight.exact.result, found.result, sight.mask), sight.floors[1],
+        module, at_layer.task,
+        _error(at_layer.exact.given, found.given, at_layer.mask), at_layer.floors[0],
+        _error(at_layer.exact.result, found.result, at_layer.mask), at_layer.floors[1],
         own_error, own_floor, finite,
-        (found, sight.mask) if finite and _is_beyond(own_error, own_floor) else None,
+        (found, at_layer.mask) if finite and _is_beyond(own_error, own_floor) else None,
     )  # fmt: skip
 
 

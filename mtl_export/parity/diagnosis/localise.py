@@ -27,7 +27,7 @@ from mtl_export.parity.diagnosis.activations import (
 )
 from mtl_export.parity.diagnosis.layer_errors import Bisection, Finding, LayerError, Localisation
 from mtl_export.parity.diagnosis.layer_verdicts import (
-    Sight,
+    LayerValues,
     activation_floors,
     finding,
     in_other_orders,
@@ -201,8 +201,8 @@ def _localised(
         for case, shown in chosen:
             own_tasks = [task for task in tasks if task.name in shown]
             sizes = [
-                measured(bound, sight, exact, lower, artefact.dtype)
-                for sight in _sights(own_tasks, case, candidate, exact, lower, artefact)
+                measured(bound, at_layer, exact, lower, artefact.dtype)
+                for at_layer in _sights(own_tasks, case, candidate, exact, lower, artefact)
             ]
             verdicts = judged(bound, levelled(sizes), case, artefact.dtype)
             layers += [error for _, error in verdicts]
@@ -256,7 +256,7 @@ def _sights(
     exact: OracleLayers,
     lower: OracleLayers,
     artefact: Artefact,
-) -> Iterator[Sight]:
+) -> Iterator[LayerValues]:
     """Yield every layer under every task that the case has rows of."""
     infer, by_task = candidate
     by_task = by_task or artefact.task is not None
@@ -279,7 +279,7 @@ def _sights(
         floors = activation_floors(right, _in_orders(lower, inputs, task), mask, artefact.dtype)
         for module in own:
             if module in right and own[module].given.shape == right[module].given.shape:
-                yield Sight(module, task, right[module], floors[module], own[module], mask)
+                yield LayerValues(module, task, right[module], floors[module], own[module], mask)
 
 
 def _in_orders(

@@ -12,7 +12,7 @@ from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import Case
 from mtl_export.parity.checks.generation import (
     STEPS,
-    Speech,
+    GeneratedTokens,
     bad_step_ids,
     oracle_speech,
     step_cases,
@@ -46,14 +46,14 @@ class Speaker(fakes.FakeRunner):
 
 
 @pytest.fixture
-def speech() -> Speech:
+def generated() -> GeneratedTokens:
     """Return six rows, two of each task, with margins of 1."""
     inputs = {
         "input_ids": np.arange(6)[:, None], "attention_mask": np.ones((6, 1), np.int64),
         "task_ids": np.array([0, 1, 2] * 2), NEW_TOKENS: np.zeros((6, STEPS), np.int64),
     }  # fmt: skip
     tokens = np.arange(6 * STEPS).reshape(6, STEPS)
-    return Speech(Case("prompts", inputs), tokens, np.ones(tokens.shape))
+    return GeneratedTokens(Case("prompts", inputs), tokens, np.ones(tokens.shape))
 
 
 def artefact(runner: fakes.FakeRunner, task: int | None = None) -> Artefact:
@@ -63,47 +63,47 @@ def artefact(runner: fakes.FakeRunner, task: int | None = None) -> Artefact:
     return Artefact("name", "merged", runner, TASKS[task], "fp32", "", "")
 
 
-def cells(speech: Speech, tokens: Array, task: int | None = None) -> dict[str, str]:
+def cells(generated: GeneratedTokens, tokens: Array, task: int | None = None) -> dict[str, str]:
     """Return the verdict on these tokens by task."""
     shipped = artefact(Speaker(tokens), task)
-    found = token_cells(shipped, shipped.runner, speech, TASKS, LIMIT)
+    found = token_cells(shipped, shipped.runner, generated, TASKS, LIMIT)
     return {cell.task: cell.verdict for cell in found}
 
 
-def test_equal_tokens_pass(speech: Speech) -> None:
+def test_equal_tokens_pass(generated: GeneratedTokens) -> None:
     """Every task is judged, a merged artefact for its own alone."""
-    assert cells(speech, speech.tokens) == dict.fromkeys("abc", "passed")
-    assert cells(speech, speech.tokens, task=1) == {"b": "passed"}
+    assert cells(generated, generated.tokens) == dict.fromkeys("abc", "passed")
+    assert cells(generated, generated.tokens, task=1) == {"b": "passed"}
 
 
-def test_one_wrong_token_fails_its_task_alone(speech: Speech) -> None:
+def test_one_wrong_token_fails_its_task_alone(generated: GeneratedTokens) -> None:
     """The message names step, row and both tokens."""
-    tokens = speech.tokens.copy()
+    tokens = generated.tokens.copy()
     tokens[4, 3:] = 99
-    assert cells(speech, tokens) == {"a": "passed", "b": "failed", "c": "passed"}
+    assert cells(generated, tokens) == {"a": "passed", "b": "failed", "c": "passed"}
     shipped = artefact(Speaker(tokens))
-    cell = token_cells(shipped, shipped.runner, speech, TASKS, LIMIT)[1]
+    cell = token_cells(shipped, shipped.runner, generated, TASKS, LIMIT)[1]
     assert cell.reason == "token 3 of row 4 is 99, not 35, which leads by 1"
     assert cell.decisions == (2 * STEPS, STEPS + 3, 0)
 
 
-def test_a_close_call_is_a_tie_and_so_is_what_follows(speech: Speech) -> None:
+def test_a_close_call_is_a_tie_and_so_is_what_follows(generated: GeneratedTokens) -> None:
     """Where the oracle itself nearly said another token, rows part without blame."""
-    margins = speech.margins.copy()
+    margins = generated.margins.copy()
     margins[4, 3] = 2 * LIMIT
-    tokens = speech.tokens.copy()
+    tokens = generated.tokens.copy()
     tokens[4, 3:] = 99
-    close = replace(speech, margins=margins)
+    close = replace(generated, margins=margins)
     assert cells(close, tokens) == dict.fromkeys("abc", "passed")
     shipped = artefact(Speaker(tokens))
     cell = token_cells(shipped, shipped.runner, close, TASKS, LIMIT)[1]
     assert cell.decisions == (2 * STEPS, STEPS + 3, STEPS - 3)
 
 
-def test_a_runner_of_one_graph_is_not_run(speech: Speech) -> None:
+def test_a_runner_of_one_graph_is_not_run(generated: GeneratedTokens) -> None:
     """What cannot generate has not passed."""
     shipped = artefact(fakes.FakeRunner(fakes.right, name="one graph"))
-    found = token_cells(shipped, shipped.runner, speech, TASKS, LIMIT)
+    found = token_cells(shipped, shipped.runner, generated, TASKS, LIMIT)
     assert {cell.verdict for cell in found} == {"not-run"}
     assert "one graph" in found[0].reason
 
@@ -116,7 +116,7 @@ def test_a_runner_of_one_graph_is_not_run(speech: Speech) -> None:
         ([0, 1, 2], "they spoil the good row beside them, or the prompt"),
     ],
 )
-def test_bad_ids_at_a_step(speech: Speech, silent: list[int], reason: str) -> None:
+def test_bad_ids_at_a_step(generated: GeneratedTokens, silent: list[int], reason: str) -> None:
     """The prompts are read under a good id; from the first step on, bad rows must be NaN."""
 
     def answer(inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -126,21 +126,21 @@ def test_bad_ids_at_a_step(speech: Speech, silent: list[int], reason: str) -> No
         logits[silent, 1:] = np.nan
         return {"logits": logits}
 
-    runner = Speaker(speech.tokens, answer)
+    runner = Speaker(generated.tokens, answer)
     with runner:
-        cell = bad_step_ids(artefact(runner), runner, speech, BAD)
+        cell = bad_step_ids(artefact(runner), runner, generated, BAD)
     assert (cell.verdict, cell.reason) == ("failed" if reason else "passed", reason)
 
 
-def test_bad_ids_that_are_refused_are_as_good(speech: Speech) -> None:
+def test_bad_ids_that_are_refused_are_as_good(generated: GeneratedTokens) -> None:
     """A runtime that stops is no worse than one that says NaN."""
 
     def answer(inputs: Mapping[str, Array]) -> dict[str, Array]:
         raise EngineRunError("task_ids: a bad one")
 
-    runner = Speaker(speech.tokens, answer)
+    runner = Speaker(generated.tokens, answer)
     with runner:
-        cell = bad_step_ids(artefact(runner), runner, speech, BAD)
+        cell = bad_step_ids(artefact(runner), runner, generated, BAD)
     assert cell.verdict == "passed"
 
 
@@ -157,23 +157,23 @@ def test_steps_follow_the_mixed_and_the_long_batch(cases: list[Case]) -> None:
         assert 0 <= tokens.min() <= tokens.max() < 31
 
 
-def test_the_oracle_speaks_after_the_first_prompts_with_steps(speech: Speech) -> None:
+def test_the_oracle_speaks_after_the_first_prompts_with_steps(generated: GeneratedTokens) -> None:
     """Its margins are those of its own tokens; without steps it says nothing."""
 
     def answer(inputs: Mapping[str, Array]) -> dict[str, Array]:
-        assert inputs[NEW_TOKENS].tolist() == speech.tokens.tolist()
+        assert inputs[NEW_TOKENS].tolist() == generated.tokens.tolist()
         logits = np.zeros((6, STEPS, 4))
         logits[..., 2], logits[..., 1] = 3.0, 2.5
         return {"logits": logits}
 
-    runner = Speaker(speech.tokens, answer)
+    runner = Speaker(generated.tokens, answer)
     assert isinstance(runner, Generator)
     with runner:
-        found = oracle_speech(runner, [speech.case])
+        found = oracle_speech(runner, [generated.case])
         assert oracle_speech(runner, []) is None
     assert found is not None
     assert (found.margins == 0.5).all()
-    assert oracle_speech(fakes.FakeRunner(answer), [speech.case]) is None
+    assert oracle_speech(fakes.FakeRunner(answer), [generated.case]) is None
 
 
 def test_positions_are_counted_from_the_mask() -> None:
