@@ -1,20 +1,20 @@
 """Engine orders -> engines: longest first, several at a time, none lost to another's failure.
 
-    orders ─ longest first ─┬─ builder: open its folder, build its files, rename it ─┐
-                            └─ builder: ...                                        ┴─> outcomes
+    orders ─ longest first ─┬─ worker: open its folder, build its files, rename it ─┐
+                            └─ worker: ...                                        ┴─> outcomes
 
 An order is one folder of engines. How a folder is opened (skipped if it is there already,
 written beside its place and renamed) is the caller's business: the job enters the context
 manager it is given, writes engines and their manifests, and leaves it, so that a killed job
 has lost nothing but the folders that it was writing.
 
-One builder builds in this process. Several builders are processes, because a TensorRT library has
+One worker builds in this process. Several workers are processes, because a TensorRT library has
 one logger and what is logged must be told apart by build. They are spawned, do nothing but
 build, and end with the process that started them: building reports its progress, and fails
 when nobody listens.
 
 A folder may lie inside another order's (``engines/<task>`` in ``engines``). The outer one is
-put in place while nothing is being written inside it: its builder waits for those that are at
+put in place while nothing is being written inside it: its worker waits for those that are at
 it, and they for the swap.
 """
 
@@ -32,7 +32,7 @@ from typing import Protocol, TypeAlias
 from mtl_export.errors import MtlExportError
 from mtl_export.tensorrt.differences import differing_weights, refit_key
 from mtl_export.tensorrt.options import BuildOptions
-from mtl_export.tensorrt.workers import Builder, BuilderProcess, LocalBuilder
+from mtl_export.tensorrt.workers import EngineWorker, LocalWorker, WorkerProcess
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ OpenPlace: TypeAlias = Callable[[EngineOrder], AbstractContextManager[EngineFold
 
 
 class JobReport(Protocol):
-    """Hears how the job goes; several builders may call, one at a time."""
+    """Hears how the job goes; several workers may call, one at a time."""
 
     def begin(self, order: EngineOrder) -> None:
         """Hear that ``order`` begins."""
@@ -157,16 +157,16 @@ def run_job(
     count = max(1, min(jobs, len(orders)))
     work = _Job(orders, open_place, report)
     if count == 1:
-        work.follow(LocalBuilder(library_name))
+        work.follow(LocalWorker(library_name))
     else:
-        _in_processes(work, [BuilderProcess(library_name) for _ in range(count)])
+        _in_processes(work, [WorkerProcess(library_name) for _ in range(count)])
     return [work.outcomes[order.target] for order in orders]
 
 
-def _in_processes(work: _Job, builders: Sequence[BuilderProcess]) -> None:
+def _in_processes(work: _Job, workers: Sequence[WorkerProcess]) -> None:
     try:
-        with ThreadPoolExecutor(len(builders)) as pool:
-            followed = [pool.submit(work.follow, builder) for builder in builders]
+        with ThreadPoolExecutor(len(workers)) as pool:
+            followed = [pool.submit(work.follow, worker) for worker in workers]
             try:
                 wait(followed, return_when=FIRST_EXCEPTION)
                 for one in followed:
@@ -174,18 +174,18 @@ def _in_processes(work: _Job, builders: Sequence[BuilderProcess]) -> None:
                         one.result()
             except BaseException:
                 work.stop()
-                for builder in builders:
-                    builder.kill()
+                for worker in workers:
+                    worker.kill()
                 raise
         for one in followed:
             one.result()
     finally:
-        for builder in builders:
-            builder.close()
+        for worker in workers:
+            worker.close()
 
 
 class _Job:
-    """Orders that builders take one by one.
+    """Orders that workers take one by one.
 
     Args:
         orders: All of them.
@@ -208,13 +208,13 @@ class _Job:
         self._done = dict.fromkeys(targets, 0.0)
         self._sizes = {order.target: max(order.size_bytes, 1) for order in orders}
 
-    def follow(self, builder: Builder) -> None:
-        """Do orders in ``builder`` until none is left."""
+    def follow(self, worker: EngineWorker) -> None:
+        """Do orders in ``worker`` until none is left."""
         while (order := self._next()) is not None:
             started = perf_counter()
             error, is_built = None, False
             try:
-                is_built = self._do(order, builder)
+                is_built = self._do(order, worker)
             except MtlExportError as failure:
                 error = failure
             self._advance(order, 1.0 if is_built or error else None)
@@ -222,7 +222,7 @@ class _Job:
             self.outcomes[order.target] = EngineOutcome(order, is_built, error, seconds)
 
     def stop(self) -> None:
-        """Let no builder begin another order."""
+        """Let no worker begin another order."""
         with self._lock:
             self._waiting.clear()
 
@@ -233,7 +233,7 @@ class _Job:
                 self._report.begin(order)
             return order
 
-    def _do(self, order: EngineOrder, builder: Builder) -> bool:
+    def _do(self, order: EngineOrder, worker: EngineWorker) -> bool:
         """Build ``order``; return whether there was anything to build."""
         is_outer = order.target in self._outer
         with self._gate.held(is_outer) as before_swap, self._open_place(order) as place:
@@ -245,7 +245,7 @@ class _Job:
                     self._advance(order, (done + fraction) / len(order.parts))
 
                 path = place.folder / part.file
-                builder.build(part.onnx_path, path, options=part.options, progress=progress)
+                worker.build(part.onnx_path, path, options=part.options, progress=progress)
             before_swap()
         return True
 

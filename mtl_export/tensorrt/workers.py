@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 REPORT_S = 0.1
 
 
-class Builder(Protocol):
+class EngineWorker(Protocol):
     """Builds one engine at a time."""
 
     def build(
@@ -43,7 +43,7 @@ class Builder(Protocol):
         """
 
 
-class LocalBuilder:
+class LocalWorker:
     """Builds in the calling process.
 
     Args:
@@ -65,7 +65,7 @@ class LocalBuilder:
         manifest.write(manifest_path(engine_path))
 
 
-class BuilderProcess:
+class WorkerProcess:
     """Builds in a process of its own, started when there is something to build.
 
     Args:
@@ -155,14 +155,14 @@ def _live(link: Connection[Any, Any], library_name: str) -> None:
     """Build what is asked for until the other end is closed, or its process has died."""
     # An interrupt from the keyboard is the parent's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    builder: LocalBuilder | None = None
+    worker: LocalWorker | None = None
     # Whoever would be told of a broken link is gone.
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             onnx_path, engine_path, options = link.recv()
             try:
-                builder = builder or LocalBuilder(library_name)
-                builder.build(onnx_path, engine_path, options=options, progress=_Teller(link))
+                worker = worker or LocalWorker(library_name)
+                worker.build(onnx_path, engine_path, options=options, progress=_Teller(link))
                 answer: tuple[str, Any] = ("built", None)
             except MtlExportError as error:
                 answer = ("error", error.as_dict())

@@ -14,7 +14,7 @@ from tests.graph import language
 
 ENGINE = EngineManifest(
     engine="model.engine", engine_sha256="a" * 64, engine_size_bytes=6, graph_sha256="b" * 64,
-    source="model.onnx", source_sha256={}, provenance={}, layout="merged", tasks=(), inputs=(),
+    source="model.onnx", source_sha256={}, provenance={}, layout="per-task", tasks=(), inputs=(),
     outputs=(), profiles=(), precision=("float32",), tf32=False, builder="tensorrt_rtx",
     builder_version="1.7", options={}, libraries={}, targets=("8.6",), validated=(),
 )  # fmt: skip
@@ -23,7 +23,7 @@ ENGINE = EngineManifest(
 def test_adapters_of_a_language_model_are_said_not_to_run(tmp_path: Path) -> None:
     """What parity has no runner for is not passed over in silence; what was not asked for is."""
     bound = language.language_bound(tmp_path, "GPT2LMHeadModel")
-    places = Places(tmp_path / "merged", tmp_path / "onnx", tmp_path / "engines")
+    places = Places(tmp_path / "per-task", tmp_path / "onnx", tmp_path / "engines")
     _, missing = find_artefacts(bound, places, threads=1)
     assert ADAPTER_INPUT_ONNX not in {cell.artefact for cell in missing}
     (places.onnx / "adapter-input").mkdir(parents=True)
@@ -37,12 +37,12 @@ def test_adapters_of_a_language_model_are_said_not_to_run(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("layout", "served", "dtype", "problem"),
     [
-        ("merged", [0], "fp32", ""),
+        ("per-task", [0], "fp32", ""),
         ("", [], "fp32", ""),
-        ("merged", [1], "fp32", "not task"),
+        ("per-task", [1], "fp32", "not task"),
         ("single-graph", [0, 1], "fp32", "of layout single-graph, not task"),
-        ("merged", [0], "bf16", "it declares bfloat16"),
-        ("merged", [0], "junk", "it declares the dtype 'junk'"),
+        ("per-task", [0], "bf16", "it declares bfloat16"),
+        ("per-task", [0], "junk", "it declares the dtype 'junk'"),
     ],
 )
 def test_an_engine_is_what_its_place_and_recipe_say(
@@ -57,7 +57,7 @@ def test_an_engine_is_what_its_place_and_recipe_say(
     tasks = tuple({"name": names[place], "index": place} for place in served)
     replace(ENGINE, layout=layout, tasks=tasks).write(manifest_path(folder / "model.engine"))
     write_manifest(folder, Recipe("trt", {"dtype": dtype}, {}, "0"))
-    places = Places(tmp_path / "merged", tmp_path / "onnx", tmp_path / "engines")
+    places = Places(tmp_path / "per-task", tmp_path / "onnx", tmp_path / "engines")
     (artefact,), _ = find_artefacts(bound, places, threads=1)
     assert artefact.dtype in {"fp32", "bf16"}
     assert problem in artefact.defect
@@ -65,7 +65,9 @@ def test_an_engine_is_what_its_place_and_recipe_say(
     for file in list(folder.iterdir()):
         file.rename(folder.parent / file.name)
     (artefact,), _ = find_artefacts(bound, places, threads=1)
-    assert ("not that of all tasks" in artefact.defect) is (layout == "merged" and dtype != "junk")
+    assert ("not that of all tasks" in artefact.defect) is (
+        layout == "per-task" and dtype != "junk"
+    )
 
 
 def test_an_engine_is_of_the_checkpoint_that_its_graph_names(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_members_must_be_whole(
     break_it(tmp_path / "a")
     with pytest.raises(CheckpointError) as caught:
         read_folder(tmp_path / "a")
-    assert caught.value.problem.endswith(str(tmp_path / "a" / where))
+    assert str(tmp_path / "a" / where) in caught.value.problem
     assert found in caught.value.problem
 
 

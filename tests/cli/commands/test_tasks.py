@@ -102,7 +102,7 @@ def test_a_file_that_is_not_there_is_not_taken_for_its_folder(exported: Path, ru
     (exported / GRAPH / "own.onnx").write_bytes(b"")
     outcome = run("tasks", "add", f"{GRAPH}/own.onnx", "copy", "-c", "adapter", "--from", "spam")
     assert outcome.code == 2
-    assert "own.onnx: no graph that mtl-export wrote" in outcome.stderr
+    assert "own.onnx: not written by mtl-export" in outcome.stderr
 
 
 def test_another_base_beside_a_checkpoint_that_names_none_is_refused(

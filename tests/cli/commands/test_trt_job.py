@@ -25,16 +25,16 @@ CALIBRATE = ("calibrate", "--max-drop", "100", "--threads", "1", "--data", "rows
 @pytest.fixture
 def topic_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every build of the task ``topic`` be refused."""
-    build = lanes.LocalBuilder.build
+    build = lanes.LocalWorker.build
 
     def refusing(
-        lane: lanes.LocalBuilder, onnx_path: Path, *args: object, **options: object
+        lane: lanes.LocalWorker, onnx_path: Path, *args: object, **options: object
     ) -> None:
         if onnx_path.parent.name == "topic":
             raise EngineBuildError(f"{onnx_path}: refused", fix="Try again")
         build(lane, onnx_path, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(lanes.LocalBuilder, "build", refusing)
+    monkeypatch.setattr(lanes.LocalWorker, "build", refusing)
 
 
 def test_a_failing_task_does_not_lose_the_others(
