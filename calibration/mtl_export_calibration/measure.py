@@ -22,7 +22,7 @@ from mtl_export.data.samples import Samples
 from mtl_export.errors import CalibrationError, shortened
 from mtl_export.graph.opened import open_graph
 from mtl_export.graph.passes.split_gemm import SplitGemmPass
-from mtl_export.names import PER_TASK
+from mtl_export.names import SINGLE_GRAPH
 from mtl_export_calibration.cache import (
     read_arrays,
     read_cache,
@@ -35,7 +35,7 @@ from mtl_export_calibration.deltas import APART, DeltaSource
 from mtl_export_calibration.engines import ONNXRUNTIME, PACKAGES, engine_named
 from mtl_export_calibration.formats import NumberFormat
 from mtl_export_calibration.layers import QuantLayer, find_layers
-from mtl_export_calibration.ranges import CUT_FACTOR, Cut, Ranges, combine, worst_cut
+from mtl_export_calibration.ranges import CUT_FACTOR, PER_TASK, Cut, Ranges, combine, worst_cut
 from mtl_export_calibration.report import MEASURED, GraphRanges
 from mtl_export_calibration.sqnr import layer_sqnr_db
 from mtl_export_calibration.weights import refusal, weight_grid
@@ -156,7 +156,7 @@ class Work:
 
     def cache_file(self, target: ExportedGraph, kind: str) -> Path:
         """Return where a target's results of one kind are kept."""
-        layout = f"task-{target.task.name}" if target.task else "single-graph"
+        layout = f"task-{target.task.name}" if target.task else SINGLE_GRAPH
         return self.cache / f"{layout}.{self.options.number.name}.{kind}.json"
 
     def rows_file(self, target: ExportedGraph) -> Path:

@@ -29,8 +29,9 @@ def ensure_opset(model: ir.Model, needed: int) -> None:
     graphs = [model.graph, *model.functions.values()]
     changed = sorted({n.op_type for g in graphs for n in g if n.op_type in _CHANGED})
     if own < _OLDEST or changed:
+        with_changed = f" with {changed[0]}" if changed else ""
         raise GraphError(
-            f"graph: opset {own}{f' with {changed[0]}' if changed else ''}",
+            f"graph: opset {own}{with_changed}",
             expected=f"opset {needed}, or {_OLDEST} without operators that changed since",
             fix="Export it again with mtl-export onnx --force, or quantise to int8",
         )

@@ -16,11 +16,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from mtl_export.api.settings import DTYPES, TASK_INPUTS, Settings
+from mtl_export.api.settings import TASK_INPUTS, Settings
 from mtl_export.checkpoint.sentence_embedding import POOLINGS
 from mtl_export.errors import UsageError
 from mtl_export.graph import names as graph_names
-from mtl_export.names import LAYOUTS
+from mtl_export.names import DTYPES, LAYOUTS
 from mtl_export_cli.config import CONFIG_FILE, Config, read_config
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

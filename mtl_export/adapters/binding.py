@@ -100,9 +100,10 @@ def bind(
     if problems:
         trained_on = checkpoint.base.sha256
         other = bool(trained_on) and base.sha256 != trained_on
+        hashes = f"; SHA-256 {base.sha256}, trained on {trained_on}" if other else ""
         raise BaseModelError(
             f"base {base.reference}: {len(problems)} tensors do not fit: {shortened(problems)}"
-            f"{f'; SHA-256 {base.sha256}, trained on {trained_on}' if other else ''}",
+            f"{hashes}",
             expected="the base that the adapter was trained on",
             fix=f"Pass that base to --base{_trained_on(checkpoint)}",
         )

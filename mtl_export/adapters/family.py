@@ -281,9 +281,9 @@ def _not_finite(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _not_finite_error(checkpoint: Checkpoint, bad: Mapping[str, str]) -> CheckpointError:
+    found = shortened(f"{name!r} ({where})" for name, where in bad.items())
     return CheckpointError(
-        f"{checkpoint.path}: NaN or Inf in "
-        f"{shortened((f'{name!r} ({where})' for name, where in bad.items()))}",
+        f"{checkpoint.path}: NaN or Inf in {found}",
         expected="finite numbers",
         fix="Export an earlier checkpoint of the run, from before it diverged",
     )

@@ -45,7 +45,8 @@ def read_all(
                 raise
         except (CheckpointError, BaseModelError) as error:
             errors.append(error)
-            texts.append(error.problem if name in error.problem else f"{name}: {error.problem}")
+            is_named = name in error.problem.rpartition(": ")[0]
+            texts.append(error.problem if is_named else f"{name}: {error.problem}")
     if not errors:
         return values
     first = errors[0]

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl_export.api import quantised
-from mtl_export.api.settings import DTYPES
 from mtl_export.checkpoint.files.json_file import read_json
 from mtl_export.checkpoint.model_class import is_causal_lm, is_seq2seq
 from mtl_export.checkpoint.sentence_embedding import METADATA_KEY, SentenceEmbedding
 from mtl_export.names import (
     ADAPTER_INPUT,
     ADAPTER_INPUT_ONNX,
+    BASE_KEY,
+    CHECKPOINT_KEY,
+    DTYPE_KEY,
+    DTYPES,
     ENCODER_FILE,
     MERGED_MODEL,
     MODEL_FILE,
@@ -31,6 +34,7 @@ from mtl_export.names import (
     SINGLE_ENGINE,
     SINGLE_GRAPH,
     SINGLE_ONNX,
+    TASK_INPUT_KEY,
 )
 from mtl_export.runtime.model_files import ENGINE_SUFFIX, runner_of
 
@@ -127,7 +131,7 @@ def _quantised(
         name = f"{PER_TASK if task else SINGLE_GRAPH} {number}"
         own: list[Artefact] = []
         _onnx(path, task, threads, own, [], name=name)
-        layout = f"task-{task.name}" if task else "single-graph"
+        layout = f"task-{task.name}" if task else SINGLE_GRAPH
         for one in own:
             known = quantised.read_quantised(
                 Path() if one.defect else path,
@@ -249,9 +253,9 @@ def _onnx(
         missing.append(_absent(name, task, "onnx"))
         return
     metadata = {} if record.defect else onnx_metadata(path)
-    dtype, defect = _checked_dtype(metadata.get("mtl_export.dtype", "fp32"), record.defect)
+    dtype, defect = _checked_dtype(metadata.get(DTYPE_KEY, "fp32"), record.defect)
     runner = runner_of(path, threads=threads)
-    takes_one_task = metadata.get("mtl_export.task_input") == "scalar"
+    takes_one_task = metadata.get(TASK_INPUT_KEY) == "scalar"
     number = quantised.number_of(metadata)
     found.append(
         Artefact(
@@ -260,8 +264,8 @@ def _onnx(
             runner=one_task(runner) if takes_one_task else runner,
             task=task,
             dtype=dtype,
-            checkpoint_sha256=metadata.get("mtl_export.checkpoint_sha256", ""),
-            base_sha256=metadata.get("mtl_export.base_sha256", ""),
+            checkpoint_sha256=metadata.get(CHECKPOINT_KEY, ""),
+            base_sha256=metadata.get(BASE_KEY, ""),
             defect=defect,
             path=path,
             embedding=SentenceEmbedding.from_json(metadata.get(METADATA_KEY, "")),

@@ -23,7 +23,15 @@ from mtl_export.api.sources import other_source
 from mtl_export.api.written import Written
 from mtl_export.checkpoint.sentence_embedding import METADATA_KEY
 from mtl_export.errors import MtlExportError, UsageError, shortened
-from mtl_export.names import LAYOUTS, MODEL_FILE, PER_TASK, SINGLE_GRAPH
+from mtl_export.names import (
+    CHECKPOINT_KEY,
+    DTYPE_KEY,
+    LAYOUTS,
+    MODEL_FILE,
+    PER_TASK,
+    SINGLE_GRAPH,
+    TASK_INPUT_KEY,
+)
 from mtl_export.runtime.model_files import ENGINE_SUFFIX
 
 if TYPE_CHECKING:
@@ -242,18 +250,18 @@ class EngineJob:
             "served": [task.name for task in graph.tasks],
             "builder": f"{self._info.name} {self._info.version}",
             "profile": _profile_texts(parts),
-            "dtype": metadata.get("mtl_export.dtype", GRAPH_DTYPE),
+            "dtype": metadata.get(DTYPE_KEY, GRAPH_DTYPE),
             **self._choices.recipe(),
         }
-        if metadata.get("mtl_export.task_input", "rows") != "rows":
-            options["task_input"] = metadata["mtl_export.task_input"]
+        if metadata.get(TASK_INPUT_KEY, "rows") != "rows":
+            options["task_input"] = metadata[TASK_INPUT_KEY]
         if METADATA_KEY in metadata:
             options["embedding"] = metadata[METADATA_KEY]
         if self._number:
             options["quantize"] = self._number
         if graph.is_edited:
             options["tasks"] = options["served"]
-            hashes["checkpoint_sha256"] = metadata["mtl_export.checkpoint_sha256"]
+            hashes["checkpoint_sha256"] = metadata[CHECKPOINT_KEY]
         recipe = sources.recipe("trt", self._bound, options)
         return replace(recipe, sources={**recipe.sources, **hashes})
 

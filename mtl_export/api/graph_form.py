@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mtl_export.checkpoint.sentence_embedding import METADATA_KEY, Pooling, SentenceEmbedding
 from mtl_export.errors import UsageError
 from mtl_export.graph.names import OPSET
+from mtl_export.names import DTYPE_KEY, TASK_INPUT_KEY
 
 if TYPE_CHECKING:
     from mtl_export.bundle.manifest import OptionValue
@@ -46,9 +47,9 @@ class Form:
         asked: dict[str, tuple[str, str]] = {}
         if dtype is not None:
             # A graph in float32 does not say so.
-            asked["mtl_export.dtype"] = ("--dtype", "" if dtype == GRAPH_DTYPE else dtype)
+            asked[DTYPE_KEY] = ("--dtype", "" if dtype == GRAPH_DTYPE else dtype)
         if self.task_input != "rows":
-            asked["mtl_export.task_input"] = ("--task-input", self.task_input)
+            asked[TASK_INPUT_KEY] = ("--task-input", self.task_input)
         if self.embedding is not None:
             asked[METADATA_KEY] = ("--pooling", self.embedding.to_json())
         if self.inline:

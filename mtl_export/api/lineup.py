@@ -146,8 +146,9 @@ def _refuse_nothing(
     if subjects:
         return
     if any(engines.glob("**/model.engine")):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in not_run)
         raise BackendMissingError(
-            f"bench: {'; '.join((f'{name}: {reason}' for name, reason in not_run))}",
+            f"bench: {reasons}",
             expected="at least one exported model that can run here",
             fix="See mtl-export doctor for what is missing",
         )
@@ -190,9 +191,9 @@ def refuse_longer(shapes: Sequence[BatchShape], new_tokens: int, bound: BoundMod
     more = new_tokens if is_causal_lm(bound.adapters.model_class) else 0
     for shape in shapes:
         if shape.sequence + more > longest:
+            new = f" and {more} new ones" if more else ""
             raise UsageError(
-                f"--shapes {shape}: {shape.sequence} tokens"
-                f"{f' and {more} new ones' if more else ''}",
+                f"--shapes {shape}: {shape.sequence} tokens{new}",
                 expected=f"at most {longest}, because the model has no more positions",
                 fix="Shorten the shape" + (", or lower --new-tokens" if more else ""),
             )

@@ -124,9 +124,9 @@ def _arrays(bound: BoundModel, inputs: Path, kind: ModelRows) -> dict[str, Array
         found.ndim == 2 if kind.text else found.shape[1:] == shape or not kind.is_fixed
     )
     if found is None or not fits:
+        given = f"no {needed}" if found is None else f"{needed} {list(found.shape)}"
         raise UsageError(
-            f"--inputs {inputs}: "
-            f"{f'no {needed}' if found is None else f'{needed} {list(found.shape)}'}",
+            f"--inputs {inputs}: {given}",
             expected=(
                 f"{needed} [N, {', '.join(map(str, shape or 'S'))}], because "
                 f"{bound.adapters.model_class} takes it"

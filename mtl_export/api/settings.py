@@ -9,7 +9,6 @@ from typing import TypedDict
 
 from mtl_export.errors import UsageError, shortened
 
-DTYPES = ("fp32", "fp16", "bf16")
 TASK_INPUTS = ("rows", "scalar")
 
 

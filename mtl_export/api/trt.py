@@ -13,7 +13,6 @@ from mtl_export.api.engines import Built, EngineJob, Failed
 from mtl_export.api.graph_form import Form, form_of
 from mtl_export.api.progress import SILENT, Progress
 from mtl_export.api.settings import (
-    DTYPES,
     TASK_INPUTS,
     Settings,
     SourceOptions,
@@ -24,7 +23,7 @@ from mtl_export.api.written import Written
 from mtl_export.checkpoint.sentence_embedding import POOLINGS
 from mtl_export.errors import UsageError
 from mtl_export.graph.names import NEWEST_OPSET, OLDEST_OPSET, OPSET
-from mtl_export.names import QUANTISED_DTYPES
+from mtl_export.names import DTYPES, QUANTISED_DTYPES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -275,10 +275,7 @@ class _Worker:
             self.process.join()
             raise EngineRunError(
                 f"{self.name}: its process ended with code {self.process.exitcode}",
-                expected=(
-                    "a process that lives until it was measured, because a negative code is a "
-                    "signal; -9 is what the system sends when memory runs out"
-                ),
+                expected="a process that lives until it was measured; -9 is out of memory",
                 fix="Measure fewer models or smaller shapes at once",
             ) from error
         if kind == "refused":

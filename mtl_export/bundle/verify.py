@@ -39,6 +39,7 @@ from mtl_export.errors import (
     UsageError,
     shortened,
 )
+from mtl_export.names import SINGLE_GRAPH
 from mtl_export.runtime.golden import GOLDEN_FILE, Vector, read_golden
 from mtl_export.runtime.model_files import ENGINE_SUFFIX, runner_of
 from mtl_export.runtime.ort import onnx_metadata
@@ -233,7 +234,7 @@ def _absent_tasks(
         options = manifest.recipe.options
         tasks = options.get("tasks")
         # Merged folders have no layout but "shared", calibrated ones none.
-        is_single = options.get("layout") == "single-graph"
+        is_single = options.get("layout") == SINGLE_GRAPH
         is_own = folder.name == options.get("task") or [folder.name] == options.get("served")
         if folder != root and is_own and not is_single and isinstance(tasks, list):
             known.setdefault(folder.parent, []).extend(tasks)

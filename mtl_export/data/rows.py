@@ -165,9 +165,9 @@ def balanced_indices(
     }
     absent = [name for name, found in own.items() if not found]
     if absent or per_task < 1:
+        given = f"no row for {shortened(absent)}" if absent else f"{per_task} rows per task"
         raise CalibrationError(
-            "calibration rows: "
-            f"{f'no row for {shortened(absent)}' if absent else f'{per_task} rows per task'}",
+            f"calibration rows: {given}",
             expected=(
                 "at least one row for each task, because ranges that a task did not take part in "
                 "may cut its values off"

@@ -150,9 +150,9 @@ def _sample_cache(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> States:
         if not all(one is not None and one.shape[2:3] == (length,) for one in state.values())
     ]
     if odd or not states:
+        found = f"layers that keep something else: {shortened(odd)}" if odd else "no cache"
         raise GraphError(
-            f"{type(model).__name__}: "
-            f"{f'layers that keep something else: {shortened(odd)}' if odd else 'no cache'}",
+            f"{type(model).__name__}: {found}",
             expected=(
                 "keys and values [batch, heads, tokens, size] of every token in each layer, "
                 "because the decode graph takes exactly these from one step to the next"

@@ -32,7 +32,19 @@ from mtl_export.graph.passes.shared_cores import SharedCoresPass
 from mtl_export.graph.passes.shared_down import SharedDownPass
 from mtl_export.graph.passes.weights import mark_common
 from mtl_export.graph.trace import TracedModel
-from mtl_export.names import ADAPTER_INPUT, PER_TASK, SINGLE_GRAPH, TASK_INPUT_KEY
+from mtl_export.names import (
+    ADAPTER_INPUT,
+    BASE_KEY,
+    CHECKPOINT_KEY,
+    FAMILY_KEY,
+    LAYOUT_KEY,
+    PER_TASK,
+    SINGLE_GRAPH,
+    SIZES_KEY,
+    TASK_INPUT_KEY,
+    TASKS_KEY,
+    VERSION_KEY,
+)
 from mtl_export.version import VERSION
 
 
@@ -136,7 +148,7 @@ def _lowered(
     ensure_no_markers(model)
     model.metadata_props.update(metadata)
     model.producer_name, model.producer_version = "mtl-export", VERSION
-    model.graph.name = metadata["mtl_export.layout"]
+    model.graph.name = metadata[LAYOUT_KEY]
     return model
 
 
@@ -152,11 +164,11 @@ def _metadata(bound: BoundModel, layout: str, tasks: tuple[Task, ...]) -> dict[s
     sizes = {"layers": len(adapters.layers), "core_shapes": sorted(cores)}
     table = [task.as_entry() for task in tasks]
     return {
-        "mtl_export.version": VERSION,
-        "mtl_export.layout": layout,
-        "mtl_export.family": adapters.family,
-        "mtl_export.tasks": json.dumps(table),
-        "mtl_export.base_sha256": bound.base.sha256,
-        "mtl_export.checkpoint_sha256": adapters.checkpoint_sha256,
-        "mtl_export.sizes": json.dumps(sizes),
+        VERSION_KEY: VERSION,
+        LAYOUT_KEY: layout,
+        FAMILY_KEY: adapters.family,
+        TASKS_KEY: json.dumps(table),
+        BASE_KEY: bound.base.sha256,
+        CHECKPOINT_KEY: adapters.checkpoint_sha256,
+        SIZES_KEY: json.dumps(sizes),
     }

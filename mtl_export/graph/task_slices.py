@@ -20,6 +20,7 @@ from mtl_export.graph import names
 from mtl_export.graph.passes.stacks import absences
 from mtl_export.graph.shared_tensors import is_same, is_stacked, replaced_otherwise
 from mtl_export.graph.stacks_on_disk import Stack, as_stored
+from mtl_export.names import BASE_KEY, FAMILY_KEY
 
 _EXPORT = "Export the graph again with the new task in the checkpoint"
 
@@ -108,7 +109,7 @@ def refuse_misfit(
         IntegrityError: The checkpoint names another base.
     """
     model = next(iter(models.values()))
-    family = model.metadata_props.get("mtl_export.family", "")
+    family = model.metadata_props.get(FAMILY_KEY, "")
     problems = [] if adapters.family == family else [f"family {adapters.family}, not {family}"]
     places = {(stack.module, stack.part) for stacks in by_stem.values() for stack in stacks}
     problems += _without_place(adapters, task, places)
@@ -139,7 +140,7 @@ def refuse_other_base(models: Mapping[str, ir.Model], sha256: str) -> None:
     Raises:
         IntegrityError: It says so.
     """
-    expected = next(iter(models.values())).metadata_props.get("mtl_export.base_sha256", "")
+    expected = next(iter(models.values())).metadata_props.get(BASE_KEY, "")
     if sha256 and sha256 != expected:
         raise IntegrityError(
             f"the new checkpoint's base: SHA-256 {sha256}",

@@ -33,7 +33,7 @@ class BlockSums:
     squares: Squares
 
 
-class ChunkFolder:
+class ChunkMerger:
     """One thread's or process's way of making chunks.
 
     Args:

@@ -5,7 +5,7 @@
                      worker processes                       threads
 
 Chunks are a few megabytes of whole rows, taken in file order by a few threads. Each has
-its chunk made by a worker (``workers``), then writes and hashes the outputs (``outputs``).
+its chunk made by a worker (``workers``), then writes and hashes the outputs (``hashed_files``).
 Reading, computing and writing overlap because the threads are at different places, and
 memory is a few buffers a thread, whatever the model's size. The base is read once and,
 where asked for, hashed on the way.
@@ -30,7 +30,7 @@ from mtl_export.merge.base_files import BaseFiles
 from mtl_export.merge.chunks import Chunk, Destination, Slot, chunks_of, slot_for
 from mtl_export.merge.drift import Squares
 from mtl_export.merge.fold import rounded
-from mtl_export.merge.fold_chunk import ChunkFolder, bytes_of
+from mtl_export.merge.fold_chunk import ChunkMerger, bytes_of
 from mtl_export.merge.hashed_files import CancelledError, HashedOutput, HashedPrefix
 from mtl_export.merge.layout import OutputFile
 from mtl_export.merge.workers import Workers, start_workers
@@ -90,7 +90,7 @@ class Pass:
             chunks = list(chunks_of(self._bound, places, hash_base=self._base.hashed))
             count = core_count()
             slots = [Slot(*slot_for(chunks)) for _ in range(count + WRITERS)]
-            workers = start_workers(count, self._new_folder, chunks, slots, self.total_bytes)
+            workers = start_workers(count, self._new_merger, chunks, slots, self.total_bytes)
             self._stack.callback(workers.close)
             order = iter(range(len(chunks)))
             threads = [
@@ -123,8 +123,8 @@ class Pass:
         """Return the SHA-256 of each base file, by name, if the base was hashed."""
         return self._base.digests()
 
-    def _new_folder(self) -> ChunkFolder:
-        return ChunkFolder(self._bound, self._base)
+    def _new_merger(self) -> ChunkMerger:
+        return ChunkMerger(self._bound, self._base)
 
     def _open(self) -> dict[int, list[Destination]]:
         """Open every output file; return where the pieces go, by their order."""

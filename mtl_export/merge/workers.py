@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mtl_export import errors
 from mtl_export.errors import MtlExportError
 from mtl_export.merge.chunks import Chunk, Slot
-from mtl_export.merge.fold_chunk import BlockSums, ChunkFolder
+from mtl_export.merge.fold_chunk import BlockSums, ChunkMerger
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -46,7 +46,7 @@ class Workers(Protocol):
 
 def start_workers(
     count: int,
-    new_folder: Callable[[], ChunkFolder],
+    new_merger: Callable[[], ChunkMerger],
     chunks: Sequence[Chunk],
     slots: Sequence[Slot],
     size_bytes: int,
@@ -55,34 +55,34 @@ def start_workers(
 
     Args:
         count: How many.
-        new_folder: Makes what one of them computes with.
+        new_merger: Makes what one of them computes with.
         chunks: The work.
         slots: The memory it goes through.
         size_bytes: How much there is to write.
     """
     if count > 1 and size_bytes >= FORK_BYTES and sys.platform == "linux":
-        return ProcessWorkers(count, new_folder, chunks, slots)
-    return ThreadWorkers(new_folder, chunks, slots)
+        return ProcessWorkers(count, new_merger, chunks, slots)
+    return ThreadWorkers(new_merger, chunks, slots)
 
 
 class ThreadWorkers:
     """The calling threads, each at its own slot.
 
     Args:
-        new_folder: Makes what one of them computes with.
+        new_merger: Makes what one of them computes with.
         chunks: The work.
         slots: The memory; one a thread.
     """
 
     def __init__(
-        self, new_folder: Callable[[], ChunkFolder], chunks: Sequence[Chunk], slots: Sequence[Slot]
+        self, new_merger: Callable[[], ChunkMerger], chunks: Sequence[Chunk], slots: Sequence[Slot]
     ) -> None:
-        self._folders = [new_folder() for _ in slots]
+        self._mergers = [new_merger() for _ in slots]
         self._chunks, self._slots = chunks, slots
 
     def make(self, chunk: int, batch: int, slot: int) -> list[BlockSums]:
         """Compute here and now."""
-        return self._folders[slot].make(self._chunks[chunk], batch, self._slots[slot])
+        return self._mergers[slot].make(self._chunks[chunk], batch, self._slots[slot])
 
     def close(self) -> None:
         """Do nothing."""
@@ -96,7 +96,7 @@ class ProcessWorkers:
 
     Args:
         count: How many.
-        new_folder: Makes what one of them computes with.
+        new_merger: Makes what one of them computes with.
         chunks: The work, which they know from their birth.
         slots: The memory, which they share; one a thread of the parent.
     """
@@ -104,7 +104,7 @@ class ProcessWorkers:
     def __init__(
         self,
         count: int,
-        new_folder: Callable[[], ChunkFolder],
+        new_merger: Callable[[], ChunkMerger],
         chunks: Sequence[Chunk],
         slots: Sequence[Slot],
     ) -> None:
@@ -124,7 +124,7 @@ class ProcessWorkers:
             if child == 0:
                 # A worker that kept the queue's other end would not hear that it was closed.
                 os.close(self._queue)
-                _live(jobs, [theirs for _, theirs in answers], new_folder, chunks, slots)
+                _live(jobs, [theirs for _, theirs in answers], new_merger, chunks, slots)
             # Only the worker holds it now: its death can be read from ``life``.
             os.close(own_end)
             self._lives.append(life)
@@ -181,7 +181,7 @@ class ProcessWorkers:
 def _live(
     jobs: int,
     answers: Sequence[Connection[Any, Any]],
-    new_folder: Callable[[], ChunkFolder],
+    new_merger: Callable[[], ChunkMerger],
     chunks: Sequence[Chunk],
     slots: Sequence[Slot],
 ) -> None:
@@ -189,11 +189,11 @@ def _live(
     try:
         # An interrupt from the keyboard is the parent's to handle.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        folder = new_folder()
+        merger = new_merger()
         # A pipe hands out whole what was written whole, if it is as short as this.
         while job := os.read(jobs, _JOB.size):
             chunk, batch, slot = _JOB.unpack(job)
-            answers[slot].send(_answer(folder, chunks[chunk], batch, slots[slot]))
+            answers[slot].send(_answer(merger, chunks[chunk], batch, slots[slot]))
         os._exit(0)
     except OSError:
         os._exit(0)
@@ -201,9 +201,9 @@ def _live(
         os._exit(1)
 
 
-def _answer(folder: ChunkFolder, chunk: Chunk, batch: int, slot: Slot) -> tuple[str, Any]:
+def _answer(merger: ChunkMerger, chunk: Chunk, batch: int, slot: Slot) -> tuple[str, Any]:
     try:
-        return "made", folder.make(chunk, batch, slot)
+        return "made", merger.make(chunk, batch, slot)
     except MtlExportError as error:
         return "error", error.as_dict()
     except OSError as error:

@@ -34,9 +34,9 @@ class Artefact:
 
     Attributes:
         name: As reports print it.
-        kind: ``merged`` serves one task and takes no ``task_ids``; ``single-graph`` serves all.
+        kind: ``per-task`` serves one task and takes no ``task_ids``; ``single-graph`` serves all.
         runner: Runs it.
-        task: The task of a merged artefact; None for a single graph.
+        task: Its task, if it serves one; None for a single graph.
         dtype: ``fp32``, ``fp16`` or ``bf16``: what it computes in; sets its noise floor.
         checkpoint_sha256: What it says it was made from.
         base_sha256: Likewise.

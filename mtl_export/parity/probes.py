@@ -38,7 +38,7 @@ class Padding:
 
 @dataclass(frozen=True)
 class ExtraChecks:
-    """What is asked beside the cases.
+    """What is checked besides the cases.
 
     Attributes:
         left_out: Why cases and checks are not run, by name.

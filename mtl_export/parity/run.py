@@ -19,15 +19,15 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError
 from mtl_export.graph.origins import EditedGraph
-from mtl_export.names import LOGITS
+from mtl_export.names import LOGITS, SINGLE_GRAPH
 from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import ONE_ROW, Case
 from mtl_export.parity.checks.edited_graph import unjudged_cells, views_of
 from mtl_export.parity.checks.generation import (
     GeneratedTokens,
     bad_step_ids,
-    oracle_speech,
     token_cells,
+    tokens_of_oracle,
 )
 from mtl_export.parity.checks.inputs import padding_only_cells, wrong_kind_cell
 from mtl_export.parity.checks.logits import compare_case
@@ -132,7 +132,7 @@ def run_parity(
     with oracle("fp64") as reference:
         tasks = bound.adapters.tasks
         exact = references_of(reference, cases, embeddings, tasks)
-        generated = oracle_speech(reference, cases)
+        generated = tokens_of_oracle(reference, cases)
         padding = None if PADDING_ONLY in left_out else padding_of(reference, exact)
     # After the reference is closed: two models in float64 need not fit beside each other.
     extra = asked(padding, exact, left_out, base)
@@ -210,7 +210,7 @@ def _judge(judged: Judged) -> list[Cell]:
             if generated is not None:
                 limit = tolerance.of(LOGITS).factor * floors[Subject(LOGITS)]
                 cells += token_cells(artefact, runner, generated, bound.adapters.tasks, limit)
-                if artefact.kind == "single-graph":
+                if artefact.kind == SINGLE_GRAPH:
                     cells.append(bad_step_ids(artefact, runner, generated, _bad(bound)))
     except BackendMissingError as error:
         cells.append(judged.cell("not-run", str(error), "*"))
@@ -236,7 +236,7 @@ def _judge_edited(judged: Judged, edited: EditedGraph) -> list[Cell]:
                 artefact=apart,
                 exact=own,
                 generated=view.generated(judged.generated),
-                extra=view.asked(judged.extra),
+                extra=view.extra_checks(judged.extra),
                 is_alone=True,
             )
         )
@@ -289,7 +289,7 @@ def _contract(judged: Judged, runner: Runner) -> list[Cell]:
     path, cell = artefact.path, judged.cell()
     if path is not None and path.suffix == ".onnx":
         cells.append(table_cell(cell, path, [artefact.task] if artefact.task else adapters.tasks))
-        if path.name in PROBED and artefact.kind == "single-graph":
+        if path.name in PROBED and artefact.kind == SINGLE_GRAPH:
             cells.append(stored_cell(cell, path, adapters))
     if padding is not None and not own and artefact.embedding is None:
         cells += padding_only_cells(cell, runner, padding, artefact.task)
@@ -322,7 +322,7 @@ def _contract_of(judged: Judged, runner: Runner) -> list[Cell]:
     finite = one.logits[np.isfinite(one.logits)]
     tolerance, floor = judged.tolerance.of(one.subject.output), judged.floors[one.subject]
     limit = float(tolerance.allowed(finite, floor).max())
-    if artefact.kind == "single-graph":
+    if artefact.kind == SINGLE_GRAPH:
         cells.append(bad_ids_cell(cell, runner, case, output, shape, _bad(bound)))
         cells.append(wrong_kind_cell(cell, runner, case, output))
         cells.append(isolation_cell(cell, runner, case, output, len(bound.adapters.tasks)))

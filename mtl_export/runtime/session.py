@@ -23,6 +23,7 @@ from mtl_export.names import (
     ATTENTION_MASK,
     ENCODER_ATTENTION_MASK,
     INPUT_IDS,
+    LAYOUT_KEY,
     PREFILL_FILE,
     PRESENT_PREFIX,
     TASK_IDS,
@@ -104,7 +105,7 @@ class TaskSession:
                 expected="a graph that mtl-export wrote, with mtl_export.tasks in its metadata",
                 fix="Export it with mtl-export onnx",
             )
-        self.layout = metadata.get("mtl_export.layout", "")
+        self.layout = metadata.get(LAYOUT_KEY, "")
         self._texts = TextFiles(self._path.parent)
         fields = fields_of(self._session.get_inputs())
         self._inputs = tuple(field for field in fields if field.name != TASK_IDS)
@@ -244,9 +245,10 @@ class TaskSession:
         for task in self.tasks:
             if wanted in (task.name, task.index):
                 return task
+        served = shortened((f"{task.name} ({task.index})" for task in self.tasks), 12)
         raise TaskNotFoundError(
             f"task {name_or_id!r}: {self._path} does not serve it",
-            expected=f"one of {shortened((f'{t.name} ({t.index})' for t in self.tasks), 12)}",
+            expected=f"one of {served}",
             fix="Pass one of these names or ids",
         )
 

@@ -245,8 +245,9 @@ def _text_rows(texts: Any) -> list[str | tuple[str, str]]:
         raise UsageError(f"texts: {type(texts).__name__}", expected=expected, fix="Pass a list")
     others = [(at, entry) for at, entry in enumerate(entries) if not _is_text_row(entry)]
     if others:
+        rows = shortened(f"row {at} is {repr(entry)[:80]}" for at, entry in others)
         raise UsageError(
-            f"texts: {shortened((f'row {at} is {repr(entry)[:80]}' for at, entry in others))}",
+            f"texts: {rows}",
             expected=expected,
             fix="Pass texts, and pairs as tuples of two",
         )

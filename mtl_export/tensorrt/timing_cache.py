@@ -29,10 +29,10 @@ def load_timing_cache(config: TrtObject, path: Path, errors: list[str]) -> None:
     timings = config.create_timing_cache(_stored(path))
     taken = timings is not None and config.set_timing_cache(timings, False)
     if errors or not taken:
-        said = "; ".join(errors)
+        reasons = ": " + "; ".join(errors) if errors else ""
         errors.clear()
         raise UsageError(
-            f"{path}: its timings are not taken{f': {said}' if said else ''}",
+            f"{path}: its timings are not taken{reasons}",
             expected=(
                 "a timing cache of this TensorRT release and this GPU, or no file yet, because "
                 "timings of another GPU choose slower kernels"

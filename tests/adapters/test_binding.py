@@ -63,11 +63,11 @@ def test_all_layers_that_do_not_fit_are_listed_at_once(
     shapes[wrong] = shapes[wrong][::-1]
     with pytest.raises(BaseModelError) as caught:
         bound_to(checkpoint, base_of(tmp_path, shapes))
-    assert "base ./base" in caught.value.problem
+    assert caught.value.problem.startswith("base ./base")
     assert "2 tensors do not fit" in caught.value.problem
     assert "'pooler.dense.weight' is missing" in caught.value.problem
     assert f"'{wrong}' is [12, 20], the adapter needs [20, 12]" in caught.value.problem
-    assert caught.value.expected.startswith("the base that the adapter was trained on")
+    assert caught.value.expected == "the base that the adapter was trained on"
     assert "--base" in caught.value.fix
     assert "toy/bert" in caught.value.fix
 
@@ -79,7 +79,7 @@ def test_another_base_of_the_same_shapes_is_refused(checkpoint: Checkpoint, tmp_
     with pytest.raises(IntegrityError) as caught:
         bound_to(other, base)
     assert base.sha256 in caught.value.problem
-    assert caught.value.expected.startswith("0" * 64)
+    assert caught.value.expected == "0" * 64
     assert "--base" in caught.value.fix
 
 

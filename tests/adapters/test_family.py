@@ -54,10 +54,10 @@ def test_numbers_that_are_not_finite_are_refused_all_at_once(tmp_path: Path, bad
     toys.write_checkpoint(tmp_path / "a", parts, BaseReference())
     with pytest.raises(CheckpointError) as caught:
         read_adapters(read_folder(tmp_path / "a"))
-    assert str(tmp_path / "a") in caught.value.problem
+    assert caught.value.problem.startswith(str(tmp_path / "a"))
     assert f"'layers.{module}.up' (1 values, first at [1, 3, 2])" in caught.value.problem
     assert f"'heads.1.{toys.HEAD}.bias' (1 values, first at [2])" in caught.value.problem
-    assert caught.value.expected.startswith("finite numbers")
+    assert caught.value.expected == "finite numbers"
     assert caught.value.fix
 
 

@@ -169,9 +169,9 @@ def test_an_unknown_hyperparameter_is_asked_for(name: str) -> None:
     without = replace(layer, hyper={k: v for k, v in layer.hyper.items() if k != name})
     with pytest.raises(HyperparameterError) as caught:
         toys.normal_form(without)
-    assert f"toy.dense: {name}" in caught.value.problem
+    assert caught.value.problem.startswith(f"toy.dense: {name}")
     assert caught.value.problem
-    assert caught.value.expected.startswith("a number")
+    assert caught.value.expected == "a number"
     assert f"--{name}" in caught.value.fix
 
 
@@ -192,7 +192,7 @@ def test_a_senseless_hyperparameter_is_refused(name: str, value: float) -> None:
     with pytest.raises(HyperparameterError) as caught:
         toys.normal_form(replace(layer, hyper={**layer.hyper, name: value}))
     assert name in caught.value.problem
-    assert f"{value}" in caught.value.problem
+    assert caught.value.problem.endswith(f"{value}")
     assert "finite number" in caught.value.expected
     assert f"--{name}" in caught.value.fix
 
@@ -220,7 +220,7 @@ def test_shapes_that_contradict_each_other_are_refused(role: str, shape: tuple[i
     values = toys.layer_values(1, scaler=True) | {role: np.ones(shape)}
     with pytest.raises(CheckpointError) as caught:
         toys.normal_form(toys.layer_tensors(values))
-    assert "toy.dense" in caught.value.problem
+    assert caught.value.problem.startswith("toy.dense")
     assert f"{role} {list(shape)}" in caught.value.problem
     assert "lambda [T, r, r] or [T, r]" in caught.value.expected
     assert caught.value.fix

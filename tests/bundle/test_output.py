@@ -6,41 +6,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
-from threading import Timer
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mtl_export.bundle import output, staging
-from mtl_export.bundle.manifest import MANIFEST_FILE, Recipe, damage, read_manifest
+from mtl_export.bundle import staging
+from mtl_export.bundle.manifest import MANIFEST_FILE, damage, read_manifest
 from mtl_export.bundle.output import output_folder
 from mtl_export.errors import IntegrityError, OutputError
-
-ROOT = Path(__file__).parents[2]
-RECIPE = Recipe("merge", {"dtype": "fp32"}, {"base_sha256": "ab"}, "1.0")
-OTHER = Recipe("merge", {"dtype": "fp16"}, {"base_sha256": "ab"}, "1.0")
-
-
-def write(
-    target: Path, content: str, *, recipe: Recipe = RECIPE, name: str = "model", force: bool = False
-) -> bool:
-    """Write one file; return whether anything had to be done."""
-    with output_folder(target, recipe=recipe, force=force) as plan:
-        if not plan.up_to_date:
-            (plan.folder / name).write_text(content)
-        return not plan.up_to_date
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Return every file below ``folder``, hidden ones too, without manifests."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_text()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST_FILE
-    }
+from tests.bundle.outputs import OTHER, RECIPE, ROOT, tree, write
 
 
 @pytest.fixture(params=["exchange", "two renames"])
@@ -356,62 +332,6 @@ def test_the_same_result_has_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a" / MANIFEST_FILE).read_bytes() == (
         tmp_path / "b" / MANIFEST_FILE
     ).read_bytes()
-
-
-@pytest.mark.parametrize("is_there", [True, False])
-def test_what_another_run_wrote_meanwhile_is_not_replaced(tmp_path: Path, is_there: bool) -> None:
-    """With force too, which was meant for what lay there; the same result twice is none's loss."""
-    target = tmp_path / "merged"
-    if is_there:
-        write(target, "old")
-    begun = Recipe("onnx", {}, {}, "1.0")
-
-    def beside(recipe: Recipe) -> None:
-        with output_folder(target, recipe=begun, force=True) as plan:
-            (plan.folder / "model").write_text("same")
-            write(target, "same", recipe=recipe, force=True)
-
-    with pytest.raises(OutputError, match="another run wrote it"):
-        beside(OTHER)
-    manifest = read_manifest(target)
-    assert manifest is not None
-    assert manifest.recipe == OTHER
-    beside(begun)
-    assert tree(tmp_path) == {"merged/model": "same"}
-
-
-@pytest.mark.parametrize("at", ["at the end", "between the last look and the rename"])
-def test_the_later_of_two_identical_runs_finds_it_up_to_date(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
-) -> None:
-    """Nobody is blamed for the files of its twin, which stay what they are."""
-    target = tmp_path / "merged"
-    if at != "at the end":
-        original = staging.put_in_place
-
-        def overtaken(folder: Path, place: Path) -> None:
-            monkeypatch.setattr(output, "put_in_place", original)
-            write(target, "the twin's")
-            os.rename(folder, place)
-
-        monkeypatch.setattr(output, "put_in_place", overtaken)
-    with output_folder(target, recipe=RECIPE) as plan:
-        (plan.folder / "model").write_text("this one's")
-        if at == "at the end":
-            assert write(target, "the twin's")
-    assert (plan.up_to_date, plan.folder) == (True, target)
-    assert tree(tmp_path) == {"merged/model": "the twin's"}
-
-
-def test_a_twin_that_swaps_at_this_moment_is_waited_for(tmp_path: Path) -> None:
-    """It holds the folder for an instant, which is no reason to fail."""
-    target = tmp_path / "merged"
-    write(target, "old", recipe=OTHER)
-    with ExitStack() as other, output_folder(target, recipe=RECIPE, force=True) as plan:
-        (plan.folder / "model").write_text("new")
-        other.enter_context(staging.locked(target, exclusive=True, wait=False))
-        Timer(0.2, other.close).start()
-    assert tree(tmp_path) == {"merged/model": "new"}
 
 
 def test_too_many_open_files_are_told_and_nothing_is_left(tmp_path: Path) -> None:

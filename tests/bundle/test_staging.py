@@ -9,13 +9,13 @@ import pytest
 from mtl_export.bundle.manifest import Recipe, damage, read_manifest
 from mtl_export.bundle.output import output_folder
 from mtl_export.errors import OutputError
-from tests.bundle.test_output import OTHER, RECIPE, ROOT, tree, write
+from tests.bundle.outputs import OTHER, RECIPE, ROOT, tree, write
 
 KILL = """
 import os, signal, sys
 from pathlib import Path
 from mtl_export.bundle import output, staging
-from tests.bundle.test_output import OTHER, write
+from tests.bundle.outputs import OTHER, write
 
 def killed(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -9,6 +9,7 @@ def assert_whole(error: MtlExportError, *, where: str, found: str, expected: str
     """Check that ``error`` says where, what was found, what was expected, and what to do."""
     assert where in error.problem
     assert found in error.problem
+    assert error.problem.index(where) <= error.problem.rindex(found)
     assert expected in error.expected
     assert error.expected
     assert error.fix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,47 +36,10 @@ from mtl_export.runtime.texts import TextFiles
 from mtl_export.runtime.token_rules import TokenRules
 from mtl_export.tensorrt.manifest import EngineManifest
 from tests.checkpoint import adapterhub_toys, mtlora_toys, own_toys, peft_toys
+from tests.checkpoint.wrong_values import variants
 from tests.factories import toy_base, toy_checkpoint, toy_tokenizer
 
-# As they stand in a file: 1e999 is read as infinity, the long ones are beyond a float and 64 bits.
-WRONG = ("null", "true", "-1", "0", "1.5", "1e999", "NaN", "9" * 400, str(2**63), '"x"', '""',
-         '"../x"', "[]", "[null]", "{}", '{"x": {}}', '[["x"]]')  # fmt: skip
-# Entries of a long list or table that stand for all.
-MOST = 12
-MARK = "a place that is replaced"
 Reader = Callable[[Path], object]
-
-
-def variants(document: Any) -> Iterator[str]:
-    """Yield the document's text with each value replaced in turn, and with each key left out."""
-    for path in _paths(document):
-        text = json.dumps(_changed(document, path, MARK))
-        for wrong in WRONG:
-            yield text.replace(json.dumps(MARK), wrong)
-        if path and isinstance(path[-1], str):
-            yield json.dumps(_changed(document, path, None, is_gone=True))
-
-
-def _paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield at
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, child in list(items)[:MOST]:
-            yield from _paths(child, (*at, key))
-
-
-def _changed(document: Any, path: tuple[Any, ...], new: Any, *, is_gone: bool = False) -> Any:
-    if not path:
-        return new
-    copy = json.loads(json.dumps(document))
-    node = copy
-    for key in path[:-1]:
-        node = node[key]
-    if is_gone:
-        del node[path[-1]]
-    else:
-        node[path[-1]] = new
-    return copy
 
 
 def checkpoint(folder: Path) -> None:
@@ -151,7 +114,7 @@ def folder_made(folder: Path) -> Path:
 
 
 # Has one of everything, which no family has.
-IN_MEMORY = "version2"
+IN_MEMORY = "of no family"
 CHECKPOINTS = (own, own_whole, own_members, peft, hub_adapter, hub_head, hub_setup, hub_model)
 
 

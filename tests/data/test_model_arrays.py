@@ -49,7 +49,7 @@ def test_what_no_runtime_can_compute_is_refused(changes: dict[str, Array], reaso
     with pytest.raises(CalibrationError) as caught:
         model_arrays({**GOOD, **changes}, BERT, "--inputs x.npz")
     assert reason in caught.value.problem
-    assert "--inputs x.npz" in caught.value.problem
+    assert caught.value.problem.startswith("--inputs x.npz")
 
 
 def test_rows_that_can_be_computed_pass() -> None:

@@ -127,9 +127,9 @@ def test_a_weight_beyond_the_dtype_is_refused(
     assert np.isfinite(fits.astype(np.float64)).all()
     with pytest.raises(BaseModelError) as caught:
         merged_weight(weight, with_delta(sign * (beyond - largest / 2)), 0, dtype)
-    assert "enc.dense, task id 0" in caught.value.problem
+    assert caught.value.problem.startswith("enc.dense, task id 0")
     assert f"NaN or Inf in {dtype}" in caught.value.problem
-    assert caught.value.expected.startswith("finite weights")
+    assert caught.value.expected.partition(", because ")[0] == "finite weights"
     assert "--dtype" in caught.value.fix
 
 

@@ -26,7 +26,7 @@ from mtl_export.merge import hashed_files as lanes
 from mtl_export.merge import one_pass as stream
 from mtl_export.merge import workers as crew
 from mtl_export.merge.base_files import BaseFiles
-from mtl_export.merge.fold_chunk import ChunkFolder
+from mtl_export.merge.fold_chunk import ChunkMerger
 from mtl_export.merge.hashed_files import HashedOutput, HashedPrefix
 from mtl_export.merge.writer import (
     MergeOptions,
@@ -251,7 +251,7 @@ def test_a_weight_that_is_not_finite_names_layer_and_task(
         file.write(np.float32(np.nan).tobytes())
     with pytest.raises(BaseModelError) as caught:
         write_all(bound, tmp_path / "out")
-    assert "model.layers.1.mlp.up_proj, task task0" in caught.value.problem
+    assert caught.value.problem.startswith("model.layers.1.mlp.up_proj, task task0")
     assert "NaN or Inf in F32" in caught.value.problem
 
 
@@ -265,7 +265,7 @@ def test_a_worker_that_is_killed_is_told(
     monkeypatch.setattr(stream, "core_count", lambda: 2)
     base = bases.write_base(tmp_path / "base")
     bound = bases.bound_model(base, bases.write_checkpoint(tmp_path / "adapter"))
-    make, lock = ChunkFolder.make, tmp_path / "killed"
+    make, lock = ChunkMerger.make, tmp_path / "killed"
 
     def killed(*arguments: Any) -> Any:
         with suppress(FileExistsError):
@@ -274,7 +274,7 @@ def test_a_worker_that_is_killed_is_told(
             os.kill(os.getpid(), signal.SIGKILL)
         return make(*arguments)
 
-    monkeypatch.setattr(ChunkFolder, "make", killed)
+    monkeypatch.setattr(ChunkMerger, "make", killed)
     with pytest.raises(RuntimeError, match="a worker process has died"):
         write_all(bound, tmp_path / "out")
 

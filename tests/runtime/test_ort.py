@@ -83,8 +83,8 @@ def test_a_missing_package_says_what_to_install(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BackendMissingError) as caught, OrtRunner(model):
         pass
-    assert "onnxruntime" in caught.value.problem
-    assert "not installed" in caught.value.problem
+    assert caught.value.problem.startswith("onnxruntime")
+    assert caught.value.problem.endswith("not installed")
     assert "mtl-export[cpu]" in caught.value.fix
 
 
@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_opened_is_refused(model: Path, fault: str) -> Non
         data.write_bytes(data.read_bytes()[:4])
     with pytest.raises(EngineRunError) as caught, OrtRunner(model):
         pass
-    assert str(model) in caught.value.problem
+    assert caught.value.problem.startswith(str(model))
     assert "onnxruntime cannot open it" in caught.value.problem
     assert "external data" in caught.value.expected
     assert "--force" in caught.value.fix
@@ -142,5 +142,5 @@ def test_metadata_of_no_graph_is_refused(tmp_path: Path, content: bytes | None) 
         path.write_bytes(content)
     with pytest.raises(EngineRunError) as caught:
         onnx_metadata(path)
-    assert str(path) in caught.value.problem
+    assert caught.value.problem.startswith(str(path))
     assert "not an ONNX file" in caught.value.problem

@@ -8,6 +8,7 @@ test holds the two against each other in float64.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -73,6 +74,6 @@ class ChangedBaseLinear(LoRALinear):
         with torch.no_grad():
             base.weight.copy_(self.changed(base.weight.double(), self.down.shape[0]))
 
+    @abstractmethod
     def changed(self, weight: torch.Tensor, rank: int) -> torch.Tensor:
         """Return W', float64 ``[O, I]``, of W and r."""
-        raise NotImplementedError

@@ -105,8 +105,9 @@ def _check(where: str, dtype: str, shape: list[int]) -> None:
             fix="Save the tensor in one of these dtypes",
         )
     if len(shape) > MOST_AXES or prod(size or 1 for size in shape) >= MOST_VALUES:
+        found = f"{len(shape)} axes, {shape}"
         raise CheckpointError(
-            f"{where}: {f'{len(shape)} axes, {shape}'[:100]}",
+            f"{where}: {found[:100]}",
             expected=f"at most {MOST_AXES} axes and {MOST_VALUES:,} values",
             fix=DAMAGED,
         )

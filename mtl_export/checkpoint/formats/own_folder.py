@@ -43,7 +43,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,6 +73,7 @@ from mtl_export.checkpoint.formats.own_folder_checks import (
     check_tensors,
     checked_config,
     no_file,
+    refuse_not_finite,
 )
 from mtl_export.checkpoint.hashing import sha256_of_digests, sha256_of_file, sha256_of_files
 from mtl_export.checkpoint.tensors import NUMPY_DTYPES, Array, Tensor
@@ -159,7 +159,7 @@ def store_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """
     check_task_names(str(path), [task.name for task in checkpoint.tasks])
     config = _config_of(checkpoint)
-    _refuse_not_finite(checkpoint)
+    refuse_not_finite(checkpoint)
     path.mkdir(parents=True, exist_ok=True)
     for task, member in zip(checkpoint.tasks, checkpoint.members, strict=bool(checkpoint.members)):
         own = (dataclasses.replace(task, index=0),)
@@ -201,8 +201,18 @@ def write_folder(
         base: The base it was trained on.
 
     Raises:
-        CheckpointError: The task names are not usable, or a number is not finite.
+        CheckpointError: The task names are not usable, a number is not finite, a head is of no
+            task, or an array's dtype cannot be stored.
     """
+    names = [task.name for task in tasks]
+    check_task_names(str(path), names)
+    unknown = sorted({name for by_task in heads.values() for name in by_task} - {*names})
+    if unknown:
+        raise CheckpointError(
+            f"{path}: heads of {shortened(unknown)}",
+            expected=f"heads of the tasks {shortened(names)}",
+            fix="Name them in tasks, or leave their heads out",
+        )
     numbers = {"alpha": alpha, "temperature": temperature}
     hyper = {name: float(value) for name, value in numbers.items() if value is not None}
     checkpoint = Checkpoint(
@@ -228,14 +238,20 @@ def write_folder(
 
 
 def _in_memory(name: str, value: Array) -> Tensor:
-    dtype = next(key for key, known in NUMPY_DTYPES.items() if known == value.dtype)
+    dtype = next((key for key, known in NUMPY_DTYPES.items() if known == value.dtype), "")
+    if not dtype:
+        raise CheckpointError(
+            f"{name}: {value.dtype}",
+            expected=f"one of {', '.join(NUMPY_DTYPES)}",
+            fix="Convert it, for instance with .astype(numpy.float32)",
+        )
     return Tensor(name, dtype, value.shape, lambda: value)
 
 
 def _head_of(stored: tuple[Array, Array | None] | None) -> HeadTensors | None:
     if stored is None:
         return None
-    weight, bias = (None if one is None else _in_memory("head", one) for one in stored)
+    weight, bias = (None if one is None else _in_memory("a head", one) for one in stored)
     return None if weight is None else HeadTensors(weight, bias)
 
 
@@ -289,14 +305,13 @@ def _with_members(path: Path, common: dict[str, Any]) -> Checkpoint:
                 fix="Copy the whole folder",
             )
         members.append(member)
-    digests = {f"{MEMBERS}/{m.tasks[0].name}": m.sha256 for m in members}
+    digests = {CONFIG_FILE: sha256_of_file(path / CONFIG_FILE)}
+    digests |= {f"{MEMBERS}/{m.tasks[0].name}": m.sha256 for m in members}
     return Checkpoint(
         **common,
         layers=MappingProxyType({}),
         heads=MappingProxyType({}),
-        sha256=sha256_of_digests(
-            {CONFIG_FILE: sha256_of_file(path / CONFIG_FILE), **digests},
-        ),
+        sha256=sha256_of_digests(digests),
         members=tuple(members),
         ledger=tuple(
             LedgerEntry(f"{MEMBERS}/{m.tasks[0].name}/{entry.tensor}", entry.fate, entry.reason)
@@ -357,21 +372,6 @@ def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
         "rows": {name: list(rows.indices) for name, rows in sorted(checkpoint.rows.items())},
         "members": bool(checkpoint.members),
     }
-
-
-def _refuse_not_finite(checkpoint: Checkpoint) -> None:
-    bad = [
-        f"{layer.module}: {name} = {value}"
-        for layer in checkpoint.layers.values()
-        for name, value in layer.hyper.items()
-        if not math.isfinite(value)
-    ]
-    if bad:
-        raise CheckpointError(
-            f"{checkpoint.path}: {shortened(bad)}",
-            expected="finite numbers",
-            fix="Pass the value used in training, e.g. with --alpha",
-        )
 
 
 def _ledger(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[LedgerEntry, ...]:

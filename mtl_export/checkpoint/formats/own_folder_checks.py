@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtl_export.checkpoint.checkpoint import POOLINGS, TASK_KINDS, check_task_names
+from mtl_export.checkpoint.checkpoint import POOLINGS, TASK_KINDS, Checkpoint, check_task_names
 from mtl_export.checkpoint.files.json_file import Shape, misfit, read_json
 from mtl_export.checkpoint.tensors import FLOAT_DTYPES, Tensor
 from mtl_export.errors import CheckpointError, shortened
@@ -216,3 +217,19 @@ def no_file(path: Path, name: str) -> CheckpointError:
         expected=f"{name}, which {CONFIG_FILE} announces",
         fix="Copy the whole folder",
     )
+
+
+def refuse_not_finite(checkpoint: Checkpoint) -> None:
+    """Refuse a number, such as alpha, that is NaN or infinite: JSON has no word for it."""
+    bad = [
+        f"{layer.module}: {name} = {value}"
+        for layer in checkpoint.layers.values()
+        for name, value in layer.hyper.items()
+        if not math.isfinite(value)
+    ]
+    if bad:
+        raise CheckpointError(
+            f"{checkpoint.path}: {shortened(bad)}",
+            expected="finite numbers",
+            fix="Pass the value used in training, e.g. with --alpha",
+        )

@@ -70,14 +70,12 @@ class View:
             return None
         rows = np.isin(generated.case.task_ids, list(self.ids))
         case = replace(generated.case, inputs=generated.case.rows(rows))
-        return (
-            GeneratedTokens(case, generated.tokens[rows], generated.margins[rows])
-            if rows.any()
-            else None
-        )
+        if not rows.any():
+            return None
+        return GeneratedTokens(case, generated.tokens[rows], generated.margins[rows])
 
-    def asked(self, extra: ExtraChecks) -> ExtraChecks:
-        """Return what is asked of an edited graph beside the cases."""
+    def extra_checks(self, extra: ExtraChecks) -> ExtraChecks:
+        """Return what is checked of an edited graph besides the cases."""
         padding = extra.padding
         if padding is not None:
             rows = np.isin(padding.inputs[TASK_IDS], list(self.ids))

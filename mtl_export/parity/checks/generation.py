@@ -67,7 +67,7 @@ def step_cases(cases: Sequence[Case], *, vocabulary: int, longest: int) -> list[
     return found
 
 
-def oracle_speech(oracle: Runner, cases: Sequence[Case]) -> GeneratedTokens | None:
+def tokens_of_oracle(oracle: Runner, cases: Sequence[Case]) -> GeneratedTokens | None:
     """Return what the oracle says after the first prompts of most tasks; None without steps."""
     spoken = [case for case in cases if NEW_TOKENS in case.inputs]
     if not spoken or not isinstance(oracle, Generator):

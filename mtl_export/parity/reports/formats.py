@@ -39,9 +39,9 @@ def suffix_of(path: Path) -> str:
     for suffix in _RENDERERS:
         if name.endswith(suffix):
             return suffix
+    found = f"the suffix {path.suffix!r} names no format" if path.suffix else "no suffix"
     raise UsageError(
-        f"--report {path}: "
-        f"{f'the suffix {path.suffix!r} names no format' if path.suffix else 'no suffix'}",
+        f"--report {path}: {found}",
         expected=f"one of {', '.join(SUFFIXES)}, because the suffix decides the format",
         fix="Rename it, e.g. parity.html",
     )

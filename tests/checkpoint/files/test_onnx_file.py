@@ -59,7 +59,7 @@ def test_what_is_no_onnx_file_is_refused(tmp_path: Path, content: str) -> None:
     for error in (GraphError, EngineRunError):
         with pytest.raises(error) as caught:
             read_onnx(path, error=error)
-        assert str(path) in caught.value.problem
+        assert caught.value.problem.startswith(str(path))
 
 
 @pytest.mark.parametrize(

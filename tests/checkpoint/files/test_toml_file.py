@@ -29,7 +29,7 @@ def test_what_is_no_toml_is_refused(tmp_path: Path, content: bytes, found: str) 
     path.write_bytes(content)
     with pytest.raises(UsageError, match=found) as caught:
         read_toml(path, "--config")
-    assert str(path) in caught.value.problem
+    assert caught.value.problem.startswith(str(path))
 
 
 def test_a_table_is_read(tmp_path: Path) -> None:

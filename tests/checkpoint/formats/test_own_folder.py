@@ -303,6 +303,27 @@ def test_unusable_task_names_are_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
 
 
+def test_a_head_of_no_task_is_not_written(tmp_path: Path) -> None:
+    """It would be left out without a word."""
+    parts = toys.checkpoint_parts()
+    parts["heads"][toys.HEAD]["weather"] = next(iter(parts["heads"][toys.HEAD].values()))
+    with pytest.raises(CheckpointError) as caught:
+        toys.write_checkpoint(tmp_path / "adapter", parts, BASE)
+    assert_whole(caught.value, where=str(tmp_path / "adapter"), found="heads of weather")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_numbers_that_cannot_be_stored_are_not_written(tmp_path: Path) -> None:
+    """Complex ones, which the format has no dtype for."""
+    parts = toys.checkpoint_parts()
+    layer = next(iter(parts["layers"].values()))
+    layer["down"] = layer["down"].astype(np.complex128)
+    with pytest.raises(CheckpointError) as caught:
+        toys.write_checkpoint(tmp_path / "adapter", parts, BASE)
+    assert_whole(caught.value, where="down", found="complex128", expected="F32")
+    assert not (tmp_path / "adapter").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "own"),
     [
@@ -349,5 +370,5 @@ def test_another_version_is_refused(folder: Path, version: object) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_folder(folder)
     assert caught.value.problem == f"{folder / CONFIG_FILE}: format_version {version!r}"
-    assert caught.value.expected.startswith("format_version 2")
+    assert caught.value.expected == "format_version 2, the only one there is"
     assert "mtl_export.write_checkpoint" in caught.value.fix

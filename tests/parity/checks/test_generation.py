@@ -14,9 +14,9 @@ from mtl_export.parity.checks.generation import (
     STEPS,
     GeneratedTokens,
     bad_step_ids,
-    oracle_speech,
     step_cases,
     token_cells,
+    tokens_of_oracle,
 )
 from mtl_export.runtime.runners.language import NEW_TOKENS, PROMPT_TASK_IDS, Generator, positions
 from tests.graph import marked
@@ -169,11 +169,11 @@ def test_the_oracle_speaks_after_the_first_prompts_with_steps(generated: Generat
     runner = Speaker(generated.tokens, answer)
     assert isinstance(runner, Generator)
     with runner:
-        found = oracle_speech(runner, [generated.case])
-        assert oracle_speech(runner, []) is None
+        found = tokens_of_oracle(runner, [generated.case])
+        assert tokens_of_oracle(runner, []) is None
     assert found is not None
     assert (found.margins == 0.5).all()
-    assert oracle_speech(fakes.FakeRunner(answer), [generated.case]) is None
+    assert tokens_of_oracle(fakes.FakeRunner(answer), [generated.case]) is None
 
 
 def test_positions_are_counted_from_the_mask() -> None:
