@@ -35,6 +35,8 @@ ADAPTER_INPUT_ONNX = f"{ADAPTER_INPUT} onnx"
 # What a model computes in, and what it can be quantised to.
 DTYPES = ("fp32", "fp16", "bf16")
 QUANTISED_DTYPES = ("int8", "fp8", "int4")
+# TensorRT's HardwareCompatibilityLevel, as users write it.
+HARDWARE_LEVELS = ("ampere-plus", "same-compute-capability")
 
 # Keys in the metadata_props of a graph.
 VERSION_KEY = "mtl_export.version"

@@ -20,8 +20,9 @@ from typing import Any
 
 import click
 
-from mtl_export.api.engine_choices import HARDWARE_LEVELS, EngineChoices, ShapeTexts
+from mtl_export.api.engine_shapes import ShapeTexts
 from mtl_export.errors import UsageError
+from mtl_export.names import HARDWARE_LEVELS
 from mtl_export_cli.options import Decorator, option
 
 SHAPES = ("min_shapes", "opt_shapes", "max_shapes")
@@ -117,19 +118,21 @@ ENGINE: tuple[Decorator, ...] = (
 
 
 def with_engine_choices(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function`` with the options of ``ENGINE`` as one keyword, ``choices``."""
+    """Return ``function`` with the options of ``ENGINE`` as ``choices`` and ``shapes``."""
 
     @functools.wraps(function)
     def with_record(*positional: Any, **values: Any) -> Any:
+        from mtl_export.tensorrt.options import BuildOptions
+
         given = {limit: values.pop(limit) for limit in SHAPES}
-        fields = EngineChoices.__dataclass_fields__
+        fields = BuildOptions.__dataclass_fields__
         chosen: dict[str, Any] = {
             _RENAMED.get(name, name): values.pop(name)
             for name in [*values]
             if _RENAMED.get(name, name) in fields
         }
-        choices = EngineChoices(shapes=_profiles(given), **chosen)
-        return function(*positional, choices=choices, **values)
+        choices, shapes = BuildOptions(**chosen), _profiles(given)
+        return function(*positional, choices=choices, shapes=shapes, **values)
 
     return with_record
 

@@ -11,13 +11,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     from mtl_export.tensorrt.shapes import Profile, Shape
     from mtl_export.tensorrt.source import TensorInfo
 
 SMALLEST, BEST, LARGEST = 0, 1, 2
+# One profile as typed: smallest, best, largest; None for what was left out.
+ShapeTexts: TypeAlias = tuple[str | None, str | None, str | None]
+
+
+def profiles_from_options(
+    onnx_path: Path, given: Sequence[ShapeTexts], *, beside: Sequence[Path] = ()
+) -> tuple[Profile, ...]:
+    """Return the profiles as typed, or the model's default; none if nothing is dynamic.
+
+    Args:
+        onnx_path: The model.
+        given: The profiles as typed.
+        beside: The other graphs of the same model; the shapes may name their inputs too.
+
+    Raises:
+        UsageError: A shape is malformed or does not fit the model.
+    """
+    found = [
+        profile_from_options(onnx_path, *texts, beside=beside)
+        for texts in given or ((None, None, None),)
+    ]
+    return tuple(profile for profile in found if profile.shapes)
 
 
 def profile_from_options(

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtl_export.api import artefacts, graphs, sources
-from mtl_export.api.graph_form import GRAPH_DTYPE
+from mtl_export.api.engine_shapes import ShapeTexts, profiles_from_options
+from mtl_export.api.graph_form import GRAPH_DTYPE, Form
 from mtl_export.api.settings import Settings
 from mtl_export.api.sources import other_source
 from mtl_export.api.written import Written
@@ -36,13 +37,13 @@ from mtl_export.runtime.model_files import ENGINE_SUFFIX
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
-    from mtl_export.api.engine_choices import EngineChoices
     from mtl_export.bundle.manifest import Manifest, OptionValue, Recipe
     from mtl_export.bundle.output import OutputPlan
     from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.tensorrt.available import BuilderInfo
     from mtl_export.tensorrt.job import EngineOrder, EnginePart
     from mtl_export.tensorrt.manifest import BuildCheck, EngineManifest
+    from mtl_export.tensorrt.options import BuildOptions
 
 BOTH = "both"
 ENGINE_LAYOUTS = (*LAYOUTS, BOTH)
@@ -129,6 +130,27 @@ class Failed:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """Which engines are to be built, and how.
+
+    Attributes:
+        choices: What is chosen about every build; profiles come from ``shapes``.
+        layout: ``single-graph``, ``per-task`` or ``both``; None: that of the tasks asked for.
+        quantize: What calibrated graphs are quantised to; None: the graphs as exported.
+        jobs: Engines to build at a time.
+        form: Of graphs that are exported first.
+        shapes: The profiles as typed; none for the model's default.
+    """
+
+    choices: BuildOptions
+    layout: str | None = None
+    quantize: str | None = None
+    jobs: int = 1
+    form: Form = field(default_factory=Form)
+    shapes: Sequence[ShapeTexts] = ()
+
+
 class EngineJob:
     """Orders engines of one model, and opens the folders they go to.
 
@@ -136,8 +158,7 @@ class EngineJob:
         settings: Where to, and whether to replace what is there.
         bound: The model.
         info: The library that builds.
-        choices: What was asked of it.
-        number: What the graphs are quantised to; None for the graphs as exported.
+        request: What to build.
     """
 
     def __init__(
@@ -145,21 +166,15 @@ class EngineJob:
         settings: Settings,
         bound: BoundModel,
         info: BuilderInfo,
-        choices: EngineChoices,
-        number: str | None,
+        request: EngineRequest,
     ) -> None:
         self._settings, self._bound, self._info = settings, bound, info
-        self._choices, self._number = choices, number
-        ending = f"-{number}" if number else ""
+        self._request = request
+        ending = f"-{request.quantize}" if request.quantize else ""
         self.onnx_folder = settings.output_dir / f"onnx{ending}"
         self.folder = settings.folder(f"engines{ending}")
         self._plans: dict[Path, OutputPlan] = {}
         self._recipes: dict[Path, Recipe] = {}
-
-    @property
-    def is_refit(self) -> bool:
-        """Return whether one engine is to become those of all tasks."""
-        return self._choices.refit
 
     def order(self, graph: graphs.Graph) -> EngineOrder:
         """Return the order of the engines of ``graph``, which is exported.
@@ -175,13 +190,19 @@ class EngineJob:
         manifest = read_manifest(folder)
         files = manifest.files if manifest else {}
         paths = [folder / name for name in sorted(files) if name.endswith(".onnx")]
+        choices = self._request.choices
+        profiles = {
+            path: choices.profiles
+            or profiles_from_options(
+                path, self._request.shapes, beside=[other for other in paths if other != path]
+            )
+            for path in paths
+        }
         parts = tuple(
             EnginePart(
                 onnx_path=path,
                 file=f"{path.stem}{ENGINE_SUFFIX}",
-                options=self._choices.build_options(
-                    path, beside=[other for other in paths if other != path]
-                ),
+                options=replace(choices, profiles=profiles[path]),
             )
             for path in paths
         )
@@ -192,8 +213,8 @@ class EngineJob:
         return EngineOrder(graph.name, target, parts, size_bytes)
 
     @contextmanager
-    def open_place(self, order: EngineOrder) -> Iterator[OutputPlan]:
-        """Give the folder of ``order`` to write to, and put it in place at the end.
+    def open_place(self, order: EngineOrder) -> Iterator[Path | None]:
+        """Give the folder of ``order`` to write to, and put it in place at the end; None: it is.
 
         Raises:
             OutputError: It holds something else, or cannot be written.
@@ -208,7 +229,7 @@ class EngineJob:
             force=self._settings.force,
             estimated_size_bytes=order.size_bytes,
         ) as plan:
-            yield plan
+            yield None if plan.up_to_date else plan.folder
             if not plan.up_to_date:
                 for part in order.parts:
                     made = EngineManifest.read(manifest_path(plan.folder / part.file))
@@ -245,20 +266,23 @@ class EngineJob:
             metadata |= source.metadata
             for name in (part.onnx_path.name, *source.external_files):
                 hashes[f"onnx_sha256 {name}"] = manifest.files[name].sha256
+        chosen: Any = self._request.choices.given()
+        # It shortens a build, and asks for no other engine.
+        chosen.pop("timing_cache", None)
         options: dict[str, OptionValue] = {
             "layout": graph.layout,
             "served": [task.name for task in graph.tasks],
             "builder": f"{self._info.name} {self._info.version}",
             "profile": _profile_texts(parts),
             "dtype": metadata.get(DTYPE_KEY, GRAPH_DTYPE),
-            **self._choices.recipe(),
+            **chosen,
         }
         if metadata.get(TASK_INPUT_KEY, "rows") != "rows":
             options["task_input"] = metadata[TASK_INPUT_KEY]
         if METADATA_KEY in metadata:
             options["embedding"] = metadata[METADATA_KEY]
-        if self._number:
-            options["quantize"] = self._number
+        if self._request.quantize:
+            options["quantize"] = self._request.quantize
         if graph.is_edited:
             options["tasks"] = options["served"]
             hashes["checkpoint_sha256"] = metadata[CHECKPOINT_KEY]

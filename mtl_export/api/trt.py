@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtl_export.api import engines, graphs, sources
-from mtl_export.api.engine_choices import EngineChoices
-from mtl_export.api.engines import Built, EngineJob, Failed
+from mtl_export.api.engine_shapes import ShapeTexts
+from mtl_export.api.engines import Built, EngineJob, EngineRequest, Failed
 from mtl_export.api.graph_form import Form, form_of
 from mtl_export.api.progress import SILENT, Progress
 from mtl_export.api.settings import (
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mtl_export.checkpoint.sentence_embedding import Pooling
     from mtl_export.graph.passes.routing import TaskInput
     from mtl_export.tensorrt.available import BuilderInfo
-    from mtl_export.tensorrt.job import EngineOrder
+    from mtl_export.tensorrt.options import BuildOptions
 
 
 # What the plain values of ``build_engines`` may be.
@@ -43,25 +43,6 @@ KNOWN = {
     "pooling": POOLINGS,
     "opset": range(OLDEST_OPSET, NEWEST_OPSET + 1),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
-    """Which engines are to be built, and how.
-
-    Attributes:
-        layout: ``single-graph``, ``per-task`` or ``both``; None: that of the tasks asked for.
-        quantize: What calibrated graphs are quantised to; None: the graphs as exported.
-        jobs: Engines to build at a time.
-        form: Of graphs that are exported first.
-        choices: What is asked of the builder.
-    """
-
-    layout: str | None = None
-    quantize: str | None = None
-    jobs: int = 1
-    form: Form = field(default_factory=Form)
-    choices: EngineChoices = field(default_factory=EngineChoices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +80,8 @@ def build_engines(
     normalize: bool = False,
     inline: bool = False,
     opset: int = OPSET,
-    choices: EngineChoices | None = None,
+    choices: BuildOptions | None = None,
+    shapes: Sequence[ShapeTexts] = (),
     jobs: int = 1,
     force: bool = False,
     progress: Progress = SILENT,
@@ -124,7 +106,9 @@ def build_engines(
         normalize: Bring these vectors to length 1.
         inline: Expand the functions of the single graph.
         opset: What graphs are written in.
-        choices: Workspace, profiles and the like; None: the builder's defaults.
+        choices: Workspace, TF32 and the like; None: the builder's defaults.
+        shapes: Profiles as ``parse_shapes`` reads them, each ``(smallest, best, largest)`` or
+            None for what is left out; none: the model's default.
         jobs: Engines to build at a time.
         force: Replace old results that are different.
         progress: Hears what is exported and built.
@@ -141,6 +125,8 @@ def build_engines(
         >>> [str(one.output.path) for one in found.built]
         ['out/engines/spam']
     """
+    from mtl_export.tensorrt.options import BuildOptions
+
     given = {"layout": layout, "quantize": quantize, "dtype": dtype, "task_input": task_input}
     refuse_unknown_values({**given, "pooling": pooling, "opset": opset}, KNOWN)
     form = form_of(task_input, pooling, normalize=normalize, inline=inline, opset=opset)
@@ -154,23 +140,25 @@ def build_engines(
         force=force,
         typed=frozenset({"task_input", "inline"}),
     )
-    request = EngineRequest(layout, quantize, jobs, form, choices or EngineChoices())
+    request = EngineRequest(choices or BuildOptions(), layout, quantize, jobs, form, shapes)
     return build_requested(settings, request, progress)
 
 
 def build_requested(settings: Settings, request: EngineRequest, progress: Progress) -> EngineBuild:
     """Build what ``request`` asks for; see ``build_engines``."""
+    from mtl_export.tensorrt.api import load_library
     from mtl_export.tensorrt.available import available_builder
+    from mtl_export.tensorrt.options import check_options
 
     layout, form, quantize = request.layout, request.form, request.quantize
     _refuse_beside_quantize(settings, quantize, form)
     graphs.refuse_idle(settings, graphs.layout_or_default(settings, layout), form)
     bound = sources.open_bound(settings)
     info = available_builder()
-    request.choices.refuse_impossible(info.name)
+    check_options(load_library(info.name), request.choices)
     wanted = engines.wanted_graphs(settings, layout, bound.adapters.tasks)
     progress.note(f"Building with {info.name} {info.version}.")
-    job = EngineJob(settings, bound, info, request.choices, quantize)
+    job = EngineJob(settings, bound, info, request)
     exported: list[Written] = []
     if quantize:
         engines.refuse_uncalibrated(bound, wanted, job.onnx_folder, quantize)
@@ -183,7 +171,7 @@ def build_requested(settings: Settings, request: EngineRequest, progress: Progre
         exported = [exporter.write(graph, progress, force=settings.force) for graph in wanted]
         for output in exported:
             progress.note(f"ONNX {output.path}: {output.status}.")
-    built, failed = _build(job, wanted, info, request.jobs, progress)
+    built, failed = _build(job, wanted, info.name, request, progress)
     return EngineBuild(tuple(exported), tuple(built), tuple(failed))
 
 
@@ -215,26 +203,11 @@ def _note_on_number(progress: Progress, info: BuilderInfo, number: str) -> None:
         )
 
 
-class _Report:
-    """Shows a job's progress as steps."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def begin(self, order: EngineOrder) -> None:
-        """Name the order that begins."""
-        self._progress.begin(f"engine: {order.name}", is_beside=True)
-
-    def reached(self, share: float) -> None:
-        """Pass the share on."""
-        self._progress.reached(share)
-
-
 def _build(
     job: EngineJob,
     wanted: Sequence[graphs.Graph],
-    info: BuilderInfo,
-    jobs: int,
+    library_name: str,
+    request: EngineRequest,
     progress: Progress,
 ) -> tuple[list[Built], list[Failed]]:
     """Return the engines of all graphs, and what there is instead where they failed."""
@@ -242,15 +215,16 @@ def _build(
 
     job.clear()
     orders = [job.order(graph) for graph in wanted]
-    if job.is_refit:
+    if request.choices.refit:
         orders = with_changing_weights(orders)
     progress.expect(len(orders))
     outcomes = run_job(
         orders,
         job.open_place,
-        library_name=info.name,
-        jobs=jobs,
-        report=_Report(progress),
+        library_name=library_name,
+        jobs=request.jobs,
+        begin=lambda order: progress.begin(f"engine: {order.name}", is_beside=True),
+        reached=progress.reached,
     )
     built, failed = [], []
     for graph, outcome in zip(wanted, outcomes, strict=True):

@@ -13,24 +13,20 @@ medians over rounds of one block against the block of the same round.
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from math import ceil
-from multiprocessing.connection import Connection
 from statistics import median
 from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
 
-from mtl_export import errors
 from mtl_export.bench.memory import peak_bytes, pss_bytes, within_memory
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import EngineRunError, MtlExportError
+from mtl_export.child_process import ChildDeathError, ChildProcess
+from mtl_export.errors import EngineRunError
 from mtl_export.names import INPUT_IDS, TASK_IDS
 from mtl_export.runtime.rows import Field
 
@@ -197,25 +193,28 @@ def measure(
     """
     timings: list[Timing] = []
     with ExitStack() as stack:
-        workers = []
+        processes: dict[str, ChildProcess] = {}
+        opened: dict[str, tuple[tuple[Field, ...] | None, float, int]] = {}
         for subject in subjects:
             progress(f"load {subject.name}")
-            workers.append(stack.enter_context(_worker(subject)))
-        common = _with_tasks(next((w.fields for w in workers if w.fields is not None), ()))
+            process = processes[subject.name] = ChildProcess(_Turns, subject)
+            stack.callback(process.close)
+            opened[subject.name] = _ask(processes, subject.name, "opened")
+        common = _with_tasks(next((own for own, *_ in opened.values() if own is not None), ()))
         for shape in shapes:
             progress(f"measure {shape}")
             of_tokens = {}
-            for worker in workers:
-                fields = common if worker.fields is None else worker.fields
-                of_tokens[worker.name] = any(field.name == INPUT_IDS for field in fields)
+            for name, (own, *_) in opened.items():
+                fields = common if own is None else own
+                of_tokens[name] = any(field.name == INPUT_IDS for field in fields)
                 with within_memory(f"shape {shape}"):
-                    batch = inputs(shape, fields)
-                worker.begin(batch, rounds)
+                    batch = dict(inputs(shape, fields))
+                _ask(processes, name, "begin", batch, rounds)
             blocks: dict[tuple[str, str], list[tuple[float, ...]]] = {}
             for number in range(rounds):
-                for worker in workers if number % 2 == 0 else reversed(workers):
-                    for phase, seconds in worker.block().items():
-                        blocks.setdefault((phase, worker.name), []).append(tuple(seconds))
+                for name in processes if number % 2 == 0 else reversed(processes):
+                    for phase, seconds in _ask(processes, name, "block").items():
+                        blocks.setdefault((phase, name), []).append(tuple(seconds))
             phases = list(dict.fromkeys(phase for phase, _ in blocks))
             timings += [
                 Timing(name, shape, phase, tuple(blocks[phase, name]), has_tokens)
@@ -223,7 +222,10 @@ def measure(
                 for name, has_tokens in of_tokens.items()
                 if (phase, name) in blocks
             ]
-        footprints = tuple(worker.footprint() for worker in workers)
+        footprints = tuple(
+            Footprint(name, load_s, before_bytes, *_ask(processes, name, "memory"))
+            for name, (_, load_s, before_bytes) in opened.items()
+        )
     return Measurement(tuple(timings), footprints)
 
 
@@ -238,114 +240,49 @@ def call_count(seconds: float, rounds: int) -> int:
     return min(max(ceil(BLOCK_S / max(seconds, 1e-6)), least), MOST_CALLS)
 
 
-@dataclass
-class _Worker:
-    """The process of one subject, as its parent sees it."""
+def _ask(processes: Mapping[str, ChildProcess], name: str, method: str, *values: object) -> Any:
+    """Return what the process of the subject called ``name`` answers."""
+    try:
+        return processes[name].call(method, *values)
+    except ChildDeathError as death:
+        raise EngineRunError(
+            f"{name}: its process {death}",
+            expected="a process that lives until it was measured; SIGKILL is out of memory",
+            fix="Measure fewer models or smaller shapes at once",
+        ) from death
 
-    name: str
-    process: Any
-    connection: Connection
-    fields: tuple[Field, ...] | None = None
-    load_s: float = 0.0
-    before_bytes: int = 0
-    _rounds: int = field(default=1, repr=False)
 
-    def opened(self) -> None:
-        self.fields, self.load_s, self.before_bytes = self._answer()
+class _Turns:
+    """One subject, loaded, in its own process."""
+
+    def __init__(self, subject: Candidate) -> None:
+        subject.prepare()
+        self._name, self._before, begun = subject.name, peak_bytes(), perf_counter()
+        self._opened = subject.open()
+        self._load_s = perf_counter() - begun
+        self._batch: Mapping[str, Array] = {}
+        self._calls = 1
+
+    def opened(self) -> tuple[tuple[Field, ...] | None, float, int]:
+        """Return its inputs, the seconds it took to load, and the memory taken before."""
+        return self._opened.fields, self._load_s, self._before
 
     def begin(self, batch: Mapping[str, Array], rounds: int) -> None:
-        self._ask("begin", dict(batch), rounds)
+        """Warm up on a batch, and find how many calls of it make a block."""
+        self._batch = batch
+        with within_memory(self._name):
+            seconds = [sum(map(sum, self._opened.call(batch).values())) for _ in range(WARM_CALLS)]
+        self._calls = call_count(min(seconds), rounds)
 
     def block(self) -> Timings:
-        timings: Timings = self._ask("block")
-        return timings
+        """Return the seconds of every call of one block."""
+        self._opened.call(self._batch)  # after a pause caches are cold
+        merged: Timings = {}
+        for _ in range(self._calls):
+            for phase, seconds in self._opened.call(self._batch).items():
+                merged.setdefault(phase, []).extend(seconds)
+        return merged
 
-    def footprint(self) -> Footprint:
-        peak, pss = self._ask("memory")
-        return Footprint(self.name, self.load_s, self.before_bytes, peak, pss)
-
-    def _ask(self, *question: object) -> Any:
-        self.connection.send(question)
-        return self._answer()
-
-    def _answer(self) -> Any:
-        try:
-            kind, value = self.connection.recv()
-        except (EOFError, ConnectionError) as error:
-            self.process.join()
-            raise EngineRunError(
-                f"{self.name}: its process ended with code {self.process.exitcode}",
-                expected="a process that lives until it was measured; -9 is out of memory",
-                fix="Measure fewer models or smaller shapes at once",
-            ) from error
-        if kind == "refused":
-            name, parts = value
-            raise getattr(errors, name)(**parts)
-        if kind == "bug":
-            raise RuntimeError(f"measuring {self.name}:\n{value}")
-        return value
-
-
-@contextmanager
-def _worker(subject: Candidate) -> Iterator[_Worker]:
-    # Neither fork nor forkserver: the child must not begin with the parent's memory.
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, subject), daemon=True)
-    process.start()
-    theirs.close()
-    worker = _Worker(subject.name, process, ours)
-    try:
-        worker.opened()
-        yield worker
-    finally:
-        ours.close()  # what the child waits for
-        process.join(timeout=10)
-        if process.is_alive():
-            process.kill()
-            process.join()
-
-
-def _serve(connection: Connection, subject: Candidate) -> None:
-    """Answer the parent until it hangs up; the child's whole life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    try:
-        for answer in _answers(connection, subject):
-            connection.send(("done", answer))
-    except (EOFError, ConnectionError):
-        return
-    except MtlExportError as error:
-        parts = error.as_dict()
-        connection.send(("refused", (parts.pop("error"), parts)))
-    except Exception:
-        connection.send(("bug", traceback.format_exc()))
-
-
-def _answers(connection: Connection, subject: Candidate) -> Iterator[object]:
-    subject.prepare()
-    before, begun = peak_bytes(), perf_counter()
-    opened = subject.open()
-    yield opened.fields, perf_counter() - begun, before
-    batch: Mapping[str, Array] = {}
-    calls = 1
-    while True:
-        question, *arguments = connection.recv()
-        if question == "begin":
-            batch, rounds = arguments
-            with within_memory(subject.name):
-                seconds = [sum(map(sum, opened.call(batch).values())) for _ in range(WARM_CALLS)]
-            calls = call_count(min(seconds), rounds)
-            yield None
-        elif question == "block":
-            opened.call(batch)  # after a pause caches are cold
-            yield _merged(opened.call(batch) for _ in range(calls))
-        else:
-            yield peak_bytes(), pss_bytes()
-
-
-def _merged(calls: Iterator[Timings]) -> Timings:
-    merged: Timings = {}
-    for call in calls:
-        for phase, seconds in call.items():
-            merged.setdefault(phase, []).extend(seconds)
-    return merged
+    def memory(self) -> tuple[int, int | None]:
+        """Return the most memory taken, and the proportional share now."""
+        return peak_bytes(), pss_bytes()

@@ -11,12 +11,14 @@ from mtl_export.tensorrt.available import BuilderInfo, available_builder
 from mtl_export.tensorrt.build import build_engine
 from mtl_export.tensorrt.job import EngineOrder, EngineOutcome, EnginePart, run_job
 from mtl_export.tensorrt.manifest import BuildCheck, EngineManifest, manifest_path
+from mtl_export.tensorrt.options import BuildOptions
 from mtl_export.tensorrt.restore import restore_weights
 from mtl_export.tensorrt.runner import TensorRTBackend
 from mtl_export.tensorrt.shapes import Profile, default_profile, parse_shapes
 
 __all__ = [
     "BuildCheck",
+    "BuildOptions",
     "BuilderInfo",
     "EngineManifest",
     "EngineOrder",

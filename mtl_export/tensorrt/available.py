@@ -47,15 +47,18 @@ class BuilderInfo:
         name: ``tensorrt`` or ``tensorrt_rtx``.
         version: Its version.
         gpu: Compute capability of the GPU here; "" without one.
-        can_run: Whether an engine it builds can be run here.
-        reason: Why not; "" if it can.
+        reason: Why an engine it builds cannot be run here; "" if it can.
     """
 
     name: str
     version: str
     gpu: str
-    can_run: bool
     reason: str
+
+    @property
+    def can_run(self) -> bool:
+        """Return whether an engine it builds can be run here."""
+        return not self.reason
 
 
 def available_builder(name: str | None = None) -> BuilderInfo:
@@ -74,26 +77,23 @@ def available_builder(name: str | None = None) -> BuilderInfo:
         try:
             libraries[candidate] = load_library(candidate)
         except ImportError as error:
-            problems.append(_import_problem(candidate, error))
-    if FULL in libraries and not gpu.problem:
-        return _info(libraries[FULL], gpu)
-    if RTX in libraries:
-        return _info(libraries[RTX], gpu)
+            is_absent = isinstance(error, ModuleNotFoundError) and error.name == candidate
+            why = "not installed" if is_absent else f"installed but cannot be loaded ({error})"
+            problems.append(f"{candidate} is {why}")
+    builder = None if gpu.problem else libraries.get(FULL)
+    library = builder or libraries.get(RTX)
+    if library is not None:
+        reason = why_not_runnable(library, ())
+        return BuilderInfo(library.name, library.version, gpu.capability, reason)
     if FULL in libraries:
         raise BackendMissingError(
             f"tensorrt {libraries[FULL].version}: it cannot build here: {gpu.problem}",
-            expected=(
-                "a GPU, or tensorrt_rtx beside it, because tensorrt chooses kernels by timing "
-                "them, and tensorrt_rtx does not"
-            ),
+            expected="a GPU, on which tensorrt times kernels, or tensorrt_rtx, which times none",
             fix=INSTALL_RTX,
         )
     raise BackendMissingError(
         f"TensorRT: {'; '.join(problems)}",
-        expected=(
-            f"{' or '.join(NAMES) if name is None else name} to be importable, because engines are "
-            "built by NVIDIA's library"
-        ),
+        expected=f"{' or '.join(NAMES) if name is None else name} to be importable",
         fix=INSTALL_FULL if name == FULL else INSTALL_RTX,
     )
 
@@ -109,16 +109,20 @@ def why_not_runnable(library: Library, capabilities: tuple[str, ...]) -> str:
     if gpu.problem:
         return gpu.problem
     known = capabilities or (DEFAULT_TARGETS if library.is_rtx else ())
-    newest = max((_number(name) for name in known), default=(0, 0))
-    open_ended = any(name.startswith(">") for name in known)
-    if known and gpu.capability not in known:
-        later = open_ended and _number(gpu.capability) > newest
-        if not later:
-            return (
-                f"the GPU has compute capability {gpu.capability}, the engine runs on "
-                f"{', '.join(known)}"
-            )
-    return _torch_problem()
+    is_later = any(name.startswith(">") for name in known) and _number(gpu.capability) > max(
+        map(_number, known)
+    )
+    if known and gpu.capability not in known and not is_later:
+        return (
+            f"the GPU has compute capability {gpu.capability}, the engine runs on "
+            f"{', '.join(known)}"
+        )
+    # The version tells CPU builds apart without the seconds that importing torch takes.
+    try:
+        found = version("torch")
+    except PackageNotFoundError:
+        return "torch is not installed, and the runner keeps device memory in torch tensors"
+    return f"torch {found} has no CUDA" if found.endswith("+cpu") else ""
 
 
 def rtx_capabilities(trt: ModuleType) -> tuple[str, ...]:
@@ -149,32 +153,6 @@ def find_gpu() -> Gpu:
         cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         numbers.append(str(value.value))
     return Gpu(".".join(numbers), "")
-
-
-def _info(library: Library, gpu: Gpu) -> BuilderInfo:
-    reason = why_not_runnable(library, ())
-    return BuilderInfo(
-        name=library.name,
-        version=library.version,
-        gpu=gpu.capability,
-        can_run=not reason,
-        reason=reason,
-    )
-
-
-def _torch_problem() -> str:
-    # The version tells CPU builds apart without the seconds that importing torch takes.
-    try:
-        found = version("torch")
-    except PackageNotFoundError:
-        return "torch is not installed, and the runner keeps device memory in torch tensors"
-    return f"torch {found} has no CUDA" if found.endswith("+cpu") else ""
-
-
-def _import_problem(name: str, error: ImportError) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name == name:
-        return f"{name} is not installed"
-    return f"{name} is installed but cannot be loaded ({error})"
 
 
 def _number(capability: str) -> tuple[int, int]:

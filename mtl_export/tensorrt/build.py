@@ -1,9 +1,13 @@
 """ONNX file -> engine file and its manifest.
 
 One path for every TensorRT: strongly typed, so that precision is what the graph says;
-TF32 off unless asked; parsed by path, so that external data is mapped and not copied;
+TF32 off unless chosen; parsed by path, so that external data is mapped and not copied;
 streamed to the file, so that memory holds the weights once. The file appears under
 its name only when it is whole.
+
+A cache of kernel timings belongs to one GPU and one release: another one's is refused. It
+is read before the build and written afterwards, joined with what other builds have written
+meanwhile, so that several jobs may share one file.
 
 Not done here: INT8 calibrators and FP16 switches. Quantised and half graphs are built as
 they are. Weights that may change afterwards are marked here, and changed in refit.py.
@@ -12,15 +16,13 @@ they are. Weights that may change afterwards are marked here, and changed in ref
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import TypeAlias
 
-from mtl_export.errors import EngineBuildError, OutputError
+from mtl_export.errors import EngineBuildError, OutputError, UsageError
 from mtl_export.tensorrt.api import Library, TrtObject, load_library
-from mtl_export.tensorrt.available import BuilderInfo, available_builder
+from mtl_export.tensorrt.available import available_builder
 from mtl_export.tensorrt.callbacks import (
     FileSink,
     PhaseTracker,
@@ -30,29 +32,22 @@ from mtl_export.tensorrt.callbacks import (
     stream_writer,
 )
 from mtl_export.tensorrt.describe import describe_engine
-from mtl_export.tensorrt.manifest import EngineManifest
-from mtl_export.tensorrt.network import precision_of, tensor_info
-from mtl_export.tensorrt.options import BuildOptions, check_options, member_name
-from mtl_export.tensorrt.shapes import Profile, check_profiles
-from mtl_export.tensorrt.source import OnnxSource, TensorInfo, read_source
-from mtl_export.tensorrt.timing_cache import load_timing_cache, save_timing_cache
+from mtl_export.tensorrt.manifest import EngineManifest, partial_path, unwritable
+from mtl_export.tensorrt.options import BuildOptions, check_options
+from mtl_export.tensorrt.shapes import check_profiles
+from mtl_export.tensorrt.source import OnnxSource, TensorInfo, numpy_name, read_source
 
 # The same for every engine, so that engines of one structure share their graph part.
 NETWORK_NAME = "mtl-export"
-
-# Feeds a parser one graph; returns whether the parser took it.
-Parse: TypeAlias = Callable[[TrtObject], bool]
+# Types of indices and masks, which say nothing about precision.
+_NOT_PRECISION = {"bool", "int32", "int64"}
 
 
 def build_engine(
     onnx_path: Path,
     engine_path: Path,
+    options: BuildOptions,
     *,
-    profiles: Sequence[Profile],
-    workspace_bytes: int | None = None,
-    optimization_level: int | None = None,
-    tf32: bool = False,
-    compute_capabilities: Sequence[str] = (),
     progress: Progress | None = None,
     library_name: str | None = None,
 ) -> EngineManifest:
@@ -63,11 +58,7 @@ def build_engine(
     Args:
         onnx_path: The graph; its external data lies beside it.
         engine_path: The file to write; its folder is created.
-        profiles: Shapes to accept (``default_profile``, or from ``parse_shapes``).
-        workspace_bytes: Scratch memory that kernels may ask for.
-        optimization_level: 0 to 5.
-        tf32: Whether float32 products may be rounded to TF32.
-        compute_capabilities: GPUs to build for, such as ``8.6`` (TensorRT-RTX only).
+        options: Profiles (``default_profile``, or from ``parse_shapes``) and the rest.
         progress: Called with the phase's name and the overall fraction; what it raises
             stops the build and is raised here.
         library_name: ``tensorrt`` or ``tensorrt_rtx`` instead of the better one here.
@@ -78,56 +69,16 @@ def build_engine(
         EngineBuildError: The graph or the build was refused; every reason is named.
         OutputError: The engine cannot be written.
     """
-    options = BuildOptions(
-        profiles=tuple(profiles),
-        workspace_bytes=workspace_bytes,
-        optimization_level=optimization_level,
-        tf32=tf32,
-        compute_capabilities=tuple(compute_capabilities),
-    )
-    return build_with_options(
-        onnx_path, engine_path, options=options, progress=progress, library_name=library_name
-    )
-
-
-def build_with_options(
-    onnx_path: Path,
-    engine_path: Path,
-    *,
-    options: BuildOptions,
-    progress: Progress | None = None,
-    library_name: str | None = None,
-) -> EngineManifest:
-    """Return what ``build_engine`` does, of choices that are a record already."""
     info = available_builder(library_name)
-    return build_from(
-        read_source(onnx_path),
-        engine_path,
-        info=info,
-        options=options,
-        parse=lambda parser: bool(parser.parse_from_file(str(onnx_path))),
-        progress=progress,
-    )
-
-
-def build_from(
-    source: OnnxSource,
-    engine_path: Path,
-    *,
-    info: BuilderInfo,
-    options: BuildOptions,
-    parse: Parse,
-    progress: Progress | None,
-) -> EngineManifest:
-    """Return the manifest of the engine built from what ``parse`` feeds the parser."""
+    source = read_source(onnx_path)
     library = load_library(info.name)
     check_profiles(source, options.profiles)
     check_options(library, options)
-    partial = engine_path.with_name(f".{engine_path.name}.part")
+    partial = partial_path(engine_path)
     tracker = PhaseTracker(progress)
     with library.log.collect() as errors, interrupts_kept(tracker):
         steps = _Steps(source, library, errors)
-        builder, network, parser = steps.parse(parse)
+        builder, network, parser = steps.parse()
         steps.compare_inputs_and_outputs(network)
         try:
             engine_path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,23 +86,18 @@ def build_from(
                 sink = FileSink(file)
                 steps.write(builder, network, options, sink, tracker)
             manifest = describe_engine(
-                partial,
-                engine_name=engine_path.name,
-                engine_sha256=sink.sha256,
+                engine_path,
+                sha256=sink.sha256,
                 source=source,
                 info=info,
                 options=options,
-                precision=precision_of(network),
+                precision=_precision_of(network),
             )
             os.replace(partial, engine_path)
         except OSError as error:
             if error is tracker.problem:
                 raise
-            raise OutputError(
-                f"{engine_path}: the engine cannot be written ({error.strerror or error})",
-                expected="a writable folder with room for about the size of the weights",
-                fix="Choose another --output, or make room",
-            ) from error
+            raise unwritable(engine_path, error) from error
         finally:
             with suppress(OSError):
                 partial.unlink()
@@ -168,7 +114,7 @@ class _Steps:
         self._library = library
         self._errors = errors
 
-    def parse(self, parse: Parse) -> tuple[TrtObject, TrtObject, TrtObject]:
+    def parse(self) -> tuple[TrtObject, TrtObject, TrtObject]:
         """Return the builder, the parsed network, and the parser that owns its weights."""
         trt, handle = self._library.trt, self._library.log.handle
         try:
@@ -180,25 +126,20 @@ class _Steps:
         network.name = NETWORK_NAME
         parser = trt.OnnxParser(network, handle)
         self._check("preparing the network")
-        if not parse(parser):
+        if not parser.parse_from_file(str(self._source.path)):
             raise self._parse_refusal(parser)
         return builder, network, parser
 
     def compare_inputs_and_outputs(self, network: TrtObject) -> None:
         """Refuse a network whose inputs or outputs are not those of the graph."""
-        inputs = {
-            str(trt_tensor.name): tensor_info(trt_tensor)
-            for trt_tensor in map(network.get_input, range(network.num_inputs))
-        }
-        outputs = {
-            str(trt_tensor.name): tensor_info(trt_tensor)
-            for trt_tensor in map(network.get_output, range(network.num_outputs))
-        }
+        inputs = map(_tensor_info, map(network.get_input, range(network.num_inputs)))
+        outputs = map(_tensor_info, map(network.get_output, range(network.num_outputs)))
         problems = []
-        for kind, wanted, found in (
+        for kind, wanted, given in (
             ("input", self._source.inputs, inputs),
             ("output", self._source.outputs, outputs),
         ):
+            found = {info.name: info for info in given}
             for info in wanted:
                 got = found.pop(info.name, None)
                 if got is None:
@@ -210,10 +151,7 @@ class _Steps:
             raise EngineBuildError(
                 f"{self._source.path}: {self._library.name} reads it differently: "
                 f"{'; '.join(problems)}",
-                expected=(
-                    "the graph's own inputs and outputs, because callers rely on their names, "
-                    "types and shapes"
-                ),
+                expected="the graph's own inputs and outputs, of the same types and shapes",
                 fix="Change the graph to types that TensorRT has (no float64, no strings)",
             )
 
@@ -228,7 +166,9 @@ class _Steps:
         """Build the engine into ``sink``."""
         trt = self._library.trt
         config = self._configured(builder, options)
-        self._mark_refittable(config, network, options)
+        for name in options.refittable:
+            taken = network.mark_weights_refittable(name)
+            self._check(f"letting weight {name} change", bool(taken))
         if options.timing_cache is not None:
             load_timing_cache(config, options.timing_cache, self._errors)
         config.progress_monitor = progress_monitor(trt, tracker)
@@ -250,13 +190,22 @@ class _Steps:
     def _configured(self, builder: TrtObject, options: BuildOptions) -> TrtObject:
         trt = self._library.trt
         config = builder.create_builder_config()
-        if options.tf32:
-            config.set_flag(trt.BuilderFlag.TF32)
-        else:
-            config.clear_flag(trt.BuilderFlag.TF32)
-        self._check("setting TF32", config.get_flag(trt.BuilderFlag.TF32) == options.tf32)
+        for flag, wanted, doing in (
+            (trt.BuilderFlag.TF32, options.tf32, "setting TF32"),
+            (
+                trt.BuilderFlag.VERSION_COMPATIBLE,
+                options.version_compatible,
+                "asking for version compatibility",
+            ),
+            (trt.BuilderFlag.STRIP_PLAN, options.strip_weights, "leaving the weights out"),
+            (trt.BuilderFlag.REFIT_INDIVIDUAL, options.refit, "asking for weights that may change"),
+        ):
+            if wanted:
+                config.set_flag(flag)
+            elif config.get_flag(flag):
+                config.clear_flag(flag)
+            self._check(doing, config.get_flag(flag) == wanted)
         self._limit(config, options)
-        self._make_portable(config, options)
         for number, profile in enumerate(options.profiles, start=1):
             optimization_profile = builder.create_optimization_profile()
             for name, (low, middle, high) in profile.shapes.items():
@@ -266,7 +215,8 @@ class _Steps:
         if options.compute_capabilities:
             config.num_compute_capabilities = len(options.compute_capabilities)
             for index, name in enumerate(options.compute_capabilities):
-                target = getattr(trt.ComputeCapability, member_name(name))
+                # 8.6 is SM86.
+                target = getattr(trt.ComputeCapability, f"SM{name.replace('.', '')}")
                 taken = config.set_compute_capability(target, index)
                 self._check(f"targeting compute capability {name}", taken)
         self._check("configuring the build")
@@ -283,13 +233,6 @@ class _Steps:
             config.builder_optimization_level = options.optimization_level
             taken = config.builder_optimization_level == options.optimization_level
             self._check(f"setting optimization level {options.optimization_level}", taken)
-
-    def _make_portable(self, config: TrtObject, options: BuildOptions) -> None:
-        trt = self._library.trt
-        if options.version_compatible:
-            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-            taken = config.get_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-            self._check("asking for version compatibility", taken)
         if options.hardware_compatibility is not None:
             level = {
                 "ampere-plus": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
@@ -298,22 +241,6 @@ class _Steps:
             config.hardware_compatibility_level = level
             taken = config.hardware_compatibility_level == level
             self._check(f"asking for {options.hardware_compatibility} engines", taken)
-
-    def _mark_refittable(
-        self, config: TrtObject, network: TrtObject, options: BuildOptions
-    ) -> None:
-        """Ask for an engine without its weights, or with weights that may change."""
-        trt = self._library.trt
-        if options.strip_weights:
-            config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-            self._check("leaving the weights out", config.get_flag(trt.BuilderFlag.STRIP_PLAN))
-        if options.refit:
-            config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
-            taken = config.get_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
-            self._check("asking for weights that may change", taken)
-        for name in options.refittable:
-            taken = network.mark_weights_refittable(name)
-            self._check(f"letting weight {name} change", bool(taken))
 
     def _check(self, doing: str, succeeded: bool = True) -> None:
         if self._errors or not succeeded:
@@ -352,8 +279,82 @@ def _creation_flags(trt: ModuleType) -> int:
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
+def _tensor_info(trt_tensor: TrtObject) -> TensorInfo:
+    """Return a network tensor's description; dynamic dimensions have no name."""
+    shape = tuple("" if size < 0 else int(size) for size in trt_tensor.shape)
+    return TensorInfo(str(trt_tensor.name), numpy_name(trt_tensor.dtype), shape)
+
+
 def _fits(wanted: TensorInfo, found: TensorInfo) -> bool:
-    return len(wanted.shape) == len(found.shape) and all(
-        isinstance(want, str) == isinstance(got, str) and (isinstance(want, str) or want == got)
-        for want, got in zip(wanted.shape, found.shape, strict=True)
-    )
+    # A dynamic dimension has a name in the graph, and none in the network.
+    return [size if isinstance(size, int) else "" for size in wanted.shape] == [*found.shape]
+
+
+def _precision_of(network: TrtObject) -> tuple[str, ...]:
+    """Return the element types that the network's layers produce, sorted."""
+    found = set()
+    for layer in map(network.get_layer, range(network.num_layers)):
+        for trt_tensor in map(layer.get_output, range(layer.num_outputs)):
+            if trt_tensor is not None:
+                found.add(numpy_name(trt_tensor.dtype))
+    return tuple(sorted(found - _NOT_PRECISION))
+
+
+def load_timing_cache(config: TrtObject, path: Path, errors: list[str]) -> None:
+    """Have ``config`` use the timings in ``path``; a missing file is an empty cache.
+
+    Args:
+        config: Of the build.
+        path: The file.
+        errors: Fills with what the library logs.
+
+    Raises:
+        UsageError: The file cannot be read, or its timings are not for this library and GPU.
+    """
+    timings = config.create_timing_cache(_stored_timings(path))
+    taken = timings is not None and config.set_timing_cache(timings, False)
+    if errors or not taken:
+        raise UsageError(
+            f"{path}: its timings are not taken: {'; '.join(errors) or 'TensorRT gave no reason'}",
+            expected="a timing cache of this TensorRT release and this GPU, or no file yet",
+            fix="Give another --timing-cache",
+        )
+
+
+def save_timing_cache(config: TrtObject, path: Path) -> None:
+    """Write the timings that the build has used to ``path``, whole or not at all.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    timings = config.get_timing_cache()
+    # What another build has added since; a file that is no longer ours is left alone.
+    if not timings.combine(config.create_timing_cache(_stored_timings(path)), False):
+        raise OutputError(
+            f"{path}: during the build it became the cache of another GPU or release",
+            expected="a file that only builds for one GPU write",
+            fix="Give each GPU and release a --timing-cache of its own",
+        )
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(memoryview(timings.serialize()).tobytes())
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OutputError(
+            f"{path}: the timing cache cannot be written ({error.strerror or error})",
+            fix="Give another --timing-cache",
+        ) from error
+
+
+def _stored_timings(path: Path) -> bytes:
+    try:
+        return path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UsageError(
+            f"{path}: it cannot be read ({error.strerror or error})",
+            expected="a timing cache, or no file yet",
+            fix="Correct --timing-cache",
+        ) from error

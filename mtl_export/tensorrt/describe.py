@@ -13,7 +13,14 @@ from pathlib import Path
 from mtl_export.errors import EngineBuildError
 from mtl_export.tensorrt.available import BuilderInfo
 from mtl_export.tensorrt.header import EngineHeader, read_header, sha256_of_graph
-from mtl_export.tensorrt.manifest import NOT_RUN, PASSED, TASKS, BuildCheck, EngineManifest
+from mtl_export.tensorrt.manifest import (
+    NOT_RUN,
+    PASSED,
+    TASKS,
+    BuildCheck,
+    EngineManifest,
+    partial_path,
+)
 from mtl_export.tensorrt.options import BuildOptions
 from mtl_export.tensorrt.source import PREFIX, OnnxSource
 from mtl_export.version import VERSION
@@ -26,21 +33,19 @@ _PACKAGE_PARTS = ("", "_bindings", "_libs")
 
 
 def describe_engine(
-    path: Path,
+    engine_path: Path,
     *,
-    engine_name: str,
-    engine_sha256: str,
+    sha256: str,
     source: OnnxSource,
     info: BuilderInfo,
     options: BuildOptions,
     precision: tuple[str, ...],
 ) -> EngineManifest:
-    """Return the manifest of the engine at ``path``.
+    """Return the manifest of an engine that is written, and not yet under its own name.
 
     Args:
-        path: The file, perhaps still under another name.
-        engine_name: The name it will have.
-        engine_sha256: Its SHA-256.
+        engine_path: Where it will be; it is at ``partial_path`` of that.
+        sha256: Its SHA-256.
         source: The graph it was built from.
         info: The library that built it.
         options: What was chosen.
@@ -49,11 +54,18 @@ def describe_engine(
     Raises:
         EngineBuildError: The file contradicts the build.
     """
+    path = partial_path(engine_path)
     header = read_header(path)
     size = path.stat().st_size
+    stem = source.path.stem
+    reason = info.reason or (
+        f"{stem} is one of a model's several graphs; those have no engine runner"
+        if stem in PARTS
+        else "building does not run engines; the engine runner and parity do"
+    )
     return EngineManifest(
-        engine=engine_name,
-        engine_sha256=engine_sha256,
+        engine=engine_path.name,
+        engine_sha256=sha256,
         engine_size_bytes=size,
         graph_sha256=sha256_of_graph(path, header),
         source=source.path.name,
@@ -72,14 +84,17 @@ def describe_engine(
         tf32=options.tf32,
         builder=info.name,
         builder_version=info.version,
-        options=options.given(),
+        options={key: value for key, value in options.given().items() if key != "tf32"},
         libraries=_library_versions(info.name),
         targets=header.capabilities if header else tuple(filter(None, (info.gpu,))),
         validated=(
             BuildCheck("the network has the graph's inputs and outputs", PASSED),
             BuildCheck("the profiles fit every input", PASSED),
-            *_header_checks(header, size, engine_name, info, options),
-            *_checks_on_gpu(info, source),
+            *_header_checks(header, size, engine_path, info, options),
+            BuildCheck(
+                "a GPU opens the engine and finds these inputs and outputs", NOT_RUN, reason
+            ),
+            BuildCheck("its outputs equal the graph's", NOT_RUN, reason),
         ),
     )
 
@@ -87,7 +102,7 @@ def describe_engine(
 def _header_checks(
     header: EngineHeader | None,
     size: int,
-    engine_name: str,
+    engine_path: Path,
     info: BuilderInfo,
     options: BuildOptions,
 ) -> list[BuildCheck]:
@@ -104,25 +119,11 @@ def _header_checks(
     for check, found, expected in rows:
         if found != expected:
             raise EngineBuildError(
-                f"{engine_name}: {check}: no, its header says {found}",
-                expected=(
-                    f"{expected}, because the file would be refused, or run where it was not built "
-                    "for"
-                ),
+                f"{engine_path.name}: {check}: no, its header says {found}",
+                expected=f"{expected}: otherwise the file is refused, or runs where it should not",
                 fix="Build it again; if this stays, report it with the library's version",
             )
     return [BuildCheck(check, PASSED) for check, _, _ in rows]
-
-
-def _checks_on_gpu(info: BuilderInfo, source: OnnxSource) -> tuple[BuildCheck, BuildCheck]:
-    runs = "building does not run engines; the engine runner and parity do"
-    if source.path.stem in PARTS:
-        runs = f"{source.path.stem} is one of a model's several graphs; those have no engine runner"
-    reason = info.reason or runs
-    return (
-        BuildCheck("a GPU opens the engine and finds these inputs and outputs", NOT_RUN, reason),
-        BuildCheck("its outputs equal the graph's", NOT_RUN, reason),
-    )
 
 
 def _library_versions(builder_name: str) -> dict[str, str]:

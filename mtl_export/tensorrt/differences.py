@@ -1,4 +1,4 @@
-"""Graphs of one structure -> the weights in which they differ, where they lie.
+"""Graphs of one structure -> the weights in which they differ.
 
 What refit needs to know before it builds: which matrices its engine must let change, and
 that nothing else does. Quantised graphs are refused, because values and scales would have
@@ -7,17 +7,17 @@ to change together.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from mtl_export.checkpoint.files.external_files import tensors_of
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineBuildError
 from mtl_export.tensorrt.source import load_structure
-from mtl_export.tensorrt.structure_cache import structure_key, weights_of
 
 if TYPE_CHECKING:
     import onnx
@@ -34,19 +34,15 @@ def differing_weights(onnx_paths: Sequence[Path]) -> tuple[str, ...]:
         EngineBuildError: They differ in more, are quantised, or hide their weights.
     """
     differing: set[str] = set()
-    with ExitStack() as open_files:
-        first = read_weights(onnx_paths[0], open_files)
-        key = refit_key(onnx_paths[0])
-        for path in onnx_paths[1:]:
-            if refit_key(path) != key:
-                raise refused(
-                    path,
-                    f"it differs from {onnx_paths[0]} in more than weights",
-                    "graphs of one structure",
-                    "refit changes weights and nothing else",
-                )
-            with ExitStack() as files_of_one:
-                differing |= changed_weights(first, read_weights(path, files_of_one))
+    first, key = read_weights(onnx_paths[0]), refit_key(onnx_paths[0])
+    for path in onnx_paths[1:]:
+        if refit_key(path) != key:
+            raise refused(
+                path,
+                f"it differs from {onnx_paths[0]} in more than weights",
+                "graphs of one structure",
+            )
+        differing |= changed_weights(first, read_weights(path))
     return tuple(sorted(differing))
 
 
@@ -57,32 +53,31 @@ def changed_weights(first: Values, other: Values) -> set[str]:
     }
 
 
-def read_weights(path: Path, open_files: ExitStack) -> Values:
-    """Return the weights of the graph at ``path``, mapped."""
-    model = load_structure(path)
-    arrays = weights_of(path, model, open_files)
-    if arrays is None:
-        raise refused(
-            path,
-            "some of its weights are not stored as bytes",
-            "initializers with raw or external data",
-            "refit takes weights from where they lie",
-        )
-    described = {tensor.name: tensor for tensor in model.graph.initializer}
-    return {
-        name: (array, _dtype_name(described[name]), int(np.prod(described[name].dims)))
-        for name, array in arrays.items()
-    }
+def read_weights(path: Path) -> Values:
+    """Return the weights of the graph at ``path``; external data is mapped, and not read.
 
-
-def _dtype_name(tensor: onnx.TensorProto) -> str:
+    Raises:
+        EngineBuildError: Some weights are not stored as bytes.
+    """
     import onnx
 
-    return str(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name)
+    weights = {}
+    for tensor in load_structure(path).graph.initializer:
+        if _is_weight(tensor):
+            array = _stored(path.parent, tensor)
+            if array is None:
+                raise refused(
+                    path,
+                    "some of its weights are not stored as bytes",
+                    "initializers with raw or external data",
+                )
+            dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name)
+            weights[tensor.name] = (array, dtype, int(np.prod(tensor.dims)))
+    return weights
 
 
 def refit_key(path: Path) -> str:
-    """Return the structure's hash.
+    """Return the hash of what graphs that differ in weights alone have in common.
 
     Raises:
         EngineBuildError: It is quantised, or its structure cannot be told from its weights.
@@ -91,27 +86,51 @@ def refit_key(path: Path) -> str:
     nodes = [*model.graph.node, *(node for body in model.functions for node in body.node)]
     quantised = sorted({node.op_type for node in nodes if node.op_type in _QUANTISED})
     if quantised:
-        raise refused(
-            path,
-            f"it is quantised ({', '.join(quantised)})",
-            "a graph without Q/DQ",
-            "values and scales would have to change together",
-        )
-    key = structure_key(path, model)
-    if key is None:
+        raise refused(path, f"it is quantised ({', '.join(quantised)})", "a graph without Q/DQ")
+    del model.metadata_props[:]
+    model.graph.ClearField("name")
+    model.graph.ClearField("doc_string")
+    for tensor in model.graph.initializer:
+        if _is_weight(tensor):
+            tensor.ClearField("raw_data")
+        elif tensor.data_location == tensor.EXTERNAL:
+            array = _stored(path.parent, tensor)
+            if array is None:
+                continue
+            tensor.raw_data = array.tobytes()
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+    if any(tensor.data_location == tensor.EXTERNAL for tensor in tensors_of(model)):
         raise refused(
             path,
             "some of its weights are no initializers of the main graph",
-            "all of them there",
-            "only these can be named",
+            "all of them there, where they have names",
         )
-    return key
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
 
 
-def refused(path: Path, found: str, expected: str, why: str) -> EngineBuildError:
+def _stored(folder: Path, tensor: onnx.TensorProto) -> Array | None:
+    """Return the tensor's bytes as uint8, None if they are not stored as such."""
+    # onnx's own reader refuses hard links, which tasks' folders may share their data by.
+    from onnx.external_data_helper import ExternalDataInfo
+
+    if tensor.data_location != tensor.EXTERNAL:
+        return np.frombuffer(tensor.raw_data, np.uint8) if tensor.raw_data else None
+    info = ExternalDataInfo(tensor)
+    if not info.length:
+        return None
+    return np.memmap(folder / info.location, np.uint8, "r", info.offset or 0, (info.length,))
+
+
+def _is_weight(tensor: onnx.TensorProto) -> bool:
+    # Integers of 32 and 64 bits are shapes and indices: they shape the network.
+    return tensor.data_type not in (tensor.INT32, tensor.INT64, tensor.BOOL, tensor.STRING)
+
+
+def refused(path: Path, found: str, expected: str) -> EngineBuildError:
     """Return the error that says why ``path`` cannot be refitted."""
     return EngineBuildError(
         f"{path}: {found}",
-        expected=f"{expected}, because {why}",
+        expected=expected,
         fix="Leave --refit out: each task's engine is then built on its own",
     )

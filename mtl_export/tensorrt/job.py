@@ -4,18 +4,17 @@
                             └─ worker: ...                                        ┴─> outcomes
 
 An order is one folder of engines. How a folder is opened (skipped if it is there already,
-written beside its place and renamed) is the caller's business: the job enters the context
+written next to its place and renamed) is the caller's business: the job enters the context
 manager it is given, writes engines and their manifests, and leaves it, so that a killed job
 has lost nothing but the folders that it was writing.
 
-One worker builds in this process. Several workers are processes, because a TensorRT library has
-one logger and what is logged must be told apart by build. They are spawned, do nothing but
-build, and end with the process that started them: building reports its progress, and fails
-when nobody listens.
+One worker builds in this process. Several workers have a process each, because a TensorRT
+library has one logger and what is logged must be told apart by build. A process that dies
+while it builds (the parser can abort on a graph, and the system kills what takes too much
+memory) is an ``EngineBuildError`` of that engine; the next one gets a new process.
 
-A folder may lie inside another order's (``engines/<task>`` in ``engines``). The outer one is
-put in place while nothing is being written inside it: its worker waits for those that are at
-it, and they for the swap.
+A folder may hold those of other orders (``engines/<task>`` in ``engines``). It is put in place
+while nothing is being written inside it.
 """
 
 from __future__ import annotations
@@ -23,16 +22,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
-from mtl_export.errors import MtlExportError
+from mtl_export.child_process import ChildDeathError, ChildProcess
+from mtl_export.errors import EngineBuildError, MtlExportError, UsageError
+from mtl_export.tensorrt.build import build_engine
+from mtl_export.tensorrt.callbacks import Progress
 from mtl_export.tensorrt.differences import differing_weights, refit_key
+from mtl_export.tensorrt.manifest import manifest_path
 from mtl_export.tensorrt.options import BuildOptions
-from mtl_export.tensorrt.workers import EngineWorker, LocalWorker, WorkerProcess
+from mtl_export.tensorrt.refit import RefitBuilds
 
 
 @dataclass(frozen=True)
@@ -84,54 +87,39 @@ class EngineOutcome:
     seconds: float
 
 
-class EngineFolder(Protocol):
-    """An order's folder while it is open."""
-
-    @property
-    def folder(self) -> Path:
-        """Return where to write."""
-
-    @property
-    def up_to_date(self) -> bool:
-        """Return whether the engines are there already."""
-
-
-OpenPlace: TypeAlias = Callable[[EngineOrder], AbstractContextManager[EngineFolder]]
-
-
-class JobReport(Protocol):
-    """Hears how the job goes; several workers may call, one at a time."""
-
-    def begin(self, order: EngineOrder) -> None:
-        """Hear that ``order`` begins."""
-
-    def reached(self, share: float) -> None:
-        """Hear what share of the work is done, 0 to 1; folders found finished are no work."""
+# Gives the folder to write to, None if the engines are there already.
+OpenPlace: TypeAlias = Callable[[EngineOrder], AbstractContextManager[Path | None]]
+# Writes the engine of a graph, and its manifest.
+Build: TypeAlias = Callable[[Path, Path, BuildOptions, Progress], None]
 
 
 def with_changing_weights(orders: Sequence[EngineOrder]) -> list[EngineOrder]:
-    """Return the orders of a job with refit, each graph told which of its weights may change.
+    """Return the orders of a job with refit, each graph with the weights that may change.
 
     These are the weights in which the graphs of its structure differ. A graph alone of its
-    kind, such as the single graph beside per-task ones, is built without refit; where all
-    are, nothing is changed here, and the builder refuses.
+    kind, such as the single graph next to per-task ones, is built without refit.
 
     Raises:
         EngineBuildError: A graph is quantised, or hides its weights.
+        UsageError: No two graphs differ in weights.
     """
     alike: dict[str, list[Path]] = {}
     keys = {part.onnx_path: refit_key(part.onnx_path) for one in orders for part in one.parts}
     for path, key in keys.items():
         alike.setdefault(key, []).append(path)
     names = {key: differing_weights(paths) for key, paths in alike.items() if len(paths) > 1}
-    if not names:
-        return list(orders)
+    if not any(names.values()):
+        raise UsageError(
+            "refit: there are no weights to change",
+            expected="the graphs of several tasks that differ in weights",
+            fix="Leave --refit out, or add --layout per-task",
+        )
 
-    def told(part: EnginePart) -> EnginePart:
+    def changing(part: EnginePart) -> EnginePart:
         own = names.get(keys[part.onnx_path], ())
         return replace(part, options=replace(part.options, refit=bool(own), refittable=own))
 
-    return [replace(one, parts=tuple(told(part) for part in one.parts)) for one in orders]
+    return [replace(one, parts=tuple(map(changing, one.parts))) for one in orders]
 
 
 def run_job(
@@ -140,7 +128,8 @@ def run_job(
     *,
     library_name: str,
     jobs: int = 1,
-    report: JobReport | None = None,
+    begin: Callable[[EngineOrder], None] = lambda order: None,
+    reached: Callable[[float], None] = lambda share: None,
 ) -> list[EngineOutcome]:
     """Return what became of every order, in their order.
 
@@ -149,24 +138,78 @@ def run_job(
         open_place: Opens an order's folder; leaving the context puts it in place.
         library_name: ``tensorrt`` or ``tensorrt_rtx``.
         jobs: How many to build at a time; each takes the memory of one.
-        report: Hears how it goes.
+        begin: Called with each order that begins; workers call one at a time.
+        reached: Called with the share of the work that is done, 0 to 1, likewise; folders
+            found finished are no work.
 
     Raises:
         BackendMissingError: No TensorRT can build here.
     """
     count = max(1, min(jobs, len(orders)))
-    work = _Job(orders, open_place, report)
+    work = _Job(orders, open_place, begin, reached)
     if count == 1:
-        work.follow(LocalWorker(library_name))
+        work.follow(EngineBuilder(library_name).build)
     else:
-        _in_processes(work, [WorkerProcess(library_name) for _ in range(count)])
+        _in_processes(work, [ChildProcess(EngineBuilder, library_name) for _ in range(count)])
     return [work.outcomes[order.target] for order in orders]
 
 
-def _in_processes(work: _Job, workers: Sequence[WorkerProcess]) -> None:
+class EngineBuilder:
+    """Builds one engine at a time.
+
+    Args:
+        library_name: ``tensorrt`` or ``tensorrt_rtx``.
+
+    Raises:
+        BackendMissingError: It cannot build here.
+    """
+
+    def __init__(self, library_name: str) -> None:
+        self._library_name, self._refits = library_name, RefitBuilds(library_name)
+
+    def build(
+        self, onnx_path: Path, engine_path: Path, options: BuildOptions, progress: Progress
+    ) -> None:
+        """Write the engine of ``onnx_path`` and its manifest.
+
+        Raises:
+            MtlExportError: It could not be built or written.
+        """
+        if options.refit:
+            manifest = self._refits.build(onnx_path, engine_path, options, progress=progress)
+        else:
+            manifest = build_engine(
+                onnx_path,
+                engine_path,
+                options,
+                progress=progress,
+                library_name=self._library_name,
+            )
+        manifest.write(manifest_path(engine_path))
+
+
+def _build_in(process: ChildProcess) -> Build:
+    """Return what has the process build, and waits for it."""
+
+    def build(
+        onnx_path: Path, engine_path: Path, options: BuildOptions, progress: Progress
+    ) -> None:
+        try:
+            process.call("build", onnx_path, engine_path, options, hear=progress)
+        except ChildDeathError as death:
+            raise EngineBuildError(
+                f"{onnx_path}: the process that built its engine {death}",
+                expected="a graph that the builder takes, and memory for its weights several times",
+                fix="Rerun with -vv, and with --jobs 1 if memory may be short",
+            ) from death
+
+    return build
+
+
+def _in_processes(work: _Job, processes: Sequence[ChildProcess]) -> None:
     try:
-        with ThreadPoolExecutor(len(workers)) as pool:
-            followed = [pool.submit(work.follow, worker) for worker in workers]
+        with ThreadPoolExecutor(len(processes)) as pool:
+            followed = [pool.submit(work.follow, _build_in(process)) for process in processes]
             try:
                 wait(followed, return_when=FIRST_EXCEPTION)
                 for one in followed:
@@ -174,47 +217,46 @@ def _in_processes(work: _Job, workers: Sequence[WorkerProcess]) -> None:
                         one.result()
             except BaseException:
                 work.stop()
-                for worker in workers:
-                    worker.kill()
+                for process in processes:
+                    process.kill()
                 raise
         for one in followed:
             one.result()
     finally:
-        for worker in workers:
-            worker.close()
+        for process in processes:
+            process.close()
 
 
 class _Job:
-    """Orders that workers take one by one.
-
-    Args:
-        orders: All of them.
-        open_place: As for ``run_job``.
-        report: As for ``run_job``.
-    """
+    """Orders that workers take one by one; the arguments are those of ``run_job``."""
 
     def __init__(
-        self, orders: Sequence[EngineOrder], open_place: OpenPlace, report: JobReport | None
+        self,
+        orders: Sequence[EngineOrder],
+        open_place: OpenPlace,
+        begin: Callable[[EngineOrder], None],
+        reached: Callable[[float], None],
     ) -> None:
         self.outcomes: dict[Path, EngineOutcome] = {}
+        parents = {parent for order in orders for parent in order.target.parents}
+        self._outer = {order.target for order in orders} & parents
         self._waiting = sorted(orders, key=lambda order: order.size_bytes, reverse=True)
-        targets = [order.target for order in orders]
-        self._outer = {
-            target for target in targets if any(target in other.parents for other in targets)
-        }
-        self._open_place, self._gate = open_place, _Gate()
-        self._report, self._lock = report, threading.Lock()
+        self._open_place, self._begin, self._reached = open_place, begin, reached
+        self._changed = threading.Condition()
+        # How many inner folders are being written, and whether an outer one waits for them.
+        self._inside, self._is_swapping = 0, False
         # share of each order that is done, of those that are work
-        self._done = dict.fromkeys(targets, 0.0)
+        self._done = dict.fromkeys((order.target for order in orders), 0.0)
         self._sizes = {order.target: max(order.size_bytes, 1) for order in orders}
 
-    def follow(self, worker: EngineWorker) -> None:
-        """Do orders in ``worker`` until none is left."""
+    def follow(self, build: Build) -> None:
+        """Have ``build`` do orders until none is left."""
         while (order := self._next()) is not None:
             started = perf_counter()
             error, is_built = None, False
             try:
-                is_built = self._do(order, worker)
+                with self._counted(order):
+                    is_built = self._do(order, build)
             except MtlExportError as failure:
                 error = failure
             self._advance(order, 1.0 if is_built or error else None)
@@ -223,76 +265,62 @@ class _Job:
 
     def stop(self) -> None:
         """Let no worker begin another order."""
-        with self._lock:
+        with self._changed:
             self._waiting.clear()
 
     def _next(self) -> EngineOrder | None:
-        with self._lock:
-            order = self._waiting.pop(0) if self._waiting else None
-            if order is not None and self._report is not None:
-                self._report.begin(order)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_swapping)
+            if not self._waiting:
+                return None
+            order = self._waiting.pop(0)
+            self._begin(order)
+            self._inside += order.target not in self._outer
             return order
 
-    def _do(self, order: EngineOrder, worker: EngineWorker) -> bool:
+    @contextmanager
+    def _counted(self, order: EngineOrder) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= order.target not in self._outer
+                self._changed.notify_all()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait until no inner folder is being written, and let none be begun in the block."""
+        with self._changed:
+            self._is_swapping = True
+            self._changed.wait_for(lambda: not self._inside)
+            try:
+                yield
+            finally:
+                self._is_swapping = False
+                self._changed.notify_all()
+
+    def _do(self, order: EngineOrder, build: Build) -> bool:
         """Build ``order``; return whether there was anything to build."""
-        is_outer = order.target in self._outer
-        with self._gate.held(is_outer) as before_swap, self._open_place(order) as place:
-            if place.up_to_date:
+        with ExitStack() as until_placed, self._open_place(order) as folder:
+            if folder is None:
                 return False
             for index, part in enumerate(order.parts):
 
                 def progress(phase: str, fraction: float, done: int = index) -> None:
                     self._advance(order, (done + fraction) / len(order.parts))
 
-                path = place.folder / part.file
-                worker.build(part.onnx_path, path, options=part.options, progress=progress)
-            before_swap()
+                build(part.onnx_path, folder / part.file, part.options, progress)
+            if order.target in self._outer:
+                until_placed.enter_context(self._alone())
         return True
 
     def _advance(self, order: EngineOrder, share: float | None) -> None:
         """Report how much of the work is done; None: ``order`` was no work."""
-        with self._lock:
+        with self._changed:
             if share is None:
                 del self._done[order.target]
             else:
                 self._done[order.target] = share
-            if self._report is None:
-                return
             done = sum(share * self._sizes[target] for target, share in self._done.items())
             total = sum(self._sizes[target] for target in self._done)
-            self._report.reached(done / total if total else 1.0)
-
-
-class _Gate:
-    """Keeps a folder from being swapped while others are written inside it, and back."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside = 0
-        self._is_swapping = False
-
-    @contextmanager
-    def held(self, is_outer: bool) -> Iterator[Callable[[], None]]:
-        """Give what is to be called when the block is about to put its folder in place."""
-        swapping = False
-
-        def swap() -> None:
-            nonlocal swapping
-            with self._changed:
-                self._changed.wait_for(lambda: not self._is_swapping)
-                self._is_swapping = swapping = True
-                self._changed.wait_for(lambda: not self._inside)
-
-        with self._changed:
-            if not is_outer:
-                self._changed.wait_for(lambda: not self._is_swapping)
-                self._inside += 1
-        try:
-            yield swap if is_outer else lambda: None
-        finally:
-            with self._changed:
-                if swapping:
-                    self._is_swapping = False
-                if not is_outer:
-                    self._inside -= 1
-                self._changed.notify_all()
+            self._reached(done / total if total else 1.0)

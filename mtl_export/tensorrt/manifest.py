@@ -4,31 +4,15 @@ An engine cannot be opened without the GPU it is for, so its manifest says what 
 The file is JSON, schema ``mtl-export.engine/1``, published as ``engine.schema.json`` in this
 folder; within a version keys are only added. The same engine gives the same bytes: no times,
 no paths, only names relative to the engine's or the graph's folder.
-
-    schema          "mtl-export.engine/1"
-    engine          file, sha256, size_bytes, graph_sha256 (equal for engines that differ
-                    only in weights; "" where it cannot be told)
-    source          file, and sha256 of the graph and of each external data file
-    provenance      mtl_export.version, family, base_sha256, checkpoint_sha256 of the graph
-    layout          "per-task", "single-graph", or "" for a graph from elsewhere
-    tasks           the graph's task table
-    inputs/outputs  name, dtype, shape; a str is a dynamic dimension
-    profiles        per profile: input -> min, opt, max
-    precision       element types that the network computes in
-    tf32            whether float32 products may be rounded to TF32
-    builder         name, version, and the options given
-    libraries       versions of the Python packages that took part
-    targets         compute capabilities the engine is for
-    validated       check, verdict ("passed" or "not-run"), reason
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,23 +70,25 @@ class EngineManifest:
         engine: File name of the engine.
         engine_sha256: SHA-256 of the file.
         engine_size_bytes: Its size.
-        graph_sha256: SHA-256 of its graph part, or "".
+        graph_sha256: SHA-256 of its graph part, equal for engines that differ only in weights;
+            "" where it cannot be told.
         source: File name of the ONNX graph.
         source_sha256: File name -> SHA-256, external data included.
-        provenance: Where the graph came from.
-        layout: ``merged``, ``single-graph`` or "".
-        tasks: The task table.
-        inputs: What the engine takes.
+        provenance: ``mtl_export.version``, ``family``, ``base_sha256``, ``checkpoint_sha256``
+            of the graph.
+        layout: ``per-task``, ``single-graph``, or "" for a graph from elsewhere.
+        tasks: The graph's task table.
+        inputs: What the engine takes: name, dtype, shape; a str is a dynamic dimension.
         outputs: What it gives.
-        profiles: The shapes it accepts.
-        precision: Element types, sorted.
-        tf32: Whether TF32 is allowed.
+        profiles: The shapes it accepts: input -> min, opt, max.
+        precision: Element types that the network computes in, sorted.
+        tf32: Whether float32 products may be rounded to TF32.
         builder: ``tensorrt`` or ``tensorrt_rtx``.
         builder_version: Its version.
         options: Builder options that were given.
-        libraries: Package -> version.
-        targets: Compute capabilities.
-        validated: What was checked.
+        libraries: Versions of the Python packages that took part.
+        targets: Compute capabilities that the engine is for.
+        validated: What was checked, and what was not run and why.
     """
 
     engine: str
@@ -140,8 +126,8 @@ class EngineManifest:
             "provenance": dict(self.provenance),
             "layout": self.layout,
             "tasks": [dict(task) for task in self.tasks],
-            "inputs": [_tensor_value(tensor) for tensor in self.inputs],
-            "outputs": [_tensor_value(tensor) for tensor in self.outputs],
+            "inputs": _tensor_values(self.inputs),
+            "outputs": _tensor_values(self.outputs),
             "profiles": [
                 {
                     name: dict(zip(LIMITS, map(list, shapes), strict=True))
@@ -172,7 +158,7 @@ class EngineManifest:
         """
         if path.suffix != ".json":
             raise ValueError(f"{path} is not a manifest path; use manifest_path(engine)")
-        partial = path.with_name(f".{path.name}.part")
+        partial = partial_path(path)
         text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
         try:
             partial.write_text(text, encoding="utf-8", newline="\n")
@@ -180,10 +166,12 @@ class EngineManifest:
         except OSError as error:
             with suppress(OSError):
                 partial.unlink()
-            raise OutputError(
-                f"{path}: it cannot be written ({error.strerror or error})",
-                fix="Choose another --output, or make room",
-            ) from error
+            raise unwritable(path, error) from error
+
+    def with_check(self, check: str) -> EngineManifest:
+        """Return the manifest with one more check that passed, before those that need a run."""
+        done, last = self.validated[:-2], self.validated[-2:]
+        return replace(self, validated=(*done, BuildCheck(check, PASSED), *last))
 
     @classmethod
     def read(cls, path: Path) -> EngineManifest:
@@ -193,11 +181,7 @@ class EngineManifest:
             IntegrityError: It is missing, no manifest, or of another schema.
         """
         fix = "Build the engine again with mtl-export trt"
-        return cls.from_dict(read_json(path, _SHAPE, error=IntegrityError, fix=fix))
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> EngineManifest:
-        """Return the manifest that ``as_dict`` gave ``value`` for."""
+        value = read_json(path, _SHAPE, error=IntegrityError, fix=fix)
         return cls(
             engine=value["engine"]["file"],
             engine_sha256=value["engine"]["sha256"],
@@ -210,7 +194,15 @@ class EngineManifest:
             tasks=tuple(value["tasks"]),
             inputs=tuple(_tensor_info(tensor) for tensor in value["inputs"]),
             outputs=tuple(_tensor_info(tensor) for tensor in value["outputs"]),
-            profiles=tuple(_profile(profile) for profile in value["profiles"]),
+            profiles=tuple(
+                Profile(
+                    {
+                        name: (tuple(limits["min"]), tuple(limits["opt"]), tuple(limits["max"]))
+                        for name, limits in profile.items()
+                    }
+                )
+                for profile in value["profiles"]
+            ),
             precision=tuple(value["precision"]),
             tf32=value["tf32"],
             builder=value["builder"]["name"],
@@ -230,18 +222,23 @@ def manifest_path(engine_path: Path) -> Path:
     return engine_path.with_name(f"{engine_path.name}.json")
 
 
-def _tensor_value(tensor: TensorInfo) -> dict[str, Any]:
-    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+def partial_path(path: Path) -> Path:
+    """Return where ``path`` is written until it is whole."""
+    return path.with_name(f".{path.name}.part")
+
+
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """Return the error for an engine or a manifest that cannot be written."""
+    return OutputError(
+        f"{path}: it cannot be written ({error.strerror or error})",
+        expected="a writable folder with room for about the size of the weights",
+        fix="Choose another --output, or make room",
+    )
+
+
+def _tensor_values(tensors: Sequence[TensorInfo]) -> list[dict[str, Any]]:
+    return [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in tensors]
 
 
 def _tensor_info(value: Mapping[str, Any]) -> TensorInfo:
     return TensorInfo(value["name"], value["dtype"], tuple(value["shape"]))
-
-
-def _profile(value: Mapping[str, Any]) -> Profile:
-    return Profile(
-        {
-            name: (tuple(limits["min"]), tuple(limits["opt"]), tuple(limits["max"]))
-            for name, limits in value.items()
-        }
-    )

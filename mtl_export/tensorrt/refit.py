@@ -20,8 +20,8 @@ Source: docs.nvidia.com/deeplearning/tensorrt/11.3.0/inference-library/refitting
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,9 +30,9 @@ import numpy as np
 
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import shortened
-from mtl_export.tensorrt.api import TrtObject, load_library
+from mtl_export.tensorrt.api import Library, TrtObject, load_library
 from mtl_export.tensorrt.available import available_builder
-from mtl_export.tensorrt.build import build_with_options
+from mtl_export.tensorrt.build import build_engine
 from mtl_export.tensorrt.callbacks import Progress
 from mtl_export.tensorrt.describe import describe_engine
 from mtl_export.tensorrt.differences import (
@@ -42,17 +42,37 @@ from mtl_export.tensorrt.differences import (
     refit_key,
     refused,
 )
-from mtl_export.tensorrt.manifest import PASSED, BuildCheck, EngineManifest
-from mtl_export.tensorrt.network import numpy_name
-from mtl_export.tensorrt.opened import not_taken, open_engine, write_with_weights
+from mtl_export.tensorrt.manifest import EngineManifest, partial_path
 from mtl_export.tensorrt.options import BuildOptions, check_options
-from mtl_export.tensorrt.sample import answers_of
-from mtl_export.tensorrt.source import read_source
+from mtl_export.tensorrt.restore import not_taken, open_engine, write_with_weights
+from mtl_export.tensorrt.runner import EngineSession
+from mtl_export.tensorrt.source import numpy_name, read_source
 
 # |refittable - plain| / largest |plain|: other kernels round otherwise, a lost bias is far off.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 LIKE_PLAIN = "the refittable engine answers as one built without refit"
 ROUND_TRIP = "refitted, it answers otherwise; refitted back, as the first task to the bit"
+
+
+@dataclass(frozen=True)
+class _First:
+    """The engine that the others are made from.
+
+    Attributes:
+        path: Its graph.
+        options: It was built with these.
+        manifest: What it is.
+        runtime: The engine lives in it.
+        engine: On the GPU; holds its own weights between two builds.
+        answers: To ``sample_inputs``, before anything was refitted.
+    """
+
+    path: Path
+    options: BuildOptions
+    manifest: EngineManifest
+    runtime: TrtObject
+    engine: TrtObject
+    answers: Mapping[str, Array]
 
 
 class RefitBuilds:
@@ -77,8 +97,8 @@ class RefitBuilds:
         self,
         onnx_path: Path,
         engine_path: Path,
-        *,
         options: BuildOptions,
+        *,
         progress: Progress | None = None,
     ) -> EngineManifest:
         """Return the manifest of the engine of ``onnx_path``, written to ``engine_path``.
@@ -90,127 +110,105 @@ class RefitBuilds:
         """
         check_options(self._library, options)
         key = refit_key(onnx_path)
-        master = self._firsts.get(key)
-        if master is None or master.options != options:
-            return self._build_first(key, onnx_path, engine_path, options, progress)
-        with ExitStack() as open_files:
-            first = read_weights(master.path, open_files)
-            own = read_weights(onnx_path, open_files)
-            kept = changed_weights(first, own) - set(options.refittable)
-            if kept:
-                raise refused(
-                    onnx_path,
-                    f"{shortened(sorted(kept))} differ, and were not to change",
-                    f"no other change than in {shortened(options.refittable)}",
-                    "the engine would keep the first task's values",
-                )
-            return self._refitted(master, onnx_path, engine_path, first, own)
+        # Left out while it is refitted: after an error nobody knows whose weights it holds.
+        first = self._firsts.pop(key, None)
+        if first is None or first.options != options:
+            first = self._build_first(onnx_path, engine_path, options, progress)
+            manifest = first.manifest.with_check(LIKE_PLAIN)
+        else:
+            manifest = self._refitted(first, onnx_path, engine_path).with_check(ROUND_TRIP)
+        self._firsts[key] = first
+        return manifest
 
     def _build_first(
-        self,
-        key: str,
-        onnx_path: Path,
-        engine_path: Path,
-        options: BuildOptions,
-        progress: Progress | None,
-    ) -> EngineManifest:
-        manifest = build_with_options(
-            onnx_path,
-            engine_path,
-            options=options,
-            progress=progress,
-            library_name=self._info.name,
+        self, onnx_path: Path, engine_path: Path, options: BuildOptions, progress: Progress | None
+    ) -> _First:
+        library = self._library
+        manifest = build_engine(
+            onnx_path, engine_path, options, progress=progress, library_name=library.name
         )
         try:
-            runtime, engine = open_engine(self._library, engine_path)
-            refitter = self._library.trt.Refitter(engine, self._library.log.handle)
+            runtime, engine = open_engine(library, engine_path)
+            refitter = library.trt.Refitter(engine, library.log.handle)
             fixed = set(options.refittable) - set(refitter.get_all_weights())
             if fixed:
                 raise refused(
                     onnx_path,
                     f"{shortened(sorted(fixed))} cannot change: the builder folded them away",
                     f"all of {shortened(options.refittable)} to be refittable",
-                    "every engine would answer with the first task's values",
                 )
-            answers = answers_of(self._library, engine_path, manifest)
+            answers = answers_of(library, engine_path, manifest)
             with TemporaryDirectory(prefix="mtl-export-") as folder:
                 plain_path = Path(folder) / engine_path.name
                 plain_options = replace(options, refit=False, refittable=())
-                plain = build_with_options(
-                    onnx_path, plain_path, options=plain_options, library_name=self._info.name
+                plain = build_engine(
+                    onnx_path, plain_path, plain_options, library_name=library.name
                 )
-                self._compare(onnx_path, manifest, answers, plain_path, plain)
+                _compare(onnx_path, manifest, answers, answers_of(library, plain_path, plain))
         except BaseException:
             engine_path.unlink(missing_ok=True)
             raise
-        self._firsts[key] = _First(onnx_path, key, options, manifest, runtime, engine, answers)
-        return _with_check(manifest, LIKE_PLAIN)
+        return _First(onnx_path, options, manifest, runtime, engine, answers)
 
-    def _compare(
-        self,
-        onnx_path: Path,
-        manifest: EngineManifest,
-        answers: Mapping[str, Array],
-        plain_path: Path,
-        plain: EngineManifest,
-    ) -> None:
-        expected = answers_of(self._library, plain_path, plain)
-        allowed = max(TOLERANCE.get(name, 0.0) for name in (*manifest.precision, "float32"))
-        worst = max(
-            float(np.abs(answers[name] - value).max() / max(np.abs(value).max(), 1e-30))
-            for name, value in expected.items()
-        )
-        # NaN is no number below any limit.
-        if not worst <= allowed:
+    def _refitted(self, first: _First, onnx_path: Path, engine_path: Path) -> EngineManifest:
+        """Refit to the weights of ``onnx_path``, write, check, and refit back."""
+        before, own = read_weights(first.path), read_weights(onnx_path)
+        changed = changed_weights(before, own)
+        kept = changed - set(first.options.refittable)
+        if kept:
             raise refused(
                 onnx_path,
-                f"the refittable engine is off by {worst:.2g} of the largest answer",
-                f"at most {allowed:.2g} against an engine built without refit",
-                "some releases lose a bias when weights may change",
+                f"{shortened(sorted(kept))} differ, and were not to change",
+                f"no other change than in {shortened(first.options.refittable)}",
             )
-
-    def _refitted(
-        self, master: _First, onnx_path: Path, engine_path: Path, first: Values, own: Values
-    ) -> EngineManifest:
-        """Refit to ``own``, write, check, and refit back to ``first``."""
-        names = master.options.refittable
-        partial = engine_path.with_name(f".{engine_path.name}.part")
+        partial = partial_path(engine_path)
         back = engine_path.with_name(f".{engine_path.name}.back")
         try:
-            self._refit(master.engine, onnx_path, names, own)
-            manifest = self._written(master, onnx_path, engine_path.name, partial)
-            answers = answers_of(self._library, partial, manifest)
-            self._refit(master.engine, master.path, names, first)
-            again = self._written(master, master.path, engine_path.name, back)
-            returned = answers_of(self._library, back, again)
-            _check_round_trip(
-                onnx_path, master.answers, answers, returned, changed_weights(first, own)
+            self._refit(first, onnx_path, own)
+            manifest = describe_engine(
+                engine_path,
+                sha256=write_with_weights(self._library, first.engine, partial),
+                source=read_source(onnx_path),
+                info=self._info,
+                options=first.options,
+                precision=first.manifest.precision,
             )
+            answers = answers_of(self._library, partial, manifest)
+            self._refit(first, first.path, before)
+            write_with_weights(self._library, first.engine, back)
+            returned = answers_of(self._library, back, first.manifest)
+            if changed and _equal(first.answers, answers):
+                raise refused(
+                    onnx_path,
+                    "refitted, the engine answers as the first task does",
+                    f"other answers, since {shortened(sorted(changed))} differ",
+                )
+            if not _equal(first.answers, returned):
+                raise refused(
+                    onnx_path,
+                    "refitted back, the engine does not answer as the first task did",
+                    "the same answers to the bit, and nothing of another task left behind",
+                )
             os.replace(partial, engine_path)
-        except BaseException:
-            # Whose weights the engine holds now is not known.
-            del self._firsts[master.key]
-            raise
         finally:
             for file in (partial, back):
                 with suppress(OSError):
                     file.unlink()
-        return _with_check(manifest, ROUND_TRIP)
+        return manifest
 
-    def _refit(self, engine: TrtObject, path: Path, names: Sequence[str], values: Values) -> None:
-        """Give ``engine`` the ``values`` of ``names``, and of what depends on them."""
+    def _refit(self, first: _First, path: Path, values: Values) -> None:
+        """Give the engine the ``values`` that may change, and those of what depends on them."""
         with self._library.log.collect() as errors:
-            refitter = self._library.trt.Refitter(engine, self._library.log.handle)
-            for name in names:
+            refitter = self._library.trt.Refitter(first.engine, self._library.log.handle)
+            for name in first.options.refittable:
                 self._set(refitter, path, name, values, errors)
-            # Weights that were fused with these: the same in every task, and asked for again.
+            # Weights that were fused with these: the same in every task, but wanted again.
             for name in sorted(refitter.get_missing_weights()):
                 if name not in values:
                     raise refused(
                         path,
                         f"the engine asks for weight {name}, which the graph does not have",
                         "weights under the names of its initializers",
-                        "without it the engine cannot be refitted",
                     )
                 self._set(refitter, path, name, values, errors)
             if not refitter.refit_cuda_engine() or errors:
@@ -227,73 +225,68 @@ class RefitBuilds:
                 path,
                 f"weight {name} has {count} values of {dtype}",
                 f"{wanted[1]} of {wanted[0]}, as the engine was built with",
-                "the engine would read other numbers",
             )
         new_weights = self._library.trt.Weights(prototype.dtype, array.ctypes.data, count)
         if not refitter.set_named_weights(name, new_weights) or errors:
             raise not_taken(self._library, path, f"weight {name} was not taken", errors)
 
-    def _written(self, master: _First, onnx_path: Path, name: str, path: Path) -> EngineManifest:
-        """Write the engine as it is now, with its weights; return its manifest."""
-        sha256 = write_with_weights(self._library, master.engine, path)
-        return describe_engine(
-            path,
-            engine_name=name,
-            engine_sha256=sha256,
-            source=read_source(onnx_path),
-            info=self._info,
-            options=master.options,
-            precision=master.manifest.precision,
-        )
 
+def answers_of(library: Library, path: Path, manifest: EngineManifest) -> dict[str, Array]:
+    """Return what the engine at ``path`` answers to ``sample_inputs``, on the GPU.
 
-@dataclass(frozen=True)
-class _First:
-    """The engine that the others are made from.
-
-    Attributes:
-        path: Its graph.
-        key: The graph's structure.
-        options: It was built with these.
-        manifest: What it is.
-        runtime: The engine lives in it.
-        engine: On the GPU; holds its own weights between two builds.
-        answers: To ``sample_inputs``, before anything was refitted.
+    Raises:
+        BackendMissingError: torch sees no CUDA device.
+        EngineRunError: The engine cannot be opened or run.
+        IntegrityError: It is not what its manifest says.
     """
-
-    path: Path
-    key: str
-    options: BuildOptions
-    manifest: EngineManifest
-    runtime: TrtObject
-    engine: TrtObject
-    answers: Mapping[str, Array]
+    return EngineSession(library, path, manifest).run(sample_inputs(manifest), 0)
 
 
-def _check_round_trip(
+def sample_inputs(manifest: EngineManifest) -> dict[str, Array]:
+    """Return the same inputs for every engine of a model: some tokens, all of them seen.
+
+    Shapes are the first profile's best. Ids count 0 to 7, masks are 1, types and tasks 0,
+    and numbers such as hidden states are seeded.
+    """
+    random = np.random.default_rng(0)
+    inputs: dict[str, Array] = {}
+    for tensor in manifest.inputs:
+        shape = tuple(int(size) for size in tensor.shape if not isinstance(size, str))
+        if tensor.is_dynamic:
+            shape = manifest.profiles[0].shapes[tensor.name][1]
+        values: Array
+        if "mask" in tensor.name:
+            values = np.ones(shape)
+        elif tensor.name.endswith("input_ids"):
+            values = np.arange(int(np.prod(shape))).reshape(shape) % 8
+        elif "float" in tensor.dtype:
+            values = random.standard_normal(shape) * 0.5
+        else:
+            values = np.zeros(shape)
+        inputs[tensor.name] = values.astype(tensor.dtype)
+    return inputs
+
+
+def _compare(
     path: Path,
-    before: Mapping[str, Array],
+    manifest: EngineManifest,
     answers: Mapping[str, Array],
-    returned: Mapping[str, Array],
-    changed: set[str],
+    expected: Mapping[str, Array],
 ) -> None:
-    if changed and all(np.array_equal(before[name], answers[name]) for name in before):
+    """Refuse an engine that answers otherwise than one built without refit."""
+    allowed = max(TOLERANCE.get(name, 0.0) for name in (*manifest.precision, "float32"))
+    worst = max(
+        float(np.abs(answers[name] - value).max() / max(np.abs(value).max(), 1e-30))
+        for name, value in expected.items()
+    )
+    # NaN is no number below any limit.
+    if not worst <= allowed:
         raise refused(
             path,
-            "refitted, the engine answers as the first task does",
-            f"other answers, since {shortened(sorted(changed))} differ",
-            "the new weights did not reach the kernels",
-        )
-    if not all(np.array_equal(before[name], returned[name]) for name in before):
-        raise refused(
-            path,
-            "refitted back, the engine does not answer as the first task did",
-            "the same answers to the bit",
-            "then a refit leaves something of another task behind",
+            f"the refittable engine is off by {worst:.2g} of the largest answer",
+            f"at most {allowed:.2g}; some releases lose a bias when weights may change",
         )
 
 
-def _with_check(manifest: EngineManifest, check: str) -> EngineManifest:
-    """Return the manifest with one more check that passed, before those that need a run."""
-    done, last = manifest.validated[:-2], manifest.validated[-2:]
-    return replace(manifest, validated=(*done, BuildCheck(check, PASSED), *last))
+def _equal(first: Mapping[str, Array], other: Mapping[str, Array]) -> bool:
+    return all(np.array_equal(value, other[name]) for name, value in first.items())

@@ -3,22 +3,23 @@
 ``trt --strip-weights`` leaves the weights out, so that an engine is small to ship beside
 the ONNX graph that holds them. Such an engine takes back the very weights it was built
 with and no others (the builder has optimised for them), so the graph's hash is compared
-first. TensorRT with a GPU only.
+first. TensorRT with a GPU only; it only logs what it cannot do, so each call is checked.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from mtl_export.checkpoint.hashing import sha256_of_file
-from mtl_export.errors import IntegrityError, shortened
-from mtl_export.tensorrt.api import load_library
+from mtl_export.errors import EngineBuildError, IntegrityError, shortened
+from mtl_export.tensorrt.api import Library, TrtObject, load_library
 from mtl_export.tensorrt.available import available_builder
-from mtl_export.tensorrt.manifest import PASSED, BuildCheck, EngineManifest, manifest_path
-from mtl_export.tensorrt.opened import not_taken, open_engine, write_with_weights
+from mtl_export.tensorrt.differences import refused
+from mtl_export.tensorrt.manifest import EngineManifest, manifest_path, partial_path, unwritable
 from mtl_export.tensorrt.source import read_source
 
 STRIPPED = "strip_weights"
@@ -44,7 +45,7 @@ def restore_weights(stripped_path: Path, onnx_path: Path, engine_path: Path) -> 
     manifest = EngineManifest.read(manifest_path(stripped_path))
     _check(manifest, stripped_path, onnx_path)
     library = load_library(available_builder(manifest.builder).name)
-    partial = engine_path.with_name(f".{engine_path.name}.part")
+    partial = partial_path(engine_path)
     runtime, engine = open_engine(library, stripped_path)
     try:
         with library.log.collect() as errors:
@@ -64,15 +65,14 @@ def restore_weights(stripped_path: Path, onnx_path: Path, engine_path: Path) -> 
     finally:
         with suppress(OSError):
             partial.unlink()
-    done, last = manifest.validated[:-2], manifest.validated[-2:]
-    return replace(
+    whole = replace(
         manifest,
         engine=engine_path.name,
         engine_sha256=sha256,
         engine_size_bytes=size_bytes,
         options={name: value for name, value in manifest.options.items() if name != STRIPPED},
-        validated=(*done, BuildCheck(RESTORED, PASSED), *last),
     )
+    return whole.with_check(RESTORED)
 
 
 def _check(manifest: EngineManifest, stripped_path: Path, onnx_path: Path) -> None:
@@ -87,9 +87,53 @@ def _check(manifest: EngineManifest, stripped_path: Path, onnx_path: Path) -> No
     if wrong:
         raise IntegrityError(
             f"{stripped_path}: {wrong}",
-            expected=(
-                "an engine of trt --strip-weights, and its own graph, whole, because other "
-                "weights than those it was built with would give wrong answers"
-            ),
+            expected="an engine of trt --strip-weights, and the very graph it was built from",
             fix="Give both as they were when the engine was built, or build it again",
         )
+
+
+def open_engine(library: Library, path: Path) -> tuple[TrtObject, TrtObject]:
+    """Return the engine at ``path`` on the GPU, after the runtime that it lives in.
+
+    Raises:
+        EngineBuildError: The library refuses to open it.
+    """
+    with library.log.collect() as errors:
+        runtime = library.trt.Runtime(library.log.handle)
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None or errors:
+            raise not_taken(library, path, "the engine cannot be opened", errors)
+    return runtime, engine
+
+
+def write_with_weights(library: Library, engine: TrtObject, path: Path) -> str:
+    """Write ``engine`` as it is now, still refittable; return the file's SHA-256.
+
+    Raises:
+        EngineBuildError: The library does not give it out.
+        OutputError: It cannot be written.
+    """
+    trt = library.trt
+    with library.log.collect() as errors:
+        serialization = engine.create_serialization_config()
+        serialization.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
+        if hasattr(trt.SerializationFlag, "INCLUDE_REFIT"):
+            serialization.set_flag(trt.SerializationFlag.INCLUDE_REFIT)
+        plan = engine.serialize_with_config(serialization)
+        if plan is None or errors:
+            raise not_taken(library, path, "the engine cannot be written out", errors)
+    try:
+        path.write_bytes(memoryview(plan))
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return hashlib.sha256(memoryview(plan)).hexdigest()
+
+
+def not_taken(library: Library, path: Path, found: str, errors: list[str]) -> EngineBuildError:
+    """Return the error for a call that failed, with what the library logged."""
+    said = "; ".join(errors) or "it gave no reason"
+    return refused(
+        path,
+        f"{library.name} {library.version}: {found}: {said}",
+        "an engine whose weights can be changed",
+    )

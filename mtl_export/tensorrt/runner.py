@@ -33,7 +33,7 @@ from mtl_export.tensorrt.available import (
     why_not_runnable,
 )
 from mtl_export.tensorrt.manifest import EngineManifest, manifest_path
-from mtl_export.tensorrt.network import numpy_name
+from mtl_export.tensorrt.source import numpy_name
 
 if TYPE_CHECKING:
     import torch

@@ -18,11 +18,27 @@ from mtl_export.checkpoint.files.json_file import Shape, parse_json
 from mtl_export.checkpoint.files.onnx_file import read_onnx
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.errors import EngineBuildError, shortened
+from mtl_export.tensorrt.api import TrtObject
 
 if TYPE_CHECKING:
     import onnx
 
 PREFIX = "mtl_export."
+# TensorRT's DataType -> numpy's (or ml_dtypes') name
+NUMPY_NAMES = {
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+    "E8M0": "float8_e8m0fnu",
+    "FLOAT": "float32",
+    "FP4": "float4_e2m1fn",
+    "FP8": "float8_e4m3fn",
+    "HALF": "float16",
+    "INT32": "int32",
+    "INT4": "int4",
+    "INT64": "int64",
+    "INT8": "int8",
+    "UINT8": "uint8",
+}
 
 
 @dataclass(frozen=True)
@@ -144,3 +160,9 @@ def _external_files(path: Path, model: onnx.ModelProto) -> tuple[str, ...]:
             fix=f"Copy {path.parent} as one folder, or write it again",
         )
     return names
+
+
+def numpy_name(data_type: TrtObject) -> str:
+    """Return numpy's name of a TensorRT element type."""
+    name = str(data_type.name)
+    return NUMPY_NAMES.get(name, name.lower())

@@ -14,15 +14,15 @@ import pytest
 from mtl_export.errors import BackendMissingError
 from mtl_export.runtime.ort import OrtRunner
 from mtl_export.tensorrt import (
+    BuildOptions,
     TensorRTBackend,
     available_builder,
+    build_engine,
     default_profile,
     manifest_path,
     restore_weights,
 )
-from mtl_export.tensorrt.build import build_with_options
 from mtl_export.tensorrt.differences import differing_weights
-from mtl_export.tensorrt.options import BuildOptions
 from mtl_export.tensorrt.refit import ROUND_TRIP, RefitBuilds
 from tests.tensorrt.models import routed_inputs, write_merged
 
@@ -62,7 +62,7 @@ def test_every_refitted_engine_computes_its_own_graph(tmp_path: Path) -> None:
     builds = RefitBuilds("tensorrt")
     for number, graph in enumerate(graphs):
         engine = graph.with_name("model.engine")
-        manifest = builds.build(graph, engine, options=options)
+        manifest = builds.build(graph, engine, options)
         manifest.write(manifest_path(engine))
         assert (ROUND_TRIP in [check.check for check in manifest.validated]) == (number > 0)
     for graph in graphs:
@@ -73,7 +73,7 @@ def test_stripped_engine_is_whole_again(tmp_path: Path) -> None:
     """Small without its weights, refused by the runner, right with them."""
     graph, small, whole = write_merged(tmp_path), tmp_path / "small.engine", tmp_path / "w.engine"
     options = BuildOptions(profiles=(default_profile(graph, max_batch=4),), strip_weights=True)
-    manifest = build_with_options(graph, small, options=options, library_name="tensorrt")
+    manifest = build_engine(graph, small, options, library_name="tensorrt")
     manifest.write(manifest_path(small))
     assert "its weights were left out" in TensorRTBackend(small).why_not_runnable()
     restore_weights(small, graph, whole).write(manifest_path(whole))
@@ -85,5 +85,5 @@ def test_timing_cache_is_written_and_taken_again(tmp_path: Path) -> None:
     graph, cache = write_merged(tmp_path), tmp_path / "kernels.bin"
     options = BuildOptions(profiles=(default_profile(graph, max_batch=4),), timing_cache=cache)
     for name in ("first.engine", "second.engine"):
-        build_with_options(graph, tmp_path / name, options=options, library_name="tensorrt")
+        build_engine(graph, tmp_path / name, options, library_name="tensorrt")
         assert cache.stat().st_size > 0

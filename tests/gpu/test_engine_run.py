@@ -14,6 +14,7 @@ import pytest
 from mtl_export.errors import BackendMissingError, EngineRunError, IntegrityError
 from mtl_export.runtime.ort import OrtRunner
 from mtl_export.tensorrt import (
+    BuildOptions,
     TensorRTBackend,
     available_builder,
     build_engine,
@@ -41,7 +42,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     path = write_routed(folder, dtype=request.param)
     profiles = [default_profile(path, max_batch=1), default_profile(path, max_batch=8)]
     engine = folder / "model.engine"
-    build_engine(path, engine, profiles=profiles).write(manifest_path(engine))
+    build_engine(path, engine, BuildOptions(profiles)).write(manifest_path(engine))
     return folder
 
 

@@ -32,7 +32,7 @@ from mtl_export.runtime.ort import OrtPart, open_session
 from mtl_export.runtime.runners.language import NEW_TOKENS, OrtLanguageRunner
 from mtl_export.runtime.runners.pytorch import oracle_model
 from mtl_export.runtime.runners.torch_language import MergedLanguageRunner, OracleLanguageRunner
-from mtl_export.tensorrt import build_engine, default_profile
+from mtl_export.tensorrt import BuildOptions, build_engine, default_profile
 from mtl_export.tensorrt.differences import differing_weights
 from tests.graph import language
 from tests.graph.constants import short_constants_below
@@ -156,7 +156,7 @@ def test_both_graphs_become_engines(exported: Exported, tmp_path: Path) -> None:
     profiles = {stem: default_profile(path) for stem, path in paths.items()}
     for stem, path in paths.items():
         manifest = build_engine(
-            path, tmp_path / stem, profiles=[profiles[stem]], library_name="tensorrt_rtx"
+            path, tmp_path / stem, BuildOptions([profiles[stem]]), library_name="tensorrt_rtx"
         )
         assert manifest.outputs[0].name == "logits"
     longest, shapes = language.POSITIONS, profiles["decode"].shapes
@@ -176,7 +176,7 @@ def test_tasks_differ_in_the_merged_matrices_alone(exported: Exported, tmp_path:
         paths.append(folder / "prefill.onnx")
         profile = default_profile(paths[-1])
         manifest = build_engine(
-            paths[-1], folder / "engine", profiles=[profile], library_name="tensorrt_rtx"
+            paths[-1], folder / "engine", BuildOptions([profile]), library_name="tensorrt_rtx"
         )
         parts.add(manifest.graph_sha256)
     assert len(parts) == 1

@@ -17,7 +17,7 @@ from mtl_export.graph.lower import routed_graph
 from mtl_export.graph.passes.precision import PrecisionPass
 from mtl_export.graph.trace import TracedModel
 from mtl_export.graph.writer import write_graph
-from mtl_export.tensorrt import EngineManifest, build_engine, default_profile
+from mtl_export.tensorrt import BuildOptions, EngineManifest, build_engine, default_profile
 from mtl_export_calibration.formats import format_named
 from mtl_export_calibration.layers import find_layers
 from mtl_export_calibration.qdq import QuantisationPlan, quantise
@@ -33,7 +33,7 @@ def engine_of(model: ir.Model, bound: BoundModel, folder: Path) -> EngineManifes
     assert {function.domain for function in written.functions} == {"mtl_export"}
     profile = default_profile(path, max_batch=4)
     return build_engine(
-        path, folder / "model.engine", profiles=[profile], library_name="tensorrt_rtx"
+        path, folder / "model.engine", BuildOptions([profile]), library_name="tensorrt_rtx"
     )
 
 

@@ -31,7 +31,7 @@ from mtl_export.runtime.runners.torch_seq2seq import OracleSeq2SeqRunner
 from mtl_export.runtime.seq2seq_generation import Seq2SeqGreedyDecoder, Seq2SeqParts
 from mtl_export.runtime.session import TaskSession
 from mtl_export.runtime.token_rules import TokenRules
-from mtl_export.tensorrt import build_engine, default_profile
+from mtl_export.tensorrt import BuildOptions, build_engine, default_profile
 from tests.graph import seq2seq_toys as toys
 from tests.graph.constants import short_constants_below
 from tests.graph.seq2seq_toys import Exported
@@ -96,7 +96,7 @@ def test_three_graphs_become_engines(exported: Exported, tmp_path: Path) -> None
     profiles = {stem: default_profile(path, max_past=40) for stem, path in paths.items()}
     for stem, path in paths.items():
         manifest = build_engine(
-            path, tmp_path / stem, profiles=[profiles[stem]], library_name="tensorrt_rtx"
+            path, tmp_path / stem, BuildOptions([profiles[stem]]), library_name="tensorrt_rtx"
         )
         assert manifest.layout == "single-graph"
     shapes = profiles["decoder_with_past"].shapes

@@ -32,8 +32,6 @@ WIDE = {
     "mtl_export/parity/diagnosis/localise.py localise",
     "mtl_export/parity/golden.py golden_vectors",
     "mtl_export/parity/run.py run_parity",
-    "mtl_export/tensorrt/build.py build_engine",
-    "mtl_export/tensorrt/describe.py describe_engine",
 }
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -10,7 +10,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,10 +294,9 @@ def _parity(good: Good, folder: Path) -> None:
 def _builder(good: Good, folder: Path) -> None:
     """Read a graph as ``trt`` does, up to where a builder takes it."""
     from mtl_export.api.edited_graph import edited_graph
-    from mtl_export.tensorrt.differences import refit_key
+    from mtl_export.tensorrt.differences import read_weights, refit_key
     from mtl_export.tensorrt.shapes import check_profiles, default_profile
-    from mtl_export.tensorrt.source import load_structure, read_source
-    from mtl_export.tensorrt.structure_cache import structure_key, weights_of
+    from mtl_export.tensorrt.source import read_source
 
     path = folder / "model.onnx"
     edited_graph(folder)
@@ -305,11 +304,8 @@ def _builder(good: Good, folder: Path) -> None:
     assert source.sha256
     source.structured("tasks", [{"name": str}])
     check_profiles(source, [default_profile(path)])
-    model = load_structure(path)
-    structure_key(path, model)
     refit_key(path)
-    with ExitStack() as stack:
-        weights_of(path, model, stack)
+    read_weights(path)
 
 
 def _engine(good: Good, folder: Path) -> None:

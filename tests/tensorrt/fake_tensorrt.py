@@ -29,7 +29,7 @@ from mtl_export.tensorrt import build, refit, restore
 from mtl_export.tensorrt.api import Library, Log
 from mtl_export.tensorrt.available import BuilderInfo
 from mtl_export.tensorrt.manifest import EngineManifest
-from mtl_export.tensorrt.sample import sample_inputs
+from mtl_export.tensorrt.refit import sample_inputs
 
 DTYPES: Mapping[int, str] = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.INT64: "INT64"}
 GPU = b"gpu-0 "
@@ -390,7 +390,7 @@ def answers_of_model(model: onnx.ModelProto, inputs: Mapping[str, Any]) -> dict[
 def install(monkeypatch: pytest.MonkeyPatch, trt: FakeTensorRT) -> Library:
     """Make the backend build with ``trt``, on a machine that seems to have a GPU."""
     library = Library("tensorrt", trt, Log(trt))  # type: ignore[arg-type]
-    info = BuilderInfo("tensorrt", trt.__version__, gpu="9.0", can_run=True, reason="")
+    info = BuilderInfo("tensorrt", trt.__version__, gpu="9.0", reason="")
     for module in (build, refit, restore):
         monkeypatch.setattr(module, "load_library", lambda name: library)
         monkeypatch.setattr(module, "available_builder", lambda name=None: info)

@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from mtl_export.tensorrt import EngineManifest, build_engine, default_profile
+from mtl_export.tensorrt import BuildOptions, EngineManifest, build_engine, default_profile
+from mtl_export.tensorrt.callbacks import Progress
 
 RTX = "tensorrt_rtx"
 DOMAIN = "mtl_export"
@@ -149,15 +150,17 @@ def routed_inputs(batch: int = 3, sequence: int = 7, *, seed: int = 0) -> dict[s
     }
 
 
-def build_rtx(path: Path, engine: Path, **options: object) -> EngineManifest:
+def build_rtx(
+    path: Path, engine: Path, *, progress: Progress | None = None, **options: object
+) -> EngineManifest:
     """Return the manifest of an engine with the default profile, by TensorRT-RTX."""
     profile = default_profile(path, max_batch=4, max_sequence=16)
     return build_engine(
         path,
         engine,
-        profiles=[profile] if profile.shapes else [],
+        BuildOptions([profile] if profile.shapes else [], **options),  # type: ignore[arg-type]
+        progress=progress,
         library_name=RTX,
-        **options,  # type: ignore[arg-type]
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mtl_export import tensorrt as backend
-from mtl_export.tensorrt.api import API, HANDLES, OPTIONAL
+from tests.tensorrt.surface import API, HANDLES, OPTIONAL
 from tests.tensorrt.wheels import (
     PROBE,
     WHEELS,

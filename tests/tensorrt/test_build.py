@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from mtl_export.tensorrt import EngineManifest, api, build_engine, default_profile, manifest_path
+from mtl_export.tensorrt import (
+    BuildOptions,
+    EngineManifest,
+    api,
+    build_engine,
+    default_profile,
+    manifest_path,
+)
 from mtl_export.tensorrt.header import read_header
 from tests.tensorrt.models import (
     RTX,
@@ -69,7 +76,7 @@ def test_same_graph_gives_the_same_bytes_everywhere(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from mtl_export.tensorrt import *\n"
         "graph, engine = map(Path, sys.argv[1:])\n"
         "profile = default_profile(graph, max_batch=4, max_sequence=16)\n"
-        f"m = build_engine(graph, engine, profiles=[profile], library_name={RTX!r})\n"
+        f"m = build_engine(graph, engine, BuildOptions([profile]), library_name={RTX!r})\n"
         "m.write(manifest_path(engine))"
     )
     engine = tmp_path / "3" / "model.engine"
@@ -118,9 +125,7 @@ def test_options_reach_the_manifest(tmp_path: Path) -> None:
     manifest = build_engine(
         path,
         tmp_path / "model.engine",
-        profiles=profiles,
-        workspace_bytes=1 << 28,
-        optimization_level=1,
+        BuildOptions(profiles, workspace_bytes=1 << 28, optimization_level=1),
         library_name=RTX,
     )
     assert manifest.options == {"workspace_bytes": 1 << 28, "optimization_level": 1}

@@ -9,9 +9,8 @@ import pytest
 from mtl_export.errors import EngineBuildError, MtlExportError, OutputError, UsageError
 from mtl_export.tensorrt import EngineManifest, default_profile
 from mtl_export.tensorrt.api import Library, Log, load_library
-from mtl_export.tensorrt.build import build_with_options
+from mtl_export.tensorrt.build import build_engine, load_timing_cache, save_timing_cache
 from mtl_export.tensorrt.options import RTX_REFUSALS, BuildOptions
-from mtl_export.tensorrt.timing_cache import load_timing_cache, save_timing_cache
 from tests.tensorrt import fake_tensorrt
 from tests.tensorrt.fake_tensorrt import GPU, FakeTensorRT
 from tests.tensorrt.models import write_merged
@@ -30,7 +29,7 @@ def build(folder: Path, **choices: object) -> EngineManifest:
     path = write_merged(folder / "onnx")
     profile = default_profile(path, max_batch=4, max_sequence=16)
     options = BuildOptions(profiles=(profile, profile), **choices)  # type: ignore[arg-type]
-    return build_with_options(path, folder / "model.engine", options=options)
+    return build_engine(path, folder / "model.engine", options)
 
 
 def test_defaults_ask_for_nothing(trt: FakeTensorRT, tmp_path: Path) -> None:
@@ -161,11 +160,10 @@ def test_rtx_refuses_what_it_would_ignore(
     path = write_merged(tmp_path)
     options = BuildOptions(profiles=(default_profile(path),), **choices)  # type: ignore[arg-type]
     with pytest.raises(UsageError) as refusal:
-        build_with_options(
-            path, tmp_path / "model.engine", options=options, library_name="tensorrt_rtx"
-        )
+        build_engine(path, tmp_path / "model.engine", options, library_name="tensorrt_rtx")
     assert refusal.value.problem.startswith(what)
-    why, fix = RTX_REFUSALS[what]
+    name, why, fix = RTX_REFUSALS[next(iter(choices))]
+    assert name == what
     assert refusal.value.expected.endswith(f"because {why}")
     assert refusal.value.fix == fix
 

@@ -8,14 +8,15 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import active_children
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mtl_export.errors import EngineBuildError, OutputError
 from mtl_export.tensorrt import (
+    BuildOptions,
     EngineManifest,
     EngineOrder,
     EngineOutcome,
@@ -25,7 +26,6 @@ from mtl_export.tensorrt import (
     manifest_path,
     run_job,
 )
-from mtl_export.tensorrt.options import BuildOptions
 from tests.tensorrt.engine_files import fingerprint
 from tests.tensorrt.models import TASKS, write_merged
 
@@ -34,14 +34,6 @@ pytest.importorskip("tensorrt_rtx", reason="engines are built by tensorrt_rtx")
 RTX = "tensorrt_rtx"
 PROFILE = Profile({"input_ids": ((1, 1), (2, 8), (4, 16))})
 OPTIONS = BuildOptions(profiles=(PROFILE,))
-
-
-@dataclass(frozen=True)
-class Open:
-    """A folder that is being written."""
-
-    folder: Path
-    up_to_date: bool
 
 
 class Places:
@@ -54,13 +46,13 @@ class Places:
         self._finished = finished
 
     @contextmanager
-    def __call__(self, order: EngineOrder) -> Iterator[Open]:
+    def __call__(self, order: EngineOrder) -> Iterator[Path | None]:
         """Open the folder of ``order``."""
         partial = order.target.with_name(f".{order.target.name}")
         partial.mkdir(parents=True, exist_ok=True)
         self.open.append(order.name)
         try:
-            yield Open(partial, order.name in self._finished)
+            yield None if order.name in self._finished else partial
             self.swapped_beside[order.name] = [name for name in self.open if name != order.name]
             if order.target.is_dir():
                 # what lies inside moves along
@@ -81,6 +73,7 @@ class Heard:
     def __init__(self) -> None:
         self.begun: list[str] = []
         self.shares: list[float] = []
+        self.calls: dict[str, Any] = {"begin": self.begin, "reached": self.reached}
 
     def begin(self, order: EngineOrder) -> None:
         """Note the order's name."""
@@ -129,7 +122,7 @@ def test_largest_first_and_the_same_engines_however_many_at_a_time(
 ) -> None:
     """Outcomes come in the orders' order; engines are those of plain builds."""
     heard = Heard()
-    alone = run_job(orders(models, tmp_path / "one"), Places(), library_name=RTX, report=heard)
+    alone = run_job(orders(models, tmp_path / "one"), Places(), library_name=RTX, **heard.calls)
     assert heard.begun == list(reversed(TASKS))
     assert [outcome.order.name for outcome in alone] == list(TASKS)
     assert all(outcome.is_built for outcome in alone)
@@ -138,7 +131,7 @@ def test_largest_first_and_the_same_engines_however_many_at_a_time(
     beside = run_job(orders(models, tmp_path / "two"), Places(), library_name=RTX, jobs=2)
     assert engines(alone) == engines(beside)
     plain = tmp_path / "plain.engine"
-    build_engine(models / TASKS[0] / "model.onnx", plain, profiles=[PROFILE], library_name=RTX)
+    build_engine(models / TASKS[0] / "model.onnx", plain, OPTIONS, library_name=RTX)
     assert engines(alone)[0] == fingerprint(plain)
     assert active_children() == []
 
@@ -147,7 +140,7 @@ def test_what_is_finished_is_not_work(models: Path, tmp_path: Path) -> None:
     """The share of what is left goes from nothing to all."""
     heard = Heard()
     places = Places(finished=(TASKS[0], TASKS[2]))
-    outcomes = run_job(orders(models, tmp_path), places, library_name=RTX, report=heard)
+    outcomes = run_job(orders(models, tmp_path), places, library_name=RTX, **heard.calls)
     assert [outcome.is_built for outcome in outcomes] == [False, True, False]
     assert heard.shares[0] == 0.0
     assert heard.shares[-1] == 1.0
@@ -178,7 +171,7 @@ def test_a_folder_that_refuses_does_not_lose_the_others(
     places = Places()
 
     @contextmanager
-    def refusing(order: EngineOrder) -> Iterator[Open]:
+    def refusing(order: EngineOrder) -> Iterator[Path | None]:
         if order.name == TASKS[1]:
             raise OutputError(f"{order.target}: it holds another result")
         with places(order) as place:
@@ -201,7 +194,7 @@ def test_an_outer_folder_is_put_in_place_while_nothing_is_written_inside(
     )
 
     @contextmanager
-    def slow_inside(order: EngineOrder) -> Iterator[Open]:
+    def slow_inside(order: EngineOrder) -> Iterator[Path | None]:
         with places(order) as place:
             yield place
             if order is not outer:
@@ -228,7 +221,8 @@ class Killing(Heard):
 def test_a_process_that_dies_is_the_failure_of_its_task_alone(models: Path, tmp_path: Path) -> None:
     """The next task gets a new process."""
     killing = Killing()
-    outcomes = run_job(orders(models, tmp_path), Places(), library_name=RTX, jobs=2, report=killing)
+    work = orders(models, tmp_path)
+    outcomes = run_job(work, Places(), library_name=RTX, jobs=2, **killing.calls)
     errors = [outcome.error for outcome in outcomes if outcome.error]
     # Both processes were killed; each was at one task, or not at any yet.
     assert 1 <= len(errors) <= 2
@@ -250,7 +244,7 @@ def test_an_interrupt_ends_the_job(models: Path, tmp_path: Path, jobs: int) -> N
     """No process stays, no half folder, and no other order is begun."""
     places, heard = Places(), Interrupting()
     with pytest.raises(KeyboardInterrupt):
-        run_job(orders(models, tmp_path), places, library_name=RTX, jobs=jobs, report=heard)
+        run_job(orders(models, tmp_path), places, library_name=RTX, jobs=jobs, **heard.calls)
     assert active_children() == []
     assert places.open == []
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -13,13 +13,14 @@ from mtl_export.tensorrt import BuildCheck, EngineManifest, Profile, manifest_pa
 from mtl_export.tensorrt.available import BuilderInfo
 from mtl_export.tensorrt.describe import describe_engine
 from mtl_export.tensorrt.header import read_header, sha256_of_graph
+from mtl_export.tensorrt.manifest import partial_path
 from mtl_export.tensorrt.options import BuildOptions
 from mtl_export.tensorrt.source import TensorInfo, read_source
 from tests.tensorrt.models import write_merged
 
 GRAPH, WEIGHTS = b"graph and kernels", b"weights"
-RTX = BuilderInfo("tensorrt_rtx", "1.7.1.116", "", False, "no GPU")
-FULL = BuilderInfo("tensorrt", "11.4.0.106", "9.0", True, "")
+RTX = BuilderInfo("tensorrt_rtx", "1.7.1.116", "", "no GPU")
+FULL = BuilderInfo("tensorrt", "11.4.0.106", "9.0", "")
 
 
 def manifest() -> EngineManifest:
@@ -60,11 +61,11 @@ def engine_bytes(*, version: bytes = bytes((1, 7, 1, 116)), mask: int = 0x7E) ->
 
 def describe(folder: Path, content: bytes, info: BuilderInfo, **options: object) -> EngineManifest:
     """Return the manifest of an engine file with ``content``."""
-    (folder / "model.engine").write_bytes(content)
+    path = folder / "model.engine"
+    partial_path(path).write_bytes(content)
     return describe_engine(
-        folder / "model.engine",
-        engine_name="model.engine",
-        engine_sha256="0" * 64,
+        path,
+        sha256="0" * 64,
         source=read_source(write_merged(folder)),
         info=info,
         options=BuildOptions(profiles=(), **options),  # type: ignore[arg-type]

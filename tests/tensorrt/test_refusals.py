@@ -6,6 +6,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from mtl_export.errors import EngineBuildError, OutputError, UsageError
-from mtl_export.tensorrt import Profile, build_engine
+from mtl_export.tensorrt import BuildOptions, Profile, build_engine
 from tests.tensorrt.models import (
     DOMAIN,
     RTX,
@@ -105,13 +106,13 @@ def test_truncated_graph_is_refused(tmp_path: Path, kept: int) -> None:
     path = write_merged(tmp_path)
     path.write_bytes(path.read_bytes()[:kept])
     with refused_and_clean(tmp_path, r"model\.onnx"):
-        build_engine(path, tmp_path / "m.engine", profiles=[profile()], library_name=RTX)
+        build_engine(path, tmp_path / "m.engine", BuildOptions([profile()]), library_name=RTX)
 
 
 def test_missing_graph_is_refused(tmp_path: Path) -> None:
     """The path is named."""
     with refused_and_clean(tmp_path, r"absent\.onnx: not an ONNX file \(No such file"):
-        build_engine(tmp_path / "absent.onnx", tmp_path / "m.engine", profiles=[profile()])
+        build_engine(tmp_path / "absent.onnx", tmp_path / "m.engine", BuildOptions([profile()]))
 
 
 def test_missing_external_data_is_refused(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_missing_external_data_is_refused(tmp_path: Path) -> None:
     path = write_merged(tmp_path)
     (tmp_path / "model.onnx.data").unlink()
     with refused_and_clean(tmp_path, r"model\.onnx\.data is missing"):
-        build_engine(path, tmp_path / "m.engine", profiles=[profile()], library_name=RTX)
+        build_engine(path, tmp_path / "m.engine", BuildOptions([profile()]), library_name=RTX)
 
 
 def test_short_external_data_is_refused(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_short_external_data_is_refused(tmp_path: Path) -> None:
     data = tmp_path / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:100])
     with refused_and_clean(tmp_path, r"model\.onnx\.data has 100 bytes of \d+"):
-        build_engine(path, tmp_path / "m.engine", profiles=[profile()], library_name=RTX)
+        build_engine(path, tmp_path / "m.engine", BuildOptions([profile()]), library_name=RTX)
 
 
 def test_target_that_cannot_run_the_graph_is_the_builders_word(tmp_path: Path) -> None:
@@ -149,7 +150,7 @@ def test_target_that_cannot_run_the_graph_is_the_builders_word(tmp_path: Path) -
     ],
 )
 def test_options_that_would_be_rounded_are_refused(
-    tmp_path: Path, options: dict[str, object], message: str
+    tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     """The builder takes the nearest value, or none, without a word."""
     with merged_and_nothing_new(tmp_path) as path, pytest.raises(UsageError, match=message):

@@ -11,9 +11,13 @@ import onnx
 import pytest
 
 from mtl_export.errors import EngineBuildError, IntegrityError
-from mtl_export.tensorrt import TensorRTBackend, default_profile, manifest_path
-from mtl_export.tensorrt.build import build_with_options
-from mtl_export.tensorrt.options import BuildOptions
+from mtl_export.tensorrt import (
+    BuildOptions,
+    TensorRTBackend,
+    build_engine,
+    default_profile,
+    manifest_path,
+)
 from mtl_export.tensorrt.restore import RESTORED, restore_weights
 from tests.tensorrt import fake_tensorrt
 from tests.tensorrt.fake_tensorrt import FakeEngine, FakeTensorRT
@@ -32,7 +36,7 @@ def stripped(folder: Path, *, strip_weights: bool = True) -> tuple[Path, Path]:
     """Return a graph and its engine, by default without its weights."""
     path, engine = write_merged(folder / "onnx"), folder / "small.engine"
     options = BuildOptions(profiles=(default_profile(path),), strip_weights=strip_weights)
-    manifest = build_with_options(path, engine, options=options)
+    manifest = build_engine(path, engine, options)
     manifest.write(manifest_path(engine))
     return path, engine
 

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from mtl_export.errors import BackendMissingError, EngineRunError, IntegrityError
-from mtl_export.tensorrt import Profile, TensorRTBackend, available, build_engine, manifest_path
+from mtl_export.tensorrt import (
+    BuildOptions,
+    Profile,
+    TensorRTBackend,
+    available,
+    build_engine,
+    manifest_path,
+)
 from mtl_export.tensorrt.available import Gpu
 from tests.tensorrt.models import routed_inputs, write_routed
 
@@ -24,7 +31,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("engine")
     path = folder / "model.engine"
     manifest = build_engine(
-        write_routed(folder), path, profiles=[SMALL, LARGE], library_name="tensorrt_rtx"
+        write_routed(folder), path, BuildOptions([SMALL, LARGE]), library_name="tensorrt_rtx"
     )
     manifest.write(manifest_path(path))
     return path

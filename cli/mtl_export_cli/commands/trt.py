@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from mtl_export.api import engines
-from mtl_export.api.engine_choices import EngineChoices
-from mtl_export.api.engines import Failed
+from mtl_export.api.engine_shapes import ShapeTexts
+from mtl_export.api.engines import EngineRequest, Failed
 from mtl_export.api.graph_form import Form
 from mtl_export.api.settings import Settings
-from mtl_export.api.trt import EngineBuild, EngineRequest, build_requested
+from mtl_export.api.trt import EngineBuild, build_requested
 from mtl_export.errors import BackendError, UsageError
 from mtl_export.names import QUANTISED_DTYPES
 from mtl_export_cli import options, render
 from mtl_export_cli.engine_options import ENGINE, with_engine_choices
 from mtl_export_cli.graph_form import with_form
 from mtl_export_cli.options import option, with_settings
+
+if TYPE_CHECKING:
+    from mtl_export.tensorrt.options import BuildOptions
 
 EPILOG = """\b
 Example:
@@ -86,7 +90,8 @@ def command(
     quantize: str | None,
     jobs: int,
     form: Form,
-    choices: EngineChoices,
+    choices: BuildOptions,
+    shapes: tuple[ShapeTexts, ...],
 ) -> int:
     """Build TensorRT engines.
 
@@ -99,7 +104,7 @@ def command(
     built first. A run that was killed is taken up where it was; where one engine fails the
     others are built all the same, and the exit code is 6.
     """
-    request = EngineRequest(layout, quantize, jobs, form, choices)
+    request = EngineRequest(choices, layout, quantize, jobs, form, shapes)
     with render.Messages.from_settings(settings).steps() as steps:
         found = build_requested(settings, request, steps)
     _print(settings, found)

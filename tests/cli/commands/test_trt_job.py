@@ -11,7 +11,7 @@ from onnx import helper
 
 from mtl_export.bundle.manifest import read_manifest, write_manifest
 from mtl_export.errors import EngineBuildError
-from mtl_export.tensorrt import workers as lanes
+from mtl_export.tensorrt.job import EngineBuilder
 from tests.cli.conftest import Run, files_below
 from tests.factories import TASKS, WORDS
 
@@ -25,16 +25,14 @@ CALIBRATE = ("calibrate", "--max-drop", "100", "--threads", "1", "--data", "rows
 @pytest.fixture
 def topic_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every build of the task ``topic`` be refused."""
-    build = lanes.LocalWorker.build
+    build = EngineBuilder.build
 
-    def refusing(
-        lane: lanes.LocalWorker, onnx_path: Path, *args: object, **options: object
-    ) -> None:
+    def refusing(builder: EngineBuilder, onnx_path: Path, *values: object) -> None:
         if onnx_path.parent.name == "topic":
             raise EngineBuildError(f"{onnx_path}: refused", fix="Try again")
-        build(lane, onnx_path, *args, **options)  # type: ignore[arg-type]
+        build(builder, onnx_path, *values)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(lanes.LocalWorker, "build", refusing)
+    monkeypatch.setattr(EngineBuilder, "build", refusing)
 
 
 def test_a_failing_task_does_not_lose_the_others(
