@@ -107,16 +107,9 @@ def _belongs(
     inputs: dict[str, TensorInfo], others: Sequence[TensorInfo], name: str, shape: Shape
 ) -> bool:
     """Return whether the shape fits an input of another graph, and none of this one."""
-    if name in inputs and _fits(inputs[name], shape):
+    if name in inputs and inputs[name].admits(shape):
         return False
-    return any(tensor.name == name and _fits(tensor, shape) for tensor in others)
-
-
-def _fits(tensor: TensorInfo, shape: Shape) -> bool:
-    return len(tensor.shape) == len(shape) and all(
-        isinstance(wanted, str) or wanted == size
-        for wanted, size in zip(tensor.shape, shape, strict=True)
-    )
+    return any(tensor.name == name and tensor.admits(shape) for tensor in others)
 
 
 def _sizes_by_dimension(tensors: Sequence[TensorInfo], shapes: dict[str, Shape]) -> dict[str, int]:

@@ -5,26 +5,36 @@ Each is a record of paths and numbers that opens its model in the process it is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from mtl_export.adapters.binding import bind
+from mtl_export.adapters.family import read_adapters
 from mtl_export.bench.measure import BatchShape, Opened, Timings
-from mtl_export.bench.memory import refuse_larger
+from mtl_export.checkpoint.base_model import open_base
+from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.tensors import Array
+from mtl_export.errors import UsageError
 from mtl_export.names import ATTENTION_MASK, INPUT_IDS, TASK_IDS
+from mtl_export.runtime.generation import Decoding, next_tokens
+from mtl_export.runtime.onnx_adapters import active, adapter_file
+from mtl_export.runtime.ort import OrtPart, load_onnxruntime, open_session, run_session
 from mtl_export.runtime.rows import Field, fields_of
+from mtl_export.runtime.runners.seq2seq import encoder_inputs
+from mtl_export.runtime.seq2seq_generation import Seq2SeqDecoding, Seq2SeqParts
+from mtl_export.runtime.token_rules import TokenRules
+from mtl_export.tensorrt import TensorRTBackend, available_builder
 
-if TYPE_CHECKING:
-    from mtl_export.adapters.binding import BoundModel
-    from mtl_export.runtime.ort import OrtPart
-
+# A batch is made, packed and received by another process.
+BATCH_COPIES = 3
 FORWARD, PREFILL, DECODE = "forward", "prefill", "decode"
 # The graph that reads the inputs -> all that the model runs as.
 GRAPHS = {
@@ -61,15 +71,10 @@ class OnnxCandidate:
 
     def prepare(self) -> None:
         """Import onnxruntime."""
-        from mtl_export.runtime.ort import load_onnxruntime
-
         load_onnxruntime()
 
     def open(self) -> Opened:
         """Open a session of every graph, under the adapters of ``task`` where one is named."""
-        from mtl_export.runtime.onnx_adapters import active, adapter_file
-        from mtl_export.runtime.ort import OrtPart, open_session, run_session
-
         paths = [self.folder / f"{stem}.onnx" for stem in GRAPHS[self.first]]
         sessions = [open_session(path, threads=self.threads) for path in paths]
         files = [path.with_name(adapter_file(path.stem, self.task)) for path in paths]
@@ -85,51 +90,28 @@ class OnnxCandidate:
         if self.first == "model":
             return Opened(call, fields)
         parts = list(map(OrtPart, sessions, paths, adapters))
-        begin = _prompts(parts) if self.first == PREFILL else _sources(parts, self.folder)
-        return Opened(lambda inputs: _timed_steps(partial(begin, inputs), self.new_tokens), fields)
+        token = 0 if self.first == PREFILL else TokenRules.from_folder(self.folder).start or 0
+
+        def generate(inputs: Mapping[str, Array]) -> Timings:
+            return _timed_steps(lambda: _decoding(parts, inputs, token), self.new_tokens)
+
+        return Opened(generate, fields)
 
 
-def _prompts(parts: Sequence[OrtPart]) -> Callable[[Mapping[str, Array]], _Decoding]:
-    """Return what begins to decode with a causal language model's two graphs."""
-    from mtl_export.runtime.generation import Decoding
-
-    prefill, decode = parts
-
-    def begin(inputs: Mapping[str, Array]) -> _Decoding:
-        ids, mask = inputs[INPUT_IDS], inputs[ATTENTION_MASK]
-        return Decoding(prefill, decode, ids, mask, inputs.get(TASK_IDS))
-
-    return begin
-
-
-def _sources(parts: Sequence[OrtPart], folder: Path) -> Callable[[Mapping[str, Array]], _Decoding]:
-    """Return what begins to decode with an encoder-decoder's three graphs in ``folder``."""
-    from mtl_export.runtime.runners.seq2seq import encoder_inputs
-    from mtl_export.runtime.seq2seq_generation import Seq2SeqDecoding, Seq2SeqParts
-    from mtl_export.runtime.token_rules import TokenRules
-
-    graphs, start = Seq2SeqParts(*parts), TokenRules.from_folder(folder).start or 0
-
-    def begin(inputs: Mapping[str, Array]) -> _Decoding:
-        first = np.full((len(inputs[INPUT_IDS]), 1), start, np.int64)
-        return Seq2SeqDecoding(graphs, encoder_inputs(inputs), inputs.get(TASK_IDS), first)
-
-    return begin
+def _decoding(
+    parts: Sequence[OrtPart], inputs: Mapping[str, Array], token: int
+) -> Decoding | Seq2SeqDecoding:
+    """Return what decodes with two graphs, or with three whose decoder begins with ``token``."""
+    ids, task_ids = inputs[INPUT_IDS], inputs.get(TASK_IDS)
+    if len(parts) == len(GRAPHS[PREFILL]):
+        prefill, decode = parts
+        return Decoding(prefill, decode, ids, inputs[ATTENTION_MASK], task_ids)
+    first = np.full((len(ids), 1), token, np.int64)
+    return Seq2SeqDecoding(Seq2SeqParts(*parts), encoder_inputs(inputs), task_ids, first)
 
 
-class _Decoding(Protocol):
-    """What decodes step by step; ``logits`` end with those of the last token, ``[..., L]``."""
-
-    logits: Array
-
-    def feed(self, tokens: Array) -> None:
-        """Go on by one token a row."""
-
-
-def _timed_steps(start: Callable[[], _Decoding], new_tokens: int) -> Timings:
+def _timed_steps(start: Callable[[], Decoding | Seq2SeqDecoding], new_tokens: int) -> Timings:
     """Return the seconds that the prompts take, and each of the steps after them."""
-    from mtl_export.runtime.generation import next_tokens
-
     begun = perf_counter()
     decoding = start()
     times: Timings = {PREFILL: [perf_counter() - begun], DECODE: []}
@@ -159,14 +141,10 @@ class EngineCandidate:
         """Import TensorRT, and torch, which holds the device memory."""
         import torch  # noqa: F401
 
-        from mtl_export.tensorrt import available_builder
-
         available_builder()
 
     def open(self) -> Opened:
         """Load the engine onto the GPU."""
-        from mtl_export.tensorrt import TensorRTBackend
-
         backend = TensorRTBackend(self.path).__enter__()
 
         def call(inputs: Mapping[str, Array]) -> Timings:
@@ -216,29 +194,18 @@ class EagerCandidate:
 
         from mtl_export.runtime.runners.pytorch import OracleRunner, member_models, oracle_model
 
-        bound = self._bound()
-        call: Any
-        if member_models(bound):
-            # One model per task: the runner splits the batch.
-            call = partial(_forward, OracleRunner(bound, "fp32").__enter__().infer)
-        elif self.new_tokens:
-            model = oracle_model(bound, torch.float32)
-            call = partial(_generated, model, new_tokens=self.new_tokens)
-        else:
-            model = oracle_model(bound, torch.float32)
-            call = partial(_forward, lambda inputs: model(**_tensors(inputs)))
-        return Opened(call, None)
-
-    def _bound(self) -> BoundModel:
-        from mtl_export.adapters.binding import bind
-        from mtl_export.adapters.family import read_adapters
-        from mtl_export.checkpoint.base_model import open_base
-        from mtl_export.checkpoint.reader import open_checkpoint
-
         checkpoint = open_checkpoint(self.checkpoint, **self.given)
         base = open_base(self.base)
         # Timing is the same on any base of these shapes; the command has checked the hash.
-        return bind(checkpoint, read_adapters(checkpoint, base), base, check_hash=False)
+        bound = bind(checkpoint, read_adapters(checkpoint, base), base, check_hash=False)
+        if member_models(bound):
+            # One model per task: the runner splits the batch.
+            run = OracleRunner(bound, "fp32").__enter__().infer
+            return Opened(partial(_forward, run), None)
+        model = oracle_model(bound, torch.float32)
+        if self.new_tokens:
+            return Opened(partial(_generated, model, new_tokens=self.new_tokens), None)
+        return Opened(partial(_forward, lambda inputs: model(**_tensors(inputs))), None)
 
 
 def _tensors(inputs: Mapping[str, Array]) -> dict[str, Any]:
@@ -286,6 +253,25 @@ def _generated(model: Any, inputs: Mapping[str, Array], *, new_tokens: int) -> T
     return times
 
 
+def _refuse_larger(where: str, size_bytes: int) -> None:
+    """Refuse a batch of ``size_bytes`` that this machine cannot hold.
+
+    A system that grants more memory than it has ends processes later, and not always ours.
+
+    Raises:
+        UsageError: It takes more than the machine's memory.
+    """
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if BATCH_COPIES * size_bytes > memory:
+        raise UsageError(
+            f"{where}: its inputs take {size_bytes / 1e9:.1f} GB",
+            expected=f"at most {memory / 1e9:.1f} GB, held {BATCH_COPIES} times",
+            fix="Measure a smaller shape",
+        )
+
+
 @dataclass(frozen=True)
 class Batches:
     """Makes seeded batches: rows of full length, tasks in turn.
@@ -312,7 +298,7 @@ class Batches:
             for field in fields
         }
         counts = (prod(sizes[field.name]) * np.dtype(field.dtype).itemsize for field in fields)
-        refuse_larger(f"shape {shape}", sum(counts))
+        _refuse_larger(f"shape {shape}", sum(counts))
         generator = np.random.default_rng(0)
         return {field.name: self._values(field, sizes[field.name], generator) for field in fields}
 

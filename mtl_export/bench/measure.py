@@ -13,26 +13,29 @@ medians over rounds of one block against the block of the same round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
 
-from mtl_export.bench.memory import peak_bytes, pss_bytes, within_memory
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.child_process import ChildDeathError, ChildProcess
-from mtl_export.errors import EngineRunError
+from mtl_export.errors import EngineRunError, MtlExportError
 from mtl_export.names import INPUT_IDS, TASK_IDS
 from mtl_export.runtime.rows import Field
 
 # A block is about as long as this, but has enough calls for LEAST_CALLS in all rounds.
 BLOCK_S, LEAST_CALLS, MOST_CALLS = 0.5, 20, 200
 WARM_CALLS = 3
+# What numpy, ONNX Runtime, PyTorch and CUDA say.
+OUT_OF_MEMORY = ("unable to allocate", "failed to allocate", "can't allocate", "out of memory")
 # Phase of a call -> seconds of each step: {"forward": [t]}, or {"prefill": [t], "decode": [t, ...]}
 Timings = dict[str, list[float]]
 Call = Callable[[Mapping[str, Array]], Timings]
@@ -286,3 +289,47 @@ class _Turns:
     def memory(self) -> tuple[int, int | None]:
         """Return the most memory taken, and the proportional share now."""
         return peak_bytes(), pss_bytes()
+
+
+@contextmanager
+def within_memory(where: str) -> Iterator[None]:
+    """Say that memory ran out, whichever library's words it has; all else passes.
+
+    Raises:
+        EngineRunError: Memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = error.problem if isinstance(error, MtlExportError) else str(error).strip()
+        is_known = any(words in said.lower() for words in OUT_OF_MEMORY)
+        if not is_known and not isinstance(error, MemoryError):
+            raise
+        raise EngineRunError(
+            f"{where}: memory ran out ({(said or type(error).__name__).splitlines()[0]})",
+            expected="memory for the batch and all that is computed from it",
+            fix="Measure fewer models or smaller shapes at once",
+        ) from error
+
+
+def peak_bytes() -> int:
+    """Return the most resident memory that this process has had."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not ru_maxrss: on Linux it begins with what the parent had.
+        return 1024 * _number(status, "VmHWM:")
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def pss_bytes() -> int | None:
+    """Return this process's proportional share of memory, None where the system does not say."""
+    rollup = Path("/proc/self/smaps_rollup")
+    return 1024 * _number(rollup, "Pss:") if rollup.is_file() else None
+
+
+def _number(path: Path, key: str) -> int:
+    lines = path.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))

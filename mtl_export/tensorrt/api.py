@@ -83,9 +83,6 @@ def _logger(trt: ModuleType, receive: Callable[[int, str], None]) -> TrtObject:
     }
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
         def log(self, severity: TrtObject, message: str) -> None:
             level = levels.get(severity, logging.ERROR)
             if level > logging.NOTSET:

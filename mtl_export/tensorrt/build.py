@@ -31,8 +31,13 @@ from mtl_export.tensorrt.callbacks import (
     progress_monitor,
     stream_writer,
 )
-from mtl_export.tensorrt.describe import describe_engine
-from mtl_export.tensorrt.manifest import EngineManifest, partial_path, unwritable
+from mtl_export.tensorrt.manifest import (
+    EngineManifest,
+    describe_engine,
+    partial_path,
+    unwritable,
+    write_whole,
+)
 from mtl_export.tensorrt.options import BuildOptions, check_options
 from mtl_export.tensorrt.shapes import check_profiles
 from mtl_export.tensorrt.source import OnnxSource, TensorInfo, numpy_name, read_source
@@ -335,18 +340,11 @@ def save_timing_cache(config: TrtObject, path: Path) -> None:
             expected="a file that only builds for one GPU write",
             fix="Give each GPU and release a --timing-cache of its own",
         )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(memoryview(timings.serialize()).tobytes())
-        os.replace(partial, path)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise OutputError(
-            f"{path}: the timing cache cannot be written ({error.strerror or error})",
-            fix="Give another --timing-cache",
-        ) from error
+        raise unwritable(path, error, "--timing-cache") from error
+    write_whole(path, memoryview(timings.serialize()).tobytes(), "--timing-cache")
 
 
 def _stored_timings(path: Path) -> bytes:

@@ -152,9 +152,6 @@ def stream_writer(trt: ModuleType, sink: FileSink) -> TrtObject:
     """Return the writer that TensorRT streams an engine to."""
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.IStreamWriter.__init__(self)
-
         def write(self, data: bytes) -> int:
             return sink.write(data)
 
@@ -165,9 +162,6 @@ def progress_monitor(trt: ModuleType, tracker: PhaseTracker) -> TrtObject:
     """Return the monitor that TensorRT tells its phases to."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-
         def phase_start(self, phase: str, parent: str | None, step_count: int) -> None:
             tracker.start(phase, parent, step_count)
 

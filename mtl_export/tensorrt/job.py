@@ -30,12 +30,11 @@ from typing import TypeAlias
 
 from mtl_export.child_process import ChildDeathError, ChildProcess
 from mtl_export.errors import EngineBuildError, MtlExportError, UsageError
-from mtl_export.tensorrt.build import build_engine
 from mtl_export.tensorrt.callbacks import Progress
 from mtl_export.tensorrt.differences import differing_weights, refit_key
-from mtl_export.tensorrt.manifest import manifest_path
+from mtl_export.tensorrt.manifest import EngineManifest, manifest_path
 from mtl_export.tensorrt.options import BuildOptions
-from mtl_export.tensorrt.refit import RefitBuilds
+from mtl_export.tensorrt.refit import EngineBuilder
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,8 @@ class EngineOutcome:
 
 # Gives the folder to write to, None if the engines are there already.
 OpenPlace: TypeAlias = Callable[[EngineOrder], AbstractContextManager[Path | None]]
-# Writes the engine of a graph, and its manifest.
-Build: TypeAlias = Callable[[Path, Path, BuildOptions, Progress], None]
+# Writes the engine of a graph, and returns its manifest.
+Build: TypeAlias = Callable[[Path, Path, BuildOptions, Progress], EngineManifest]
 
 
 def with_changing_weights(orders: Sequence[EngineOrder]) -> list[EngineOrder]:
@@ -154,54 +153,23 @@ def run_job(
     return [work.outcomes[order.target] for order in orders]
 
 
-class EngineBuilder:
-    """Builds one engine at a time.
-
-    Args:
-        library_name: ``tensorrt`` or ``tensorrt_rtx``.
-
-    Raises:
-        BackendMissingError: It cannot build here.
-    """
-
-    def __init__(self, library_name: str) -> None:
-        self._library_name, self._refits = library_name, RefitBuilds(library_name)
-
-    def build(
-        self, onnx_path: Path, engine_path: Path, options: BuildOptions, progress: Progress
-    ) -> None:
-        """Write the engine of ``onnx_path`` and its manifest.
-
-        Raises:
-            MtlExportError: It could not be built or written.
-        """
-        if options.refit:
-            manifest = self._refits.build(onnx_path, engine_path, options, progress=progress)
-        else:
-            manifest = build_engine(
-                onnx_path,
-                engine_path,
-                options,
-                progress=progress,
-                library_name=self._library_name,
-            )
-        manifest.write(manifest_path(engine_path))
-
-
 def _build_in(process: ChildProcess) -> Build:
     """Return what has the process build, and waits for it."""
 
     def build(
         onnx_path: Path, engine_path: Path, options: BuildOptions, progress: Progress
-    ) -> None:
+    ) -> EngineManifest:
         try:
-            process.call("build", onnx_path, engine_path, options, hear=progress)
+            manifest: EngineManifest = process.call(
+                "build", onnx_path, engine_path, options, hear=progress
+            )
         except ChildDeathError as death:
             raise EngineBuildError(
                 f"{onnx_path}: the process that built its engine {death}",
                 expected="a graph that the builder takes, and memory for its weights several times",
                 fix="Rerun with -vv, and with --jobs 1 if memory may be short",
             ) from death
+        return manifest
 
     return build
 
@@ -255,10 +223,13 @@ class _Job:
             started = perf_counter()
             error, is_built = None, False
             try:
-                with self._counted(order):
-                    is_built = self._do(order, build)
+                is_built = self._do(order, build)
             except MtlExportError as failure:
                 error = failure
+            finally:
+                with self._changed:
+                    self._inside -= order.target not in self._outer
+                    self._changed.notify_all()
             self._advance(order, 1.0 if is_built or error else None)
             seconds = perf_counter() - started
             self.outcomes[order.target] = EngineOutcome(order, is_built, error, seconds)
@@ -277,15 +248,6 @@ class _Job:
             self._begin(order)
             self._inside += order.target not in self._outer
             return order
-
-    @contextmanager
-    def _counted(self, order: EngineOrder) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._inside -= order.target not in self._outer
-                self._changed.notify_all()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -309,7 +271,8 @@ class _Job:
                 def progress(phase: str, fraction: float, done: int = index) -> None:
                     self._advance(order, (done + fraction) / len(order.parts))
 
-                build(part.onnx_path, folder / part.file, part.options, progress)
+                path = folder / part.file
+                build(part.onnx_path, path, part.options, progress).write(manifest_path(path))
             if order.target in self._outer:
                 until_placed.enter_context(self._alone())
         return True

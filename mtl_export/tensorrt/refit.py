@@ -34,7 +34,6 @@ from mtl_export.tensorrt.api import Library, TrtObject, load_library
 from mtl_export.tensorrt.available import available_builder
 from mtl_export.tensorrt.build import build_engine
 from mtl_export.tensorrt.callbacks import Progress
-from mtl_export.tensorrt.describe import describe_engine
 from mtl_export.tensorrt.differences import (
     Values,
     changed_weights,
@@ -42,7 +41,7 @@ from mtl_export.tensorrt.differences import (
     refit_key,
     refused,
 )
-from mtl_export.tensorrt.manifest import EngineManifest, partial_path
+from mtl_export.tensorrt.manifest import EngineManifest, describe_engine, partial_path
 from mtl_export.tensorrt.options import BuildOptions, check_options
 from mtl_export.tensorrt.restore import not_taken, open_engine, write_with_weights
 from mtl_export.tensorrt.runner import EngineSession
@@ -75,10 +74,10 @@ class _First:
     answers: Mapping[str, Array]
 
 
-class RefitBuilds:
-    """Builds the first engine of each structure, and makes the others from it.
+class EngineBuilder:
+    """Builds one engine at a time; with refit the first of each structure, and the others from it.
 
-    The options of every call name the weights that may change (``differing_weights``).
+    With refit, the options name the weights that may change (``differing_weights``).
 
     Args:
         library_name: ``tensorrt`` or ``tensorrt_rtx`` instead of the better one here.
@@ -98,7 +97,6 @@ class RefitBuilds:
         onnx_path: Path,
         engine_path: Path,
         options: BuildOptions,
-        *,
         progress: Progress | None = None,
     ) -> EngineManifest:
         """Return the manifest of the engine of ``onnx_path``, written to ``engine_path``.
@@ -108,6 +106,11 @@ class RefitBuilds:
             EngineBuildError: The graph, the build or the refit was refused; no engine is left.
             OutputError: The engine cannot be written.
         """
+        name = self._library.name
+        if not options.refit:
+            return build_engine(
+                onnx_path, engine_path, options, progress=progress, library_name=name
+            )
         check_options(self._library, options)
         key = refit_key(onnx_path)
         # Left out while it is refitted: after an error nobody knows whose weights it holds.

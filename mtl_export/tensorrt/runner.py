@@ -18,21 +18,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mtl_export.checkpoint.hashing import sha256_of_file
-from mtl_export.errors import (
-    BackendMissingError,
-    EngineRunError,
-    IntegrityError,
-    shortened,
-)
+from mtl_export.errors import BackendMissingError, EngineRunError, IntegrityError, shortened
 from mtl_export.names import TASK_IDS
 from mtl_export.tensorrt.api import Library, TrtObject, load_library
-from mtl_export.tensorrt.available import (
-    INSTALL_FULL,
-    INSTALL_RTX,
-    find_gpu,
-    why_not_runnable,
-)
+from mtl_export.tensorrt.available import INSTALL_FULL, INSTALL_RTX, find_gpu, why_not_runnable
 from mtl_export.tensorrt.manifest import EngineManifest, manifest_path
+from mtl_export.tensorrt.shapes import Profile
 from mtl_export.tensorrt.source import numpy_name
 
 if TYPE_CHECKING:
@@ -99,7 +90,13 @@ class TensorRTBackend:
                 if find_gpu().problem
                 else f"On such a GPU: {INSTALL_RTX if rtx else INSTALL_FULL}",
             )
-        self._verify_hash()
+        found = sha256_of_file(self.engine_path) if self.engine_path.is_file() else "no file"
+        if found != self.manifest.engine_sha256:
+            raise IntegrityError(
+                f"{self.engine_path}: SHA-256 {found}",
+                expected=f"{self.manifest.engine_sha256}, which its manifest was written for",
+                fix="Build the engine again with mtl-export trt",
+            )
         self._session = EngineSession(
             load_library(self.manifest.builder), self.engine_path, self.manifest
         )
@@ -138,26 +135,15 @@ class TensorRTBackend:
         """
         manifest = self.manifest
         declared = {tensor.name: tensor for tensor in manifest.inputs}
-        problems = [f"{name} is not an input" for name in inputs if name not in declared]
-        problems += [f"{name} is missing" for name in declared if name not in inputs]
-        problems += [
-            f"{name} is {array.dtype.name}, not {declared[name].dtype}"
-            for name, array in inputs.items()
-            if name in declared and array.dtype.name != declared[name].dtype
-        ]
         shapes = {name: tuple(array.shape) for name, array in inputs.items()}
-        problems += [
-            f"{name} has shape {list(shapes[name])}, not {list(tensor.shape)}"
-            for name, tensor in declared.items()
-            if name in shapes
-            and (
-                len(shapes[name]) != len(tensor.shape)
-                or any(
-                    isinstance(fixed, int) and fixed != size
-                    for fixed, size in zip(tensor.shape, shapes[name], strict=True)
-                )
-            )
-        ]
+        problems = [f"{name} is not an input" for name in inputs if name not in declared]
+        for name, tensor in declared.items():
+            if name not in inputs:
+                problems.append(f"{name} is missing")
+            elif inputs[name].dtype.name != tensor.dtype:
+                problems.append(f"{name} is {inputs[name].dtype.name}, not {tensor.dtype}")
+            elif not tensor.admits(shapes[name]):
+                problems.append(f"{name} has shape {list(shapes[name])}, not {list(tensor.shape)}")
         if problems:
             raise EngineRunError(
                 f"{self.engine_path}: {'; '.join(problems)}",
@@ -166,9 +152,7 @@ class TensorRTBackend:
             )
         if TASK_IDS in inputs and manifest.tasks:
             _refuse_unknown_tasks(inputs[TASK_IDS], manifest)
-        if not manifest.profiles:
-            return 0
-        for number, profile in enumerate(manifest.profiles):
+        for number, profile in enumerate(manifest.profiles or (Profile({}),)):
             if profile.admits(shapes):
                 return number
         raise EngineRunError(
@@ -180,18 +164,6 @@ class TensorRTBackend:
             ),
             fix="Split the batch, or build the engine with larger --max-shapes",
         )
-
-    def _verify_hash(self) -> None:
-        found = sha256_of_file(self.engine_path) if self.engine_path.is_file() else "no file"
-        if found != self.manifest.engine_sha256:
-            raise IntegrityError(
-                f"{self.engine_path}: SHA-256 {found}",
-                expected=(
-                    f"{self.manifest.engine_sha256}, because {manifest_path(self.engine_path).name}"
-                    " was written for that file"
-                ),
-                fix="Build the engine again with mtl-export trt",
-            )
 
 
 class EngineSession:
@@ -214,10 +186,7 @@ class EngineSession:
         if not torch.cuda.is_available():
             raise BackendMissingError(
                 f"{path}: not runnable here: torch {torch.__version__} sees no CUDA device",
-                expected=(
-                    "a torch built for CUDA, because the runner keeps device memory in torch "
-                    "tensors"
-                ),
+                expected="a torch built for CUDA, whose tensors are the runner's device memory",
                 fix="Install torch for CUDA (https://pytorch.org/get-started)",
             )
         self._library = library
@@ -269,15 +238,11 @@ class EngineSession:
     def _compare_with_manifest(self) -> None:
         engine, trt = self._engine, self._library.trt
         found: dict[bool, dict[str, str]] = {True: {}, False: {}}
-        for index in range(engine.num_io_tensors):
-            name = engine.get_tensor_name(index)
+        for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
             is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-            data_type = engine.get_tensor_dtype(name)
-            found[is_input][name] = numpy_name(data_type)
-        wanted = {
-            True: {tensor.name: tensor.dtype for tensor in self._manifest.inputs},
-            False: {tensor.name: tensor.dtype for tensor in self._manifest.outputs},
-        }
+            found[is_input][name] = numpy_name(engine.get_tensor_dtype(name))
+        ends = {True: self._manifest.inputs, False: self._manifest.outputs}
+        wanted = {key: {one.name: one.dtype for one in tensors} for key, tensors in ends.items()}
         profiles = engine.num_optimization_profiles
         if found != wanted or profiles != max(len(self._manifest.profiles), 1):
             raise IntegrityError(
@@ -301,10 +266,7 @@ def _refuse_unknown_tasks(ids: Array, manifest: EngineManifest) -> None:
     if outside:
         raise EngineRunError(
             f"{TASK_IDS}: ids {shortened(map(str, outside))} are outside the table",
-            expected=(
-                f"0 to {count - 1}: {shortened(str(task['name']) for task in manifest.tasks)}, "
-                "because TensorRT would answer them with the base model"
-            ),
+            expected=f"0 to {count - 1}: {shortened(str(task['name']) for task in manifest.tasks)}",
             fix="Look ids up in the manifest's tasks",
         )
 

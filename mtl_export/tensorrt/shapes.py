@@ -34,6 +34,8 @@ OPT_SEQUENCE = 64
 OPT_PAST = 128
 MAX_SEQUENCE = 512
 MAX_PAST = 2048
+# What is wrong with a shape, by whether it has the rank.
+FAULTS = {False: "has not the rank", True: "changes a fixed size"}
 _SUM = re.compile(r"(\w+)\s*\+\s*(\d+)|(\d+)\s*\+\s*(\w+)")
 # tokenizers without a limit store 1e30 here
 _NO_LIMIT = 1_000_000
@@ -159,11 +161,7 @@ def default_profile(
         )
     return Profile(
         {
-            tensor.name: (
-                _sizes(tensor, ranges, 0),
-                _sizes(tensor, ranges, 1),
-                _sizes(tensor, ranges, 2),
-            )
+            tensor.name: _limits(tensor, ranges)
             for tensor in source.inputs
             if tensor.is_dynamic and tensor.name not in unknown
         }
@@ -185,10 +183,8 @@ def check_profiles(source: OnnxSource, profiles: Sequence[Profile]) -> None:
             expected="at least one, because engines are built for a range of shapes",
             fix=f"Give {OPTIONS}",
         )
-    positions = _positions(source.path.parent)
     for number, profile in enumerate(profiles, start=1):
-        problems = _problems(source, profile) or _too_long(source, profile, positions)
-        if problems:
+        if problems := _problems(source, profile):
             raise UsageError(
                 f"profile {number} for {source.path}: {'; '.join(problems)}",
                 expected=f"shapes for {'; '.join(str(tensor) for tensor in source.inputs)}",
@@ -198,58 +194,41 @@ def check_profiles(source: OnnxSource, profiles: Sequence[Profile]) -> None:
 
 def _problems(source: OnnxSource, profile: Profile) -> list[str]:
     inputs = {tensor.name: tensor for tensor in source.inputs}
+    positions = _positions(source.path.parent)
     problems = [f"{name} is not an input" for name in profile.shapes if name not in inputs]
     named: dict[str, list[tuple[str, Shape]]] = {}
     for name, tensor in inputs.items():
         if name not in profile.shapes:
-            if tensor.is_dynamic:
-                problems.append(f"{name} is missing")
+            problems += [f"{name} is missing"] if tensor.is_dynamic else []
             continue
         wrong = _tensor_problems(tensor, profile.shapes[name])
-        problems.extend(wrong)
-        if not wrong:
-            for axis, size in enumerate(tensor.shape):
-                if isinstance(size, str) and size:
-                    limits = tuple(shape[axis] for shape in profile.shapes[name])
-                    named.setdefault(size, []).append((name, limits))
+        problems += wrong
+        for axis, size in enumerate([] if wrong else tensor.shape):
+            if not isinstance(size, str) or not size:
+                continue
+            limits = tuple(shape[axis] for shape in profile.shapes[name])
+            named.setdefault(size, []).append((name, limits))
+            is_of_tokens = base_and_offset(size)[0] in {*SEQUENCE_NAMES, *PAST_NAMES}
+            if positions and is_of_tokens and limits[-1] > positions:
+                problems.append(
+                    f"max of {name} has {limits[-1]} tokens, the model {positions} positions"
+                )
     return problems + _unequal(named)
 
 
 def _tensor_problems(tensor: TensorInfo, shapes: tuple[Shape, Shape, Shape]) -> list[str]:
-    problems = []
-    for limit, shape in zip(LIMITS, shapes, strict=True):
-        text = "x".join(map(str, shape)) or "scalar"
-        if len(shape) != len(tensor.shape):
-            problems.append(f"{tensor.name} {limit} {text} has not the rank of {tensor}")
-        elif any(
-            isinstance(fixed, int) and fixed != size
-            for fixed, size in zip(tensor.shape, shape, strict=True)
-        ):
-            problems.append(f"{tensor.name} {limit} {text} changes a fixed size of {tensor}")
-    if not problems:
-        low, middle, high = shapes
-        if not all(
-            1 <= small <= good <= large
-            for small, good, large in zip(low, middle, high, strict=True)
-        ):
-            given = ", ".join("x".join(map(str, shape)) for shape in shapes)
-            problems.append(f"{tensor.name} is not 1 <= min <= opt <= max ({given})")
-    return problems
-
-
-def _too_long(source: OnnxSource, profile: Profile, positions: int | None) -> list[str]:
-    """Return which inputs may hold more tokens than the model has positions."""
-    if positions is None:
-        return []
-    return [
-        f"max of {tensor.name} has {length} tokens, the model {positions} positions"
-        for tensor in source.inputs
-        if tensor.name in profile.shapes
-        for size, length in zip(tensor.shape, profile.shapes[tensor.name][2], strict=True)
-        if isinstance(size, str)
-        and base_and_offset(size)[0] in {*SEQUENCE_NAMES, *PAST_NAMES}
-        and length > positions
+    texts = ["x".join(map(str, shape)) or "scalar" for shape in shapes]
+    problems = [
+        f"{tensor.name} {limit} {text} {fault} of {tensor}"
+        for limit, text, shape in zip(LIMITS, texts, shapes, strict=True)
+        for fault in [FAULTS[len(shape) == len(tensor.shape)]]
+        if not tensor.admits(shape)
     ]
+    if not problems and not all(
+        1 <= low <= middle <= high for low, middle, high in zip(*shapes, strict=True)
+    ):
+        problems.append(f"{tensor.name} is not 1 <= min <= opt <= max ({', '.join(texts)})")
+    return problems
 
 
 def _unequal(named: Mapping[str, list[tuple[str, Shape]]]) -> list[str]:
@@ -270,14 +249,16 @@ def _unequal(named: Mapping[str, list[tuple[str, Shape]]]) -> list[str]:
     return problems
 
 
-def _sizes(tensor: TensorInfo, ranges: Mapping[str, tuple[int, int, int]], position: int) -> Shape:
-    sizes = []
+def _limits(
+    tensor: TensorInfo, ranges: Mapping[str, tuple[int, int, int]]
+) -> tuple[Shape, Shape, Shape]:
+    """Return the tensor's smallest, best and largest shape."""
+    rows = []
     for size in tensor.shape:
-        if isinstance(size, str):
-            base, offset = base_and_offset(size)
-            size = ranges[base][position] + offset
-        sizes.append(size)
-    return tuple(sizes)
+        base, offset = base_and_offset(size) if isinstance(size, str) else ("", size)
+        rows.append([limit + offset for limit in ranges.get(base, (0, 0, 0))])
+    low, middle, high = zip(*rows, strict=True)
+    return low, middle, high
 
 
 def _positions(folder: Path) -> int | None:

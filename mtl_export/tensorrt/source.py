@@ -7,7 +7,7 @@ checked here because the parser's own words for a missing or short one are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +59,13 @@ class TensorInfo:
     def is_dynamic(self) -> bool:
         """Return whether any of its dimensions is dynamic."""
         return any(isinstance(size, str) for size in self.shape)
+
+    def admits(self, shape: Sequence[int]) -> bool:
+        """Return whether ``shape`` has its rank and its fixed sizes."""
+        return len(shape) == len(self.shape) and all(
+            isinstance(fixed, str) or fixed == size
+            for fixed, size in zip(self.shape, shape, strict=True)
+        )
 
     def __str__(self) -> str:
         """Return it as a declaration, such as ``int64 task_ids[batch]``."""

@@ -13,8 +13,9 @@ from mtl_export.bench.measure import (
     Timing,
     call_count,
     measure,
+    peak_bytes,
+    pss_bytes,
 )
-from mtl_export.bench.memory import peak_bytes, pss_bytes
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError, UsageError
 from mtl_export.runtime.rows import Field

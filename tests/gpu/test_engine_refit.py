@@ -23,7 +23,7 @@ from mtl_export.tensorrt import (
     restore_weights,
 )
 from mtl_export.tensorrt.differences import differing_weights
-from mtl_export.tensorrt.refit import ROUND_TRIP, RefitBuilds
+from mtl_export.tensorrt.refit import ROUND_TRIP, EngineBuilder
 from tests.tensorrt.models import routed_inputs, write_merged
 
 pytestmark = pytest.mark.gpu
@@ -59,7 +59,7 @@ def test_every_refitted_engine_computes_its_own_graph(tmp_path: Path) -> None:
         refit=True,
         refittable=differing_weights(graphs),
     )
-    builds = RefitBuilds("tensorrt")
+    builds = EngineBuilder("tensorrt")
     for number, graph in enumerate(graphs):
         engine = graph.with_name("model.engine")
         manifest = builds.build(graph, engine, options)

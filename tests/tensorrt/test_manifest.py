@@ -11,9 +11,8 @@ import pytest
 from mtl_export.errors import EngineBuildError, IntegrityError, OutputError
 from mtl_export.tensorrt import BuildCheck, EngineManifest, Profile, manifest_path
 from mtl_export.tensorrt.available import BuilderInfo
-from mtl_export.tensorrt.describe import describe_engine
 from mtl_export.tensorrt.header import read_header, sha256_of_graph
-from mtl_export.tensorrt.manifest import partial_path
+from mtl_export.tensorrt.manifest import describe_engine, partial_path
 from mtl_export.tensorrt.options import BuildOptions
 from mtl_export.tensorrt.source import TensorInfo, read_source
 from tests.tensorrt.models import write_merged

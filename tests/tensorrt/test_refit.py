@@ -18,7 +18,7 @@ from mtl_export.tensorrt import EngineManifest, default_profile
 from mtl_export.tensorrt.differences import differing_weights
 from mtl_export.tensorrt.job import EngineOrder, EnginePart, with_changing_weights
 from mtl_export.tensorrt.options import BuildOptions
-from mtl_export.tensorrt.refit import LIKE_PLAIN, ROUND_TRIP, RefitBuilds
+from mtl_export.tensorrt.refit import LIKE_PLAIN, ROUND_TRIP, EngineBuilder
 from tests.tensorrt import fake_tensorrt
 from tests.tensorrt.fake_tensorrt import FakeEngine, FakeTensorRT
 from tests.tensorrt.models import write_merged, write_routed
@@ -63,7 +63,7 @@ def options_for(paths: list[Path], *weights: str) -> BuildOptions:
 
 def build_all(paths: list[Path], options: BuildOptions) -> list[tuple[Path, EngineManifest]]:
     """Return every task's engine and manifest."""
-    builds, built = RefitBuilds(), []
+    builds, built = EngineBuilder(), []
     for path in paths:
         engine = path.with_name("model.engine")
         built.append((engine, builds.build(path, engine, options)))
@@ -135,7 +135,7 @@ def test_planted_faults_are_refused_and_leave_no_engine(
     """Each of them would give a wrong engine, or none, without a word."""
     for name, value in faults.items():
         setattr(trt.faults, name, value)
-    options, builds = options_for(paths), RefitBuilds()
+    options, builds = options_for(paths), EngineBuilder()
     engines = [path.with_name("model.engine") for path in paths]
     for number in range(task):
         builds.build(paths[number], engines[number], options)
@@ -146,7 +146,7 @@ def test_planted_faults_are_refused_and_leave_no_engine(
 
 def test_after_a_failure_the_next_task_is_built_anew(trt: FakeTensorRT, paths: list[Path]) -> None:
     """Whose weights the engine held is not known: nothing is made from it again."""
-    options, builds = options_for(paths), RefitBuilds()
+    options, builds = options_for(paths), EngineBuilder()
     builds.build(paths[0], paths[0].with_name("model.engine"), options)
     trt.faults.residue = "head.weight"
     with pytest.raises(EngineBuildError):
@@ -221,13 +221,13 @@ def test_requests_that_cannot_go_well_are_refused_before_building(
     values = {"profiles": options_for(paths).profiles, "refit": True, "refittable": MERGED}
     options = BuildOptions(**{**values, **changes})  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=message):
-        RefitBuilds().build(paths[0], paths[0].with_name("model.engine"), options)
+        EngineBuilder().build(paths[0], paths[0].with_name("model.engine"), options)
 
 
 def test_rtx_says_why_it_does_not_refit(paths: list[Path]) -> None:
     """No GPU is needed to be told, and building again is as fast."""
     pytest.importorskip("tensorrt_rtx", reason="engines are built by tensorrt_rtx")
     with pytest.raises(MtlExportError, match="it refits only on a GPU"):
-        RefitBuilds("tensorrt_rtx").build(
+        EngineBuilder("tensorrt_rtx").build(
             paths[0], paths[0].with_name("model.engine"), options_for(paths)
         )

@@ -11,7 +11,8 @@ from onnx import helper
 
 from mtl_export.bundle.manifest import read_manifest, write_manifest
 from mtl_export.errors import EngineBuildError
-from mtl_export.tensorrt.job import EngineBuilder
+from mtl_export.tensorrt.manifest import EngineManifest
+from mtl_export.tensorrt.refit import EngineBuilder
 from tests.cli.conftest import Run, files_below
 from tests.factories import TASKS, WORDS
 
@@ -27,10 +28,10 @@ def topic_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every build of the task ``topic`` be refused."""
     build = EngineBuilder.build
 
-    def refusing(builder: EngineBuilder, onnx_path: Path, *values: object) -> None:
+    def refusing(builder: EngineBuilder, onnx_path: Path, *values: object) -> EngineManifest:
         if onnx_path.parent.name == "topic":
             raise EngineBuildError(f"{onnx_path}: refused", fix="Try again")
-        build(builder, onnx_path, *values)  # type: ignore[arg-type]
+        return build(builder, onnx_path, *values)  # type: ignore[arg-type]
 
     monkeypatch.setattr(EngineBuilder, "build", refusing)
 
