@@ -63,8 +63,6 @@ class ChildProcess:
             kind, found = self._answer(None)
         if kind == "error":
             raise found
-        if kind == "bug":
-            raise RuntimeError(found)
         return found
 
     def kill(self) -> None:
@@ -132,7 +130,7 @@ def _serve(
             except (MtlExportError, OSError) as error:
                 answer = ("error", error)
             except Exception:
-                answer = ("bug", traceback.format_exc())
+                answer = ("error", RuntimeError(traceback.format_exc()))
             link.send(answer)
 
 

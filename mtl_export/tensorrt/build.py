@@ -177,12 +177,8 @@ class _Steps:
         if options.timing_cache is not None:
             load_timing_cache(config, options.timing_cache, self._errors)
         config.progress_monitor = progress_monitor(trt, tracker)
-        if hasattr(builder, "build_serialized_network_to_stream"):
-            writer = stream_writer(trt, sink)
-            built = builder.build_serialized_network_to_stream(network, config, writer)
-        else:
-            plan = builder.build_serialized_network(network, config)
-            built = plan is not None and sink.write(memoryview(plan).tobytes()) > 0
+        writer = stream_writer(trt, sink)
+        built = builder.build_serialized_network_to_stream(network, config, writer)
         for problem in (tracker.problem, sink.problem):
             if problem is not None:
                 raise problem

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,44 +23,46 @@ if TYPE_CHECKING:
     import onnx
 
 _QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
-# name -> its values as bytes, numpy's name of their type, how many
-Values: TypeAlias = Mapping[str, tuple[Array, str, int]]
 
 
-def differing_weights(onnx_paths: Sequence[Path]) -> tuple[str, ...]:
-    """Return the names of the initializers in which graphs of one structure differ, sorted.
+def differing_weights(onnx_paths: Sequence[Path]) -> dict[Path, tuple[str, ...]]:
+    """Return the names, sorted, of the initializers in which graphs of one structure differ.
+
+    Args:
+        onnx_paths: The graphs, of any structures.
+
+    Returns:
+        For each graph those of its structure; none for a graph alone of its kind.
 
     Raises:
-        EngineBuildError: They differ in more, are quantised, or hide their weights.
+        EngineBuildError: A graph is quantised, or hides its weights.
     """
-    differing: set[str] = set()
-    first, key = read_weights(onnx_paths[0]), refit_key(onnx_paths[0])
-    for path in onnx_paths[1:]:
-        if refit_key(path) != key:
-            raise refused(
-                path,
-                f"it differs from {onnx_paths[0]} in more than weights",
-                "graphs of one structure",
-            )
-        differing |= changed_weights(first, read_weights(path))
-    return tuple(sorted(differing))
+    alike: dict[str, list[Path]] = {}
+    for path in onnx_paths:
+        alike.setdefault(refit_key(path), []).append(path)
+    differing: dict[Path, tuple[str, ...]] = {}
+    for paths in alike.values():
+        names: set[str] = set()
+        first = read_weights(paths[0]) if len(paths) > 1 else {}
+        for path in paths[1:]:
+            names |= changed_weights(first, read_weights(path))
+        differing |= dict.fromkeys(paths, tuple(sorted(names)))
+    return differing
 
 
-def changed_weights(first: Values, other: Values) -> set[str]:
+def changed_weights(first: Mapping[str, Array], other: Mapping[str, Array]) -> set[str]:
     """Return the names whose bytes differ."""
-    return {
-        name for name, (array, *_) in first.items() if not np.array_equal(array, other[name][0])
-    }
+    return {name for name, array in first.items() if not np.array_equal(array, other[name])}
 
 
-def read_weights(path: Path) -> Values:
-    """Return the weights of the graph at ``path``; external data is mapped, and not read.
+def read_weights(path: Path) -> dict[str, Array]:
+    """Return the weights of the graph at ``path`` as bytes, uint8 by name.
+
+    External data is mapped, and not read.
 
     Raises:
         EngineBuildError: Some weights are not stored as bytes.
     """
-    import onnx
-
     weights = {}
     for tensor in load_structure(path).graph.initializer:
         if _is_weight(tensor):
@@ -71,8 +73,7 @@ def read_weights(path: Path) -> Values:
                     "some of its weights are not stored as bytes",
                     "initializers with raw or external data",
                 )
-            dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name)
-            weights[tensor.name] = (array, dtype, int(np.prod(tensor.dims)))
+            weights[tensor.name] = array
     return weights
 
 

@@ -31,7 +31,7 @@ from typing import TypeAlias
 from mtl_export.child_process import ChildDeathError, ChildProcess
 from mtl_export.errors import EngineBuildError, MtlExportError, UsageError
 from mtl_export.tensorrt.callbacks import Progress
-from mtl_export.tensorrt.differences import differing_weights, refit_key
+from mtl_export.tensorrt.differences import differing_weights
 from mtl_export.tensorrt.manifest import EngineManifest, manifest_path
 from mtl_export.tensorrt.options import BuildOptions
 from mtl_export.tensorrt.refit import EngineBuilder
@@ -102,11 +102,7 @@ def with_changing_weights(orders: Sequence[EngineOrder]) -> list[EngineOrder]:
         EngineBuildError: A graph is quantised, or hides its weights.
         UsageError: No two graphs differ in weights.
     """
-    alike: dict[str, list[Path]] = {}
-    keys = {part.onnx_path: refit_key(part.onnx_path) for one in orders for part in one.parts}
-    for path, key in keys.items():
-        alike.setdefault(key, []).append(path)
-    names = {key: differing_weights(paths) for key, paths in alike.items() if len(paths) > 1}
+    names = differing_weights([part.onnx_path for one in orders for part in one.parts])
     if not any(names.values()):
         raise UsageError(
             "refit: there are no weights to change",
@@ -115,7 +111,7 @@ def with_changing_weights(orders: Sequence[EngineOrder]) -> list[EngineOrder]:
         )
 
     def changing(part: EnginePart) -> EnginePart:
-        own = names.get(keys[part.onnx_path], ())
+        own = names[part.onnx_path]
         return replace(part, options=replace(part.options, refit=bool(own), refittable=own))
 
     return [replace(one, parts=tuple(map(changing, one.parts))) for one in orders]

@@ -9,9 +9,9 @@ matrix answers like that task:
                or differ in more than weights; a release known to lose biases
     first      a matrix was folded away and cannot change; the engine answers otherwise than
                one built without refit
-    each       a matrix that differs was not to change; its type or count differs; the
-               engine asks for a weight that the graph does not have; its answers are those
-               of the first task, or after the way back the first task's are not
+    each       a matrix that differs was not to change; the engine asks for a weight that
+               the graph does not have; its answers are those of the first task, or after
+               the way back the first task's are not
 
 TensorRT with a GPU only. TensorRT-RTX builds as fast as it would refit.
 Source: docs.nvidia.com/deeplearning/tensorrt/11.3.0/inference-library/refitting-engines.html
@@ -35,7 +35,6 @@ from mtl_export.tensorrt.available import available_builder
 from mtl_export.tensorrt.build import build_engine
 from mtl_export.tensorrt.callbacks import Progress
 from mtl_export.tensorrt.differences import (
-    Values,
     changed_weights,
     read_weights,
     refit_key,
@@ -43,9 +42,9 @@ from mtl_export.tensorrt.differences import (
 )
 from mtl_export.tensorrt.manifest import EngineManifest, describe_engine, partial_path
 from mtl_export.tensorrt.options import BuildOptions, check_options
-from mtl_export.tensorrt.restore import not_taken, open_engine, write_with_weights
+from mtl_export.tensorrt.restore import give_weights, open_engine, write_with_weights
 from mtl_export.tensorrt.runner import EngineSession
-from mtl_export.tensorrt.source import numpy_name, read_source
+from mtl_export.tensorrt.source import read_source
 
 # |refittable - plain| / largest |plain|: other kernels round otherwise, a lost bias is far off.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
@@ -155,8 +154,7 @@ class EngineBuilder:
 
     def _refitted(self, first: _First, onnx_path: Path, engine_path: Path) -> EngineManifest:
         """Refit to the weights of ``onnx_path``, write, check, and refit back."""
-        before, own = read_weights(first.path), read_weights(onnx_path)
-        changed = changed_weights(before, own)
+        changed = changed_weights(read_weights(first.path), read_weights(onnx_path))
         kept = changed - set(first.options.refittable)
         if kept:
             raise refused(
@@ -167,7 +165,7 @@ class EngineBuilder:
         partial = partial_path(engine_path)
         back = engine_path.with_name(f".{engine_path.name}.back")
         try:
-            self._refit(first, onnx_path, own)
+            give_weights(self._library, first.engine, onnx_path)
             manifest = describe_engine(
                 engine_path,
                 sha256=write_with_weights(self._library, first.engine, partial),
@@ -177,7 +175,7 @@ class EngineBuilder:
                 precision=first.manifest.precision,
             )
             answers = answers_of(self._library, partial, manifest)
-            self._refit(first, first.path, before)
+            give_weights(self._library, first.engine, first.path)
             write_with_weights(self._library, first.engine, back)
             returned = answers_of(self._library, back, first.manifest)
             if changed and _equal(first.answers, answers):
@@ -198,40 +196,6 @@ class EngineBuilder:
                 with suppress(OSError):
                     file.unlink()
         return manifest
-
-    def _refit(self, first: _First, path: Path, values: Values) -> None:
-        """Give the engine the ``values`` that may change, and those of what depends on them."""
-        with self._library.log.collect() as errors:
-            refitter = self._library.trt.Refitter(first.engine, self._library.log.handle)
-            for name in first.options.refittable:
-                self._set(refitter, path, name, values, errors)
-            # Weights that were fused with these: the same in every task, but wanted again.
-            for name in sorted(refitter.get_missing_weights()):
-                if name not in values:
-                    raise refused(
-                        path,
-                        f"the engine asks for weight {name}, which the graph does not have",
-                        "weights under the names of its initializers",
-                    )
-                self._set(refitter, path, name, values, errors)
-            if not refitter.refit_cuda_engine() or errors:
-                raise not_taken(self._library, path, "the refit failed", errors)
-
-    def _set(
-        self, refitter: TrtObject, path: Path, name: str, values: Values, errors: list[str]
-    ) -> None:
-        array, dtype, count = values[name]
-        prototype = refitter.get_weights_prototype(name)
-        wanted = (numpy_name(prototype.dtype), prototype.size)
-        if wanted != (dtype, count):
-            raise refused(
-                path,
-                f"weight {name} has {count} values of {dtype}",
-                f"{wanted[1]} of {wanted[0]}, as the engine was built with",
-            )
-        new_weights = self._library.trt.Weights(prototype.dtype, array.ctypes.data, count)
-        if not refitter.set_named_weights(name, new_weights) or errors:
-            raise not_taken(self._library, path, f"weight {name} was not taken", errors)
 
 
 def answers_of(library: Library, path: Path, manifest: EngineManifest) -> dict[str, Array]:

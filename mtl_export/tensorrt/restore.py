@@ -48,15 +48,7 @@ def restore_weights(stripped_path: Path, onnx_path: Path, engine_path: Path) -> 
     partial = partial_path(engine_path)
     runtime, engine = open_engine(library, stripped_path)
     try:
-        with library.log.collect() as errors:
-            refitter = library.trt.Refitter(engine, library.log.handle)
-            parser_refitter = library.trt.OnnxParserRefitter(refitter, library.log.handle)
-            taken = parser_refitter.refit_from_file(str(onnx_path))
-            missing = sorted(refitter.get_missing_weights())
-            if missing:
-                errors.append(f"{shortened(missing)} are not in the graph")
-            if not taken or errors or not refitter.refit_cuda_engine() or errors:
-                raise not_taken(library, onnx_path, "the weights were not taken", errors)
+        give_weights(library, engine, onnx_path)
         sha256 = write_with_weights(library, engine, partial)
         size_bytes = partial.stat().st_size
         os.replace(partial, engine_path)
@@ -104,6 +96,23 @@ def open_engine(library: Library, path: Path) -> tuple[TrtObject, TrtObject]:
         if engine is None or errors:
             raise not_taken(library, path, "the engine cannot be opened", errors)
     return runtime, engine
+
+
+def give_weights(library: Library, engine: TrtObject, onnx_path: Path) -> None:
+    """Give ``engine`` the graph's values of all its weights that may change.
+
+    Raises:
+        EngineBuildError: The library does not take them, or the graph lacks some.
+    """
+    with library.log.collect() as errors:
+        refitter = library.trt.Refitter(engine, library.log.handle)
+        parser_refitter = library.trt.OnnxParserRefitter(refitter, library.log.handle)
+        taken = parser_refitter.refit_from_file(str(onnx_path))
+        missing = sorted(refitter.get_missing_weights())
+        if missing:
+            errors.append(f"{shortened(missing)} are not in the graph")
+        if not taken or errors or not refitter.refit_cuda_engine() or errors:
+            raise not_taken(library, onnx_path, "the weights were not taken", errors)
 
 
 def write_with_weights(library: Library, engine: TrtObject, path: Path) -> str:

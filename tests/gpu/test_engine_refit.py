@@ -57,7 +57,7 @@ def test_every_refitted_engine_computes_its_own_graph(tmp_path: Path) -> None:
     options = BuildOptions(
         profiles=(default_profile(graphs[0], max_batch=4),),
         refit=True,
-        refittable=differing_weights(graphs),
+        refittable=differing_weights(graphs)[graphs[0]],
     )
     builds = EngineBuilder("tensorrt")
     for number, graph in enumerate(graphs):

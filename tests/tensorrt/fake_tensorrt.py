@@ -10,7 +10,6 @@ what the backend must not miss.
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -98,7 +97,6 @@ class FakeTensorRT(SimpleNamespace):
         self.MemoryPoolType = enum_of("MemoryPoolType", "WORKSPACE")
         self.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
         self.SerializationFlag = enum_of("SerializationFlag", "EXCLUDE_WEIGHTS", "INCLUDE_REFIT")
-        self.Weights = FakeWeights
         self.Builder: Callable[[Any], FakeBuilder] = lambda logger: FakeBuilder(self, logger)
         self.OnnxParser = FakeParser
         self.Runtime = lambda logger: SimpleNamespace(
@@ -112,13 +110,6 @@ class FakeTensorRT(SimpleNamespace):
         if call in self.faults.fails:
             logger.log(ILogger.ERROR, f"{call} is out of order")
         return call in self.faults.fails
-
-
-class FakeWeights:
-    """``Weights``: a type, an address, a count."""
-
-    def __init__(self, dtype: Any, address: int, count: int) -> None:
-        self.dtype, self.address, self.size = dtype, address, count
 
 
 class FakeConfig:
@@ -331,21 +322,17 @@ class FakeRefitter:
     def get_all_weights(self) -> list[str]:
         return self._engine.changing
 
-    def get_weights_prototype(self, name: str) -> FakeWeights:
-        tensor = self._engine.weights[name]
-        return FakeWeights(self._trt.DataType.FLOAT, 0, int(np.prod(tensor.dims)))
-
-    def set_named_weights(self, name: str, weights: FakeWeights) -> bool:
-        if self._trt.failed(self._logger, "set_named_weights"):
-            return False
-        self._new[name] = ctypes.string_at(weights.address, weights.size * 4)
-        return True
-
     def take(self, model: onnx.ModelProto) -> bool:
-        """Give all weights of ``model``; return whether that was possible."""
+        """Give the weights of ``model`` that may change; return whether that was possible."""
         if self._trt.failed(self._logger, "refit_from_file"):
             return False
-        self._new = {tensor.name: tensor.raw_data for tensor in model.graph.initializer}
+        wanted = set(self._engine.changing)
+        wanted |= {one for name in wanted for one in self._trt.faults.fused.get(name, ())}
+        self._new = {
+            tensor.name: tensor.raw_data
+            for tensor in model.graph.initializer
+            if tensor.name in wanted
+        }
         return True
 
     def get_missing_weights(self) -> list[str]:

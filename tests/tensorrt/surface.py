@@ -34,10 +34,8 @@ API: Mapping[str, Mapping[str, str]] = {
         "Runtime": "Runtime",
         "SerializationFlag": "SerializationFlag",
         "TensorIOMode": "TensorIOMode",
-        "Weights": "Weights",
     },
     "Builder": {
-        "build_serialized_network": "",
         "build_serialized_network_to_stream": "",
         "create_builder_config": "IBuilderConfig",
         "create_network": "INetworkDefinition",
@@ -117,21 +115,17 @@ API: Mapping[str, Mapping[str, str]] = {
     "Refitter": {
         "get_all_weights": "",
         "get_missing_weights": "",
-        "get_weights_prototype": "Weights",
         "refit_cuda_engine": "",
-        "set_named_weights": "",
     },
     "Runtime": {"deserialize_cuda_engine": "ICudaEngine"},
     "SerializationFlag": {"EXCLUDE_WEIGHTS": "", "INCLUDE_REFIT": ""},
     "TensorIOMode": {"INPUT": ""},
-    "Weights": {"dtype": "DataType", "size": ""},
 }
 
 # "Class.attribute" that not every supported version has -> the one whose ``hasattr``
 # decides, in the backend, whether it is used.
 OPTIONAL: Mapping[str, str] = {
     ".ComputeCapability": ".ComputeCapability",
-    "Builder.build_serialized_network_to_stream": "Builder.build_serialized_network_to_stream",
     "ComputeCapability.__members__": ".ComputeCapability",
     "IBuilderConfig.num_compute_capabilities": ".ComputeCapability",
     "IBuilderConfig.set_compute_capability": ".ComputeCapability",
@@ -148,13 +142,11 @@ HANDLES: Mapping[str, str] = {
     "data_type": "DataType",
     "engine": "ICudaEngine",
     "layer": "ILayer",
-    "new_weights": "Weights",
     "network": "INetworkDefinition",
     "optimization_profile": "IOptimizationProfile",
     "parser": "OnnxParser",
     "parser_error": "ParserError",
     "parser_refitter": "OnnxParserRefitter",
-    "prototype": "Weights",
     "refitter": "Refitter",
     "runtime": "Runtime",
     "serialization": "ISerializationConfig",
