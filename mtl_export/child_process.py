@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import get_context
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from mtl_export.errors import MtlExportError
@@ -21,24 +20,24 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
 
-# The least time between two reports of one call.
-REPORT_S = 0.1
-
-
-class ChildDeathError(Exception):
-    """The process has died; the message says how: ``was ended by SIGKILL``."""
-
 
 class ChildProcess:
     """A process, started by the first call, and anew by the first one after it has died.
 
     Args:
+        died: Makes the error for a process that has died, from words such as ``was ended by
+            SIGKILL``.
         factory: Makes the object, in the process; it is pickled.
         arguments: What it is called with.
     """
 
-    def __init__(self, factory: Callable[..., object], *arguments: object) -> None:
-        self._target = (factory, arguments)
+    def __init__(
+        self,
+        died: Callable[[str], MtlExportError],
+        factory: Callable[..., object],
+        *arguments: object,
+    ) -> None:
+        self._died, self._target = died, (factory, arguments)
         self._process: SpawnProcess | None = None
         self._link: Connection[Any, Any] | None = None
 
@@ -52,10 +51,9 @@ class ChildProcess:
                 function that reports.
 
         Raises:
-            MtlExportError: As the method raised it.
+            MtlExportError: As the method raised it, or the process has died.
             OSError: Likewise.
             RuntimeError: It found a bug; the message is its traceback.
-            ChildDeathError: The process has died.
         """
         kind, found = self._answer((method, values, hear is not None))
         while kind == "report" and hear is not None:
@@ -98,7 +96,7 @@ class ChildProcess:
                 code = process.exitcode
             self.close()
             by_signal = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else ""
-            raise ChildDeathError(by_signal or f"ended with code {code}") from error
+            raise self._died(by_signal or f"ended with code {code}") from error
         return kind, found
 
     def _started(self) -> Connection[Any, Any]:
@@ -123,7 +121,7 @@ def _serve(
             method, values, is_heard = link.recv()
             try:
                 served = factory(*arguments) if served is None else served
-                report = (_reporter(link),) if is_heard else ()
+                report = [lambda *heard: link.send(("report", heard))] if is_heard else []
                 answer: tuple[str, Any] = ("done", getattr(served, method)(*values, *report))
             except (BrokenPipeError, ConnectionResetError):
                 raise
@@ -132,17 +130,3 @@ def _serve(
             except Exception:
                 answer = ("error", RuntimeError(traceback.format_exc()))
             link.send(answer)
-
-
-def _reporter(link: Connection[Any, Any]) -> Callable[..., None]:
-    """Return what sends a call's reports, not too often."""
-    last = 0.0
-
-    def report(*values: object) -> None:
-        nonlocal last
-        now = monotonic()
-        if now - last >= REPORT_S:
-            last = now
-            link.send(("report", values))
-
-    return report

@@ -21,12 +21,12 @@ from math import ceil
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.child_process import ChildDeathError, ChildProcess
+from mtl_export.child_process import ChildProcess
 from mtl_export.errors import EngineRunError, MtlExportError
 from mtl_export.names import INPUT_IDS, TASK_IDS
 from mtl_export.runtime.rows import Field
@@ -200,10 +200,14 @@ def measure(
         opened: dict[str, tuple[tuple[Field, ...] | None, float, int]] = {}
         for subject in subjects:
             progress(f"load {subject.name}")
-            process = processes[subject.name] = ChildProcess(_Turns, subject)
+            process = processes[subject.name] = _child(subject)
             stack.callback(process.close)
-            opened[subject.name] = _ask(processes, subject.name, "opened")
-        common = _with_tasks(next((own for own, *_ in opened.values() if own is not None), ()))
+            opened[subject.name] = process.call("opened")
+        common = next((own for own, *_ in opened.values() if own is not None), ())
+        common = (
+            *(field for field in common if field.name != TASK_IDS),
+            Field(TASK_IDS, ("batch",), "int64"),
+        )
         for shape in shapes:
             progress(f"measure {shape}")
             of_tokens = {}
@@ -212,11 +216,11 @@ def measure(
                 of_tokens[name] = any(field.name == INPUT_IDS for field in fields)
                 with within_memory(f"shape {shape}"):
                     batch = dict(inputs(shape, fields))
-                _ask(processes, name, "begin", batch, rounds)
+                processes[name].call("begin", batch, rounds)
             blocks: dict[tuple[str, str], list[tuple[float, ...]]] = {}
             for number in range(rounds):
                 for name in processes if number % 2 == 0 else reversed(processes):
-                    for phase, seconds in _ask(processes, name, "block").items():
+                    for phase, seconds in processes[name].call("block").items():
                         blocks.setdefault((phase, name), []).append(tuple(seconds))
             phases = list(dict.fromkeys(phase for phase, _ in blocks))
             timings += [
@@ -226,15 +230,10 @@ def measure(
                 if (phase, name) in blocks
             ]
         footprints = tuple(
-            Footprint(name, load_s, before_bytes, *_ask(processes, name, "memory"))
+            Footprint(name, load_s, before_bytes, *processes[name].call("memory"))
             for name, (_, load_s, before_bytes) in opened.items()
         )
     return Measurement(tuple(timings), footprints)
-
-
-def _with_tasks(fields: Sequence[Field]) -> tuple[Field, ...]:
-    others = tuple(field for field in fields if field.name != TASK_IDS)
-    return (*others, Field(TASK_IDS, ("batch",), "int64"))
 
 
 def call_count(seconds: float, rounds: int) -> int:
@@ -243,16 +242,15 @@ def call_count(seconds: float, rounds: int) -> int:
     return min(max(ceil(BLOCK_S / max(seconds, 1e-6)), least), MOST_CALLS)
 
 
-def _ask(processes: Mapping[str, ChildProcess], name: str, method: str, *values: object) -> Any:
-    """Return what the process of the subject called ``name`` answers."""
-    try:
-        return processes[name].call(method, *values)
-    except ChildDeathError as death:
-        raise EngineRunError(
-            f"{name}: its process {death}",
+def _child(subject: Candidate) -> ChildProcess:
+    def died(how: str) -> EngineRunError:
+        return EngineRunError(
+            f"{subject.name}: its process {how}",
             expected="a process that lives until it was measured; SIGKILL is out of memory",
             fix="Measure fewer models or smaller shapes at once",
-        ) from death
+        )
+
+    return ChildProcess(died, _Turns, subject)
 
 
 class _Turns:

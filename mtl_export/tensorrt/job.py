@@ -28,7 +28,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TypeAlias
 
-from mtl_export.child_process import ChildDeathError, ChildProcess
+from mtl_export.child_process import ChildProcess
 from mtl_export.errors import EngineBuildError, MtlExportError, UsageError
 from mtl_export.tensorrt.callbacks import Progress
 from mtl_export.tensorrt.differences import differing_weights
@@ -145,7 +145,8 @@ def run_job(
     if count == 1:
         work.follow(EngineBuilder(library_name).build)
     else:
-        _in_processes(work, [ChildProcess(EngineBuilder, library_name) for _ in range(count)])
+        processes = [ChildProcess(_died, EngineBuilder, library_name) for _ in range(count)]
+        _in_processes(work, processes)
     return [work.outcomes[order.target] for order in orders]
 
 
@@ -155,19 +156,19 @@ def _build_in(process: ChildProcess) -> Build:
     def build(
         onnx_path: Path, engine_path: Path, options: BuildOptions, progress: Progress
     ) -> EngineManifest:
-        try:
-            manifest: EngineManifest = process.call(
-                "build", onnx_path, engine_path, options, hear=progress
-            )
-        except ChildDeathError as death:
-            raise EngineBuildError(
-                f"{onnx_path}: the process that built its engine {death}",
-                expected="a graph that the builder takes, and memory for its weights several times",
-                fix="Rerun with -vv, and with --jobs 1 if memory may be short",
-            ) from death
+        values = (onnx_path, engine_path, options)
+        manifest: EngineManifest = process.call("build", *values, hear=progress)
         return manifest
 
     return build
+
+
+def _died(how: str) -> EngineBuildError:
+    return EngineBuildError(
+        f"the process that built its engine {how}",
+        expected="a graph that the builder takes, and memory for its weights several times",
+        fix="Rerun with -vv, and with --jobs 1 if memory may be short",
+    )
 
 
 def _in_processes(work: _Job, processes: Sequence[ChildProcess]) -> None:

@@ -12,7 +12,6 @@ from mtl_export.tensorrt.api import Library
 from mtl_export.tensorrt.available import rtx_capabilities
 from mtl_export.tensorrt.shapes import Profile
 
-MAX_OPTIMIZATION_LEVEL = 5
 # Releases whose refittable engines can drop a GEMM's bias.
 # Source: docs.nvidia.com/deeplearning/tensorrt/11.3.0/inference-library/refitting-engines.html
 LOSES_BIASES = ("11.3.",)
@@ -93,25 +92,24 @@ def check_options(library: Library, options: BuildOptions) -> None:
     Raises:
         UsageError: One of them is out of range, unknown, or of another library.
     """
-    level, hardware = options.optimization_level, options.hardware_compatibility
-    if level is not None and not 0 <= level <= MAX_OPTIMIZATION_LEVEL:
-        raise UsageError(
-            f"optimization level: it is {level}",
-            expected=f"0 to {MAX_OPTIMIZATION_LEVEL}; the builder takes the nearest of these",
-            fix="Give one of these",
-        )
-    if options.workspace_bytes is not None and options.workspace_bytes < 1:
-        raise UsageError(
-            f"workspace: it is {options.workspace_bytes} bytes",
-            expected="at least 1 byte",
-            fix="Give more, or leave it out",
-        )
-    if hardware is not None and hardware not in HARDWARE_LEVELS:
-        raise UsageError(
-            f"hardware compatibility: it is {hardware!r}",
-            expected=f"one of {', '.join(HARDWARE_LEVELS)}",
-            fix="Give one of these",
-        )
+    level, workspace = options.optimization_level, options.workspace_bytes
+    hardware = options.hardware_compatibility
+    for name, value, is_right, expected in (
+        ("optimization level", level, level is None or 0 <= level <= 5, "0 to 5"),
+        ("workspace", workspace, workspace is None or workspace > 0, "at least 1 byte"),
+        (
+            "hardware compatibility",
+            hardware,
+            hardware in (None, *HARDWARE_LEVELS),
+            f"one of {', '.join(HARDWARE_LEVELS)}",
+        ),
+    ):
+        if not is_right:
+            raise UsageError(
+                f"{name}: it is {value}",
+                expected=expected,
+                fix="Give one of these, or leave it out",
+            )
     refused = RTX_REFUSALS.keys() & options.given().keys() if library.is_rtx else ()
     if refused:
         name, why, fix = next(row for key, row in RTX_REFUSALS.items() if key in refused)

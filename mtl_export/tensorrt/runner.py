@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.errors import BackendMissingError, EngineRunError, IntegrityError, shortened
 from mtl_export.names import TASK_IDS
-from mtl_export.tensorrt.api import Library, TrtObject, load_library
+from mtl_export.tensorrt.api import FULL, Library, TrtObject, load_library
 from mtl_export.tensorrt.available import INSTALL_FULL, INSTALL_RTX, find_gpu, why_not_runnable
 from mtl_export.tensorrt.manifest import EngineManifest, manifest_path
 from mtl_export.tensorrt.shapes import Profile
@@ -82,13 +81,11 @@ class TensorRTBackend:
         """
         reason = self.why_not_runnable()
         if reason:
-            rtx = self.manifest.builder != "tensorrt"
+            install = INSTALL_FULL if self.manifest.builder == FULL else INSTALL_RTX
             raise BackendMissingError(
                 f"{self.engine_path}: not runnable here: {reason}",
                 expected=f"a GPU of compute capability {' or '.join(self.manifest.targets)}",
-                fix=""
-                if find_gpu().problem
-                else f"On such a GPU: {INSTALL_RTX if rtx else INSTALL_FULL}",
+                fix="" if find_gpu().problem else f"On such a GPU: {install}",
             )
         found = sha256_of_file(self.engine_path) if self.engine_path.is_file() else "no file"
         if found != self.manifest.engine_sha256:
@@ -97,17 +94,11 @@ class TensorRTBackend:
                 expected=f"{self.manifest.engine_sha256}, which its manifest was written for",
                 fix="Build the engine again with mtl-export trt",
             )
-        self._session = EngineSession(
-            load_library(self.manifest.builder), self.engine_path, self.manifest
-        )
+        library = load_library(self.manifest.builder)
+        self._session = EngineSession(library, self.engine_path, self.manifest)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Free the engine and its memory."""
         self._session = None
 
@@ -158,8 +149,10 @@ class TensorRTBackend:
         raise EngineRunError(
             f"{self.engine_path}: no profile admits {_shapes_text(shapes)}",
             expected=" or ".join(
-                f"{_shapes_text({name: limits[0] for name, limits in profile.shapes.items()})} to "
-                f"{_shapes_text({name: limits[2] for name, limits in profile.shapes.items()})}"
+                " to ".join(
+                    _shapes_text({name: limits[end] for name, limits in profile.shapes.items()})
+                    for end in (0, 2)
+                )
                 for profile in manifest.profiles
             ),
             fix="Split the batch, or build the engine with larger --max-shapes",

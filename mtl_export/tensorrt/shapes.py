@@ -54,15 +54,12 @@ class Profile:
     def admits(self, shapes: Mapping[str, Shape]) -> bool:
         """Return whether every given shape lies within this profile."""
         return all(
-            len(shape) == len(self.shapes[name][0])
+            len(shape) == len(low)
             and all(
-                low <= size <= high
-                for low, size, high in zip(
-                    self.shapes[name][0], shape, self.shapes[name][2], strict=True
-                )
+                least <= size <= most for least, size, most in zip(low, shape, high, strict=True)
             )
             for name, shape in shapes.items()
-            if name in self.shapes
+            for low, _, high in [self.shapes.get(name, (shape, shape, shape))]
         )
 
 
@@ -137,9 +134,9 @@ def default_profile(
         EngineBuildError: The model cannot be read.
     """
     source = read_source(onnx_path)
-    folder = onnx_path.parent
-    sequence = _token_limit(folder, MAX_SEQUENCE) if max_sequence is None else max_sequence
-    past = max(_token_limit(folder, MAX_PAST) - 1, 1) if max_past is None else max_past
+    limit = _token_limit(onnx_path.parent)
+    sequence = min(limit, MAX_SEQUENCE) if max_sequence is None else max_sequence
+    past = max(min(limit, MAX_PAST) - 1, 1) if max_past is None else max_past
     for name, value in (("max_batch", max_batch), ("max_sequence", sequence), ("max_past", past)):
         if value < 1:
             raise UsageError(f"{name}: it is {value}", expected="at least 1", fix="Give more")
@@ -262,23 +259,23 @@ def _limits(
 
 
 def _positions(folder: Path) -> int | None:
-    """Return how many positions the model beside ends at; None if it has no such end."""
+    """Return how many positions the model in ``folder`` ends at; None if it has no such end."""
     config = _json_object(folder / "config.json", CONFIG)
     return longest_sequence(config) if has_position_table(config) else None
 
 
-def _token_limit(folder: Path, limit: int) -> int:
-    """Return how many tokens the model beside takes, at most ``limit``."""
+def _token_limit(folder: Path) -> int:
+    """Return how many tokens the model in ``folder`` takes; ``_NO_LIMIT`` where nothing says."""
     model = _json_object(folder / "config.json", CONFIG)
     tokenizer = _json_object(folder / "tokenizer_config.json", {"model_max_length?": float})
-    for value in (
+    values = (
         model.get("max_position_embeddings"),
         model.get("n_positions"),
         tokenizer.get("model_max_length"),
-    ):
-        if isinstance(value, int | float) and 0 < value < _NO_LIMIT:
-            limit = min(limit, int(value))
-    return min(limit, _positions(folder) or limit)
+        _positions(folder),
+    )
+    known = (value for value in values if isinstance(value, int | float) and value > 0)
+    return int(min((_NO_LIMIT, *known)))
 
 
 def _json_object(file: Path, shape: Any) -> dict[str, Any]:

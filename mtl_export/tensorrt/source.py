@@ -161,9 +161,7 @@ def _external_files(path: Path, model: onnx.ModelProto) -> tuple[str, ...]:
     if problems:
         raise EngineBuildError(
             f"{path}: external data: {shortened(problems)}",
-            expected=(
-                "the weight files beside the graph, whole, because the graph holds only their names"
-            ),
+            expected="the weight files next to the graph, whole",
             fix=f"Copy {path.parent} as one folder, or write it again",
         )
     return names
