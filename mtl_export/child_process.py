@@ -83,7 +83,7 @@ class ChildProcess:
             process.close()
 
     def _answer(self, question: object) -> tuple[str, Any]:
-        """Return what the process says next, after it was asked where there is a question."""
+        """Return the next message of the process, in answer to ``question`` if there is one."""
         try:
             link = self._started()
             if question is not None:

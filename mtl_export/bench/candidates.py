@@ -1,4 +1,4 @@
-"""What ``measure`` measures: graphs in ONNX Runtime, language models, engines, eager PyTorch.
+"""The candidates of ``measure``: graphs in ONNX Runtime, language models, engines, eager PyTorch.
 
 Each is a record of paths and numbers that opens its model in the process it is sent to.
 """
@@ -131,7 +131,7 @@ class EngineCandidate:
 
     Attributes:
         name: As tables print it.
-        path: The engine; its manifest lies beside it.
+        path: The engine; its manifest is in the same folder.
     """
 
     name: str

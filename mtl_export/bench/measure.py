@@ -1,7 +1,7 @@
 """Models and shapes -> latency, throughput, load time and memory, measured in turns.
 
 Every subject lives in a fresh process of its own, which loads it, warms up and then times blocks
-of calls when told to. Blocks take turns: in each round every subject has one, forwards and
+of calls on demand. Blocks take turns: in each round every subject has one, forwards and
 backwards by turns, so that a machine that slows down or speeds up does so for all. Ratios are
 medians over rounds of one block against the block of the same round.
 
@@ -56,7 +56,7 @@ class Opened:
 
 
 class Candidate(Protocol):
-    """What is measured. It is pickled, so it holds paths and numbers only."""
+    """A model to measure. It is pickled, so it holds paths and numbers only."""
 
     @property
     def name(self) -> str:
@@ -138,7 +138,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one subject costs beside time.
+    """The memory and loading time of one subject.
 
     Attributes:
         subject: Its name.

@@ -36,7 +36,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class Log:
-    """What one TensorRT library says in this process.
+    """The messages of one TensorRT library in this process.
 
     Attributes:
         handle: The object that TensorRT's constructors take.

@@ -61,7 +61,7 @@ def build_engine(
     The manifest is the caller's to write: ``manifest.write(manifest_path(engine_path))``.
 
     Args:
-        onnx_path: The graph; its external data lies beside it.
+        onnx_path: The graph; its external data is in the same folder.
         engine_path: The file to write; its folder is created.
         options: Profiles (``default_profile``, or from ``parse_shapes``) and the rest.
         progress: Called with the phase's name and the overall fraction; what it raises

@@ -81,7 +81,7 @@ def refit_key(path: Path) -> str:
     """Return the hash of what graphs that differ in weights alone have in common.
 
     Raises:
-        EngineBuildError: It is quantised, or its structure cannot be told from its weights.
+        EngineBuildError: It is quantised, or weights are hidden in its structure.
     """
     model = load_structure(path)
     nodes = [*model.graph.node, *(node for body in model.functions for node in body.node)]

@@ -35,7 +35,7 @@ MAGIC = b"vtrt"
 HEADER_BYTES = 64
 GRAPH_PART = "ENGN"
 _INTERNAL_NUMBER = re.compile(rb"(__mye)\d+")
-# Kernels are long text; what is shorter may be names that numbers beside them seem to extend.
+# Kernels are long text; what is shorter may be names that adjacent numbers seem to extend.
 _TEXT = re.compile(rb"[\t\n\r -~]{200,}")
 _NAME = re.compile(rb"[A-Za-z_][A-Za-z0-9_.]{3,}")
 _PART = struct.Struct("<4s4xQQ")
@@ -51,7 +51,7 @@ CAPABILITIES = {
     32: "12.1",
     64: ">12.1",
 }
-# What TensorRT-RTX targets when nothing is asked for: all but the oldest.
+# TensorRT-RTX's targets by default: all but the oldest.
 DEFAULT_TARGETS = tuple(CAPABILITIES.values())[1:]
 
 

@@ -9,7 +9,7 @@ manager it is given, writes engines and their manifests, and leaves it, so that 
 has lost nothing but the folders that it was writing.
 
 One worker builds in this process. Several workers have a process each, because a TensorRT
-library has one logger and what is logged must be told apart by build. A process that dies
+library has one logger and each build's messages must be kept apart. A process that dies
 while it builds (the parser can abort on a graph, and the system kills what takes too much
 memory) is an ``EngineBuildError`` of that engine; the next one gets a new process.
 
@@ -71,7 +71,7 @@ class EngineOrder:
 
 @dataclass(frozen=True)
 class EngineOutcome:
-    """What became of an order.
+    """An order's result.
 
     Attributes:
         order: The order.

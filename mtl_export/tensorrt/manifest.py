@@ -1,4 +1,4 @@
-"""What was built, from what, and what was proven about it <-> ``<engine>.json``.
+"""An engine, its source and the checks it passed <-> ``<engine>.json``.
 
 An engine cannot be opened without the GPU it is for, so its manifest says what it is.
 The file is JSON, schema ``mtl-export.engine/1``, published as ``engine.schema.json`` in this
@@ -85,7 +85,7 @@ class EngineManifest:
         engine_sha256: SHA-256 of the file.
         engine_size_bytes: Its size.
         graph_sha256: SHA-256 of its graph part, equal for engines that differ only in weights;
-            "" where it cannot be told.
+            "" where it is not known.
         source: File name of the ONNX graph.
         source_sha256: File name -> SHA-256, external data included.
         provenance: ``mtl_export.version``, ``family``, ``base_sha256``, ``checkpoint_sha256``
@@ -225,7 +225,7 @@ class EngineManifest:
 
 
 def manifest_path(engine_path: Path) -> Path:
-    """Return where the manifest of ``engine_path`` lies: ``<engine>.json`` beside it."""
+    """Return the path of the manifest: ``<engine>.json``, next to ``engine_path``."""
     return engine_path.with_name(f"{engine_path.name}.json")
 
 

@@ -1,4 +1,4 @@
-"""What a user may choose about a build, and which choices a library cannot follow."""
+"""A user's choices for a build, and those that a library cannot follow."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ RTX_REFUSALS = {
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the user chose about a build.
+    """The user's choices for a build.
 
     Attributes:
         profiles: Shapes to accept, at least one if an input is dynamic.

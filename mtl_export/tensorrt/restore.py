@@ -1,6 +1,6 @@
 """An engine without its weights, and the graph it was built from -> a whole engine.
 
-``trt --strip-weights`` leaves the weights out, so that an engine is small to ship beside
+``trt --strip-weights`` leaves the weights out, so that an engine is small to ship with
 the ONNX graph that holds them. Such an engine takes back the very weights it was built
 with and no others (the builder has optimised for them), so the graph's hash is compared
 first. TensorRT with a GPU only; it only logs what it cannot do, so each call is checked.
@@ -32,7 +32,7 @@ def restore_weights(stripped_path: Path, onnx_path: Path, engine_path: Path) -> 
     The manifest is the caller's to write: ``manifest.write(manifest_path(engine_path))``.
 
     Args:
-        stripped_path: The engine without weights; its manifest lies beside it.
+        stripped_path: The engine without weights; its manifest is in the same folder.
         onnx_path: The graph it was built from.
         engine_path: The file to write.
 

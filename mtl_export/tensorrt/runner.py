@@ -39,7 +39,7 @@ class TensorRTBackend:
 
     Attributes:
         name: ``tensorrt``, as in reports.
-        engine_path: The engine's file; its manifest lies beside it.
+        engine_path: The engine's file; its manifest is in the same folder.
     """
 
     def __init__(self, engine_path: Path) -> None:

@@ -124,7 +124,7 @@ def default_profile(
         onnx_path: The model.
         max_batch: Largest number of rows.
         max_sequence: Largest number of tokens; by default what ``config.json`` and
-            ``tokenizer_config.json`` beside the model allow, at most 512.
+            ``tokenizer_config.json`` in its folder allow, at most 512.
         max_past: Largest number of tokens in the cache; by default one less than
             ``config.json`` allows, at most 2047.
         given: Inputs whose shapes the caller has; those with other dimensions are left out.
@@ -171,7 +171,7 @@ def check_profiles(source: OnnxSource, profiles: Sequence[Profile]) -> None:
     Raises:
         UsageError: A name is no input, a dynamic input is missing, a rank or fixed size
             differs, 1 <= min <= opt <= max does not hold, equal names got unequal sizes, or
-            there are more tokens than the ``config.json`` beside the model has positions.
+            there are more tokens than the ``config.json`` in its folder has positions.
     """
     dynamic = [tensor.name for tensor in source.inputs if tensor.is_dynamic]
     if dynamic and not profiles:
@@ -279,7 +279,7 @@ def _token_limit(folder: Path) -> int:
 
 
 def _json_object(file: Path, shape: Any) -> dict[str, Any]:
-    """Return what a file beside the model says; empty if there is none."""
+    """Return the content of a file in the model's folder; empty if there is none."""
     if not file.is_file():
         return {}
     fix = "Give max_sequence, or export the graph again"

@@ -77,7 +77,7 @@ class OnnxSource:
     """An ONNX file, its weights unread.
 
     Attributes:
-        path: Where it lies.
+        path: The file.
         inputs: What the caller gives, in order.
         outputs: What it gives back, in order.
         metadata: Its ``metadata_props``.
