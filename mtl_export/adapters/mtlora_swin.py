@@ -27,7 +27,8 @@ import torch
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mtl_export.adapters.base_layer import BaseLayer
-from mtl_export.adapters.modules.mtlora_swin import COMPUTED, SwinModel
+from mtl_export.adapters.modules.mtlora_layers import SwinModel
+from mtl_export.adapters.modules.mtlora_swin import COMPUTED
 from mtl_export.adapters.normal_form import LayerAdapter
 from mtl_export.checkpoint.checkpoint import LayerTensors
 from mtl_export.errors import AdapterError
@@ -117,6 +118,7 @@ def folded(
     for name in [key for key in found if key.endswith(".attn.qkv.weight")]:
         _scale_queries(found, name.removesuffix(".weight"), model.qk_scale)
     _fold_batch_norms(found)
+    _fold_reductions(found, tasks)
     described = replace(
         model, tasks=tuple(tasks), streams=streams, shared_scales=(), task_scales=None, qk_scale=1.0
     )
@@ -214,6 +216,24 @@ def _scale_queries(found: dict[str, torch.Tensor], name: str, scale: float | Non
     for key in (f"{name}.weight", f"{name}.bias"):
         if key in found:
             found[key] = torch.cat([found[key][:width] * factor, found[key][width:]])
+
+
+def _fold_reductions(found: dict[str, torch.Tensor], tasks: Sequence[str]) -> None:
+    """Fold patch merging into the downsamplers of the stages whose tasks have a stream.
+
+    Nothing but a task's 1x1 convolution reads its merged features, and both are linear.
+    """
+    for key in [name for name in found if name.endswith(".downsample.reduction.weight")]:
+        stage = int(key.split(".")[2])
+        last = max(
+            int(m[2]) for name in found if (m := _BLOCK.fullmatch(name)) and int(m[1]) == stage
+        )
+        if f"backbone.layers.{stage}.blocks.{last}.mlp.fc2.task_down" not in found:
+            continue
+        for task in tasks:
+            name = f"downsampler.{task}.downsample_{stage}.weight"
+            if name in found:
+                found[name] = (found[name][:, :, 0, 0] @ found[key])[:, :, None, None]
 
 
 def _fold_batch_norms(found: dict[str, torch.Tensor]) -> None:

@@ -109,8 +109,10 @@ class ASPPHead(nn.Sequential):
 
     def forward(self, maps: Maps) -> torch.Tensor:
         """Return raw values at the finest map's size."""
-        result: torch.Tensor = super().forward(torch.cat(at_finest(maps), 1))
-        return result
+        x = torch.cat(at_finest(maps), 1)
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 class _Projection(nn.Module):
@@ -133,8 +135,8 @@ class _Fusion(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the fused map."""
-        fused: torch.Tensor = self.bn(self.conv(x))
-        return fused.relu()
+        result: torch.Tensor = self.bn(self.conv(x))
+        return functional.relu(result)
 
 
 class SegFormerHead(nn.Module):
