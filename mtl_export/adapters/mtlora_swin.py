@@ -182,8 +182,8 @@ def _layer(
             task_up = tensors[f"{name}.lora_tasks_B.{task}"].double() * factor
             pairs.append((tensors[f"{name}.lora_tasks_A.{task}"].double(), task_up))
         rank = max(1, *(a.shape[0] for a, _ in pairs))
-        values["task_down"] = torch.stack([_filled(a, rank, 0) for a, _ in pairs])
-        values["task_up"] = torch.stack([_filled(b, rank, 1) for _, b in pairs])
+        values["task_down"] = torch.stack([_filled(a, rank, 0).T for a, _ in pairs]).unsqueeze(1)
+        values["task_up"] = torch.stack([_filled(b, rank, 1).T for _, b in pairs]).unsqueeze(1)
         for key in ("lora_norm.weight", "lora_norm.bias"):
             norm = stored(key)
             values |= {} if norm is None else {key: norm}

@@ -134,7 +134,9 @@ class StreamLinear(nn.Module):
     its own ``shared_weight`` where that is cheaper. In mode addition there is ``lora_norm``.
 
     Shape:
-        As ``MTLoRALinear``; ``task_down`` ``[T, r, I]``, ``task_up`` ``[T, O, r]``.
+        As ``MTLoRALinear`` with x ``[B, L, I]``; ``task_down`` ``[T, 1, I, r]``, ``task_up``
+        ``[T, 1, r, O]``: they multiply from the right, and no other tensor knows T, so a task
+        leaves a graph with its slices.
     """
 
     weight: torch.Tensor
@@ -157,11 +159,7 @@ class StreamLinear(nn.Module):
     def forward(self, x: torch.Tensor, z: Streams = None) -> tuple[torch.Tensor, Streams]:
         """Return the shared output and the tasks'."""
         frozen = functional.linear(x, self.weight, self.bias)
-        z = x.unsqueeze(0) if z is None else z
-        count, _, inputs = self.task_down.shape
-        low = z.reshape(z.shape[0], -1, inputs) @ self.task_down.transpose(1, 2)
-        updates = (low @ self.task_up.transpose(1, 2)).reshape(count, *frozen.shape)
-        tasks = frozen + updates
+        tasks = frozen + (x if z is None else z) @ self.task_down @ self.task_up
         if self.lora_norm is not None:
             return frozen + self.lora_norm(tasks.sum(0)), tasks
         if self.shared_weight is not None:

@@ -1,7 +1,8 @@
 """MTLoRA's forward pass on Swin, written from its formulas: for training, and as parity's oracle.
 
 A stage passes one shared stream on. In its last block every task grows a thin stream beside it,
-through the layers of ``mtlora_layers``; patch merging, 1x1 convolutions and a head per task read it.
+through the layers of ``mtlora_layers``; patch merging, 1x1 convolutions and a head per task
+read it.
 
 Modules carry the names of the checkpoint, and layers are chosen by the tensors that are there: a
 task term exists if its tensors do. Tensors that ``mtl_export.adapters.mtlora_swin`` has folded
@@ -26,18 +27,15 @@ from mtl_export.adapters.modules.swin_windows import WindowAttention, attention_
 
 @dataclass(frozen=True)
 class StageFeatures:
-    """What a stage gives: ``shared`` ``[B, L, C]``, ``tasks`` ``[T, B, L, C]`` or None.
+    """What a stage gives: shared tokens ``[B, L, C]``, and those of each task.
 
     A folded model leaves the width of ``tasks`` at that of patch merging's norm: the downsamplers,
-    the only ones to read them, hold the product of the two matrices.
+    the only ones to read them, hold the product of the two matrices. Tasks without a stream of
+    their own have the shared tokens.
     """
 
     shared: torch.Tensor
-    tasks: Streams
-
-    def of(self, place: int) -> torch.Tensor:
-        """Return the features of one task: the shared ones, where it has none of its own."""
-        return self.shared if self.tasks is None else self.tasks[place]
+    tasks: tuple[torch.Tensor, ...]
 
 
 class Mlp(nn.Module):
@@ -104,16 +102,14 @@ class PatchMerging(nn.Module):
         self.reduction = linear(shapes, f"{name}.reduction", stage, model)
 
     def joined(self, tokens: torch.Tensor, resolution: int) -> torch.Tensor:
-        """Return ``[..., L / 4, 4 C]``; neighbours in the order of columns, rows inside."""
+        """Return ``[B, L / 4, 4 C]``; neighbours in the order of columns, rows inside."""
         channels, half = tokens.shape[-1], resolution // 2
         grid = tokens.reshape(-1, half, 2, half, 2, channels).permute(0, 1, 3, 4, 2, 5)
-        result: torch.Tensor = self.norm(
-            grid.reshape(*tokens.shape[:-2], half * half, 4 * channels)
-        )
+        result: torch.Tensor = self.norm(grid.reshape(-1, half * half, 4 * channels))
         return result
 
     def forward(self, tokens: torch.Tensor, resolution: int) -> torch.Tensor:
-        """Return ``[..., L / 4, 2 C]``."""
+        """Return ``[B, L / 4, 2 C]``."""
         result: torch.Tensor = self.reduction(self.joined(tokens, resolution))[0]
         return result
 
@@ -142,17 +138,15 @@ class Stage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> StageFeatures:
         """Return the features after patch merging."""
-        tasks: Streams = None
+        streams: Streams = None
         for block in self.blocks:
-            x, tasks = block(x)
-        if tasks is not None and len(self.chosen) < tasks.shape[0]:
-            tasks = tasks[self.chosen]
-        if self.downsample is None:
-            return StageFeatures(x, tasks)
-        if tasks is not None:
+            x, streams = block(x)
+        tasks = [] if streams is None else [streams[place] for place in self.chosen]
+        if self.downsample is not None:
             merge = self.downsample.joined if self.is_reduced_by_head else self.downsample
-            tasks = merge(tasks, self.resolution)
-        return StageFeatures(self.downsample(x, self.resolution), tasks)
+            tasks = [merge(own, self.resolution) for own in tasks]
+            x = self.downsample(x, self.resolution)
+        return StageFeatures(x, tuple(tasks) or (x,) * len(self.chosen))
 
 
 class PatchEmbed(nn.Module):
@@ -239,7 +233,7 @@ class MTLoRASwin(nn.Module):
         outputs = {}
         for place, task in enumerate(self.model.tasks):
             down = self.downsampler[task]
-            maps = [down(stage, one.of(place)) for stage, one in enumerate(features)]
+            maps = [down(stage, one.tasks[place]) for stage, one in enumerate(features)]
             outputs[task] = resized(self.decoders.decoders[task](maps), self.model.image_size)
         return outputs
 
