@@ -19,6 +19,7 @@ from mtl_export.checkpoint.files.json_file import Shape, parse_json
 from mtl_export.errors import CheckpointError, TaskNotFoundError, shortened
 
 if TYPE_CHECKING:  # a service that serves tasks needs Task and no tensor formats
+    from mtl_export.checkpoint.formats.mtlora_swin_settings import SwinSettings
     from mtl_export.checkpoint.tensors import Tensor
 
 TaskKind = Literal[
@@ -225,6 +226,8 @@ class Checkpoint:
         readouts: How ``heads`` read off ``model_class``: one for all tasks, or several by name
             (``Task.output``); empty where the class has these modules.
         notes: What the user should know of the file, one sentence each, without a full stop.
+        swin: Set where the file holds a whole Swin with task streams, to which no base belongs:
+            what decides its numbers beside the tensors.
     """
 
     path: Path
@@ -243,6 +246,7 @@ class Checkpoint:
     ledger: tuple[LedgerEntry, ...] = ()
     readouts: tuple[Readout, ...] = ()
     notes: tuple[str, ...] = ()
+    swin: SwinSettings | None = None
 
     def readout_of(self, task: Task) -> Readout | None:
         """Return how ``task``'s answer is read off, None where the class does it."""

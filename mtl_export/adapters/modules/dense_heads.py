@@ -182,7 +182,7 @@ class UpDecoderHead(nn.Module):
 
     def forward(self, maps: Maps) -> torch.Tensor:
         """Return values of at least zero at 32 times the finest map's size."""
-        x = self.conv_layers(self.deconv_layers(torch.cat(at_finest(maps), 1)))
+        x: torch.Tensor = self.conv_layers(self.deconv_layers(torch.cat(at_finest(maps), 1)))
         for _ in range(2):
             x = resized(x, 2 * x.shape[-1])
         return x

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -129,6 +129,7 @@ def read_mtlora(path: Path, order: Sequence[str] | None = None) -> Checkpoint:
         ),
         ledger=_ledger(stored, layers, keys),
         notes=_notes(stored, settings, tasks),
+        swin=replace(settings, tasks=tasks),
     )
 
 

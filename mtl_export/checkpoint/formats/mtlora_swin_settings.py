@@ -29,6 +29,9 @@ class SwinSettings:
         shared_scale: By stage.
         task_scales: By task, then by stage; a task that is not in it has the shared scale.
         heads: Kind of head, by task.
+        image_size: Side of the image in pixels.
+        qk_scale: Factor of q in attention; None for 1 / sqrt(width of a head).
+        window: Side of attention's windows, in tokens.
     """
 
     mode: str
@@ -36,6 +39,9 @@ class SwinSettings:
     shared_scale: tuple[float, ...]
     task_scales: Mapping[str, tuple[float, ...]]
     heads: Mapping[str, str]
+    image_size: int = 224
+    qk_scale: float | None = None
+    window: int = 7
 
     def scales(self, stage: int, tasks: Sequence[str]) -> dict[str, float]:
         """Return the scales of one stage by role: ``shared_scale``, ``task_scale_0``, ..."""
@@ -94,13 +100,33 @@ def settings_of(where: str, config: Mapping[str, Any]) -> SwinSettings:
     if problems or not isinstance(tasks, (list, tuple)):
         raise _refusal(where, problems or [f"TASKS {tasks!r}"])
     heads = model.get("DECODER_HEAD")
-    return SwinSettings(
+    settings = SwinSettings(
         mode=mode,
         tasks=tuple(map(str, tasks)),
         shared_scale=shared,
         task_scales=scales,
         heads={str(k): str(v) for k, v in heads.items()} if isinstance(heads, dict) else {},
+        image_size=_value(config, "DATA.IMG_SIZE", int, 224, problems),
+        qk_scale=_value(config, "MODEL.SWIN.QK_SCALE", float, None, problems),
+        window=_value(config, "MODEL.SWIN.WINDOW_SIZE", int, 7, problems),
     )
+    if problems:
+        raise _refusal(where, problems)
+    return settings
+
+
+def _value(
+    config: Mapping[str, Any], name: str, kind: type, default: Any, problems: list[str]
+) -> Any:
+    """Return one setting by its dotted name; the trainer's default where it does not stand."""
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if value is None:
+        return default
+    if misfit(value, kind) is not None or value <= 0:
+        problems.append(f"{name} {value!r}")
+    return value
 
 
 def _stages(name: str, value: object, problems: list[str]) -> tuple[float, ...]:
