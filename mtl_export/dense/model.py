@@ -59,8 +59,15 @@ class DenseModel:
         Raises:
             UsageError: No window divides that size.
         """
-        size = self.checkpoint.swin.image_size if self.checkpoint.swin else image_size
-        _refuse_size(self.stored, image_size, self.checkpoint, trained=size)
+        problem = _size_problem(self.stored, image_size)
+        if problem:
+            trained = self.described.image_size
+            near = [size for size in range(8, 4 * trained) if not _size_problem(self.stored, size)]
+            raise UsageError(
+                f"--image-size {image_size}: {problem}",
+                expected=f"one of {shortened(map(str, near), 6)}",
+                fix=f"Pass --image-size {trained}, or leave it out",
+            )
         return replace(self, described=replace(self.described, image_size=image_size))
 
 
@@ -87,7 +94,9 @@ def open_dense(checkpoint: Checkpoint) -> DenseModel:
         qk_scale=settings.qk_scale,
     )
     _refuse_unknown_heads(checkpoint, stored)
-    _refuse_size(stored, settings.image_size, checkpoint, trained=settings.image_size)
+    problem = _size_problem(stored, settings.image_size)
+    if problem:
+        raise _misfit(checkpoint, [f"DATA.IMG_SIZE {settings.image_size}: {problem}"])
     _refuse_misfits(checkpoint, stored, model)
     return DenseModel(checkpoint, stored, model)
 
@@ -148,32 +157,21 @@ def _misfit(checkpoint: Checkpoint, problems: Sequence[str]) -> CheckpointError:
     )
 
 
-def _refuse_size(
-    stored: Mapping[str, Tensor], size: int, checkpoint: Checkpoint, *, trained: int
-) -> None:
-    """Refuse a size of image that the windows of a stage do not divide."""
+def _size_problem(stored: Mapping[str, Tensor], size: int) -> str:
+    """Return why the windows do not divide an image of ``size``; empty if they do."""
     patch = stored["backbone.patch_embed.proj.weight"].shape[2]
     tables = {name: one.shape[0] for name, one in stored.items()
               if name.endswith("relative_position_bias_table")}  # fmt: skip
-    largest = max((_window(rows) for rows in tables.values()), default=1)
-    stages = 1 + max(int(name.split(".")[2]) for name in tables)
-    problem = "" if size % patch == 0 else f"not a multiple of the patch, {patch}"
+    largest = max(map(_window, tables.values()), default=1)
+    last = max(int(name.split(".")[2]) for name in tables)
     for name, rows in tables.items():
         stage, window = int(name.split(".")[2]), _window(rows)
-        side = size // patch // 2**stage
-        is_whole = size % (patch * 2**stage) == 0 and (stage == stages - 1 or side % 2 == 0)
-        if not is_whole or side % window or (window < largest and side != window):
-            problem = problem or f"stage {stage} has {side} tokens a side for windows of {window}"
-    if not problem:
-        return
-    if size == trained:
-        raise _misfit(checkpoint, [f"DATA.IMG_SIZE {size}: {problem}"])
-    step = patch * 2 ** (stages - 1) * largest
-    raise UsageError(
-        f"--image-size {size}: {problem}",
-        expected=f"a size whose tokens the windows divide, such as {trained} or {2 * step}",
-        fix=f"Pass --image-size {trained}, or leave it out",
-    )
+        side, rest = divmod(size, patch * 2**stage)
+        if rest or (stage < last and side % 2):
+            return f"it does not give stage {stage} a whole and even number of tokens a side"
+        if side % window or (window < largest and side != window):
+            return f"stage {stage} has {side} tokens a side for windows of {window}"
+    return ""
 
 
 def _window(rows: int) -> int:
