@@ -228,18 +228,23 @@ class MTLoRASwin(nn.Module):
         built.load_state_dict({**own, **given})
         return built.eval()
 
-    def heads(self, features: Sequence[StageFeatures]) -> dict[str, torch.Tensor]:
-        """Return the raw values of each task, at the image's size, from the stages' features."""
-        outputs = {}
-        for place, task in enumerate(self.model.tasks):
-            down = self.downsampler[task]
-            maps = [down(stage, one.tasks[place]) for stage, one in enumerate(features)]
-            outputs[task] = resized(self.decoders.decoders[task](maps), self.model.image_size)
-        return outputs
+    def maps(self, features: Sequence[StageFeatures]) -> dict[str, list[torch.Tensor]]:
+        """Return what each task's head reads: one map per stage, ``[B, c_s, h_s, h_s]``."""
+        return {
+            task: [
+                self.downsampler[task](stage, one.tasks[at]) for stage, one in enumerate(features)
+            ]
+            for at, task in enumerate(self.model.tasks)
+        }
+
+    def answers(self, maps: Mapping[str, Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return the raw values of each task, at the image's size, from its maps."""
+        heads, size = self.decoders.decoders, self.model.image_size
+        return {task: resized(heads[task](own), size) for task, own in maps.items()}
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the raw values of each task."""
-        return self.heads(self.backbone(image))
+        return self.answers(self.maps(self.backbone(image)))
 
 
 COMPUTED = ("relative_position_index", "attn_mask")
