@@ -18,6 +18,7 @@ LOGITS = "logits"
 PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 
 # Files.
+DENSE_FORMAT = "mtl_export.dense/1"
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 PREFILL_FILE, ENCODER_FILE = "prefill.onnx", "encoder.onnx"

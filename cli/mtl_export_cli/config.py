@@ -7,6 +7,7 @@
     temperature = 0.1                            # likewise
     downsample = true                            # likewise, of a VL-BART
     biases = "hidden_biases.pt"                  # likewise
+    image_size = 448                             # of an MTLoRA model, other than as trained
     dtype = "fp16"                               # of merged folders; of graphs: [onnx] dtype
 
     [output]
@@ -286,6 +287,7 @@ OPTIONS: dict[str, Reader] = {
     "temperature": _number,
     "downsample": _switch,
     "biases": _path,
+    "image_size": _count,
     "dtype": _DTYPE,
 }
 _NUMBER: Reader = _choice("int8", "fp8", "int4")
@@ -307,6 +309,7 @@ SECTIONS: dict[str, dict[str, Reader]] = {
         "dtype": _DTYPE,
         "layout": _choice("single-graph", "per-task", "adapter-input"),
         **_FORM,
+        "postprocess": _switch,
     },
     "trt": {
         "dtype": _DTYPE,

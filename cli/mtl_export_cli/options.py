@@ -25,6 +25,7 @@ from mtl_export_cli.config import CONFIG_FILE, Config, read_config
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _CONFIG_KEY = "mtl_export_cli.config"
+_TRAIN_CONFIG_KEY = "mtl_export_cli.train_config"
 
 
 def _task_names(value: object) -> tuple[str, ...]:
@@ -58,9 +59,14 @@ class FiniteRange(click.FloatRange):
 
 
 def _load_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    """Read the configuration before any other option looks for its default."""
-    config = read_config(value)
+    """Read the configuration before any other option looks for its default.
+
+    A YAML file is no settings file but the configuration of a training run.
+    """
+    is_yaml = value is not None and value.suffix in {".yaml", ".yml"}
+    config = read_config(None if is_yaml else value)
     ctx.meta[_CONFIG_KEY] = config
+    ctx.meta[_TRAIN_CONFIG_KEY] = value if is_yaml else None
     ctx.default_map = config.defaults(ctx.info_name or "")
     return value
 
@@ -93,9 +99,14 @@ SOURCE: tuple[Decorator, ...] = (
         " a dictionary MODULE.bias, by torch.save.",
     ),
     option(
+        "--image-size", type=click.IntRange(1, 8192), metavar="PIXELS",
+        help="Side of the images that an MTLoRA model is exported for; by default as trained.",
+    ),
+    option(
         "--config", type=click.Path(path_type=Path), metavar="FILE", is_eager=True,
         expose_value=False, callback=_load_config,
-        help="Settings file; by default mtl-export.toml in the current folder.",
+        help="Settings file; by default mtl-export.toml in the current folder. A .yaml: of the"
+        " training run of an MTLoRA file that holds no configuration.",
     ),
 )  # fmt: skip
 SELECTION: tuple[Decorator, ...] = (
@@ -181,6 +192,7 @@ def _settings(context: click.Context, values: dict[str, Any]) -> Settings:
     shared: dict[str, Any] = {
         name: values.pop(name) for name in Settings.__dataclass_fields__ if name in values
     }
+    shared["train_config"] = context.meta.get(_TRAIN_CONFIG_KEY)
     shared["verbosity"] = values.pop("verbose") - values.pop("quiet")
     shared["typed"] = frozenset(name for name in context.params if _is_typed(context, name))
     if isinstance(config, Config):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from mtl_export.api import sources
+from mtl_export.api import dense, sources
 from mtl_export.api.conversion import OWN, convert
 from mtl_export.api.settings import Settings, SourceOptions, settings_of
 from mtl_export.api.written import Written
@@ -121,14 +121,15 @@ def _report(settings: Settings, checkpoint: Checkpoint, base: BaseModel | None) 
     from mtl_export.checkpoint.reader import FORMATS as KNOWN
 
     family = family_named(checkpoint.family)
-    trial = _trial(checkpoint, base)
+    swin = dense.opened(settings) if checkpoint.swin else None
+    trial = Trial((), "") if swin else _trial(checkpoint, base)
     missing = list(trial.missing)
     if settings.tasks is None and _has_placeholder_names(checkpoint):
         missing.append(
             f"task names: Pass --tasks A,B,... (or set tasks in mtl-export.toml),"
             f" {len(checkpoint.tasks)} in id order; until then they are numbered"
         )
-    if base is None and not trial.unsupported:
+    if base is None and swin is None and not trial.unsupported:
         missing.append("base: Pass --base DIR_OR_HUB_ID, or set base in mtl-export.toml")
     return {
         "checkpoint": str(checkpoint.path),
@@ -152,7 +153,7 @@ def _report(settings: Settings, checkpoint: Checkpoint, base: BaseModel | None) 
         "missing": missing,
         "unsupported": trial.unsupported,
         "notes": list(checkpoint.notes),
-    }
+    } | ({"folds": dense.folds(swin)} if swin else {})
 
 
 def _has_placeholder_names(checkpoint: Checkpoint) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from typing_extensions import Unpack
 
-from mtl_export.api import sources
+from mtl_export.api import dense, sources
 from mtl_export.api.progress import SILENT, Progress
 from mtl_export.api.settings import Settings, SourceOptions, settings_of
 from mtl_export.api.written import WRITTEN, Written
@@ -63,7 +63,7 @@ class MergeChoices:
 def merge(
     checkpoint: str | Path,
     *,
-    base: str | Path,
+    base: str | Path | None = None,
     output: str | Path,
     tasks: Sequence[str] = (),
     dtype: str | None = None,
@@ -80,7 +80,7 @@ def merge(
 
     Args:
         checkpoint: The trained adapter.
-        base: Folder, ``package:NAME/FOLDER`` or hub id.
+        base: Folder, ``package:NAME/FOLDER`` or hub id; none belongs to an MTLoRA file.
         output: Parent of the folders.
         tasks: Names; none: all tasks.
         dtype: ``fp32``, ``fp16`` or ``bf16``; None: the base's.
@@ -121,6 +121,10 @@ def merge(
 
 def merge_requested(settings: Settings, choices: MergeChoices, progress: Progress) -> Merged:
     """Fold the tasks that ``settings`` name; see ``merge``."""
+    swin = dense.opened(settings)
+    if swin is not None:
+        _refuse_for_dense(choices)
+        return Merged(dense.merge(swin, settings, progress), ())
     # One thread a core folds already; OpenBLAS reads this when numpy is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from mtl_export.bundle.merged import MergeRequest, merge_tasks
@@ -159,6 +163,26 @@ def merge_requested(settings: Settings, choices: MergeChoices, progress: Progres
         progress.note(note)
     seconds = perf_counter() - started
     return Merged(tuple(_written(one, seconds) for one in merged), tuple(merged))
+
+
+def _refuse_for_dense(choices: MergeChoices) -> None:
+    """Refuse what says nothing about folders of dense tasks.
+
+    Raises:
+        UsageError: It was asked for.
+    """
+    words = {
+        "--layout shared": choices.layout == "shared",
+        "--max-shard-size": choices.max_shard_size is not None,
+        "--resume": choices.resume,
+        "--verify": choices.verify,
+    }
+    for word in (word for word, is_given in words.items() if is_given):
+        raise UsageError(
+            f"{word}: a model of dense tasks beside it",
+            expected=f"no {word}, because each task gets one small folder, written at once",
+            fix=f"Leave out {word}; mtl-export parity compares the folder with PyTorch",
+        )
 
 
 def _notes(bound: BoundModel, tasks: Sequence[Task], merged: Sequence[MergedTask]) -> list[str]:

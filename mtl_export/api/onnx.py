@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from mtl_export.api import graphs, sources
+from mtl_export.api import dense, graphs, sources
 from mtl_export.api.graph_form import Form, form_of
 from mtl_export.api.progress import SILENT, Progress
 from mtl_export.api.settings import Settings, SourceOptions, settings_of
 from mtl_export.api.written import Written
+from mtl_export.errors import UsageError
 from mtl_export.graph.names import OPSET
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def export_onnx(
     checkpoint: str | Path,
     *,
-    base: str | Path,
+    base: str | Path | None = None,
     output: str | Path,
     tasks: Sequence[str] = (),
     layout: str | None = None,
@@ -34,6 +35,7 @@ def export_onnx(
     pooling: Pooling | None = None,
     normalize: bool = False,
     inline: bool = False,
+    postprocess: bool = False,
     opset: int = OPSET,
     link_data: bool = False,
     force: bool = False,
@@ -44,7 +46,7 @@ def export_onnx(
 
     Args:
         checkpoint: The trained adapter.
-        base: Folder, ``package:NAME/FOLDER`` or hub id.
+        base: Folder, ``package:NAME/FOLDER`` or hub id; none belongs to an MTLoRA file.
         output: Folder of ``model.onnx``, or of a folder per task.
         tasks: Names; none: all tasks.
         layout: ``single-graph``, ``per-task`` or ``adapter-input``; None: ``single-graph`` for all
@@ -54,6 +56,7 @@ def export_onnx(
         pooling: ``mean`` or ``cls``: a bare encoder answers with one vector a row.
         normalize: Bring these vectors to length 1.
         inline: Expand the functions of the single graph.
+        postprocess: Of dense tasks: put argmax, sigmoid or normalisation into the graph.
         opset: What graphs are written in.
         link_data: Hard-link what per-task folders have in common.
         force: Replace old results that are different.
@@ -85,9 +88,11 @@ def export_onnx(
         dtype=dtype,
         output=Path(output),
         force=force,
-        typed=frozenset({"task_input", "inline"}),
+        typed=frozenset({"inline"} | ({"task_input"} if task_input != "rows" else set())),
     )
-    return export_requested(settings, layout, form, progress, link_data=link_data)
+    return export_requested(
+        settings, layout, form, progress, link_data=link_data, postprocess=postprocess
+    )
 
 
 def export_requested(
@@ -97,8 +102,22 @@ def export_requested(
     progress: Progress,
     *,
     link_data: bool = False,
+    postprocess: bool = False,
 ) -> tuple[Written, ...]:
     """Export the graphs that ``settings`` and ``layout`` ask for; see ``export_onnx``."""
+    swin = dense.opened(settings)
+    if swin is not None:
+        dense.refuse_form(form, settings, is_linked=link_data)
+        dense_graphs = dense.wanted_graphs(swin, settings, layout, settings.folder("onnx"))
+        return dense.export(
+            swin, dense_graphs, form, settings, progress, is_postprocessed=postprocess
+        )
+    if postprocess:
+        raise UsageError(
+            "--postprocess: a model of texts beside it",
+            expected="it beside an MTLoRA file, whose outputs are maps",
+            fix="Leave out --postprocess",
+        )
     # Weights are folded in small blocks, for which OpenBLAS's threads wait longer than they
     # compute; it reads this when numpy is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -28,6 +28,8 @@ class Settings:
         temperature: Softmax temperature, likewise.
         downsample: Whether a VL-BART was trained with ``--downsample``, likewise.
         biases: File of biases that the trainer added, likewise.
+        train_config: YAML of the training run of an MTLoRA file, likewise.
+        image_size: Side of the images that a dense model is exported for; None: as trained.
         dtype: ``fp32``, ``fp16`` or ``bf16``; None keeps the base's.
         force: Replace an old result.
         json: Print the result as JSON.
@@ -47,6 +49,8 @@ class Settings:
     temperature: float | None = None
     downsample: bool | None = None
     biases: Path | None = None
+    train_config: Path | None = None
+    image_size: int | None = None
     dtype: str | None = None
     force: bool = False
     json: bool = False
@@ -68,6 +72,8 @@ class SourceOptions(TypedDict, total=False):
         downsample: Whether a VL-BART was trained with ``--downsample``.
         biases: File of biases that the trainer added.
         task_names: Task names in id order.
+        train_config: YAML of the training run of an MTLoRA file without one.
+        image_size: Side of the images that a dense model is exported for.
     """
 
     alpha: float
@@ -75,6 +81,8 @@ class SourceOptions(TypedDict, total=False):
     downsample: bool
     biases: str | Path
     task_names: Sequence[str]
+    train_config: str | Path
+    image_size: int
 
 
 def settings_of(checkpoint: str | Path, base: str | Path | None, source: SourceOptions) -> Settings:
@@ -87,6 +95,7 @@ def settings_of(checkpoint: str | Path, base: str | Path | None, source: SourceO
     if unknown:
         raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
     names, biases = source.get("task_names"), source.get("biases")
+    train_config = source.get("train_config")
     return Settings(
         checkpoint=Path(checkpoint),
         base=None if base is None else str(base),
@@ -95,6 +104,8 @@ def settings_of(checkpoint: str | Path, base: str | Path | None, source: SourceO
         temperature=source.get("temperature"),
         downsample=source.get("downsample"),
         biases=None if biases is None else Path(biases),
+        train_config=None if train_config is None else Path(train_config),
+        image_size=source.get("image_size"),
     )
 
 

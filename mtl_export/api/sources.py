@@ -41,6 +41,7 @@ def open_settings_checkpoint(settings: Settings) -> Checkpoint:
         downsample=settings.downsample,
         task_names=settings.tasks,
         biases=settings.biases,
+        train_config=settings.train_config,
     )
 
 
@@ -80,6 +81,7 @@ def open_bound(
     from mtl_export.adapters.family import read_adapters
 
     checkpoint = open_settings_checkpoint(settings)
+    refuse_image_size(settings)
     _refuse_unknown(settings, checkpoint.tasks)
     base = open_settings_base(settings, checkpoint)
     if targets is None:
@@ -96,6 +98,20 @@ def open_bound(
             else "Set another dir under [output] in mtl-export.toml, or pass --output",
         )
     return bind(checkpoint, read_adapters(checkpoint, base), base, check_hash=check_hash)
+
+
+def refuse_image_size(settings: Settings) -> None:
+    """Refuse a size of images for a model that has none.
+
+    Raises:
+        UsageError: One was given.
+    """
+    if settings.image_size is not None:
+        raise UsageError(
+            f"--image-size {settings.image_size}: the checkpoint is an adapter on a base",
+            expected="it beside an MTLoRA file, whose model takes images of one size",
+            fix="Leave out --image-size",
+        )
 
 
 def selected_tasks(settings: Settings, tasks: Sequence[Task]) -> tuple[Task, ...]:

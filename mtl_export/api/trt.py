@@ -138,7 +138,7 @@ def build_engines(
         output=None if output is None else Path(output),
         output_dir=Path(output_dir),
         force=force,
-        typed=frozenset({"task_input", "inline"}),
+        typed=frozenset({"inline"} | ({"task_input"} if task_input != "rows" else set())),
     )
     request = EngineRequest(choices or BuildOptions(), layout, quantize, jobs, form, shapes)
     return build_requested(settings, request, progress)

@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import onnx_ir as ir
 import torch
@@ -21,6 +22,8 @@ from mtl_export.adapters.modules.mtlora_swin import Block, MTLoRASwin
 from mtl_export.dense.kinds import kind_of, postprocessed
 from mtl_export.dense.model import DenseModel
 from mtl_export.errors import GraphError
+from mtl_export.graph.external_data import WrittenFile, externalised, write_data
+from mtl_export.graph.names import OPSET
 from mtl_export.names import (
     BASE_KEY,
     CHECKPOINT_KEY,
@@ -29,7 +32,7 @@ from mtl_export.names import (
     FAMILY_KEY,
     IMAGE,
     LAYOUT_KEY,
-    PER_TASK,
+    MODEL_FILE,
     SINGLE_GRAPH,
     TASKS_KEY,
     VERSION_KEY,
@@ -38,6 +41,7 @@ from mtl_export.version import VERSION
 
 # The batch of the trace: with 1 a dynamic axis would be taken for a constant.
 TRACED_BATCH = 2
+MODEL_STEM = "model"
 
 
 class _Tapped(nn.Module):
@@ -64,14 +68,46 @@ def tap_names(tasks: Sequence[str], stages: int) -> list[str]:
     return shared + [f"stage{stage}.{task}" for task in tasks for stage in range(stages)]
 
 
+def write_dense_graph(
+    model: DenseModel,
+    tasks: Sequence[str],
+    folder: Path,
+    layout: str,
+    *,
+    opset: int = OPSET,
+    is_postprocessed: bool = False,
+) -> dict[str, WrittenFile]:
+    """Write ``model.onnx`` and its data to an existing folder; see ``dense_graph``.
+
+    Returns:
+        Hash and size of the data file, by name.
+    """
+    graph = dense_graph(model, tasks, layout, opset=opset, is_postprocessed=is_postprocessed)
+    return save_graph(graph, folder)
+
+
+def save_graph(graph: ir.Model, folder: Path) -> dict[str, WrittenFile]:
+    """Write a graph as ``model.onnx`` and ``model.onnx.data``; return the data's hash and size."""
+    places, files = write_data({MODEL_STEM: graph}, folder)
+    with externalised({MODEL_STEM: graph}, places):
+        ir.save(graph, folder / MODEL_FILE)
+    return files
+
+
 def dense_graph(
-    model: DenseModel, tasks: Sequence[str], *, opset: int, is_postprocessed: bool = False
+    model: DenseModel,
+    tasks: Sequence[str],
+    layout: str = SINGLE_GRAPH,
+    *,
+    opset: int = OPSET,
+    is_postprocessed: bool = False,
 ) -> ir.Model:
     """Return the graph that answers ``tasks``, with a dynamic batch.
 
     Args:
         model: As trained, at the size of image wanted.
         tasks: In the order of the outputs; tensors of others are not in the graph.
+        layout: ``single-graph`` or ``per-task``, for its metadata.
         opset: Of the graph.
         is_postprocessed: Put argmax, sigmoid or normalisation into the graph; see ``kinds``.
 
@@ -104,7 +140,7 @@ def dense_graph(
     del graph.graph.outputs[len(tasks) :]
     RemoveUnusedNodesPass()(graph)
     graph.metadata_props.clear()
-    graph.metadata_props.update(_metadata(model, tasks, is_postprocessed=is_postprocessed))
+    graph.metadata_props.update(_metadata(model, tasks, layout, is_postprocessed=is_postprocessed))
     return graph
 
 
@@ -115,7 +151,9 @@ def freeze_biases(model: MTLoRASwin) -> None:
             block.attn.attn_bias = block.attn.bias(block.attn_mask).detach()
 
 
-def _metadata(model: DenseModel, tasks: Sequence[str], *, is_postprocessed: bool) -> dict[str, str]:
+def _metadata(
+    model: DenseModel, tasks: Sequence[str], layout: str, *, is_postprocessed: bool
+) -> dict[str, str]:
     chosen = [task for task in model.tasks if task.name in tasks]
     dense = {
         "image_size": model.described.image_size,
@@ -125,7 +163,7 @@ def _metadata(model: DenseModel, tasks: Sequence[str], *, is_postprocessed: bool
     }
     return {
         VERSION_KEY: VERSION,
-        LAYOUT_KEY: SINGLE_GRAPH if len(chosen) == len(model.tasks) else PER_TASK,
+        LAYOUT_KEY: layout,
         FAMILY_KEY: model.checkpoint.family,
         DTYPE_KEY: "fp32",
         TASKS_KEY: json.dumps([{"name": one.name, "index": one.index, "labels": [],

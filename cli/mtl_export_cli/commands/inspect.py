@@ -110,6 +110,11 @@ def _print(report: Mapping[str, Any]) -> None:
         ],
         right=("id",),
     )
+    if "folds" in report:
+        render.print_table(
+            ("adapted layer", "folds", "stays"),
+            [(one["layer"], one["folds"], one["stays"] or "nothing") for one in report["folds"]],
+        )
     if "ledger" in report:
         render.print_table(
             ("tensor", "fate", "reason"),

@@ -41,6 +41,10 @@ LAYOUT = option(
     "--link-data", is_flag=True,
     help="per-task: hard-link what the tasks have in common. Only ONNX Runtime opens such folders.",
 )  # fmt: skip
+@option(
+    "--postprocess", is_flag=True,
+    help="Of dense tasks: put argmax, sigmoid or normalisation into the graph.",
+)  # fmt: skip
 @with_form
 def command(
     settings: Settings,
@@ -48,6 +52,7 @@ def command(
     *,
     form: Form,
     link_data: bool,
+    postprocess: bool,
 ) -> None:
     """Export one routed graph, or one per task.
 
@@ -65,5 +70,7 @@ def command(
     is_per_task = graphs.layout_or_default(settings, layout) == PER_TASK
     linked = link_data and (is_per_task or "link_data" in settings.typed)
     with render.Messages.from_settings(settings).steps() as steps:
-        written = export_requested(settings, layout, form, steps, link_data=linked)
+        written = export_requested(
+            settings, layout, form, steps, link_data=linked, postprocess=postprocess
+        )
     print_written("onnx", written, as_json=settings.json)

@@ -89,12 +89,15 @@ class _Key:
     role: str
 
 
-def read_mtlora(path: Path, order: Sequence[str] | None = None) -> Checkpoint:
+def read_mtlora(
+    path: Path, order: Sequence[str] | None = None, *, train_config: Path | None = None
+) -> Checkpoint:
     """Return the checkpoint that ``path`` is or holds.
 
     Args:
         path: The file, or the folder with the only one.
         order: Tasks in id order, where the configuration lists none.
+        train_config: YAML of the training run, where the file has no configuration in it.
 
     Raises:
         IntegrityError: The file asks for more than tensors and a configuration.
@@ -102,7 +105,7 @@ def read_mtlora(path: Path, order: Sequence[str] | None = None) -> Checkpoint:
         CheckpointError: It is broken, a tensor is unknown, or it contradicts the configuration.
         UsageError: ``order`` is not the configuration's.
     """
-    stored = read_stored(path)
+    stored = read_stored(path, train_config)
     _refuse_forks(stored)
     settings = settings_of(str(stored.files[-1]), stored.config)
     tasks = _tasks(path, stored, settings, order)

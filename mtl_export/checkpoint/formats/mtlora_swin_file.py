@@ -17,7 +17,7 @@ from typing import Any
 from mtl_export.checkpoint.files.torch_pickle import load_pickle, named_tensors, stored_names
 from mtl_export.checkpoint.files.yaml_file import read_yaml
 from mtl_export.checkpoint.tensors import Tensor
-from mtl_export.errors import CheckpointError, shortened
+from mtl_export.errors import CheckpointError, UsageError, shortened
 
 FILE_NAME = re.compile(r"ckpt_epoch_(\d+)\.pth")
 CONFIG_FILES = ("config.json", "cfg.yaml")
@@ -62,8 +62,12 @@ def is_mtlora(path: Path) -> bool:
     return bool(files) and any(map(TELLING.fullmatch, stored_names(files[-1])))
 
 
-def read_stored(path: Path) -> StoredModel:
+def read_stored(path: Path, train_config: Path | None = None) -> StoredModel:
     """Return what the only checkpoint file in ``path`` holds.
+
+    Args:
+        path: The file, or its folder.
+        train_config: YAML of the training run, where the file has no configuration in it.
 
     Raises:
         IntegrityError: It asks for something that is not in the list.
@@ -87,9 +91,15 @@ def read_stored(path: Path) -> StoredModel:
     )
     config = None if model is loaded else loaded.get("config")
     if isinstance(config, dict):
+        if train_config is not None:
+            raise UsageError(
+                f"--config {train_config}: {file} holds its own configuration",
+                expected="no other, because what was trained with decides the numbers",
+                fix="Leave out --config",
+            )
         _check_plain(file, config)
         return StoredModel((file,), tensors, config, others)
-    config, source = _config_beside(file)
+    config, source = _config_of(file, train_config)
     return StoredModel((file, source), tensors, config, others)
 
 
@@ -116,19 +126,27 @@ def _no_config(file: Path, found: str) -> CheckpointError:
     )
 
 
-def _config_beside(file: Path) -> tuple[dict[str, Any], Path]:
-    for name in CONFIG_FILES:
-        source = file.parent / name
-        if source.is_file():
-            config = read_yaml(source)
-            if isinstance(config, dict):
-                _check_plain(source, config)
-                return config, source
-    raise CheckpointError(
-        f"{file}: no configuration in it, and no {' or '.join(CONFIG_FILES)} beside it",
-        expected=(
-            "the training configuration, because the scales are not in the state dict, and two of "
-            "the modes have the same keys"
-        ),
-        fix="Copy config.json of the training run beside it",
-    )
+def _config_of(file: Path, given: Path | None) -> tuple[dict[str, Any], Path]:
+    """Return the configuration that was given, or lies beside the file, and its own file."""
+    beside = (file.parent / name for name in CONFIG_FILES)
+    source = given or next(filter(Path.is_file, beside), None)
+    if source is None:
+        raise CheckpointError(
+            f"{file}: no configuration in it, and no {' or '.join(CONFIG_FILES)} beside it",
+            expected=(
+                "the training configuration, because the scales are not in the state dict, and "
+                "two of the modes have the same keys"
+            ),
+            fix="Pass the YAML of the training run as --config run.yaml",
+        )
+    if not source.is_file():
+        raise UsageError(
+            f"--config {source}: no such file",
+            expected="the YAML of the training run",
+            fix="Correct --config",
+        )
+    config = read_yaml(source)
+    if not isinstance(config, dict):
+        raise _no_config(source, "no dictionary of settings")
+    _check_plain(source, config)
+    return config, source
