@@ -6,22 +6,23 @@ so nothing is routed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from mtl_export.api import sources
+from mtl_export.api import graphs, sources
 from mtl_export.api.graph_form import GRAPH_DTYPE, Form
 from mtl_export.api.progress import Progress
 from mtl_export.api.settings import Settings
 from mtl_export.api.written import Written
 from mtl_export.errors import UsageError
-from mtl_export.names import LAYOUTS, PER_TASK, SINGLE_GRAPH
+from mtl_export.names import LAYOUTS, SINGLE_GRAPH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mtl_export.api.graphs import Graph
     from mtl_export.bundle.manifest import OptionValue, Recipe
     from mtl_export.dense.model import DenseModel
 
@@ -73,8 +74,9 @@ def recipe(command: str, model: DenseModel, options: dict[str, OptionValue]) -> 
 
     given: dict[str, OptionValue] = {"tasks": [task.name for task in model.tasks]}
     given["image_size"] = model.described.image_size
-    digest = {"checkpoint_sha256": model.checkpoint.sha256}
-    return Recipe(command, {**given, **options}, digest, VERSION)
+    # The base is in the same file.
+    digests = dict.fromkeys(("base_sha256", "checkpoint_sha256"), model.checkpoint.sha256)
+    return Recipe(command, {**given, **options}, digests, VERSION)
 
 
 def folds(model: DenseModel) -> list[dict[str, object]]:
@@ -125,59 +127,28 @@ def merge(model: DenseModel, settings: Settings, progress: Progress) -> tuple[Wr
         ) as plan:
             if not plan.up_to_date:
                 write_merged(model, task.name, plan.folder, dtype)
+                report = json.dumps({"task": task.name, "layers": folds(model)}, indent=2)
+                (plan.folder / "merge-report.json").write_text(report + "\n", encoding="utf-8")
         results.append(Written.from_plan(plan, [task.name], perf_counter() - started))
     return tuple(results)
 
 
-@dataclass(frozen=True)
-class DenseGraph:
-    """One graph to write.
-
-    Attributes:
-        tasks: Names, in the order of the outputs.
-        layout: ``single-graph`` or ``per-task``.
-        folder: Where it goes.
-    """
-
-    tasks: tuple[str, ...]
-    layout: str
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        """Return its name for people."""
-        return self.tasks[0] if self.layout == PER_TASK else "single graph"
-
-
-def wanted_graphs(
-    model: DenseModel, settings: Settings, layout: str | None, parent: Path
-) -> list[DenseGraph]:
-    """Return the graphs that the options ask for.
+def wanted_graphs(model: DenseModel, settings: Settings, layout: str | None) -> list[Graph]:
+    """Return the graphs that the options ask for; ``layout`` may be ``both``.
 
     Raises:
-        UsageError: A single graph of some tasks only, a layout that does not exist, or no task.
+        UsageError: A single graph of some tasks only, a layout that images do not have, or no
+            task was asked for.
         TaskNotFoundError: A name is unknown.
     """
-    tasks = sources.selected_tasks(settings, model.tasks)
-    names = tuple(task.name for task in tasks)
-    layout = layout or (SINGLE_GRAPH if settings.all_tasks else PER_TASK)
     layouts = LAYOUTS if layout == "both" else (layout,)
-    if not set(layouts) <= set(LAYOUTS):
+    if not set(layouts) <= {None, *LAYOUTS}:
         raise UsageError(
             f"--layout {layout}: {model.checkpoint.path} takes images and no adapters",
             expected=f"{' or '.join(LAYOUTS)}",
             fix=f"Pass --layout {SINGLE_GRAPH}",
         )
-    if SINGLE_GRAPH in layouts and len(tasks) < len(model.tasks):
-        raise UsageError(
-            f"--layout {layout}: only {', '.join(names)} asked for",
-            expected="--all-tasks, because that graph answers every task of the checkpoint",
-            fix="Pass --all-tasks, or --layout per-task",
-        )
-    graphs = [DenseGraph(names, SINGLE_GRAPH, parent)] if SINGLE_GRAPH in layouts else []
-    if PER_TASK in layouts:
-        graphs += [DenseGraph((name,), PER_TASK, parent / name) for name in names]
-    return graphs
+    return [graph for one in layouts for graph in graphs.wanted_graphs(settings, one, model.tasks)]
 
 
 def refuse_form(form: Form, settings: Settings, *, is_linked: bool = False) -> None:
@@ -206,46 +177,116 @@ def refuse_form(form: Form, settings: Settings, *, is_linked: bool = False) -> N
     )
 
 
-def export(
-    model: DenseModel,
-    graphs: Sequence[DenseGraph],
-    form: Form,
-    settings: Settings,
-    progress: Progress,
-    *,
-    is_postprocessed: bool = False,
-) -> tuple[Written, ...]:
-    """Write the graphs."""
-    from mtl_export.bundle.manifest import FileEntry
-    from mtl_export.bundle.output import output_folder
-    from mtl_export.dense.export import write_dense_graph
-    from mtl_export.dense.kinds import refuse_unknown
+class Exporter:
+    """Writes graphs of one model.
 
-    if is_postprocessed:
-        refuse_unknown(tuple(task.name for task in model.tasks))
-    progress.expect(len(graphs))
-    results = []
-    for graph in graphs:
+    Args:
+        model: As trained, at the size of image wanted.
+        parent: Where the folders go.
+        form: Says the opset.
+        force: Replace old results that are different.
+        is_postprocessed: Graphs end in argmax, sigmoid or normalisation.
+
+    Raises:
+        UsageError: Nobody says what a task is of, which post-processing needs.
+    """
+
+    def __init__(
+        self,
+        model: DenseModel,
+        parent: Path,
+        form: Form,
+        *,
+        force: bool,
+        is_postprocessed: bool = False,
+    ) -> None:
+        from mtl_export.dense.kinds import refuse_unknown
+
+        if is_postprocessed:
+            refuse_unknown(tuple(task.name for task in model.tasks))
+        self._model, self._parent, self._form = model, parent, form
+        self._force, self._is_postprocessed = force, is_postprocessed
+
+    def write(self, wanted: Sequence[Graph], progress: Progress) -> tuple[Written, ...]:
+        """Write the graphs, but for those that are there already.
+
+        Raises:
+            OutputError: Something else is there.
+        """
+        progress.expect(len(wanted))
+        return tuple(self._write(graph, progress) for graph in wanted)
+
+    def write_missing(self, wanted: Sequence[Graph], progress: Progress) -> tuple[Written, ...]:
+        """Write the graphs that are not there; whole ones of this model stay, whatever their form.
+
+        Raises:
+            OutputError: Something else is there.
+        """
+        missing = [graph for graph in wanted if not self._is_there(graph)]
+        for graph in wanted:
+            if graph not in missing:
+                progress.note(f"ONNX {graph.folder(self._parent)}: up to date.")
+        return self.write(missing, progress)
+
+    def _is_there(self, graph: Graph) -> bool:
+        from mtl_export.bundle.manifest import damage, read_manifest
+
+        folder = graph.folder(self._parent)
+        manifest = read_manifest(folder) if folder.is_dir() else None
+        if manifest is None or damage(folder, manifest):
+            return False
+        recipe = manifest.recipe
+        return recipe.sources.get("checkpoint_sha256") == self._model.checkpoint.sha256 and (
+            recipe.options.get("image_size") == self._model.described.image_size
+        )
+
+    def _write(self, graph: Graph, progress: Progress) -> Written:
+        from mtl_export.bundle.manifest import FileEntry
+        from mtl_export.bundle.output import output_folder
+        from mtl_export.dense.export import write_dense_graph
+
         started = perf_counter()
+        names = [task.name for task in graph.tasks]
         progress.begin(f"onnx: {graph.name}")
-        options: dict[str, OptionValue] = {"layout": graph.layout, "served": list(graph.tasks)}
-        options |= {"opset": form.opset, "postprocess": is_postprocessed}
+        options: dict[str, OptionValue] = {"layout": graph.layout, "served": names}
+        options |= {"opset": self._form.opset, "postprocess": self._is_postprocessed}
         with output_folder(
-            graph.folder,
-            recipe=recipe("onnx", model, options),
-            force=settings.force,
-            estimated_size_bytes=_size_bytes(model),
+            graph.folder(self._parent),
+            recipe=recipe("onnx", self._model, options),
+            force=self._force,
+            estimated_size_bytes=_size_bytes(self._model),
         ) as plan:
             if not plan.up_to_date:
                 files = write_dense_graph(
-                    model, graph.tasks, plan.folder, graph.layout, opset=form.opset,
-                    is_postprocessed=is_postprocessed,
+                    self._model, names, plan.folder, graph.layout, opset=self._form.opset,
+                    is_postprocessed=self._is_postprocessed,
                 )  # fmt: skip
                 plan.known.update(
                     {name: FileEntry(one.sha256, one.size_bytes) for name, one in files.items()}
                 )
-        results.append(Written.from_plan(plan, graph.tasks, perf_counter() - started))
-    return tuple(results)
+        return Written.from_plan(plan, names, perf_counter() - started)
+
+
+def refuse_uncalibrated(
+    model: DenseModel, wanted: Sequence[Graph], onnx_folder: Path, number: str
+) -> None:
+    """Refuse quantised engines whose graphs ``mtl-export calibrate`` has not written.
+
+    Raises:
+        UsageError: They are missing, or of another checkpoint.
+    """
+    from mtl_export.bundle.manifest import read_manifest
+
+    for graph in wanted:
+        manifest = read_manifest(graph.folder(onnx_folder))
+        found = manifest.recipe.sources.get("checkpoint_sha256") if manifest else None
+        if found != model.checkpoint.sha256:
+            state = "is of another checkpoint" if found else "is missing"
+            raise UsageError(
+                f"--quantize {number}: {graph.folder(onnx_folder)} {state}",
+                expected="the quantised graphs of this checkpoint",
+                fix=f"Run mtl-export calibrate --quantize {number} first",
+            )
 
 
 def _size_bytes(model: DenseModel) -> int:

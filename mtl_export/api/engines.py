@@ -10,13 +10,13 @@ graphs' hashes, so that an engine is found finished only if its graph is still t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtl_export.api import artefacts, graphs, sources
+from mtl_export.api import artefacts, graphs
 from mtl_export.api.engine_shapes import ShapeTexts, profiles_from_options
 from mtl_export.api.graph_form import GRAPH_DTYPE, Form
 from mtl_export.api.settings import Settings
@@ -156,7 +156,7 @@ class EngineJob:
 
     Args:
         settings: Where to, and whether to replace what is there.
-        bound: The model.
+        recipe_of: Returns what decides a folder's bytes, given the options that do.
         info: The library that builds.
         request: What to build.
     """
@@ -164,11 +164,11 @@ class EngineJob:
     def __init__(
         self,
         settings: Settings,
-        bound: BoundModel,
+        recipe_of: Callable[[dict[str, OptionValue]], Recipe],
         info: BuilderInfo,
         request: EngineRequest,
     ) -> None:
-        self._settings, self._bound, self._info = settings, bound, info
+        self._settings, self._recipe_of, self._info = settings, recipe_of, info
         self._request = request
         ending = f"-{request.quantize}" if request.quantize else ""
         self.onnx_folder = settings.output_dir / f"onnx{ending}"
@@ -286,7 +286,7 @@ class EngineJob:
         if graph.is_edited:
             options["tasks"] = options["served"]
             hashes["checkpoint_sha256"] = metadata[CHECKPOINT_KEY]
-        recipe = sources.recipe("trt", self._bound, options)
+        recipe = self._recipe_of(options)
         return replace(recipe, sources={**recipe.sources, **hashes})
 
 

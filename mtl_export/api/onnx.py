@@ -108,10 +108,11 @@ def export_requested(
     swin = dense.opened(settings)
     if swin is not None:
         dense.refuse_form(form, settings, is_linked=link_data)
-        dense_graphs = dense.wanted_graphs(swin, settings, layout, settings.folder("onnx"))
-        return dense.export(
-            swin, dense_graphs, form, settings, progress, is_postprocessed=postprocess
-        )
+        exporter = dense.Exporter(
+            swin, settings.folder("onnx"), form, force=settings.force,
+            is_postprocessed=postprocess,
+        )  # fmt: skip
+        return exporter.write(dense.wanted_graphs(swin, settings, layout), progress)
     if postprocess:
         raise UsageError(
             "--postprocess: a model of texts beside it",
@@ -125,8 +126,8 @@ def export_requested(
     graphs.refuse_idle(settings, graphs.layout_or_default(settings, layout), form, linked=link_data)
     bound = sources.open_bound(settings, targets=[settings.folder("onnx")])
     wanted = graphs.wanted_graphs(settings, layout, bound.adapters.tasks)
-    exporter = graphs.Exporter(
+    writer = graphs.Exporter(
         bound, settings.folder("onnx"), dtype=settings.dtype, is_linked=link_data, form=form
     )
     progress.expect(len(wanted))
-    return tuple(exporter.write(graph, progress, force=settings.force) for graph in wanted)
+    return tuple(writer.write(graph, progress, force=settings.force) for graph in wanted)

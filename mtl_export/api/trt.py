@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtl_export.api import engines, graphs, sources
+from mtl_export.api import dense, engines, graphs, sources
 from mtl_export.api.engine_shapes import ShapeTexts
 from mtl_export.api.engines import Built, EngineJob, EngineRequest, Failed
 from mtl_export.api.graph_form import Form, form_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from mtl_export.checkpoint.sentence_embedding import Pooling
+    from mtl_export.dense.model import DenseModel
     from mtl_export.graph.passes.routing import TaskInput
     from mtl_export.tensorrt.available import BuilderInfo
     from mtl_export.tensorrt.options import BuildOptions
@@ -68,7 +70,7 @@ class EngineBuild:
 def build_engines(
     checkpoint: str | Path,
     *,
-    base: str | Path,
+    base: str | Path | None = None,
     tasks: Sequence[str] = (),
     layout: str | None = None,
     quantize: str | None = None,
@@ -93,7 +95,7 @@ def build_engines(
 
     Args:
         checkpoint: The trained adapter.
-        base: Folder, ``package:NAME/FOLDER`` or hub id.
+        base: Folder, ``package:NAME/FOLDER`` or hub id; none belongs to an MTLoRA file.
         tasks: Those whose merged graphs are built; none: all tasks.
         layout: ``single-graph``, ``per-task`` or ``both``; None: ``single-graph`` for all tasks,
             ``per-task`` for those named.
@@ -151,6 +153,9 @@ def build_requested(settings: Settings, request: EngineRequest, progress: Progre
     from mtl_export.tensorrt.options import check_options
 
     layout, form, quantize = request.layout, request.form, request.quantize
+    swin = dense.opened(settings)
+    if swin is not None:
+        return _build_dense(swin, settings, request, progress)
     _refuse_beside_quantize(settings, quantize, form)
     graphs.refuse_idle(settings, graphs.layout_or_default(settings, layout), form)
     bound = sources.open_bound(settings)
@@ -158,7 +163,7 @@ def build_requested(settings: Settings, request: EngineRequest, progress: Progre
     check_options(load_library(info.name), request.choices)
     wanted = engines.wanted_graphs(settings, layout, bound.adapters.tasks)
     progress.note(f"Building with {info.name} {info.version}.")
-    job = EngineJob(settings, bound, info, request)
+    job = EngineJob(settings, partial(sources.recipe, "trt", bound), info, request)
     exported: list[Written] = []
     if quantize:
         engines.refuse_uncalibrated(bound, wanted, job.onnx_folder, quantize)
@@ -173,6 +178,31 @@ def build_requested(settings: Settings, request: EngineRequest, progress: Progre
             progress.note(f"ONNX {output.path}: {output.status}.")
     built, failed = _build(job, wanted, info.name, request, progress)
     return EngineBuild(tuple(exported), tuple(built), tuple(failed))
+
+
+def _build_dense(
+    model: DenseModel, settings: Settings, request: EngineRequest, progress: Progress
+) -> EngineBuild:
+    """Build the engines of dense tasks; graphs that are there in another form stay as they are."""
+    from mtl_export.tensorrt.api import load_library
+    from mtl_export.tensorrt.available import available_builder
+    from mtl_export.tensorrt.options import check_options
+
+    dense.refuse_form(request.form, settings)
+    info = available_builder()
+    check_options(load_library(info.name), request.choices)
+    progress.note(f"Building with {info.name} {info.version}.")
+    job = EngineJob(settings, partial(dense.recipe, "trt", model), info, request)
+    wanted = dense.wanted_graphs(model, settings, request.layout)
+    exported: tuple[Written, ...] = ()
+    if request.quantize:
+        dense.refuse_uncalibrated(model, wanted, job.onnx_folder, request.quantize)
+        _note_on_number(progress, info, request.quantize)
+    else:
+        exporter = dense.Exporter(model, job.onnx_folder, request.form, force=settings.force)
+        exported = exporter.write_missing(wanted, progress)
+    built, failed = _build(job, wanted, info, request.jobs, progress)
+    return EngineBuild(exported, tuple(built), tuple(failed))
 
 
 def _refuse_beside_quantize(settings: Settings, quantize: str | None, form: Form) -> None:

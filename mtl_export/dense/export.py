@@ -37,6 +37,7 @@ from mtl_export.names import (
     TASKS_KEY,
     VERSION_KEY,
 )
+from mtl_export.runtime.images import MEAN, STD
 from mtl_export.version import VERSION
 
 # The batch of the trace: with 1 a dynamic axis would be taken for a constant.
@@ -77,12 +78,24 @@ def write_dense_graph(
     opset: int = OPSET,
     is_postprocessed: bool = False,
 ) -> dict[str, WrittenFile]:
-    """Write ``model.onnx`` and its data to an existing folder; see ``dense_graph``.
+    """Write ``model.onnx``, its data and ``config.json`` to an existing folder.
+
+    ``config.json`` says how images are prepared: the side in pixels, and mean and deviation of
+    each channel after division by 255. See ``dense_graph`` for the rest.
 
     Returns:
         Hash and size of the data file, by name.
     """
     graph = dense_graph(model, tasks, layout, opset=opset, is_postprocessed=is_postprocessed)
+    config = {
+        "tasks": list(tasks),
+        "image_size": model.described.image_size,
+        "mean": MEAN,
+        "std": STD,
+        "postprocessed": is_postprocessed,
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
     return save_graph(graph, folder)
 
 
