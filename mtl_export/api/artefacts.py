@@ -7,7 +7,7 @@ cannot shrink because something was deleted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.parity.artefact import Artefact
     from mtl_export.parity.report import Cell
+    from mtl_export.runtime.runners.base import Runner
 
 KINDS = (
     *(MERGED_MODEL, PER_TASK_ONNX, SINGLE_ONNX, ADAPTER_INPUT_ONNX),
@@ -82,12 +83,41 @@ def find_artefacts(
     bound: BoundModel, places: Places, *, threads: int
 ) -> tuple[list[Artefact], list[Cell]]:
     """Return what exists, and a ``not-run`` cell for what could but does not."""
+    from mtl_export.runtime.runners.pytorch import MergedRunner
+    from mtl_export.runtime.runners.torch_language import MergedLanguageRunner
+    from mtl_export.runtime.runners.torch_seq2seq import MergedSeq2SeqRunner
+
+    runners: dict[str, type[MergedRunner]] = {
+        PREFILL_FILE: MergedLanguageRunner,
+        ENCODER_FILE: MergedSeq2SeqRunner,
+    }
+    graph = first_graph(bound)
+    merged = runners.get(graph, MergedRunner)
+    return artefacts_of(bound.adapters.tasks, places, merged, graph=graph, threads=threads)
+
+
+def artefacts_of(
+    tasks: Sequence[Task],
+    places: Places,
+    merged: Callable[[Path], Runner],
+    *,
+    graph: str = MODEL_FILE,
+    threads: int,
+) -> tuple[list[Artefact], list[Cell]]:
+    """Return what exists of these tasks, and a ``not-run`` cell for what could but does not.
+
+    Args:
+        tasks: In id order.
+        places: Where to look.
+        merged: Returns the runner of a merged folder.
+        graph: The file that a model runs as, or the first of several.
+        threads: Of ONNX Runtime; 0 lets it decide.
+    """
     found: list[Artefact] = []
     missing: list[Cell] = []
-    graph = first_graph(bound)
-    for task in bound.adapters.tasks:
-        _merged(places.merged / task.name, task, found, missing, graph)
-    for task in bound.adapters.tasks:
+    for task in tasks:
+        _merged(places.merged / task.name, task, found, missing, merged)
+    for task in tasks:
         _onnx(places.onnx / task.name / graph, task, threads, found, missing)
     _onnx(places.onnx / graph, None, threads, found, missing)
     # An alternative to the single graph that few ask for, so its absence is no gap.
@@ -98,12 +128,12 @@ def find_artefacts(
         else:
             missing.append(_several_adapters())
     engine = Path(graph).with_suffix(ENGINE_SUFFIX)
-    for task in bound.adapters.tasks:
+    for task in tasks:
         _engine(places.engines / task.name / engine, task, found, missing)
     _engine(places.engines / engine, None, found, missing)
     if graph == MODEL_FILE and places.quantised is not None:
         for number in QUANTISED_DTYPES:
-            _quantised(bound, places, places.quantised, number, threads, found)
+            _quantised(tasks, places, places.quantised, number, threads, found)
     return [_as_its_graph(one, found) for one in found], missing
 
 
@@ -117,7 +147,7 @@ def _as_its_graph(artefact: Artefact, found: list[Artefact]) -> Artefact:
 
 
 def _quantised(
-    bound: BoundModel,
+    tasks: Sequence[Task],
     places: Places,
     parent: Path,
     number: str,
@@ -125,7 +155,7 @@ def _quantised(
     found: list[Artefact],
 ) -> None:
     """Find the graphs and engines of one format; few ask for all, so absence is no gap."""
-    for task in (*bound.adapters.tasks, None):
+    for task in (*tasks, None):
         inner = Path(task.name if task else "")
         path = parent / f"onnx-{number}" / inner / MODEL_FILE
         name = f"{PER_TASK if task else SINGLE_GRAPH} {number}"
@@ -141,7 +171,7 @@ def _quantised(
                 times=parent / "calibration" / f"{layout}.{number}.latency.json",
             )
             found.append(replace(one, quantised=known))
-    for task in (*bound.adapters.tasks, None):
+    for task in (*tasks, None):
         inner = Path(task.name if task else "")
         own = []
         _engine(parent / f"engines-{number}" / inner / "model.engine", task, own, [])
@@ -202,17 +232,13 @@ def _record(folder: Path) -> _Record:
 
 
 def _merged(
-    folder: Path, task: Task, found: list[Artefact], missing: list[Cell], graph: str
+    folder: Path,
+    task: Task,
+    found: list[Artefact],
+    missing: list[Cell],
+    runner: Callable[[Path], Runner],
 ) -> None:
     from mtl_export.parity.artefact import Artefact
-    from mtl_export.runtime.runners.pytorch import MergedRunner
-    from mtl_export.runtime.runners.torch_language import MergedLanguageRunner
-    from mtl_export.runtime.runners.torch_seq2seq import MergedSeq2SeqRunner
-
-    runners: dict[str, type[MergedRunner]] = {
-        PREFILL_FILE: MergedLanguageRunner,
-        ENCODER_FILE: MergedSeq2SeqRunner,
-    }
 
     record = _record(folder)
     if not record.is_there and not (folder / "config.json").is_file():
@@ -222,7 +248,7 @@ def _merged(
         Artefact(
             name=MERGED_MODEL,
             kind=PER_TASK,
-            runner=runners.get(graph, MergedRunner)(folder),
+            runner=runner(folder),
             task=task,
             dtype="fp32" if record.defect else _config_dtype(folder),
             checkpoint_sha256=record.sources.get("checkpoint_sha256", ""),

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mtl_export.dense.judge import ImageCase
     from mtl_export.parity.artefact import Artefact
     from mtl_export.parity.cases import Case
     from mtl_export.parity.report import ArtefactFiles, ParityReport
 
 
 def with_evidence(
-    report: ParityReport, artefacts: Sequence[Artefact], cases: Sequence[Case], inputs: Path | None
+    report: ParityReport,
+    artefacts: Sequence[Artefact],
+    cases: Sequence[Case | ImageCase],
+    inputs: Path | None,
 ) -> ParityReport:
     """Return ``report`` with the hashes of what was compared, and on what.
 
@@ -37,7 +41,7 @@ def with_evidence(
     return replace(report, sources=sources, versions=versions, artefacts=files)
 
 
-def cases_sha256(cases: Sequence[Case]) -> str:
+def cases_sha256(cases: Sequence[Case | ImageCase]) -> str:
     """Return one hash of all batches: names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for case in cases:

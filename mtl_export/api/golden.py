@@ -35,7 +35,7 @@ def save_golden(
     saved: list[Path] = []
     of_graphs: dict[str, tuple[Vector, ...]] = {}
     for artefact in artefacts:
-        verdicts = _verdicts(report, artefact)
+        verdicts = verdicts_of(report, artefact)
         name = artefact.task.name if artefact.task else "*"
         if artefact.path is None or artefact.path.suffix not in {".onnx", ".engine"}:
             continue
@@ -59,11 +59,12 @@ def save_golden(
         if artefact.path.suffix == ".onnx":
             of_graphs[name] = vectors
         if vectors:
-            saved.append(_write(artefact.path.parent, vectors))
+            saved.append(write_golden(artefact.path.parent, vectors))
     return saved
 
 
-def _verdicts(report: ParityReport, artefact: Artefact) -> set[str]:
+def verdicts_of(report: ParityReport, artefact: Artefact) -> set[str]:
+    """Return the verdicts of an artefact's cells."""
     own = {artefact.task.name, "*"} if artefact.task else None
     return {
         cell.verdict
@@ -72,7 +73,12 @@ def _verdicts(report: ParityReport, artefact: Artefact) -> set[str]:
     }
 
 
-def _write(folder: Path, vectors: Sequence[Vector]) -> Path:
+def write_golden(folder: Path, vectors: Sequence[Vector]) -> Path:
+    """Write ``golden.npz`` and enter it in the folder's manifest; return the file.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
     from mtl_export.bundle.manifest import add_to_manifest
     from mtl_export.runtime.golden import GOLDEN_FILE, golden_bytes
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtl_export.api import accuracy, coverage, sources
+from mtl_export.api import accuracy, coverage, dense, sources
 from mtl_export.api.progress import SILENT, Progress
 from mtl_export.api.quantised import with_max_drop
 from mtl_export.api.settings import Settings, SourceOptions, refuse_unknown_values, settings_of
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.api.artefacts import Places
+    from mtl_export.dense.model import DenseModel
     from mtl_export.parity.artefact import Artefact
     from mtl_export.parity.cases import Case
     from mtl_export.parity.presets import Preset
@@ -122,7 +123,7 @@ class ParityResult:
 def parity(
     checkpoint: str | Path,
     *,
-    base: str | Path,
+    base: str | Path | None = None,
     output: str | Path = "out",
     merged: str | Path | None = None,
     onnx: str | Path | None = None,
@@ -150,7 +151,7 @@ def parity(
 
     Args:
         checkpoint: The trained adapter.
-        base: Folder, ``package:NAME/FOLDER`` or hub id.
+        base: Folder, ``package:NAME/FOLDER`` or hub id; none belongs to an MTLoRA file.
         output: Holds ``merged/``, ``onnx/`` and ``engines/``, where these are not given.
         merged: Merged folders.
         onnx: ONNX graphs.
@@ -213,6 +214,9 @@ def parity(
 
 def judge_exports(settings: Settings, request: ParityRequest, progress: Progress) -> ParityResult:
     """Compare what ``request`` asks for; see ``parity``."""
+    swin = dense.opened(settings)
+    if swin is not None:
+        return _judge_dense(swin, settings, request, progress)
     bound = sources.open_bound(settings, targets=())
     places = request.places(settings.output_dir)
     gate = accuracy.gate_of(request.dataset, request.max_drop, request.scores)
@@ -227,6 +231,29 @@ def judge_exports(settings: Settings, request: ParityRequest, progress: Progress
         if error is not None:
             code, report = accuracy.EXIT_MISSING, replace(report, error=error.as_dict())
     return ParityResult(report, code, error, golden)
+
+
+def _judge_dense(
+    model: DenseModel, settings: Settings, request: ParityRequest, progress: Progress
+) -> ParityResult:
+    """Compare the exports of dense tasks."""
+    from mtl_export.api import dense_parity
+
+    places = request.places(settings.output_dir)
+    artefacts, not_there = dense_parity.artefacts_of(model, places, request.threads)
+    _refuse_nothing(artefacts, not_there, places)
+    report = dense_parity.judged(model, artefacts, not_there, request, progress)
+    golden = dense_parity.save_golden(model, artefacts, report, request) if request.golden else []
+    for path in golden:
+        progress.note(f"golden vectors: {path}")
+    code, error = accuracy.outcome(report)
+    if code == 0 and request.require_run:
+        named = [request.merged, request.onnx, request.engines]
+        lacking = coverage.lacking_exports(artefacts, places, model.tasks, named)
+        error = coverage.refuse_not_run(report, lacking)
+        if error is not None:
+            code, report = accuracy.EXIT_MISSING, replace(report, error=error.as_dict())
+    return ParityResult(report, code, error, tuple(golden))
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +384,20 @@ def _found(
     artefacts, not_there = find_artefacts(bound, places, threads=request.threads)
     accuracy.refuse_alone(request.dataset, settings.typed, artefacts)
     not_there += coverage.unclaimed_cells(places, bound.adapters.tasks)
+    _refuse_nothing(artefacts, not_there, places)
+    if request.max_drop is not None:
+        artefacts = with_max_drop(artefacts, request.max_drop)
+    return artefacts, not_there
+
+
+def _refuse_nothing(
+    artefacts: Sequence[Artefact], not_there: Sequence[Cell], places: Places
+) -> None:
+    """Refuse to judge nothing.
+
+    Raises:
+        UsageError: No artefact was found.
+    """
     if not artefacts:
         raise UsageError(
             f"parity: nothing under {places.merged}, {places.onnx} or {places.engines}"
@@ -366,6 +407,3 @@ def _found(
             ),
             fix="Run mtl-export merge --all-tasks or mtl-export onnx --all-tasks first",
         )
-    if request.max_drop is not None:
-        artefacts = with_max_drop(artefacts, request.max_drop)
-    return artefacts, not_there

@@ -25,7 +25,9 @@ from mtl_export.errors import CheckpointError, UsageError
 from mtl_export.names import DENSE_FORMAT
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Our word -> transformers' word for the same, which config.json has.
+STORED = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+TORCH_DTYPES = {name: getattr(torch, name) for name in STORED.values()}
 _SHAPE: Shape = {
     "format": str,
     "tasks": [str],
@@ -49,7 +51,7 @@ def write_merged(model: DenseModel, task: str, folder: Path, dtype: str = "fp32"
     from safetensors.torch import save_file
 
     tensors, described = model.folded([task])
-    stored = {name: value.to(TORCH_DTYPES[dtype]) for name, value in tensors.items()}
+    stored = {name: value.to(TORCH_DTYPES[STORED[dtype]]) for name, value in tensors.items()}
     save_file(stored, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config = {
         "format": DENSE_FORMAT,
@@ -58,7 +60,7 @@ def write_merged(model: DenseModel, task: str, folder: Path, dtype: str = "fp32"
         "image_size": described.image_size,
         "mode": described.mode,
         "qk_scale": described.qk_scale,
-        "dtype": dtype,
+        "dtype": STORED[dtype],
     }
     text = json.dumps(config, indent=2) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")

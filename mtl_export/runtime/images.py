@@ -10,13 +10,17 @@ alone; paths need Pillow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mtl_export.errors import BackendMissingError, UsageError
+from mtl_export.checkpoint.files.json_file import Shape, parse_json
+from mtl_export.errors import BackendMissingError, EngineRunError, UsageError
+from mtl_export.names import DENSE_KEY, IMAGE
+from mtl_export.runtime.arguments import count_of
+from mtl_export.runtime.ort import run_session
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
@@ -25,7 +29,80 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _A = -0.75
 
 
-def encode_images(images: Sequence[Any], size: int) -> Array:
+def image_size_of(metadata: Mapping[str, str]) -> int:
+    """Return the side of the images that a graph takes, from its metadata; 0 if it takes none.
+
+    Raises:
+        EngineRunError: The metadata holds something else.
+    """
+    if DENSE_KEY not in metadata:
+        return 0
+    shape: Shape = {"image_size": int, "postprocessed": bool, "mode": str, "kinds": {str: str}}
+    fix = "Export the graph again"
+    size: int = parse_json(metadata[DENSE_KEY], DENSE_KEY, shape, error=EngineRunError, fix=fix)[
+        "image_size"
+    ]
+    return size
+
+
+class ImageGraph:
+    """What a session does where images go in and every task answers each of them.
+
+    Args:
+        session: What ``open_session`` returned.
+        path: Its file, for messages.
+        size: Side of the images; 0 where the graph takes none, and every call is refused.
+    """
+
+    def __init__(self, session: Any, path: Path, size: int) -> None:
+        self._session, self._path, self.size = session, path, size
+
+    def encode(self, images: Sequence[Any] | Array) -> Array:
+        """Return the graph's input; see ``encode_images``."""
+        self._refuse_none()
+        return encode_images(images, self.size)
+
+    def run(self, images: object, max_batch: int | None) -> dict[str, Array]:
+        """Return every task's map of every image.
+
+        Raises:
+            UsageError: They are no such images.
+            EngineRunError: The graph failed, or a map has NaN, which is no answer.
+        """
+        self._refuse_none()
+        shape = (3, self.size, self.size)
+        if not isinstance(images, np.ndarray) or images.shape[1:] != shape or not len(images):
+            found = list(images.shape) if isinstance(images, np.ndarray) else type(images).__name__
+            raise UsageError(
+                f"images: {found}",
+                expected=f"an array [B, {', '.join(map(str, shape))}], B at least 1",
+                fix="Pass what encode_images returns",
+            )
+        step = len(images) if max_batch is None else count_of("max_batch", max_batch)
+        parts = [
+            run_session(self._session, self._path, {IMAGE: images[start : start + step]})
+            for start in range(0, len(images), step)
+        ]
+        maps = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for name, values in maps.items():
+            if values.dtype.kind == "f" and np.isnan(values).any():
+                raise EngineRunError(
+                    f"{self._path}: {name} has NaN",
+                    expected="numbers, because NaN is no answer",
+                    fix="Look at the images: one may hold NaN or Inf",
+                )
+        return maps
+
+    def _refuse_none(self) -> None:
+        if not self.size:
+            raise UsageError(
+                f"{self._path}: it takes no images",
+                expected="a graph of dense tasks, whose input is image",
+                fix="Pass inputs by name, such as encode returns",
+            )
+
+
+def encode_images(images: Sequence[Any] | Array, size: int) -> Array:
     """Return float32 ``[B, 3, size, size]``.
 
     Args:

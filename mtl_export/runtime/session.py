@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from mtl_export.names import (
 )
 from mtl_export.runtime.answers import Answer, answer_of
 from mtl_export.runtime.arguments import count_of, listed, whole_number
+from mtl_export.runtime.images import ImageGraph, image_size_of
 from mtl_export.runtime.model_files import PARTS, graph_file
 from mtl_export.runtime.ort import OrtPart, metadata_of, open_session, run_session, task_table
 from mtl_export.runtime.rows import RowBatch, fields_of, joined, own_part, rows_from
@@ -106,6 +107,7 @@ class TaskSession:
                 fix="Export it with mtl-export onnx",
             )
         self.layout = metadata.get(LAYOUT_KEY, "")
+        self._images = ImageGraph(self._session, self._path, image_size_of(metadata))
         self._texts = TextFiles(self._path.parent)
         fields = fields_of(self._session.get_inputs())
         self._inputs = tuple(field for field in fields if field.name != TASK_IDS)
@@ -141,14 +143,48 @@ class TaskSession:
         encoded = self._texts.encode(texts, truncate=truncate)
         return {name: rows for name, rows in encoded.items() if name in taken}
 
+    def encode_images(self, images: Sequence[Any] | Array) -> Array:
+        """Return the input of a graph of dense tasks: ``[B, 3, H, H]`` float32.
+
+        Args:
+            images: Arrays ``[h, w, 3]``, RGB from 0 to 255, of any sizes, or paths of files (which
+                need Pillow); resized and normalised as in training, see ``runtime.images``.
+
+        Raises:
+            UsageError: The graph takes no images, or an image is none.
+            BackendMissingError: A path was given and Pillow is not installed.
+        """
+        return self._images.encode(images)
+
+    @overload
+    def run(
+        self,
+        inputs: Array,
+        tasks: None = None,
+        *,
+        max_batch: int | None = None,
+    ) -> dict[str, Array]: ...
+
+    @overload
     def run(
         self,
         inputs: Mapping[str, Any],
         tasks: TaskLike | Sequence[TaskLike] | Array | None = None,
         *,
         max_batch: int | None = None,
-    ) -> TaskOutputs:
+    ) -> TaskOutputs: ...
+
+    def run(
+        self,
+        inputs: Mapping[str, Any] | Array,
+        tasks: TaskLike | Sequence[TaskLike] | Array | None = None,
+        *,
+        max_batch: int | None = None,
+    ) -> TaskOutputs | dict[str, Array]:
         """Return the answers to a batch whose rows may be of any tasks and lengths.
+
+        Given the images of a graph of dense tasks, ``[B, 3, H, H]``, every task answers every
+        image: a dictionary of maps by task.
 
         Args:
             inputs: By name, an array or a sequence of rows; rows of tokens may differ in length,
@@ -165,6 +201,8 @@ class TaskSession:
             EngineRunError: The graph failed, on an id beyond the vocabulary too, or a row's
                 logits are NaN, which is no answer.
         """
+        if self._images.size or isinstance(inputs, np.ndarray):
+            return self._images.run(inputs, max_batch)
         rows = self._rows(inputs, self._texts.pad_token_id)
         served = self._served(tasks, rows.count)
         parts: dict[str, list[tuple[Sequence[int], Array]]] = {}
