@@ -12,16 +12,16 @@ B rows, S tokens of the encoder, D of the decoder, L vocabulary. Graphs of all t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mtl_export.errors import UsageError
-from mtl_export.names import LOGITS, PAST_PREFIX, PRESENT_PREFIX
+from mtl_export.names import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST_PREFIX, PRESENT_PREFIX
 from mtl_export.runtime.arguments import count_of
-from mtl_export.runtime.generation import Part, next_tokens, refuse_empty
+from mtl_export.runtime.generation import GreedyDecoder, Part, next_tokens, refuse_empty
 from mtl_export.runtime.token_rules import TokenRules
 
 if TYPE_CHECKING:
@@ -161,3 +161,43 @@ class Seq2SeqGreedyDecoder:
             if left > 1:
                 decoding.feed(tokens)
         return said[:, 1:]
+
+
+def generated(
+    parts: Sequence[Part],
+    inputs: Mapping[str, Array],
+    task_ids: Array | None,
+    rules: TokenRules,
+    *,
+    max_new_tokens: int,
+    limit: int | None,
+) -> list[list[int]]:
+    """Return the new tokens of each row, greedily decoded by the graphs of a language model.
+
+    Args:
+        parts: prefill and decode, or encoder, decoder and decoder_with_past.
+        inputs: The prompts.
+        task_ids: ``[B]`` int64; None where graphs take none.
+        rules: Which tokens end and fill rows, and are forbidden.
+        max_new_tokens: A row ends here at the latest.
+        limit: The longest row, prompt and all; None for no limit.
+    """
+    if len(parts) == 3:
+        seq2seq = Seq2SeqGreedyDecoder(Seq2SeqParts(*parts), rules, max_length=limit)
+        tokens = seq2seq.generate(inputs, task_ids=task_ids, max_new_tokens=max_new_tokens)
+    else:
+        causal = GreedyDecoder(
+            *parts,
+            eos_token_ids=rules.eos,
+            pad_token_id=rules.pad,
+            max_length=limit,
+            rules=rules,
+        )
+        tokens = causal.generate(
+            inputs[INPUT_IDS],
+            inputs[ATTENTION_MASK],
+            task_ids=task_ids,
+            max_new_tokens=max_new_tokens,
+        )
+    listed: list[list[int]] = tokens.tolist()
+    return listed

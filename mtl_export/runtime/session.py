@@ -39,7 +39,6 @@ from mtl_export.runtime.texts import TextFiles
 if TYPE_CHECKING:
     from mtl_export.checkpoint.tensors import Array
     from mtl_export.runtime.onnx_adapters import ActiveAdapter
-    from mtl_export.runtime.token_rules import TokenRules
 
 TaskLike = str | int | np.integer[Any]
 
@@ -253,6 +252,7 @@ class TaskSession:
                 ),
                 fix="Use run",
             )
+        from mtl_export.runtime.seq2seq_generation import generated
         from mtl_export.runtime.token_rules import TokenRules
 
         rules = TokenRules.from_folder(self._path.parent)
@@ -265,7 +265,10 @@ class TaskSession:
             # Without an input for tasks all rows of a batch are of one.
             parts = self._parts(served[chosen[0]])
             batch = rows.batch(chosen)
-            tokens = self._generated(parts, batch, ids, rules, max_new_tokens)
+            tokens = generated(
+                parts, batch, None if self._task_input is None else ids, rules,
+                max_new_tokens=max_new_tokens, limit=self._texts.most_tokens,
+            )  # fmt: skip
             found.update(zip(chosen, (_ended(row, rules.eos) for row in tokens), strict=True))
         return [found[row] for row in range(rows.count)]
 
@@ -363,39 +366,6 @@ class TaskSession:
             OrtPart(self._sessions[at], file, adapters[at] if adapters else None)
             for at, file in enumerate(self._files)
         ]
-
-    def _generated(
-        self,
-        parts: Sequence[OrtPart],
-        inputs: dict[str, Array],
-        ids: Array,
-        rules: TokenRules,
-        max_new_tokens: int,
-    ) -> list[list[int]]:
-        from mtl_export.runtime.generation import GreedyDecoder
-        from mtl_export.runtime.seq2seq_generation import Seq2SeqGreedyDecoder, Seq2SeqParts
-
-        task_ids = None if self._task_input is None else ids
-        limit = self._texts.most_tokens
-        if len(parts) == 3:
-            seq2seq = Seq2SeqGreedyDecoder(Seq2SeqParts(*parts), rules, max_length=limit)
-            tokens = seq2seq.generate(inputs, task_ids=task_ids, max_new_tokens=max_new_tokens)
-        else:
-            causal = GreedyDecoder(
-                *parts,
-                eos_token_ids=rules.eos,
-                pad_token_id=rules.pad,
-                max_length=limit,
-                rules=rules,
-            )
-            tokens = causal.generate(
-                inputs[INPUT_IDS],
-                inputs[ATTENTION_MASK],
-                task_ids=task_ids,
-                max_new_tokens=max_new_tokens,
-            )
-        listed: list[list[int]] = tokens.tolist()
-        return listed
 
     def _answer(
         self, task: Task, sizes: Mapping[str, int], row: int, values: Mapping[str, Array]
