@@ -49,8 +49,8 @@ def layer_adapter(layer: LayerTensors, base: BaseLayer) -> LayerAdapter:
     """
     raise AdapterError(
         f"{layer.module}: MTLoRA (Swin) has no weight per layer and task",
-        expected="an adapter whose task layers have one input",
-        fix="Export the whole model: mtl-export onnx --all-tasks",
+        expected="the trainer's own ckpt_epoch_<N>.pth, from which the whole model is exported",
+        fix="Point --checkpoint at that file",
     )
 
 

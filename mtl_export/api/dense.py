@@ -177,7 +177,7 @@ def refuse_form(form: Form, settings: Settings, *, is_linked: bool = False) -> N
     )
 
 
-class Exporter:
+class DenseExporter:
     """Writes graphs of one model.
 
     Args:

@@ -41,8 +41,10 @@ def judged(
     not_there: Sequence[Cell],
     request: ParityRequest,
     progress: Progress,
-) -> ParityReport:
-    """Return the verdict; exports of another size of image are compared at that size.
+) -> tuple[ParityReport, tuple[Path, ...]]:
+    """Return the verdict, and the files of golden vectors where those were asked for.
+
+    Exports of another size of image are compared at that size.
 
     Raises:
         UsageError: An option says nothing here.
@@ -73,7 +75,10 @@ def judged(
         cells=tuple(cell for one in reports for cell in one.cells) + tuple(not_there),
         localised=tuple(found for one in reports for found in one.localised),
     )
-    return with_evidence(report, artefacts, cases, request.inputs)
+    golden = save_golden(model, artefacts, report, request) if request.golden else []
+    for path in golden:
+        progress.note(f"golden vectors: {path}")
+    return with_evidence(report, artefacts, cases, request.inputs), tuple(golden)
 
 
 def image_size_of(artefact: Artefact, model: DenseModel) -> int:

@@ -15,6 +15,7 @@ from mtl_export.api import dense, sources
 from mtl_export.api.conversion import OWN, convert
 from mtl_export.api.settings import Settings, SourceOptions, settings_of
 from mtl_export.api.written import Written
+from mtl_export.errors import UsageError
 
 if TYPE_CHECKING:
     from mtl_export.checkpoint.base_model import BaseModel
@@ -111,6 +112,12 @@ def inspect_requested(
         ]
     if target is None:
         return Inspection(report)
+    if checkpoint.swin is not None:
+        raise UsageError(
+            f"--convert: {checkpoint.path} is a whole model",
+            expected="an adapter on a base; this file is all that an export needs",
+            fix="Leave out --convert, and export it: mtl-export onnx --all-tasks",
+        )
     output = convert(settings, checkpoint, base, target=target, form=target_format)
     report["outputs"] = [output.as_dict()]
     return Inspection(report, (output,))

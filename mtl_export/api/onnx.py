@@ -108,7 +108,7 @@ def export_requested(
     swin = dense.opened(settings)
     if swin is not None:
         dense.refuse_form(form, settings, is_linked=link_data)
-        exporter = dense.Exporter(
+        exporter = dense.DenseExporter(
             swin, settings.folder("onnx"), form, force=settings.force,
             is_postprocessed=postprocess,
         )  # fmt: skip

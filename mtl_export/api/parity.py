@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.api.artefacts import Places
-    from mtl_export.dense.model import DenseModel
+    from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.parity.artefact import Artefact
     from mtl_export.parity.cases import Case
     from mtl_export.parity.presets import Preset
@@ -215,45 +215,39 @@ def parity(
 def judge_exports(settings: Settings, request: ParityRequest, progress: Progress) -> ParityResult:
     """Compare what ``request`` asks for; see ``parity``."""
     swin = dense.opened(settings)
-    if swin is not None:
-        return _judge_dense(swin, settings, request, progress)
-    bound = sources.open_bound(settings, targets=())
     places = request.places(settings.output_dir)
+    if swin is not None:
+        from mtl_export.api import dense_parity
+
+        artefacts, not_there = dense_parity.artefacts_of(swin, places, request.threads)
+        _refuse_nothing(artefacts, not_there, places)
+        report, golden = dense_parity.judged(swin, artefacts, not_there, request, progress)
+        return _result(report, golden, artefacts, places, swin.tasks, request)
+    bound = sources.open_bound(settings, targets=())
     gate = accuracy.gate_of(request.dataset, request.max_drop, request.scores)
     artefacts, not_there = _found(bound, places, request, settings)
     found = _Comparison(bound, request, artefacts, not_there, gate, progress)
     report, golden = found.run()
+    return _result(report, golden, artefacts, places, bound.adapters.tasks, request)
+
+
+def _result(
+    report: ParityReport,
+    golden: tuple[Path, ...],
+    artefacts: Sequence[Artefact],
+    places: Places,
+    tasks: Sequence[Task],
+    request: ParityRequest,
+) -> ParityResult:
+    """Return the verdict, of what was not run as well."""
     code, error = accuracy.outcome(report)
     if code == 0 and request.require_run:
         named = [request.merged, request.onnx, request.engines]
-        lacking = coverage.lacking_exports(artefacts, places, bound.adapters.tasks, named)
+        lacking = coverage.lacking_exports(artefacts, places, tasks, named)
         error = coverage.refuse_not_run(report, lacking)
         if error is not None:
             code, report = accuracy.EXIT_MISSING, replace(report, error=error.as_dict())
     return ParityResult(report, code, error, golden)
-
-
-def _judge_dense(
-    model: DenseModel, settings: Settings, request: ParityRequest, progress: Progress
-) -> ParityResult:
-    """Compare the exports of dense tasks."""
-    from mtl_export.api import dense_parity
-
-    places = request.places(settings.output_dir)
-    artefacts, not_there = dense_parity.artefacts_of(model, places, request.threads)
-    _refuse_nothing(artefacts, not_there, places)
-    report = dense_parity.judged(model, artefacts, not_there, request, progress)
-    golden = dense_parity.save_golden(model, artefacts, report, request) if request.golden else []
-    for path in golden:
-        progress.note(f"golden vectors: {path}")
-    code, error = accuracy.outcome(report)
-    if code == 0 and request.require_run:
-        named = [request.merged, request.onnx, request.engines]
-        lacking = coverage.lacking_exports(artefacts, places, model.tasks, named)
-        error = coverage.refuse_not_run(report, lacking)
-        if error is not None:
-            code, report = accuracy.EXIT_MISSING, replace(report, error=error.as_dict())
-    return ParityResult(report, code, error, tuple(golden))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ def open_settings_checkpoint(settings: Settings) -> Checkpoint:
     Raises:
         UsageError: They name none.
     """
-    from mtl_export.checkpoint.reader import open_checkpoint
+    from mtl_export.checkpoint.reader import open_checkpoint, open_with_train_config
 
     if settings.checkpoint is None:
         in_file = f", or set checkpoint in {settings.config_file}" if settings.config_file else ""
@@ -34,6 +34,8 @@ def open_settings_checkpoint(settings: Settings) -> Checkpoint:
             expected="the trained adapter: a file or folder",
             fix=f"Pass --checkpoint PATH{in_file}",
         )
+    if settings.train_config is not None:
+        return open_with_train_config(settings.checkpoint, settings.train_config, settings.tasks)
     return open_checkpoint(
         settings.checkpoint,
         alpha=settings.alpha,
@@ -41,7 +43,6 @@ def open_settings_checkpoint(settings: Settings) -> Checkpoint:
         downsample=settings.downsample,
         task_names=settings.tasks,
         biases=settings.biases,
-        train_config=settings.train_config,
     )
 
 

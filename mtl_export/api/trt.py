@@ -199,7 +199,7 @@ def _build_dense(
         dense.refuse_uncalibrated(model, wanted, job.onnx_folder, request.quantize)
         _note_on_number(progress, info, request.quantize)
     else:
-        exporter = dense.Exporter(model, job.onnx_folder, request.form, force=settings.force)
+        exporter = dense.DenseExporter(model, job.onnx_folder, request.form, force=settings.force)
         exported = exporter.write_missing(wanted, progress)
     built, failed = _build(job, wanted, info, request.jobs, progress)
     return EngineBuild(exported, tuple(built), tuple(failed))

@@ -111,7 +111,6 @@ def open_checkpoint(
     downsample: bool | None = None,
     task_names: Sequence[str] | None = None,
     biases: Path | None = None,
-    train_config: Path | None = None,
 ) -> Checkpoint:
     """Return the checkpoint at ``path``; tensors stay on disk.
 
@@ -122,7 +121,6 @@ def open_checkpoint(
         downsample: Whether a VL-BART was trained with ``--downsample``, likewise.
         task_names: Names in id order, where the checkpoint does not carry them.
         biases: File of biases that the trainer added and the checkpoint does not carry.
-        train_config: YAML of the training run, where an MTLoRA file has no configuration in it.
 
     Raises:
         UsageError: ``path`` does not exist, or a value given contradicts the checkpoint.
@@ -138,14 +136,6 @@ def open_checkpoint(
         )
     if path.is_dir():
         check_links(path)
-    if train_config is not None:
-        if not mtlora_swin.is_mtlora(path):
-            raise UsageError(
-                f"--config {train_config}: no training configuration belongs to {path}",
-                expected="an MTLoRA file beside it, such as ckpt_epoch_9.pth",
-                fix="Leave out --config, or pass an mtl-export.toml",
-            )
-        return mtlora_swin.read_mtlora(path, task_names, train_config=train_config)
     for entry in FORMATS:
         if entry.is_mine(path):
             if task_names is not None and entry.read_in_order is not None:
@@ -167,6 +157,29 @@ def open_checkpoint(
         expected=f"{' or '.join(entry.looks_for for entry in FORMATS)}",
         fix="Point --checkpoint at the folder that the trainer wrote",
     )
+
+
+def open_with_train_config(
+    path: Path, train_config: Path, task_names: Sequence[str] | None = None
+) -> Checkpoint:
+    """Return an MTLoRA file that has no configuration in it.
+
+    Args:
+        path: File or folder.
+        train_config: YAML of the training run.
+        task_names: Names in id order, where the configuration lists none.
+
+    Raises:
+        UsageError: ``path`` is no such file, or there is no such configuration.
+        CheckpointError: One of the two is broken, or they do not fit each other.
+    """
+    if not path.exists() or not mtlora_swin.is_mtlora(path):
+        raise UsageError(
+            f"--config {train_config}: no training configuration belongs to {path}",
+            expected="an MTLoRA file, such as ckpt_epoch_9.pth",
+            fix="Leave out --config, or pass an mtl-export.toml",
+        )
+    return mtlora_swin.read_mtlora(path, task_names, train_config=train_config)
 
 
 def _refuse_broken_config(path: Path) -> None:

@@ -60,7 +60,7 @@ def seeded_cases(size: int, preset: str) -> list[ImageCase]:
 
 
 @dataclass(frozen=True)
-class Reference:
+class DenseReference:
     """What the unmerged model answers to a batch, in float64 and, by dtype, more coarsely.
 
     Attributes:
@@ -148,12 +148,12 @@ class DenseJudge:
         return sorted({one.dtype for one in self.artefacts} | {"fp32"})
 
     @cached_property
-    def references(self) -> tuple[Reference, ...]:
+    def references(self) -> tuple[DenseReference, ...]:
         """Return what the unmerged model answers to each batch, computed once."""
         coarse = {name: self._answers(DTYPES[name]) for name in self._dtypes}
         exact = self._answers(torch.float64)
         return tuple(
-            Reference(case, exact[at], {name: own[at] for name, own in coarse.items()})
+            DenseReference(case, exact[at], {name: own[at] for name, own in coarse.items()})
             for at, case in enumerate(self.cases)
         )
 
@@ -197,7 +197,7 @@ class DenseJudge:
             cells.append(whole("failed", str(error)))
         return cells
 
-    def _compare(self, artefact: Artefact, runner: Runner, reference: Reference) -> list[Cell]:
+    def _compare(self, artefact: Artefact, runner: Runner, reference: DenseReference) -> list[Cell]:
         found = runner.infer(reference.case.inputs)
         tasks = [artefact.task] if artefact.task else self.model.tasks
         others = sorted(found.keys() - {task.name for task in tasks})
@@ -208,7 +208,7 @@ class DenseJudge:
         return cells
 
     def _cell(
-        self, artefact: Artefact, task: str, reference: Reference, found: Array | None
+        self, artefact: Artefact, task: str, reference: DenseReference, found: Array | None
     ) -> Cell:
         """Return the comparison of one task's map."""
         raw = reference.raw[task]

@@ -19,7 +19,8 @@ import torch
 from mtl_export.adapters.modules.mtlora_layers import SwinModel
 from mtl_export.adapters.modules.mtlora_swin import MTLoRASwin
 from mtl_export.checkpoint.files.json_file import Shape, read_json
-from mtl_export.checkpoint.files.safetensors import open_safetensors
+from mtl_export.checkpoint.files.safetensors import open_safetensors, write_safetensors
+from mtl_export.checkpoint.tensors import NUMPY_DTYPES
 from mtl_export.dense.model import DenseModel
 from mtl_export.errors import CheckpointError, UsageError
 from mtl_export.names import DENSE_FORMAT
@@ -48,11 +49,10 @@ def write_merged(model: DenseModel, task: str, folder: Path, dtype: str = "fp32"
         folder: Exists; gets the two files.
         dtype: ``fp32``, ``fp16`` or ``bf16``: what the weights are stored in.
     """
-    from safetensors.torch import save_file
-
     tensors, described = model.folded([task])
-    stored = {name: value.to(TORCH_DTYPES[STORED[dtype]]) for name, value in tensors.items()}
-    save_file(stored, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    number = NUMPY_DTYPES[{"fp32": "F32", "fp16": "F16", "bf16": "BF16"}[dtype]]
+    stored = {name: value.numpy().astype(number) for name, value in tensors.items()}
+    write_safetensors(folder / WEIGHTS_FILE, stored, {"format": "pt"})
     config = {
         "format": DENSE_FORMAT,
         "tasks": list(described.tasks),

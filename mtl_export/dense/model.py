@@ -117,7 +117,7 @@ def _refuse_misfits(checkpoint: Checkpoint, stored: Mapping[str, Tensor], model:
     shapes = {name: one.shape for name, one in stored.items()}
     try:
         with torch.device("meta"):
-            built = MTLoRASwin(shapes, model)
+            built = MTLoRASwin(shapes, model).eval()
     except KeyError as error:
         raise _misfit(checkpoint, [f"{error.args[0]} is missing"]) from error
     own = {name: tuple(value.shape) for name, value in built.state_dict().items()}
@@ -132,9 +132,19 @@ def _refuse_misfits(checkpoint: Checkpoint, stored: Mapping[str, Tensor], model:
     if computed and len(computed) == len(problems):
         size = model.image_size
         problems = [f"DATA.IMG_SIZE {size} in its configuration, but {one}" for one in computed]
-    problems = problems or _other_values(built, stored)
+    problems = problems or _unconnected(built) or _other_values(built, stored)
     if problems:
         raise _misfit(checkpoint, problems)
+
+
+def _unconnected(built: MTLoRASwin) -> list[str]:
+    """Return what keeps an image from passing through, by shapes alone."""
+    size = built.model.image_size
+    try:
+        built(torch.zeros(1, 3, size, size, device="meta"))
+    except RuntimeError as error:
+        return [f"layers do not take each other's output ({str(error).splitlines()[0]})"]
+    return []
 
 
 def _other_values(built: MTLoRASwin, stored: Mapping[str, Tensor]) -> list[str]:

@@ -126,7 +126,7 @@ class Stage(nn.Module):
             Block(shapes, f"{name}.blocks.{place}", stage, resolution, model)
             for place in range(depth)
         )
-        has_merging = f"{name}.downsample.norm.weight" in shapes
+        has_merging = any(key.startswith(f"{name}.downsample.") for key in shapes)
         self.downsample = (
             PatchMerging(shapes, f"{name}.downsample", stage, model) if has_merging else None
         )

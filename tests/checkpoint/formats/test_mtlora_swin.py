@@ -93,8 +93,8 @@ def test_exporting_is_refused_with_the_reason(tmp_path: Path) -> None:
     """There is no normal form; the message says why and what does work."""
     with pytest.raises(AdapterError) as caught:
         read_adapters(opened(tmp_path))
-    assert_whole(caught.value, where="backbone.layers.0", found="not supported yet")
-    assert "inspect" in caught.value.fix
+    assert_whole(caught.value, where="backbone.layers.0", found="no weight per layer and task")
+    assert "--checkpoint" in caught.value.fix
 
 
 class Shell:
