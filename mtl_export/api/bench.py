@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtl_export.api import sources
+from mtl_export.api import dense, sources
 from mtl_export.api.progress import SILENT, Progress
 from mtl_export.api.settings import Settings, SourceOptions, settings_of
 from mtl_export.errors import UsageError
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
     from mtl_export.api.lineup import Lineup
     from mtl_export.bench.measure import BatchShape, Measurement, Timing
+    from mtl_export.dense.model import DenseModel
 
 NEW_TOKENS = 16
+SHAPES = "1x32,8x128"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +99,12 @@ class BenchResult:
 def bench(
     checkpoint: str | Path,
     *,
-    base: str | Path,
+    base: str | Path | None = None,
     output: str | Path = "out",
     onnx: str | Path | None = None,
     engines: str | Path | None = None,
     tasks: Sequence[str] = (),
-    shapes: str = "1x32,8x128",
+    shapes: str | None = None,
     rounds: int = 5,
     new_tokens: int | None = None,
     eager: bool = True,
@@ -114,12 +116,13 @@ def bench(
 
     Args:
         checkpoint: The trained adapter.
-        base: Folder, ``package:NAME/FOLDER`` or hub id.
+        base: Folder, ``package:NAME/FOLDER`` or hub id; none belongs to an MTLoRA file.
         output: Holds ``onnx/`` and ``engines/``, where these are not given.
         onnx: ONNX graphs.
         engines: Engines.
         tasks: Those that rows take in turn; none: all.
-        shapes: Batches, rows x tokens, with commas.
+        shapes: Batches, rows x tokens (images x pixels), with commas; None: ``1x32,8x128``, of
+            images one.
         rounds: Turns that each model has.
         new_tokens: Tokens that a language model generates in each call; None: 16.
         eager: Measure the unmerged PyTorch model.
@@ -140,10 +143,11 @@ def bench(
     if rounds < 1:
         raise UsageError(f"rounds: {rounds}", expected="1 or more", fix="Give each a turn")
     settings = settings_of(checkpoint, base, source)
-    typed = frozenset() if new_tokens is None else frozenset({"new_tokens"})
+    given = {"new_tokens": new_tokens, "shapes": shapes}
+    typed = frozenset(name for name, value in given.items() if value is not None)
     settings = replace(settings, output_dir=Path(output), task=tuple(tasks), typed=typed)
     request = BenchRequest(
-        shapes=parse_shapes(shapes),
+        shapes=parse_shapes(shapes or SHAPES),
         onnx=Path(onnx or settings.output_dir / "onnx"),
         engines=Path(engines or settings.output_dir / "engines"),
         rounds=rounds,
@@ -167,6 +171,9 @@ def run_bench(settings: Settings, request: BenchRequest, progress: Progress) -> 
     from mtl_export.bench.candidates import Batches
     from mtl_export.bench.measure import measure
 
+    swin = dense.opened(settings)
+    if swin is not None:
+        return _bench_dense(swin, settings, request, progress)
     bound = sources.open_bound(settings, targets=())
     refuse_longer(request.shapes, request.new_tokens, bound)
     tasks = bound.adapters.tasks
@@ -194,6 +201,54 @@ def run_bench(settings: Settings, request: BenchRequest, progress: Progress) -> 
     progress.expect(len(found.subjects) + len(request.shapes))
     measured = measure(
         found.subjects, request.shapes, batches, rounds=request.rounds, progress=progress.begin
+    )
+    return BenchResult(found, measured, conditions(before, request.threads, request.rounds, tasks))
+
+
+def _bench_dense(
+    model: DenseModel, settings: Settings, request: BenchRequest, progress: Progress
+) -> BenchResult:
+    """Measure graphs and engines of dense tasks, and the unmerged model."""
+    from mtl_export.api.lineup import EAGER, conditions, lineup, machine, why_disturbed
+    from mtl_export.bench.candidates import Batches
+    from mtl_export.bench.measure import BatchShape, measure
+    from mtl_export.dense.eager import DenseEagerCandidate
+    from mtl_export.names import ADAPTER_INPUT_ONNX
+
+    size = model.described.image_size
+    shapes = request.shapes if "shapes" in settings.typed else [BatchShape(1, size)]
+    other = [shape for shape in shapes if shape.sequence != size]
+    if other or "new_tokens" in settings.typed:
+        raise UsageError(
+            f"--shapes {other[0]}" if other else f"--new-tokens {request.new_tokens}",
+            expected=f"images x {size} pixels, such as --shapes 4x{size}, and no new tokens",
+            fix="Correct --shapes" if other else "Leave out --new-tokens",
+        )
+    tasks = sources.selected_tasks(settings, model.tasks) if settings.task else model.tasks
+    found = lineup(
+        settings,
+        tasks,
+        request.onnx,
+        request.engines,
+        threads=request.threads,
+        new_tokens=0,
+        with_eager=False,
+    )
+    lacking = tuple(one for one in found.not_run if one[0] != ADAPTER_INPUT_ONNX)
+    found = replace(found, not_run=lacking)
+    if request.eager:
+        eager = DenseEagerCandidate(
+            EAGER, model.checkpoint.path, size, settings.train_config, settings.tasks,
+            request.threads,
+        )  # fmt: skip
+        found = replace(found, subjects=(*found.subjects, eager))
+    before = machine()
+    if disturbed := why_disturbed(before):
+        progress.note(disturbed)
+    progress.expect(len(found.subjects) + len(shapes))
+    batches = Batches(2, tuple(task.index for task in tasks))
+    measured = measure(
+        found.subjects, shapes, batches, rounds=request.rounds, progress=progress.begin
     )
     return BenchResult(found, measured, conditions(before, request.threads, request.rounds, tasks))
 
