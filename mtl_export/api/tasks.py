@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 
 from mtl_export.api import sources
 from mtl_export.api.settings import Settings, SourceOptions, settings_of
+from mtl_export.errors import UsageError
 
 if TYPE_CHECKING:
     from mtl_export.adapters.normal_form import AdapterSet
@@ -66,8 +67,11 @@ def remove_task(graph: str | Path, name: str) -> Edited:
         ['ads_rel', 'topic']
     """
     from mtl_export.bundle.edited import edit_folder
+    from mtl_export.dense import edit as dense_edit
     from mtl_export.graph import task_edit
 
+    if dense_edit.is_dense(Path(graph)):
+        return dense_edit.remove_output(Path(graph), name)
     return edit_folder(
         Path(graph),
         lambda models: task_edit.remove_task(models, name),
@@ -97,6 +101,7 @@ def rename_task(graph: str | Path, old: str, new: str) -> Edited:
     from mtl_export.bundle.edited import edit_folder
     from mtl_export.graph import task_edit
 
+    _refuse_dense(Path(graph), "rename")
     return edit_folder(
         Path(graph),
         lambda models: task_edit.rename_task(models, old, new),
@@ -110,6 +115,7 @@ def add_requested(graph: Path, name: str, settings: Settings, from_name: str | N
     from mtl_export.bundle.edited import edit_folder
     from mtl_export.graph import task_edit
 
+    _refuse_dense(graph, "add")
     checkpoint = sources.open_settings_checkpoint(settings)
     source = _source(checkpoint.tasks, name, from_name)
     adapters, base_sha256 = _adapters(settings, checkpoint)
@@ -120,6 +126,22 @@ def add_requested(graph: Path, name: str, settings: Settings, from_name: str | N
         f"add {name}{of} from {adapters.checkpoint_sha256}",
         added=name,
     )
+
+
+def _refuse_dense(graph: Path, verb: str) -> None:
+    """Refuse an edit that a graph of dense tasks cannot have.
+
+    Raises:
+        UsageError: It is such a graph.
+    """
+    from mtl_export.dense.edit import is_dense
+
+    if is_dense(graph):
+        raise UsageError(
+            f"tasks {verb}: {graph} answers images",
+            expected="a graph of texts; of this one tasks can only be removed",
+            fix="Export the checkpoint that has the tasks you want: mtl-export onnx --all-tasks",
+        )
 
 
 def _adapters(settings: Settings, checkpoint: Checkpoint) -> tuple[AdapterSet, str]:

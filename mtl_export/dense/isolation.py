@@ -34,9 +34,12 @@ def isolation_cells(
     cells = []
     is_apart = model.described.mode != "addition"
     before = _run(path, {}, inputs) if stacks else {}
-    for place, task in enumerate(model.tasks):
+    tasks = artefact.edited.tasks if artefact.edited and is_apart else model.tasks
+    for place, task in enumerate(tasks):
         if not stacks:
             break  # no layer has task terms: all tasks share every feature
+        if task.name not in before:
+            continue
         zeroed = {name: _alone(values, place) for name, values in stacks.items()}
         after = _run(path, zeroed, inputs)[task.name]
         is_same = bool(np.array_equal(before[task.name], after))

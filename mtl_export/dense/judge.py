@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import torch
 
+from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.dense.isolation import isolation_cells
 from mtl_export.dense.kinds import CLASSES, PROBABILITY, kind_of, postprocessed
@@ -199,7 +200,7 @@ class DenseJudge:
 
     def _compare(self, artefact: Artefact, runner: Runner, reference: DenseReference) -> list[Cell]:
         found = runner.infer(reference.case.inputs)
-        tasks = [artefact.task] if artefact.task else self.model.tasks
+        tasks = [artefact.task] if artefact.task else answered(self.model, artefact)
         others = sorted(found.keys() - {task.name for task in tasks})
         cells = [self._cell(artefact, task.name, reference, found.get(task.name)) for task in tasks]
         if others:
@@ -249,6 +250,14 @@ class DenseJudge:
             limit=float(allowed.max()),
             least_atol=rule.least_atol(wanted, np.abs(found - wanted)),
         )
+
+
+def answered(model: DenseModel, artefact: Artefact) -> list[Task]:
+    """Return the tasks that a graph of all tasks answers: those left after edits."""
+    if artefact.edited is None:
+        return list(model.tasks)
+    left = {task.name for task in artefact.edited.tasks}
+    return [task for task in model.tasks if task.name in left]
 
 
 def decided(task: str, raw: Array, found: Array, limit: float, *, is_final: bool) -> Decisions:

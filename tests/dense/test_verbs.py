@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +15,7 @@ import torch
 from onnx import numpy_helper
 
 import mtl_export as mx
+from mtl_export.api.parity import ParityResult
 from mtl_export.dense.merged import load_dense
 from mtl_export.errors import CheckpointError, UsageError
 from tests.dense.checkpoints import CHANNELS, TASKS, Recipe, checkpoint_file, configuration, state
@@ -44,7 +48,7 @@ def exported(folder: Path, recipe: Recipe) -> Path:
     return folder
 
 
-def judged(folder: Path, **given: object) -> mx.api.parity.ParityResult:  # type: ignore[name-defined]
+def judged(folder: Path, **given: Any) -> ParityResult:
     """Return parity's verdict on a folder of ``exported``."""
     return mx.parity(folder / "ckpt_epoch_3.pth", output=folder / "out", **given)
 
@@ -149,8 +153,6 @@ def test_a_planted_fault_fails_and_is_found(
     failing: tuple[str, ...], stage: int,
 ) -> None:  # fmt: skip
     """The tasks it touches fail, the others pass, and the stage is named."""
-    import shutil
-
     graphs = tmp_path / "graphs"
     shutil.copytree(matrix / "out" / "onnx", graphs)
     shutil.rmtree(graphs / "sal")
@@ -214,12 +216,12 @@ REFUSED = [
 
 @pytest.mark.parametrize(("given", "found"), REFUSED)
 def test_what_says_nothing_about_images_is_refused(
-    tmp_path: Path, given: dict[str, object], found: str
+    tmp_path: Path, given: dict[str, Any], found: str
 ) -> None:
     """One message each, before anything is written."""
     file = checkpoint_file(tmp_path)
     with pytest.raises(UsageError) as caught:
-        mx.export_onnx(file, output=tmp_path / "out", **given)  # type: ignore[arg-type]
+        mx.export_onnx(file, output=tmp_path / "out", **given)
     assert found in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -233,13 +235,11 @@ def stripped(folder: Path) -> Path:
 
 def test_a_stripped_file_needs_its_configuration(tmp_path: Path) -> None:
     """The refusal says what to type, and that works."""
-    import yaml
-
     file = stripped(tmp_path)
     with pytest.raises(CheckpointError, match="no configuration") as caught:
         mx.inspect(file)
     assert "--config run.yaml" in caught.value.fix
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(configuration()))
+    (tmp_path / "run.yaml").write_text(json.dumps(configuration()))
     found = mx.inspect(file, train_config=tmp_path / "run.yaml")
     assert found.missing == ()
     assert not found.report["unsupported"]
@@ -273,3 +273,50 @@ def test_the_trainers_file_exports_to_what_its_code_answers(tmp_path: Path) -> N
     found = mx.TaskSession(tmp_path / "onnx").run(stored["image"])
     assert len(found) == 4
     assert all(np.abs(v - stored[f"out_{task}"]).max() < 3e-5 for task, v in found.items())
+
+
+@pytest.mark.parametrize("mode", ["matrix", pytest.param("addition", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gone", ["semseg", "normals"])
+def test_a_task_is_removed_from_the_graph_of_all(
+    matrix: Path, tmp_path: Path, mode: str, gone: str
+) -> None:
+    """Its output and slices go, the others answer as before, and parity still passes."""
+    source = matrix if mode == "matrix" else exported(tmp_path / "other", MODES[mode])
+    graphs = tmp_path / "graphs"
+    shutil.copytree(source / "out" / "onnx", graphs)
+    shutil.rmtree(graphs / "sal")
+    image = images(3)
+    before = mx.TaskSession(graphs).run(image)
+    edited = mx.remove_task(graphs, gone)
+    left = [task for task in TASKS if task != gone]
+    assert [task.name for task in edited.after] == left
+    after = mx.TaskSession(graphs).run(image)
+    assert list(after) == left
+    assert all(np.abs(after[task] - before[task]).max() < 1e-5 for task in left)
+    model = onnx.load(graphs / "model.onnx")
+    slices = {one.dims[0] for one in model.graph.initializer if ".task_" in one.name}
+    assert slices == {len(left) if mode == "matrix" else len(TASKS)}
+    assert mx.verify(graphs).exit_code == 0
+    result = judged(source, onnx=graphs, quick=True)
+    assert result.exit_code == 0
+    cells = [one for one in result.report.cells if one.artefact == "single-graph onnx"]
+    assert {one.task for one in cells} == set(left)
+
+
+@pytest.mark.parametrize(("verb", "call"), [("rename", mx.rename_task), ("add", mx.add_task)])
+def test_other_edits_of_a_graph_of_images_are_refused(
+    matrix: Path, verb: str, call: Callable[..., object]
+) -> None:
+    """With what can be done."""
+    given = {"checkpoint": "adapter"} if verb == "add" else {"new": "saliency"}
+    with pytest.raises(UsageError, match=f"tasks {verb}"):
+        call(matrix / "out" / "onnx", "sal", **given)
+
+
+def test_bench_measures_what_was_exported(matrix: Path) -> None:
+    """Graphs and the unmerged model, one image at a time."""
+    result = mx.bench(matrix / "ckpt_epoch_3.pth", output=matrix / "out", rounds=1, threads=1)
+    subjects = [timing.subject for timing in result.measured.timings]
+    assert subjects == ["per-task onnx", "single-graph onnx", "eager pytorch unmerged"]
+    with pytest.raises(UsageError, match="images x 64 pixels"):
+        mx.bench(matrix / "ckpt_epoch_3.pth", output=matrix / "out", shapes="1x32")
