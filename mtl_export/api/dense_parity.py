@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mtl_export.api import artefacts as found_artefacts
 from mtl_export.api import coverage
+from mtl_export.api.accuracy import DEFAULT_MAX_DROP
 from mtl_export.api.progress import Progress
 from mtl_export.bundle.manifest import read_manifest
 from mtl_export.dense.images import read_images
@@ -59,6 +60,12 @@ def judged(
             expected="a graph in half precision, which dense tasks have none of",
             fix="Leave out --bisect",
         )
+    if request.scores:
+        raise UsageError(
+            "--score: a model of dense tasks",
+            expected="none, because each kind of map has its own: miou, maxf, odsf, angle, rmse",
+            fix="Leave out --score",
+        )
     use_threads(request.threads)
     by_size: dict[int, list[Artefact]] = {}
     for one in artefacts:
@@ -69,11 +76,18 @@ def judged(
         cases = cases_of(request, size)
         judge = DenseJudge(model.at(size), own, cases, request.tolerance, progress.begin)
         progress.expect(judge.steps)
-        reports.append(judge.report(localise=request.localise))
+        own_report = judge.report(localise=request.localise)
+        if request.dataset is not None:
+            images, labels = read_images(request.dataset, size)
+            allowed = DEFAULT_MAX_DROP if request.max_drop is None else request.max_drop
+            scores = judge.accuracy(images, labels, allowed / 100)
+            own_report = replace(own_report, accuracy=scores)
+        reports.append(own_report)
     report = replace(
         reports[0],
         cells=tuple(cell for one in reports for cell in one.cells) + tuple(not_there),
         localised=tuple(found for one in reports for found in one.localised),
+        accuracy=tuple(cell for one in reports for cell in one.accuracy),
     )
     golden = save_golden(model, artefacts, report, request) if request.golden else []
     for path in golden:

@@ -8,6 +8,7 @@ batch has another size than the trace's, so that a baked-in batch shows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -15,17 +16,19 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import torch
 
+from mtl_export.adapters.modules.mtlora_swin import MTLoRASwin
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.dense.isolation import isolation_cells
 from mtl_export.dense.kinds import CLASSES, PROBABILITY, kind_of, postprocessed
 from mtl_export.dense.localise import localised
 from mtl_export.dense.model import DenseModel
-from mtl_export.errors import BackendMissingError, MtlExportError
+from mtl_export.dense.scores import judge_scores, refuse_misshaped, score_of
+from mtl_export.errors import BackendMissingError, CalibrationError, MtlExportError, shortened
 from mtl_export.names import IMAGE
 from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.metrics import Decisions, difference
-from mtl_export.parity.report import Cell, ParityReport, Verdict
+from mtl_export.parity.report import AccuracyCell, Cell, ParityReport, Verdict
 from mtl_export.parity.tolerance import Tolerance, noise_floor
 from mtl_export.runtime.runners.base import Runner
 from mtl_export.version import VERSION
@@ -139,6 +142,71 @@ class DenseJudge:
             versions=versions(),
             localised=tuple(where),
         )
+
+    def accuracy(
+        self, images: Array, labels: Mapping[str, Array], max_drop: float
+    ) -> tuple[AccuracyCell, ...]:
+        """Return the score of every artefact on labelled images, beside the unmerged model's.
+
+        Args:
+            images: ``[N, 3, H, H]``.
+            labels: By task; see ``images``.
+            max_drop: Largest drop allowed; 0.01 is one point.
+
+        Raises:
+            CalibrationError: Labels do not fit the images, or no task has any.
+        """
+        tasks = [task.name for task in self.model.tasks if task.name in labels]
+        tasks = [task for task in tasks if score_of(task) is not None]
+        if not tasks:
+            raise CalibrationError(
+                f"--dataset: it labels {shortened(labels) or 'nothing'}",
+                expected=f"some of {shortened(task.name for task in self.model.tasks)}",
+                fix="Name each array of labels after its task",
+            )
+        size = self.model.described.image_size
+        for task in tasks:
+            refuse_misshaped(task, labels[task], len(images), size)
+        self.progress("scores: unmerged")
+        before = self._sums(self.model.trained(), images, labels, tasks)
+        cells = []
+        for artefact in self.artefacts:
+            self.progress(f"scores: {artefact.name}")
+            own = [one for one in tasks if artefact.task is None or artefact.task.name == one]
+            if artefact.defect or not own:
+                continue
+            with suppress(BackendMissingError), artefact.runner as runner:
+                after = self._sums(runner, images, labels, own)
+                cells += [
+                    judge_scores(artefact.name, task, before[task], after[task], size=size,
+                                 max_drop=max_drop)
+                    for task in own if task in after
+                ]  # fmt: skip
+        return tuple(cells)
+
+    def _sums(
+        self,
+        runner: Runner | MTLoRASwin,
+        images: Array,
+        labels: Mapping[str, Array],
+        tasks: Sequence[str],
+    ) -> dict[str, Array]:
+        """Return each task's sums, image by image."""
+        found: dict[str, list[Array]] = {task: [] for task in tasks}
+        for place in range(len(images)):
+            image = images[place : place + 1]
+            if isinstance(runner, MTLoRASwin):
+                with torch.inference_mode():
+                    answers = {k: v.numpy() for k, v in runner(torch.from_numpy(image)).items()}
+            else:
+                answers = runner.infer({IMAGE: image})
+            for task in tasks:
+                score = score_of(task)
+                is_raw = task in answers and answers[task].shape[2:] == image.shape[2:]
+                if score is None or not is_raw:
+                    continue  # a score needs raw values, not post-processed ones
+                found[task].append(score.sums(answers[task][0], labels[task][place]))
+        return {task: np.stack(sums) for task, sums in found.items() if sums}
 
     @property
     def _factor(self) -> float:
