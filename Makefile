@@ -21,7 +21,7 @@ DEMO := examples/01_ads_relevance
 CODE := mtl_export cli calibration tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check fuzz bench bench-merge bench-graph bench-trt bench-gate clean
+.PHONY: help venv demo test check fuzz bench bench-merge bench-graph bench-trt bench-gate bench-dense clean
 
 help:
 	@echo 'make demo    take the example checkpoint through every stage; ends with the parity table'
@@ -33,6 +33,7 @@ help:
 	@echo 'make bench-graph   the single graph beside merged graphs and PyTorch, on MiniLM'
 	@echo 'make bench-trt     eight engines beside one: time and memory of building'
 	@echo 'make bench-gate    faults planted in artefacts: what parity catches, and other gates beside it'
+	@echo 'make bench-dense   four dense tasks of one image: one graph beside four and PyTorch, on Swin-T'
 	@echo 'make clean   remove .venv, caches and what the demo wrote'
 
 venv: $(INSTALLED)
@@ -91,6 +92,9 @@ bench-trt: $(INSTALLED)
 
 bench-gate: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.bench_gate
+
+bench-dense: $(INSTALLED)
+	$(BIN)/python -m tests.benchmarks.bench_dense
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -27,7 +27,7 @@ TASK_SCALES = {
     "sal": [1.0, 1.25, 0.5, 0.75],
 }
 RANKS = {"semseg": [3, 2, 1, 1], "normals": [2, 1, 1, 3], "sal": [1, 1, 3, 2]}
-SHARED_RANKS = [3, 4, 5, 6]
+SHARED_RANKS = (3, 4, 5, 6)
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
@@ -42,6 +42,15 @@ class Recipe:
         adapted: Which layers of a block are adapted.
         head: Kind of every head.
         image_size: In pixels.
+        window: In tokens.
+        settings: Changes of MODEL.MTLORA.
+        depths: Blocks of each stage.
+        heads: Heads of attention, by stage.
+        embed: Width of the first stage.
+        widths: Channels of the maps that heads read, by stage.
+        channels: Output channels by task.
+        shared_ranks: r by stage.
+        rank: r_t everywhere; 0 for ranks that differ by task and stage.
     """
 
     mode: str = "matrix"
@@ -52,6 +61,22 @@ class Recipe:
     image_size: int = SIZE
     window: int = WINDOW
     settings: Mapping[str, Any] = field(default_factory=dict)
+    depths: tuple[int, ...] = DEPTHS
+    heads: tuple[int, ...] = HEADS
+    embed: int = EMBED
+    widths: tuple[int, ...] = (3, 4, 5, 6)
+    channels: Mapping[str, int] = field(default_factory=lambda: {t: CHANNELS[t] for t in TASKS})
+    shared_ranks: tuple[int, ...] = SHARED_RANKS
+    rank: int = 0
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Return the tasks in id order."""
+        return tuple(self.channels)
+
+    def rank_of(self, task: str, stage: int) -> int:
+        """Return r_t: ``rank``, or the toy's own."""
+        return self.rank or RANKS[task][stage]
 
 
 PLAIN = Recipe()
@@ -83,32 +108,32 @@ class _Draw:
 def state(recipe: Recipe = PLAIN) -> dict[str, torch.Tensor]:
     """Return a whole state dict."""
     draw = _Draw()
-    draw.weight("backbone.patch_embed.proj.weight", EMBED, 3, 4, 4)
-    draw.weight("backbone.patch_embed.proj.bias", EMBED)
-    draw.norm("backbone.patch_embed.norm", EMBED)
+    draw.weight("backbone.patch_embed.proj.weight", recipe.embed, 3, 4, 4)
+    draw.weight("backbone.patch_embed.proj.bias", recipe.embed)
+    draw.norm("backbone.patch_embed.norm", recipe.embed)
     resolution = recipe.image_size // 4
-    for stage, depth in enumerate(DEPTHS):
+    for stage, depth in enumerate(recipe.depths):
         for block in range(depth):
             _block(draw, recipe, stage, block, resolution)
-        width = EMBED * 2**stage
-        if stage < len(DEPTHS) - 1:
+        width = recipe.embed * 2**stage
+        if stage < len(recipe.depths) - 1:
             name = f"backbone.layers.{stage}.downsample"
             draw.norm(f"{name}.norm", 4 * width)
             _linear(draw, recipe, f"{name}.reduction", stage, (2 * width, 4 * width),
                     is_adapted=recipe.merging, has_bias=False)  # fmt: skip
             resolution //= 2
-    for task in TASKS:
+    for task in recipe.tasks:
         _head(draw, recipe, task)
     return draw.tensors
 
 
 def _block(draw: _Draw, recipe: Recipe, stage: int, block: int, resolution: int) -> None:
-    width, name = EMBED * 2**stage, f"backbone.layers.{stage}.blocks.{block}"
+    width, name = recipe.embed * 2**stage, f"backbone.layers.{stage}.blocks.{block}"
     window = min(recipe.window, resolution)
     draw.norm(f"{name}.norm1", width)
     draw.norm(f"{name}.norm2", width)
     table = f"{name}.attn.relative_position_bias_table"
-    draw.weight(table, (2 * window - 1) ** 2, HEADS[stage])
+    draw.weight(table, (2 * window - 1) ** 2, recipe.heads[stage])
     draw.tensors[f"{name}.attn.relative_position_index"] = relative_position_index(window)
     if block % 2 and resolution > window:
         draw.tensors[f"{name}.attn_mask"] = attention_mask(resolution, window, window // 2)
@@ -119,7 +144,7 @@ def _block(draw: _Draw, recipe: Recipe, stage: int, block: int, resolution: int)
         "mlp.fc2": (width, 4 * width),
     }
     for layer, shape in shapes.items():
-        has_tasks = layer != "attn.qkv" and block == DEPTHS[stage] - 1
+        has_tasks = layer != "attn.qkv" and block == recipe.depths[stage] - 1
         _linear(draw, recipe, f"{name}.{layer}", stage, shape,
                 is_adapted=layer in recipe.adapted, has_tasks=has_tasks)  # fmt: skip
 
@@ -139,21 +164,24 @@ def _linear(
     if has_tasks and recipe.mode == "addition":
         draw.norm(f"{name}.lora_norm", outputs)
     else:
-        draw.weight(f"{name}.lora_shared_A", SHARED_RANKS[stage], inputs)
-        draw.weight(f"{name}.lora_shared_B", outputs, SHARED_RANKS[stage])
+        draw.weight(f"{name}.lora_shared_A", recipe.shared_ranks[stage], inputs)
+        draw.weight(f"{name}.lora_shared_B", outputs, recipe.shared_ranks[stage])
     if recipe.trained_scale:
         draw.tensors[f"{name}.lora_shared_scale"] = torch.tensor([1.75])
-    for task in sorted(TASKS) if has_tasks else ():  # sorted, as the trainer stores them
-        draw.weight(f"{name}.lora_tasks_A.{task}", RANKS[task][stage], inputs)
-        draw.weight(f"{name}.lora_tasks_B.{task}", outputs, RANKS[task][stage])
+    for task in sorted(recipe.tasks) if has_tasks else ():  # sorted, as the trainer stores them
+        draw.weight(f"{name}.lora_tasks_A.{task}", recipe.rank_of(task, stage), inputs)
+        draw.weight(f"{name}.lora_tasks_B.{task}", outputs, recipe.rank_of(task, stage))
 
 
 def _head(draw: _Draw, recipe: Recipe, task: str) -> None:
-    widths = (3, 4, 5, 6)
-    features = [EMBED * 2 ** min(stage + 1, len(DEPTHS) - 1) for stage in range(len(DEPTHS))]
+    widths = recipe.widths
+    features = [
+        recipe.embed * 2 ** min(stage + 1, len(recipe.depths) - 1)
+        for stage in range(len(recipe.depths))
+    ]
     for stage, (width, channels) in enumerate(zip(widths, features, strict=True)):
         draw.weight(f"downsampler.{task}.downsample_{stage}.weight", width, channels, 1, 1)
-    name, total, count = f"decoders.decoders.{task}", sum(widths), CHANNELS[task]
+    name, total, count = f"decoders.decoders.{task}", sum(widths), recipe.channels[task]
     if recipe.head == "hrnet":
         draw.weight(f"{name}.last_layer.0.weight", 4 * total, total, 1, 1)
         draw.weight(f"{name}.last_layer.0.bias", 4 * total)
@@ -195,20 +223,23 @@ def _aspp(draw: _Draw, name: str, total: int, count: int) -> None:
 
 def configuration(recipe: Recipe = PLAIN) -> dict[str, Any]:
     """Return the configuration that belongs to it, as the trainer stores it."""
-    listed = [{task: TASK_SCALES[task][stage] for task in TASKS} for stage in range(len(DEPTHS))]
+    listed = [
+        {task: TASK_SCALES.get(task, SHARED_SCALES)[stage] for task in recipe.tasks}
+        for stage in range(len(recipe.depths))
+    ]
     lora = {
         "SHARED_MODE": recipe.mode,
         "SPLIT_QKV": False,
         "SHARED_SCALE": SHARED_SCALES,
-        "TASK_SCALE": [9.0] * len(DEPTHS),
+        "TASK_SCALE": [9.0] * len(recipe.depths),
         "SCALE_PER_TASK_LIST": listed,
     }
     return {
-        "TASKS": list(TASKS),
+        "TASKS": list(recipe.tasks),
         "DATA": {"IMG_SIZE": recipe.image_size},
         "MODEL": {
             "MTLORA": lora | dict(recipe.settings),
-            "DECODER_HEAD": dict.fromkeys(TASKS, recipe.head),
+            "DECODER_HEAD": dict.fromkeys(recipe.tasks, recipe.head),
             "SWIN": {"WINDOW_SIZE": recipe.window, "QK_SCALE": None},
         },
     }
