@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mtl_export.adapters.modules import mtlora_swin
 from mtl_export.adapters.modules.mtlora_swin import COMPUTED, MTLoRASwin
 from mtl_export.adapters.mtlora_swin import folded, layer_folds
 from mtl_export.checkpoint.reader import open_checkpoint
@@ -75,6 +76,19 @@ def test_the_model_and_its_folds_compute_the_formulas(tmp_path: Path, name: str)
             assert not any(".lora_" in key and "norm" not in key for key in tensors)
             others = set(TASKS) - set(tasks)
             assert not any(f".{task}." in key for key in tensors for task in others)
+
+
+@pytest.mark.parametrize("mode", ["matrix", "matrixv2", "addition"])
+def test_hidden_values_in_parts_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """From however many tokens on the tasks' hidden values are computed in parts."""
+    monkeypatch.setattr(mtlora_swin, "LONG", 5)
+    model, image = opened(tmp_path, Recipe(mode)), images()
+    with torch.inference_mode():
+        wanted = PlainSwin(state(Recipe(mode)), Recipe(mode))(image)
+        found = MTLoRASwin.from_tensors(*model.folded(TASKS)).double()(image)
+    assert worst(found, wanted) < 2e-6
 
 
 def test_the_state_dict_is_the_trainers(tmp_path: Path) -> None:

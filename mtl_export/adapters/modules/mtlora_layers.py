@@ -156,18 +156,31 @@ class StreamLinear(nn.Module):
         norm = shapes.get(f"{name}.lora_norm.weight")
         self.lora_norm = None if norm is None else nn.LayerNorm(norm[0])
 
-    def forward(self, x: torch.Tensor, z: Streams = None) -> tuple[torch.Tensor, Streams]:
-        """Return the shared output and the tasks'."""
-        frozen = functional.linear(x, self.weight, self.bias)
-        tasks = frozen + (x if z is None else z) @ self.task_down @ self.task_up
+    def frozen(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``W x + b``, which all streams share."""
+        return functional.linear(x, self.weight, self.bias)
+
+    def tasks(self, frozen: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Return the tasks' outputs."""
+        return frozen + z @ self.task_down @ self.task_up
+
+    def shared(self, x: torch.Tensor, frozen: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """Return the shared output; ``total``, the sum of the tasks' outputs, in mode addition."""
         if self.lora_norm is not None:
-            return frozen + self.lora_norm(tasks.sum(0)), tasks
+            result: torch.Tensor = frozen + self.lora_norm(total)
+            return result
         if self.shared_weight is not None:
-            return functional.linear(x, self.shared_weight, self.bias), tasks
+            return functional.linear(x, self.shared_weight, self.bias)
         if self.shared_down is not None:
             low = functional.linear(x, self.shared_down)
-            return frozen + functional.linear(low, self.shared_up), tasks
-        return frozen, tasks
+            return frozen + functional.linear(low, self.shared_up)
+        return frozen
+
+    def forward(self, x: torch.Tensor, z: Streams = None) -> tuple[torch.Tensor, Streams]:
+        """Return the shared output and the tasks'."""
+        frozen = self.frozen(x)
+        tasks = self.tasks(frozen, x if z is None else z)
+        return self.shared(x, frozen, tasks.sum(0) if self.lora_norm else frozen), tasks
 
 
 def linear(shapes: Shapes, name: str, stage: int, model: SwinModel) -> nn.Module:

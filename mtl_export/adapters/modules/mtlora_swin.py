@@ -21,8 +21,11 @@ from torch import nn
 from torch.nn import functional
 
 from mtl_export.adapters.modules.dense_heads import Decoders, Downsampler, Shapes, resized
-from mtl_export.adapters.modules.mtlora_layers import Streams, SwinModel, linear
+from mtl_export.adapters.modules.mtlora_layers import StreamLinear, Streams, SwinModel, linear
 from mtl_export.adapters.modules.swin_windows import WindowAttention, attention_mask
+
+# From how many tokens on a folded model computes the tasks' hidden values in parts.
+LONG = 2048
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,11 @@ class StageFeatures:
 
 
 class Mlp(nn.Module):
-    """fc1, GELU (exact), fc2, on both streams."""
+    """fc1, GELU (exact), fc2, on both streams.
+
+    Of a folded model with many tokens the tasks' hidden values, the widest of all, are computed
+    for some of the tokens at a time: none of them is larger than the shared stream's.
+    """
 
     def __init__(self, fc1: nn.Module, fc2: nn.Module) -> None:
         super().__init__()
@@ -47,11 +54,35 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor, z: Streams) -> tuple[torch.Tensor, Streams]:
         """Return the shared output and the tasks'."""
-        hidden, hidden_tasks = self.fc1(x, z)
+        first, second = self.fc1, self.fc2
+        is_long = x.shape[1] >= LONG
+        if is_long and isinstance(first, StreamLinear) and isinstance(second, StreamLinear):
+            return _in_parts(first, second, x, x.unsqueeze(0) if z is None else z)
+        hidden, hidden_tasks = first(x, z)
         if hidden_tasks is not None:
             hidden_tasks = functional.gelu(hidden_tasks)
-        result: tuple[torch.Tensor, Streams] = self.fc2(functional.gelu(hidden), hidden_tasks)
+        result: tuple[torch.Tensor, Streams] = second(functional.gelu(hidden), hidden_tasks)
         return result
+
+
+def _in_parts(
+    first: StreamLinear, second: StreamLinear, x: torch.Tensor, z: torch.Tensor
+) -> tuple[torch.Tensor, Streams]:
+    """Return what ``Mlp`` does, the tasks' hidden values for a share of the tokens at a time."""
+    frozen = first.frozen(x)
+    step = -(-x.shape[1] // len(first.task_down))
+    lows, totals = [], []
+    for start in range(0, x.shape[1], step):
+        part = slice(start, start + step)
+        hidden = first.tasks(frozen[:, part], z[:, :, part])
+        if first.lora_norm is not None:
+            totals.append(hidden.sum(0))
+        lows.append(functional.gelu(hidden) @ second.task_down)
+    total = torch.cat(totals, 1) if totals else frozen
+    shared = functional.gelu(first.shared(x, frozen, total))
+    frozen = second.frozen(shared)
+    tasks = frozen + torch.cat(lows, 2) @ second.task_up
+    return second.shared(shared, frozen, tasks.sum(0) if second.lora_norm else frozen), tasks
 
 
 class Block(nn.Module):
