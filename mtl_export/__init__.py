@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.checkpoint.formats.own_folder import write_folder as write_checkpoint
     from mtl_export.checkpoint.reader import open_checkpoint
+    from mtl_export.dense.merged import load_dense
     from mtl_export.errors import MtlExportError
     from mtl_export.runtime import TaskSession
 
@@ -51,6 +52,7 @@ __all__ = [
     "build_engines",
     "export_onnx",
     "inspect",
+    "load_dense",
     "merge",
     "open_base",
     "open_checkpoint",
@@ -78,6 +80,7 @@ _LAZY = {
     "build_engines": ("mtl_export.api.trt", "build_engines"),
     "export_onnx": ("mtl_export.api.onnx", "export_onnx"),
     "inspect": ("mtl_export.api.inspect", "inspect"),
+    "load_dense": ("mtl_export.dense.merged", "load_dense"),
     "merge": ("mtl_export.merge", ""),
     "open_base": ("mtl_export.checkpoint.base_model", "open_base"),
     "open_checkpoint": ("mtl_export.checkpoint.reader", "open_checkpoint"),

@@ -16,7 +16,7 @@ from mtl_export_calibration.targets import BOTH
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from mtl_export_calibration.run import Outcome
+    from mtl_export_calibration.report import Outcome
 
 EXIT_FAILED = 4
 METHODS = ("max", "percentile", "entropy", "mse")
@@ -63,7 +63,7 @@ class Calibration:
 def calibrate(
     checkpoint: str | Path,
     *,
-    base: str | Path,
+    base: str | Path | None = None,
     data: str | Path,
     judge: str | Path | None = None,
     quantize: str = "int8",
@@ -93,7 +93,7 @@ def calibrate(
 
     Args:
         checkpoint: The trained adapter.
-        base: Folder, ``package:NAME/FOLDER`` or hub id.
+        base: Folder, ``package:NAME/FOLDER`` or hub id; none belongs to an MTLoRA file.
         data: Rows to take ranges from: JSONL, a folder, npz, or ``module:function``.
         judge: Rows to count accuracy on; None: those of ``data``.
         quantize: ``int8``, ``fp8`` or ``int4``.

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
+from mtl_export.api.written import Written
 from mtl_export.checkpoint.files.json_file import Shape
 from mtl_export.checkpoint.tensors import Array
 from mtl_export_calibration.evaluate import TaskScore
@@ -219,6 +220,28 @@ class GraphReport:
                 "activation": cut.activation,
             },
             "worst_layer": {"sqnr_db": worst_db, "layer": layer},
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One graph.
+
+    Attributes:
+        report: The verdict.
+        written: Its folder; None where it failed.
+    """
+
+    report: GraphReport
+    written: Written | None
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the record as JSON's types."""
+        return {
+            **self.report.as_dict(),
+            "latency_ms": dict(self.report.latency_ms),
+            "latency_length": self.report.latency_length,
+            "output": self.written.as_dict() if self.written else None,
         }
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from mtl_export.api import graphs, sources
+from mtl_export.api import dense, graphs, sources
 from mtl_export.api.progress import SILENT, Progress
 from mtl_export.api.settings import Settings
 from mtl_export.api.written import Written
 from mtl_export.errors import UsageError
 from mtl_export.names import LAYOUTS, PER_TASK, SINGLE_GRAPH
+from mtl_export_calibration.report import Outcome
 from mtl_export_calibration.targets import (
     BOTH,
     nothing_exported,
@@ -30,28 +31,6 @@ if TYPE_CHECKING:
     from mtl_export.data.samples import Samples
     from mtl_export_calibration.measure import ExportedGraph, Options, Work
     from mtl_export_calibration.report import GraphRanges, GraphReport
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One graph.
-
-    Attributes:
-        report: The verdict.
-        written: Its folder; None where it failed.
-    """
-
-    report: GraphReport
-    written: Written | None
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the record as JSON's types."""
-        return {
-            **self.report.as_dict(),
-            "latency_ms": dict(self.report.latency_ms),
-            "latency_length": self.report.latency_length,
-            "output": self.written.as_dict() if self.written else None,
-        }
 
 
 class _GateError(Exception):
@@ -110,6 +89,11 @@ class CalibrationRequest:
         """
         from mtl_export.checkpoint.checkpoint import task_named
 
+        swin = dense.opened(self.settings)
+        if swin is not None:
+            from mtl_export_calibration.dense import quantised
+
+            return quantised(swin, self, layout, onnx)
         self.refuse_unknown()
         bound = sources.open_bound(self.settings)
         refuse_parts(bound, layout)

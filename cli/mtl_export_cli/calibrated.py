@@ -10,8 +10,7 @@ from mtl_export_cli import render
 
 if TYPE_CHECKING:
     from mtl_export_calibration.measure import Options
-    from mtl_export_calibration.report import GraphReport
-    from mtl_export_calibration.run import Outcome
+    from mtl_export_calibration.report import GraphReport, Outcome
 
 OWN_ENGINE = "onnxruntime"
 # Formats that cost less accuracy.

@@ -172,7 +172,7 @@ def _layer(
         elif is_read and down.shape[0] * sum(weight.shape) >= weight.numel():
             values["shared_weight"] = weight + up @ down
         elif is_read:
-            values |= {"shared_down": down, "shared_up": up}
+            values |= {"shared_down": down.T, "shared_up": up.T}
     if is_alive:
         scales = model.task_scales or {}
         pairs = []

@@ -87,6 +87,7 @@ def judged(
         reports[0],
         cells=tuple(cell for one in reports for cell in one.cells) + tuple(not_there),
         localised=tuple(found for one in reports for found in one.localised),
+        quantised=tuple(found for one in reports for found in one.quantised),
         accuracy=tuple(cell for one in reports for cell in one.accuracy),
     )
     golden = save_golden(model, artefacts, report, request) if request.golden else []

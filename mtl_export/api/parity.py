@@ -222,6 +222,8 @@ def judge_exports(settings: Settings, request: ParityRequest, progress: Progress
         artefacts, not_there = dense_parity.artefacts_of(swin, places, request.threads)
         _refuse_nothing(artefacts, not_there, places)
         accuracy.refuse_alone(request.dataset, settings.typed, artefacts)
+        if request.max_drop is not None:
+            artefacts = with_max_drop(artefacts, request.max_drop)
         report, golden = dense_parity.judged(swin, artefacts, not_there, request, progress)
         return _result(report, golden, artefacts, places, swin.tasks, request)
     bound = sources.open_bound(settings, targets=())

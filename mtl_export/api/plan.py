@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import Unpack
 
-from mtl_export.api import sources
+from mtl_export.api import dense, sources
 from mtl_export.api.settings import Settings, SourceOptions, settings_of
+from mtl_export.errors import UsageError
 
 if TYPE_CHECKING:
     from mtl_export.merge.plan import Plan
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def plan(
     checkpoint: str | Path,
     *,
-    base: str | Path,
+    base: str | Path | None = None,
     tasks: Sequence[str] = (),
     dtype: str | None = None,
     output: str | Path = "out",
@@ -61,6 +62,13 @@ def plan_of(settings: Settings) -> Plan:
     from mtl_export.merge.plan import make_plan, measure_speeds
 
     place = settings.output or settings.output_dir
+    swin = dense.opened(settings)
+    if swin is not None:
+        raise UsageError(
+            f"plan: {swin.checkpoint.path} is a whole model",
+            expected="an adapter on a base, whose merged copies may be large",
+            fix="Run mtl-export merge or onnx: a task's folder is no larger than this file",
+        )
     bound = sources.open_bound(settings, check_hash=False, targets=[place])
     tasks = bound.adapters.tasks
     if settings.task:

@@ -6,8 +6,7 @@ from mtl_export_calibration.evaluate import TaskScore
 from mtl_export_calibration.formats import format_named
 from mtl_export_calibration.measure import Options
 from mtl_export_calibration.ranges import Cut
-from mtl_export_calibration.report import GraphRanges, GraphReport
-from mtl_export_calibration.run import Outcome
+from mtl_export_calibration.report import GraphRanges, GraphReport, Outcome
 from mtl_export_cli.calibrated import print_outcomes
 
 

@@ -135,8 +135,8 @@ class StreamLinear(nn.Module):
 
     Shape:
         As ``MTLoRALinear`` with x ``[B, L, I]``; ``task_down`` ``[T, 1, I, r]``, ``task_up``
-        ``[T, 1, r, O]``: they multiply from the right, and no other tensor knows T, so a task
-        leaves a graph with its slices.
+        ``[T, 1, r, O]``, ``shared_down`` ``[I, r]``, ``shared_up`` ``[r, O]``: they multiply from
+        the right. No other tensor knows T, so a task leaves a graph with its slices.
     """
 
     weight: torch.Tensor
@@ -172,8 +172,7 @@ class StreamLinear(nn.Module):
         if self.shared_weight is not None:
             return functional.linear(x, self.shared_weight, self.bias)
         if self.shared_down is not None:
-            low = functional.linear(x, self.shared_down)
-            return frozen + functional.linear(low, self.shared_up)
+            return frozen + x @ self.shared_down @ self.shared_up
         return frozen
 
     def forward(self, x: torch.Tensor, z: Streams = None) -> tuple[torch.Tensor, Streams]:

@@ -99,7 +99,7 @@ def quantised_cells(
         for task in bound.adapters.tasks
         if task.name in pairs
     ]
-    cells += _recorded(artefact, runner, list(pairs))
+    cells += recorded_cells(artefact, runner, list(pairs))
     return cells, max((cell.max_abs_error or 0.0 for cell in cells), default=0.0)
 
 
@@ -194,7 +194,7 @@ def _noise(
     )  # fmt: skip
 
 
-def _recorded(artefact: Artefact, runner: Runner, tasks: Sequence[str]) -> list[Cell]:
+def recorded_cells(artefact: Artefact, runner: Runner, tasks: Sequence[str]) -> list[Cell]:
     """Return a cell for each task on what calibrate counted; none where it left no report."""
     known = artefact.quantised
     assert known is not None
