@@ -80,6 +80,7 @@ def judged(
         if request.dataset is not None:
             images, labels = read_images(request.dataset, size)
             allowed = DEFAULT_MAX_DROP if request.max_drop is None else request.max_drop
+            progress.expect(1 + len(own))
             scores = judge.accuracy(images, labels, allowed / 100)
             own_report = replace(own_report, accuracy=scores)
         reports.append(own_report)
