@@ -1,6 +1,6 @@
 """Draw held-out scenes with what each task answers: scenes.png, for the README.
 
-    python draw.py                     # after mtl-export onnx --all-tasks
+python draw.py                     # after mtl-export onnx --all-tasks
 """
 
 from __future__ import annotations

@@ -79,7 +79,9 @@ def start() -> dict[str, torch.Tensor]:
             norm(f"backbone.layers.{stage}.downsample.norm", 4 * width)
             weight(f"backbone.layers.{stage}.downsample.reduction.weight", features, 4 * width)
         for task in TASKS:
-            weight(f"downsampler.{task}.downsample_{stage}.weight", MAP_WIDTHS[stage], features, 1, 1)
+            weight(
+                f"downsampler.{task}.downsample_{stage}.weight", MAP_WIDTHS[stage], features, 1, 1
+            )
     total = sum(MAP_WIDTHS)
     for task, channels in CHANNELS.items():
         name = f"decoders.decoders.{task}.last_layer"

@@ -36,13 +36,13 @@ from mtl_export.names import (
     SINGLE_ONNX,
     TASK_INPUT_KEY,
 )
+from mtl_export.parity.artefact import Artefact
+from mtl_export.parity.report import Cell
 from mtl_export.runtime.model_files import ENGINE_SUFFIX, runner_of
 
 if TYPE_CHECKING:
     from mtl_export.adapters.binding import BoundModel
     from mtl_export.checkpoint.checkpoint import Task
-    from mtl_export.parity.artefact import Artefact
-    from mtl_export.parity.report import Cell
     from mtl_export.runtime.runners.base import Runner
 
 KINDS = (
@@ -238,8 +238,6 @@ def _merged(
     missing: list[Cell],
     runner: Callable[[Path], Runner],
 ) -> None:
-    from mtl_export.parity.artefact import Artefact
-
     record = _record(folder)
     if not record.is_there and not (folder / "config.json").is_file():
         missing.append(_absent(MERGED_MODEL, task, "merge"))
@@ -269,7 +267,6 @@ def _onnx(
     name: str = "",
 ) -> None:
     from mtl_export.graph.origins import EditedGraph
-    from mtl_export.parity.artefact import Artefact
     from mtl_export.runtime.ort import onnx_metadata
     from mtl_export.runtime.runners.one_task import one_task
 
@@ -305,8 +302,6 @@ def _onnx(
 
 
 def _engine(path: Path, task: Task | None, found: list[Artefact], missing: list[Cell]) -> None:
-    from mtl_export.parity.artefact import Artefact
-    from mtl_export.parity.report import Cell
     from mtl_export.runtime.runners.one_task import one_task
     from mtl_export.tensorrt import TensorRTBackend
 
@@ -384,8 +379,6 @@ def is_absent(cell: Cell) -> bool:
 
 
 def _absent(name: str, task: Task | None, verb: str) -> Cell:
-    from mtl_export.parity.report import Cell
-
     options = "--all-tasks" if task is None else "--task NAME"
     reason = f"{NOT_EXPORTED}; mtl-export {verb} {options} makes it"
     return Cell(name, "-", task.name if task else "*", "*", "not-run", reason)
@@ -397,8 +390,6 @@ def _several_adapters() -> Cell:
     Parity asks its steps for other tasks than their prompts', to see that each graph routes;
     a run under one adapter answers for one task from prompt to end.
     """
-    from mtl_export.parity.report import Cell
-
     reason = "language models that take adapters have no runner here; TaskSession runs them"
     return Cell(ADAPTER_INPUT_ONNX, "-", "*", "*", "not-run", reason)
 

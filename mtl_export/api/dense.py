@@ -7,6 +7,7 @@ so nothing is routed.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -51,13 +52,16 @@ def opened(settings: Settings) -> DenseModel | None:
         "--biases": settings.biases,
     }
     for words, value in idle.items():
-        if value is not None:
+        # What stands in a settings file may be meant for other checkpoints.
+        is_meant = not settings.config_file or words.removeprefix("--") in settings.typed
+        if value is not None and is_meant:
             raise UsageError(
                 f"{words}: {place} holds a whole model, heads and all",
                 expected=f"no {words}, because nothing of it would be read",
                 fix=f"Leave out {words}",
             )
-    model = open_dense(sources.open_settings_checkpoint(settings))
+    given = replace(settings, alpha=None, temperature=None, downsample=None, biases=None)
+    model = open_dense(sources.open_settings_checkpoint(given))
     for target in (settings.output_dir, settings.output):
         if target is not None:
             sources.refuse_in_source(
@@ -85,7 +89,7 @@ def folds(model: DenseModel) -> list[dict[str, object]]:
     ``layer``; ``folds`` (what goes into one weight); ``stays`` (what remains beside it, empty
     where nothing does) and ``ranks`` (those of the tasks' matrices that remain).
     """
-    from mtl_export.adapters.mtlora_swin import layer_folds
+    from mtl_export.dense.fold import layer_folds
 
     found: list[dict[str, object]] = []
     for one in layer_folds(model.tensors, model.described):

@@ -214,24 +214,25 @@ def parity(
 
 def judge_exports(settings: Settings, request: ParityRequest, progress: Progress) -> ParityResult:
     """Compare what ``request`` asks for; see ``parity``."""
+    from mtl_export.api.artefacts import find_artefacts
+
     swin = dense.opened(settings)
     places = request.places(settings.output_dir)
     if swin is not None:
         from mtl_export.api import dense_parity
 
-        artefacts, not_there = dense_parity.artefacts_of(swin, places, request.threads)
-        _refuse_nothing(artefacts, not_there, places)
-        accuracy.refuse_alone(request.dataset, settings.typed, artefacts)
-        if request.max_drop is not None:
-            artefacts = with_max_drop(artefacts, request.max_drop)
-        report, golden = dense_parity.judged(swin, artefacts, not_there, request, progress)
+        found = dense_parity.artefacts_of(swin, places, request.threads)
+        artefacts = _refuse_idle(*found, places, request, settings)
+        report, golden = dense_parity.judged(swin, artefacts, found[1], request, progress)
         return _result(report, golden, artefacts, places, swin.tasks, request)
     bound = sources.open_bound(settings, targets=())
+    tasks = bound.adapters.tasks
     gate = accuracy.gate_of(request.dataset, request.max_drop, request.scores)
-    artefacts, not_there = _found(bound, places, request, settings)
-    found = _Comparison(bound, request, artefacts, not_there, gate, progress)
-    report, golden = found.run()
-    return _result(report, golden, artefacts, places, bound.adapters.tasks, request)
+    artefacts, not_there = find_artefacts(bound, places, threads=request.threads)
+    not_there += coverage.unclaimed_cells(places, tasks)
+    artefacts = _refuse_idle(artefacts, not_there, places, request, settings)
+    report, golden = _Comparison(bound, request, artefacts, not_there, gate, progress).run()
+    return _result(report, golden, artefacts, places, tasks, request)
 
 
 def _result(
@@ -368,33 +369,19 @@ def _existing(name: str, folder: Path | None) -> Path | None:
     return folder
 
 
-def _found(
-    bound: BoundModel, places: Places, request: ParityRequest, settings: Settings
-) -> tuple[list[Artefact], list[Cell]]:
-    """Return what was exported, and a cell for each export that cannot be compared.
+def _refuse_idle(
+    artefacts: list[Artefact],
+    not_there: Sequence[Cell],
+    places: Places,
+    request: ParityRequest,
+    settings: Settings,
+) -> list[Artefact]:
+    """Return what is judged, with the drop that is allowed.
 
     Raises:
         UsageError: There is nothing to compare, or an option judges none of it.
     """
-    from mtl_export.api.artefacts import find_artefacts
-
-    artefacts, not_there = find_artefacts(bound, places, threads=request.threads)
     accuracy.refuse_alone(request.dataset, settings.typed, artefacts)
-    not_there += coverage.unclaimed_cells(places, bound.adapters.tasks)
-    _refuse_nothing(artefacts, not_there, places)
-    if request.max_drop is not None:
-        artefacts = with_max_drop(artefacts, request.max_drop)
-    return artefacts, not_there
-
-
-def _refuse_nothing(
-    artefacts: Sequence[Artefact], not_there: Sequence[Cell], places: Places
-) -> None:
-    """Refuse to judge nothing.
-
-    Raises:
-        UsageError: No artefact was found.
-    """
     if not artefacts:
         raise UsageError(
             f"parity: nothing under {places.merged}, {places.onnx} or {places.engines}"
@@ -404,3 +391,5 @@ def _refuse_nothing(
             ),
             fix="Run mtl-export merge --all-tasks or mtl-export onnx --all-tasks first",
         )
+    drop = request.max_drop
+    return artefacts if drop is None else with_max_drop(artefacts, drop)

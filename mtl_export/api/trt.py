@@ -201,7 +201,7 @@ def _build_dense(
     else:
         exporter = dense.DenseExporter(model, job.onnx_folder, request.form, force=settings.force)
         exported = exporter.write_missing(wanted, progress)
-    built, failed = _build(job, wanted, info, request.jobs, progress)
+    built, failed = _build(job, wanted, info.name, request, progress)
     return EngineBuild(exported, tuple(built), tuple(failed))
 
 

@@ -32,13 +32,10 @@ _FIX = "Export the graph again"
 
 
 def is_dense(place: Path) -> bool:
-    """Return whether a folder, or one of its files, is a graph of dense tasks."""
-    path = place / MODEL_FILE if place.is_dir() else place
-    if not path.is_file():
-        return False
-    from mtl_export.runtime.ort import onnx_metadata
-
-    return DENSE_KEY in onnx_metadata(path)
+    """Return whether a folder of ours, or the one that a file lies in, is of dense tasks."""
+    folder = place if place.is_dir() else place.parent
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    return manifest is not None and manifest.recipe.options.get("image_size") is not None
 
 
 def remove_output(place: Path, name: str) -> Edited:

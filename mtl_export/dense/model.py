@@ -12,12 +12,12 @@ from functools import cached_property
 
 import torch
 
-from mtl_export.adapters import mtlora_swin
 from mtl_export.adapters.modules.dense_heads import HEADS, head_kind
 from mtl_export.adapters.modules.mtlora_layers import SwinModel
 from mtl_export.adapters.modules.mtlora_swin import COMPUTED, MTLoRASwin
 from mtl_export.checkpoint.checkpoint import Checkpoint, Task
 from mtl_export.checkpoint.tensors import Tensor
+from mtl_export.dense import fold
 from mtl_export.errors import CheckpointError, UsageError, shortened
 
 
@@ -51,7 +51,7 @@ class DenseModel:
 
     def folded(self, tasks: Sequence[str]) -> tuple[dict[str, torch.Tensor], SwinModel]:
         """Return the folded tensors of the tasks, float32, and their description."""
-        return mtlora_swin.folded(self.tensors, self.described, tasks)
+        return fold.folded(self.tensors, self.described, tasks)
 
     def at(self, image_size: int) -> DenseModel:
         """Return the same model for images of another size.

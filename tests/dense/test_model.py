@@ -10,8 +10,8 @@ import torch
 
 from mtl_export.adapters.modules import mtlora_swin
 from mtl_export.adapters.modules.mtlora_swin import COMPUTED, MTLoRASwin
-from mtl_export.adapters.mtlora_swin import folded, layer_folds
 from mtl_export.checkpoint.reader import open_checkpoint
+from mtl_export.dense.fold import folded, layer_folds
 from mtl_export.dense.model import DenseModel, open_dense
 from mtl_export.errors import CheckpointError, UsageError
 from tests.dense.checkpoints import LAYERS, PLAIN, TASKS, Recipe, checkpoint_file, state

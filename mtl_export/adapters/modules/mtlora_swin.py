@@ -5,7 +5,7 @@ through the layers of ``mtlora_layers``; patch merging, 1x1 convolutions and a h
 read it.
 
 Modules carry the names of the checkpoint, and layers are chosen by the tensors that are there: a
-task term exists if its tensors do. Tensors that ``mtl_export.adapters.mtlora_swin`` has folded
+task term exists if its tensors do. Tensors that ``mtl_export.dense.fold`` has folded
 load into the same model.
 
 Source: as in ``mtlora_layers``, and models/swin_transformer_mtlora.py, models/swin_mtl.py there.

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mtl_export.adapters.family import read_adapters
 from mtl_export.checkpoint.reader import FORMATS, open_checkpoint
-from tests.checkpoint import mtlora_toys, official_toys
+from tests.checkpoint import official_toys
 from tests.checkpoint.official_toys import Drawer
 from tests.cli.conftest import Run, files_below
+from tests.dense.checkpoints import checkpoint_file, configuration, state
 from tests.factories import TASKS, edit_config, edit_numbers
 
 
@@ -162,21 +165,33 @@ def test_what_official_checkpoints_lack_is_listed(tmp_path: Path, run: Run) -> N
     assert any("random" in note for note in outcome.json["notes"])
 
 
-@pytest.mark.parametrize("words", [["merge", "--all-tasks"], ["onnx", "--all-tasks"], ["parity"]])
-def test_mtlora_is_shown_and_not_exported(project: Path, run: Run, words: list[str]) -> None:
-    """Inspect describes it and says why it cannot be exported; the other verbs exit with 5."""
-    file = mtlora_toys.write(project / "ckpt_epoch_3.pth")
-    shown = run("inspect", "-c", str(file), "--json")
+def test_mtlora_is_shown_layer_by_layer_and_exported(project: Path, run: Run) -> None:
+    """Inspect says what folds and what stays; a base in the settings file is for other models."""
+    file = str(checkpoint_file(project))
+    shown = run("inspect", "-c", file, "--json")
     assert shown.code == 0
-    assert "not supported yet" in shown.json["unsupported"]
+    assert not shown.json["unsupported"]
     assert shown.json["missing"] == []
-    assert "not supported yet" in run("inspect", "-c", str(file)).stdout
-    outcome = run(*words, "-c", str(file))
-    assert outcome.code == 5
-    assert "not supported yet" in outcome.stderr
-    converted = run("inspect", "-c", str(file), "--convert", "kept")
-    assert converted.code == 0, converted.stderr
-    assert open_checkpoint(project / "kept").family == "mtlora_swin"
+    stays = {one["layer"]: one["stays"] for one in shown.json["folds"]}
+    assert stays["backbone.layers.0.blocks.0.mlp.fc1"] == ""
+    assert "second stream" in stays["backbone.layers.0.blocks.1.mlp.fc1"]
+    assert "second stream" in run("inspect", "-c", file).stdout
+    assert run("merge", "--task", "sal", "-c", file).code == 0
+    refused = run("merge", "--task", "sal", "-c", file, "--base", "bert", "--force")
+    assert (refused.code, "Leave out --base" in refused.stderr) == (2, True)
+    converted = run("inspect", "-c", file, "--convert", "kept")
+    assert (converted.code, "whole model" in converted.stderr) == (2, True)
+
+
+def test_mtlora_without_configuration_takes_a_yaml(project: Path, run: Run) -> None:
+    """The refusal says what to type, and that works."""
+    torch.save(state(), project / "model.pth")
+    (project / "run.yaml").write_text(json.dumps(configuration()))
+    refused = run("inspect", "-c", str(project / "model.pth"))
+    assert (refused.code, "--config run.yaml" in refused.stderr) == (5, True)
+    words = ["-c", str(project / "model.pth"), "--config", str(project / "run.yaml")]
+    assert run("merge", "--all-tasks", *words).code == 0
+    assert run("onnx", "--task", "sal", "--task-input", "rows", *words).code == 2
 
 
 @pytest.mark.parametrize("content", [{}, {"notes.txt": "x"}, {"adapter_config.json": "{}"}])
