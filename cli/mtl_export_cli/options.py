@@ -58,6 +58,15 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+class TaskInputType(click.Choice[str]):
+    """Of what ``task_ids`` are; ``ids``, the input's own name, is each row's."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return one of the choices."""
+        choice: str = super().convert("rows" if value == "ids" else value, param, ctx)
+        return choice
+
+
 def _load_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """Read the configuration before any other option looks for its default.
 
@@ -127,7 +136,7 @@ THREADS: Decorator = option(
 LAYOUT: Decorator = option("--layout", type=click.Choice(LAYOUTS), help=LAYOUT_HELP)
 FORM: tuple[Decorator, ...] = (
     option(
-        "--task-input", type=click.Choice(TASK_INPUTS), default=TASK_INPUTS[0], show_default=True,
+        "--task-input", type=TaskInputType(TASK_INPUTS), default=TASK_INPUTS[0], show_default=True,
         help="Of the single graph: rows, task_ids [batch], each row's task; or scalar, task_ids"
         " [1], one task for the whole batch.",
     ),

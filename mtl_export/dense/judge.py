@@ -329,8 +329,11 @@ class DenseJudge:
         error = difference(wanted, found, allowed)
         reason = ""
         if error.excess > 0:
-            most = float(allowed.max())
-            reason = f"off by {error.max_abs:.3g} at {place(error.index)}, {most:.3g} allowed"
+            beyond = float((np.abs(found - wanted) > allowed).mean())
+            reason = (
+                f"off by {error.max_abs:.3g} at {place(error.index)},"
+                f" {float(allowed.max()):.3g} allowed; {beyond:.2%} of the map is beyond that"
+            )
         reason = reason or _changed(counts)
         return replace(
             cell,
