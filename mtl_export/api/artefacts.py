@@ -348,7 +348,7 @@ def _engine_sources(path: Path, of_folder: Mapping[str, str]) -> Mapping[str, st
 def _engine_problem(path: Path, task: Task | None, dtype: str) -> str:
     """Return how an engine's manifest contradicts its place or dtype; "" if it does not."""
     from mtl_export.errors import IntegrityError
-    from mtl_export.parity.checks.stored_dtype import WORDS
+    from mtl_export.parity.checks.metadata import WORDS
     from mtl_export.tensorrt.manifest import EngineManifest, manifest_path
 
     try:

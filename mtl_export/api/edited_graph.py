@@ -76,7 +76,7 @@ def tasks_to_build(
     Raises:
         UsageError: The graph is not what was asked for, or has no task of the checkpoint.
     """
-    from mtl_export.parity.checks.edited_graph import no_task_of
+    from mtl_export.parity.artefact import no_task_of
 
     edited, metadata = edited_graph(folder), _metadata(folder)
     if edited is None:

@@ -44,16 +44,9 @@ def save_golden(
         if artefact.edited is not None:
             continue  # it keeps what was saved before, of tasks of other checkpoints too
         if "passed" in verdicts:
-            with artefact.runner as runner:
-                vectors = golden_vectors(
-                    runner,
-                    artefact.path.name,
-                    cases,
-                    bound.adapters.tasks,
-                    task=artefact.task,
-                    floors=report.noise_floors[artefact.dtype],
-                    tolerance=tolerance,
-                )
+            floors = report.noise_floors[artefact.dtype]
+            with artefact.runner:
+                vectors = golden_vectors(artefact, cases, bound.adapters.tasks, floors, tolerance)
         else:
             vectors = for_engine(of_graphs.get(name, ()), artefact.path.name)
         if artefact.path.suffix == ".onnx":

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from mtl_export.api.artefacts import Places
     from mtl_export.checkpoint.checkpoint import Task
     from mtl_export.parity.artefact import Artefact
-    from mtl_export.parity.cases import Case
-    from mtl_export.parity.presets import Preset
+    from mtl_export.parity.cases import Case, Preset
     from mtl_export.parity.report import Cell, ParityReport
     from mtl_export.parity.tolerance import Tolerance
 
@@ -185,7 +184,7 @@ def parity(
         >>> result.passed, result.report.parity_verdict
         (True, 'passed')
     """
-    from mtl_export.parity.presets import preset_of
+    from mtl_export.parity.cases import preset_of
     from mtl_export.parity.tolerance import Tolerance
 
     scores = {"": score} if isinstance(score, str) else dict(score or {})
@@ -278,8 +277,8 @@ class _Comparison:
         """Return the report on everything, and the files of golden vectors."""
         from mtl_export.api.evidence import with_evidence
         from mtl_export.api.parity_inputs import base_of, cases_of, oracle_of
-        from mtl_export.parity.presets import choose
-        from mtl_export.parity.run import run_parity, step_count
+        from mtl_export.parity.cases import choose
+        from mtl_export.parity.run import RunOptions, run_parity, step_count
         from mtl_export.runtime.runners.pytorch import use_threads
 
         bound, request, artefacts = self.bound, self.request, self.artefacts
@@ -287,18 +286,16 @@ class _Comparison:
         cases, left_out = choose(cases_of(bound, request.inputs), request.preset)
         rows = accuracy.open_gate(bound, self.gate) if self.gate else None
         self.progress.expect(step_count(artefacts))
+        options = RunOptions(left_out, base_of(bound), request.threads, self.progress.begin)
         report = run_parity(
             bound,
             artefacts,
             cases,
             tolerance=request.tolerance,
             oracle=oracle_of(bound),
-            not_there=self.not_there,
-            left_out=left_out,
-            base=base_of(bound),
-            threads=request.threads,
-            progress=self.progress.begin,
+            options=options,
         )
+        report = replace(report, cells=(*report.cells, *self.not_there))
         if request.localise or request.bisect:
             report = self._with_layers(report, cases)
         if rows is not None and self.gate is not None:

@@ -37,7 +37,7 @@ def oracle_of(bound: BoundModel) -> Callable[[str], Runner]:
 
 def base_of(bound: BoundModel) -> Callable[[str], Runner] | str:
     """Return what makes the oracle of the model without adapters, or why there is none."""
-    from mtl_export.parity.probes import without_adapters
+    from mtl_export.parity.reference import without_adapters
 
     found = without_adapters(bound)
     return found if isinstance(found, str) else oracle_of(found)
@@ -52,9 +52,7 @@ def cases_of(bound: BoundModel, inputs: Path | None) -> list[Case]:
         ParityError: There are none, and the model takes what parity does not make.
     """
     from mtl_export.checkpoint.model_inputs import longest_sequence
-    from mtl_export.parity.cases import LONG_SEQUENCE, build_cases, more_cases, seeded_rows
-    from mtl_export.parity.checks.generation import STEPS, step_cases
-    from mtl_export.parity.checks.seq2seq import decoder_cases
+    from mtl_export.parity import cases as batches
     from mtl_export.parity.model_rows import model_rows
 
     config, model_class = bound.base.config, bound.adapters.model_class
@@ -73,16 +71,11 @@ def cases_of(bound: BoundModel, inputs: Path | None) -> list[Case]:
     if is_lm:
         # A logit for each word of the vocabulary at each token, in float64, for every task.
         room = LARGEST_LOGITS_BYTES // (8 * kind.vocabulary * task_count)
-        longest = min(longest, max(room, LONG_SEQUENCE + STEPS))
+        longest = min(longest, max(room, batches.LONG_SEQUENCE + batches.STEPS))
+    limits = batches.RowLimits(task_count, kind.vocabulary, longest, token_types)
     if inputs is None:
         kind.refuse_unknown(model_class)
-        rows = seeded_rows(
-            task_count=task_count,
-            vocabulary=kind.vocabulary,
-            names=kind.text_names,
-            token_types=token_types,
-            features=kind.features,
-        )
+        rows = batches.seeded_rows(limits, kind.text_names, features=kind.features)
         rows = kind.completed(rows)
     elif inputs.suffix == ".npz":
         rows = _arrays(bound, inputs, kind)
@@ -90,16 +83,15 @@ def cases_of(bound: BoundModel, inputs: Path | None) -> list[Case]:
         raise _no_text(bound, inputs, kind)
     else:
         rows = _tokenised(bound, inputs, longest)
-    limits = {"task_count": task_count, "vocabulary": kind.vocabulary, "longest": longest}
     # Tokens around an image, and what a user's other arrays mean, are not made up.
     others = rows.keys() - {*kind.text_names, "task_ids"}
     are_given = bool(kind.image_tokens or (inputs is not None and others))
-    cases = build_cases(rows, **limits, token_types=token_types, are_given=are_given)
+    cases = batches.build_cases(rows, limits, are_given=are_given)
     if is_lm:
-        cases += step_cases(cases, vocabulary=kind.vocabulary, longest=longest)
-    cases += more_cases(rows, **limits, token_types=token_types, are_given=are_given)
+        cases += batches.step_cases(cases, limits)
+    cases += batches.more_cases(rows, limits, are_given=are_given)
     if is_seq2seq(model_class, config):
-        cases = decoder_cases(cases, model_class, config, vocabulary=kind.vocabulary)
+        cases = batches.decoder_cases(cases, model_class, config, kind.vocabulary)
     return cases
 
 

@@ -27,7 +27,7 @@ from mtl_export.dense.scores import judge_scores, refuse_misshaped, score_of
 from mtl_export.errors import BackendMissingError, CalibrationError, MtlExportError, shortened
 from mtl_export.names import IMAGE
 from mtl_export.parity.artefact import Artefact
-from mtl_export.parity.checks.quantised import recorded_cells
+from mtl_export.parity.checks.quantised import as_calibrated
 from mtl_export.parity.metrics import Decisions, difference
 from mtl_export.parity.report import AccuracyCell, Cell, ParityReport, Verdict
 from mtl_export.parity.tolerance import Tolerance, noise_floor
@@ -285,9 +285,9 @@ class DenseJudge:
             else replace(cell, verdict="passed", reason="", limit=None, noise_floor=None)
             for cell in cells
         ]  # fmt: skip
-        return told + recorded_cells(
-            artefact, artefact.runner, list(dict.fromkeys(one.task for one in told))
-        )
+        recorded = artefact.quantised.recorded if artefact.quantised else {}
+        tasks = dict.fromkeys(cell.task for cell in told)
+        return told + [as_calibrated(artefact.cell(one), recorded.get(one)) for one in tasks]
 
     def _compare(self, artefact: Artefact, runner: Runner, reference: DenseReference) -> list[Cell]:
         found = runner.infer(reference.case.inputs)

@@ -20,10 +20,10 @@ from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError
 from mtl_export.names import ATTENTION_MASK, LOGITS, TASK_IDS
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import MIXED, Case
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.golden import Vector
-from mtl_export.runtime.runners.base import Runner
 from mtl_export.runtime.runners.language import NEW_TOKENS
 
 ROWS_PER_TASK = 2
@@ -33,58 +33,43 @@ UNKNOWN = "an id that no task has"
 
 
 def golden_vectors(
-    runner: Runner,
-    model: str,
+    artefact: Artefact,
     cases: Sequence[Case],
     tasks: Sequence[Task],
-    *,
-    task: Task | None,
     floors: Mapping[str, float],
     tolerance: Tolerance,
 ) -> tuple[Vector, ...]:
-    """Return what ``runner``, which is open, answers to a few rows.
+    """Return what an artefact, whose runner is open, answers to a few rows.
 
     Args:
-        runner: Of the model.
-        model: File name of the model.
+        artefact: A graph or an engine.
         cases: Those of the comparison.
         tasks: All tasks of the checkpoint.
-        task: The task of a merged model; None if it takes ``task_ids``.
-        floors: Noise floor by task name, for the model's dtype.
+        floors: Noise floor by task name, for the artefact's dtype.
         tolerance: What parity allowed.
     """
-    vectors = []
-    for own in tasks if task is None else [task]:
-        rows = _rows_of(cases, own)
-        if task is not None:
-            rows.pop(TASK_IDS)
-        vectors.append(_vector(runner, model, own.name, rows, floors[own.name], tolerance))
+    task = artefact.task
+    own = tasks if task is None else [task]
+    floor = max(floors[one.name] for one in own)
+    vectors = [
+        _vector(artefact, one.name, _rows_of(cases, one), floors[one.name], tolerance)
+        for one in own
+    ]
     steps = [case for case in cases if NEW_TOKENS in case.inputs]
     if steps and len(steps) < len(cases):  # else every batch above has them
-        floor = max(floors[one.name] for one in (tasks if task is None else [task]))
-        if rows := _step_rows(steps, task):
-            vectors.append(_vector(runner, model, STEPS, rows, floor, tolerance))
+        rows = _mixed(steps) if task is None else _rows_of(steps, task)
+        if rows:
+            vectors.append(_vector(artefact, STEPS, rows, floor, tolerance))
     if task is None:
-        floor = max(floors[one.name] for one in tasks)
         mixed = _mixed(cases)
-        vectors.append(_vector(runner, model, MIXED, mixed, floor, tolerance))
+        vectors.append(_vector(artefact, MIXED, mixed, floor, tolerance))
         unknown = {name: value[-2:] for name, value in mixed.items()}
         unknown[TASK_IDS] = np.array([mixed[TASK_IDS][-2], len(tasks)], mixed[TASK_IDS].dtype)
         # A runtime that refuses the batch is as good, but gives nothing to save.
         with suppress(EngineRunError):
-            vectors.append(_vector(runner, model, UNKNOWN, unknown, floor, tolerance))
+            vectors.append(_vector(artefact, UNKNOWN, unknown, floor, tolerance))
     # Where noise is as large as the answers, a pass would show nothing, and verify refuses it.
     return tuple(vector for vector in vectors if not vector.vacuity)
-
-
-def _step_rows(cases: Sequence[Case], task: Task | None) -> dict[str, Array]:
-    """Return rows whose tokens are fed one by one, from the cache; empty without any of a task."""
-    if task is None:
-        return _mixed(cases)
-    own = [case for case in cases if (case.task_ids == task.index).any()]
-    rows = _rows_of(own, task) if own else {}
-    rows.pop(TASK_IDS, None)
-    return rows
 
 
 def for_engine(vectors: Sequence[Vector], model: str) -> tuple[Vector, ...]:
@@ -102,9 +87,12 @@ def for_engine(vectors: Sequence[Vector], model: str) -> tuple[Vector, ...]:
 
 
 def _rows_of(cases: Sequence[Case], task: Task) -> dict[str, Array]:
-    case = next(case for case in cases if (case.task_ids == task.index).any())
-    chosen = case.task_ids == task.index
-    return {name: value[:ROWS_PER_TASK] for name, value in case.rows(chosen).items()}
+    """Return the first rows of a task; empty without any."""
+    for case in cases:
+        rows = np.flatnonzero(case.task_ids == task.index)[:ROWS_PER_TASK]
+        if rows.size:
+            return case.rows(rows)
+    return {}
 
 
 def _mixed(cases: Sequence[Case]) -> dict[str, Array]:
@@ -113,22 +101,18 @@ def _mixed(cases: Sequence[Case]) -> dict[str, Array]:
     _, first = np.unique(case.task_ids, return_index=True)
     rows = np.sort(first)[:MOST_MIXED]
     rows = np.append(rows, rows[-1])
-    return {name: value[rows] for name, value in case.inputs.items()}
+    return case.rows(rows)
 
 
 def _vector(
-    runner: Runner,
-    model: str,
-    name: str,
-    rows: Mapping[str, Array],
-    floor: float,
-    tolerance: Tolerance,
+    artefact: Artefact, name: str, rows: Mapping[str, Array], floor: float, tolerance: Tolerance
 ) -> Vector:
-    outputs = runner.infer(rows)
+    rows = artefact.given(rows)
+    outputs = artefact.infer(rows)
     if NEW_TOKENS not in rows and any(value.ndim > 2 for value in outputs.values()):
         # What a model says of padding is nobody's concern, and may differ elsewhere.
         rows = _without_padding(rows)
-        outputs = runner.infer(rows)
+        outputs = artefact.infer(rows)
     outputs = {LOGITS: outputs[LOGITS]} if LOGITS in outputs else outputs
     # A vector has one rule for all of its outputs: the widest of theirs.
     rules = [tolerance.of(output) for output in outputs]
@@ -137,9 +121,9 @@ def _vector(
     rtol = max(one.rtol or 0.0 for one in rules)
     sizes = [np.abs(value[np.isfinite(value)]).max(initial=0.0) for value in outputs.values()]
     largest = float(max(sizes, default=0.0))
-    return Vector(
-        name, model, rows, outputs, min(atol, most), min(rtol, most / largest if largest else 0.0)
-    )
+    rtol = min(rtol, most / largest if largest else 0.0)
+    model = "" if artefact.path is None else artefact.path.name
+    return Vector(name, model, rows, outputs, min(atol, most), rtol)
 
 
 def _without_padding(rows: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -144,3 +144,19 @@ def answers(case: Case, rows: Array, values: Array) -> Array:
     counts = mask == 1 if is_text else np.ones(values.shape[:2], np.bool_)
     counting: Array = values[counts & rows[:, None]]
     return counting
+
+
+def largest_error(case: Case, wanted: Array, found: Array | None) -> float:
+    """Return how far ``found`` is from ``wanted`` where they count.
+
+    Inf where shapes differ, or which of the numbers are finite.
+    """
+    if found is None or found.shape != wanted.shape:
+        return float("inf")
+    rows = np.ones(len(wanted), np.bool_)
+    left, right = answers(case, rows, wanted), answers(case, rows, found.astype(np.float64))
+    finite = np.isfinite(left)
+    if not np.array_equal(left[~finite], right[~finite], equal_nan=True):
+        return float("inf")
+    error = np.abs(right[finite] - left[finite])
+    return float(np.nan_to_num(error, nan=np.inf).max(initial=0.0))

@@ -1,25 +1,31 @@
-"""What the oracle answers, and how far its own arithmetic in a lower precision is from that.
+"""The oracle's answers, and how far its own arithmetic in a lower precision is from them.
 
-case  ->  one ``Reference`` for each output, float64
-dtype ->  the noise floor of each output
+case      ->  one ``Reference`` for each output, float64
+dtype     ->  the noise floor of each output
+prompts   ->  the tokens that it generates
+padding   ->  where the answer to rows of nothing but padding is NaN; numbers mean nothing there
+zeroed    ->  the answers with every task's adapters set to zero: the base under the tasks' heads
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.sentence_embedding import HIDDEN_STATES, SentenceEmbedding
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import ParityError, shortened
-from mtl_export.parity.cases import Case
+from mtl_export.names import ATTENTION_MASK, INPUT_IDS, LOGITS
+from mtl_export.parity.cases import MIXED, STEPS, ZEROED, Case
 from mtl_export.parity.outputs import Subject, answers, subjects
 from mtl_export.parity.summation import AnotherOrder
 from mtl_export.parity.tolerance import Tolerance, noise_floor
 from mtl_export.runtime.runners.base import Runner
+from mtl_export.runtime.runners.language import NEW_TOKENS, Generator
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,52 @@ class Reference:
     subject: Subject
     logits: Array
     title: str
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Rows of nothing but padding.
+
+    Attributes:
+        inputs: By name, one row of each task, with ``task_ids``.
+        is_nan: By output, bool ``[T, L]``: where the oracle's answer is NaN.
+    """
+
+    inputs: Mapping[str, Array]
+    is_nan: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class GeneratedTokens:
+    """Greedy tokens of the oracle.
+
+    Attributes:
+        case: The prompts.
+        tokens: int64 ``[B, N]``.
+        margins: ``[B, N]``, by how much each token's logit was ahead of the next best.
+    """
+
+    case: Case
+    tokens: Array
+    margins: Array
+
+
+@dataclass(frozen=True)
+class ExtraChecks:
+    """What is checked besides the cases.
+
+    Attributes:
+        left_out: Why cases and checks are not run, by name.
+        padding: Rows of nothing but padding; None where they are not checked.
+        generated: What the oracle generates; None where that is not compared.
+        zeroed: The oracle's answers without adapters, by output, in the ``widest`` batch;
+            empty where that is not checked.
+    """
+
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    padding: Padding | None = None
+    generated: GeneratedTokens | None = None
+    zeroed: Mapping[str, Array] = field(default_factory=dict)
 
 
 # Orders of summation that are always tried, and at most, where the largest floor they give is
@@ -56,37 +108,45 @@ def references_of(
     embeddings: Sequence[SentenceEmbedding | None],
     tasks: Sequence[Task],
 ) -> list[Reference]:
-    """Return what the oracle answers to every case.
+    """Return what the oracle answers to every case; no task is in two references of one output.
 
     Raises:
         ParityError: No row of any reaches a layer that tasks adapt.
     """
-    found = [one for case in cases for one in _references(oracle, case, embeddings, tasks)]
-    _refuse_uncalled(getattr(oracle, "uncalled", ()))
-    return found
-
-
-def _references(
-    oracle: Runner,
-    case: Case,
-    embeddings: Sequence[SentenceEmbedding | None],
-    tasks: Sequence[Task],
-) -> list[Reference]:
-    """Return what the oracle answers to one case; no task is in two references of one output."""
-    outputs = oracle.infer(case.inputs)
-    count = len(case.task_ids)
-    # What is no answer of each row (a temperature, counts of the whole batch) is no output.
-    outputs = {n: value for n, value in outputs.items() if value.ndim and len(value) == count}
     found = []
-    for embedding in embeddings:
-        compared = subjects(outputs, embedding, tasks)
-        for subject in compared:
-            if subject.embedding is not None and HIDDEN_STATES not in outputs and subject.tasks:
-                continue  # no row of this case is of a task that has hidden states
-            is_only = len(compared) == 1 or subject.tasks
-            title = case.name if is_only else f"{case.name}, {subject.output}"
-            found.append(Reference(case, subject, subject.of(outputs, case), title))
+    for case in cases:
+        # What is no answer of each row (a temperature, counts of the whole batch) is no output.
+        outputs = {
+            name: value
+            for name, value in oracle.infer(case.inputs).items()
+            if value.ndim and len(value) == len(case.task_ids)
+        }
+        for embedding in embeddings:
+            compared = subjects(outputs, embedding, tasks)
+            for subject in compared:
+                if subject.embedding is not None and HIDDEN_STATES not in outputs and subject.tasks:
+                    continue  # no row of this case is of a task that has hidden states
+                is_only = len(compared) == 1 or subject.tasks
+                title = case.name if is_only else f"{case.name}, {subject.output}"
+                found.append(Reference(case, subject, subject.of(outputs, case), title))
+    if uncalled := getattr(oracle, "uncalled", ()):
+        raise ParityError(
+            f"parity inputs: no row reaches the adapted layers {shortened(uncalled)}",
+            expected="rows that every adapted layer computes something from",
+            fix=(
+                "Pass rows of all that the model takes, such as images beside text: --inputs "
+                "arrays.npz with each input by name, [N, ...], and task_ids [N]; a layer that the "
+                "model never calls was never trained"
+            ),
+        )
     return found
+
+
+def widest(exact: Sequence[Reference]) -> Reference:
+    """Return the first answer to a batch of most tasks, of several the mixed one."""
+    return max(
+        exact, key=lambda one: (len(set(one.case.task_ids.tolist())), one.case.name == MIXED)
+    )
 
 
 def noise_floors(
@@ -108,18 +168,14 @@ def noise_floors(
     with lower_precision as runner:
         found = [_floors(tasks, exact, runner, dtype)]
         for seed in range(1, MOST_ORDERS):
-            if seed >= ORDERS and not any(_differ(found, subject) for subject in found[0]):
+            floors = [[one[subject] for one in found] for subject in found[0]]
+            if seed >= ORDERS and all(max(one) <= SPREAD * min(one) for one in floors):
                 break
             with AnotherOrder(seed):
                 found.append(_floors(tasks, exact, runner, dtype))
-    floors = {subject: max(one[subject] for one in found) for subject in found[0]}
-    _refuse_blunt(exact, floors, tolerance or Tolerance(), dtype)
-    return floors
-
-
-def _differ(found: list[Floors], subject: Subject) -> bool:
-    values = [floors[subject] for floors in found]
-    return max(values) > SPREAD * min(values)
+    largest = {subject: max(one[subject] for one in found) for subject in found[0]}
+    _refuse_blunt(exact, largest, tolerance or Tolerance(), dtype)
+    return largest
 
 
 def _floors(tasks: Sequence[Task], exact: list[Reference], runner: Runner, dtype: str) -> Floors:
@@ -154,27 +210,6 @@ def _refuse_not_finite(task: Task, case: Case, dtype: str, exact: Array, lower: 
             )
 
 
-def _refuse_uncalled(layers: Sequence[str]) -> None:
-    """Refuse a comparison in which adapted layers computed nothing.
-
-    Raises:
-        ParityError: There are any.
-    """
-    if layers:
-        raise ParityError(
-            f"parity inputs: no row reaches the adapted layers {shortened(layers)}",
-            expected=(
-                "rows that every adapted layer computes something from, because an error in the "
-                "others would not be seen"
-            ),
-            fix=(
-                "Pass rows of all that the model takes, such as images beside text: --inputs "
-                "arrays.npz with each input by name, [N, ...], and task_ids [N]; a layer that the "
-                "model never calls was never trained"
-            ),
-        )
-
-
 def _refuse_blunt(
     exact: Sequence[Reference], floors: Floors, tolerance: Tolerance, dtype: str
 ) -> None:
@@ -203,3 +238,76 @@ def _refuse_blunt(
                     "picks are clear"
                 ),
             )
+
+
+def padding_of(oracle: Runner, exact: Sequence[Reference]) -> Padding | None:
+    """Return what the oracle answers to padding; None where no answer is one of a whole row."""
+    pooled = [
+        one
+        for one in exact
+        if one.logits.ndim == 2
+        and one.subject.embedding is None
+        and not one.subject.is_across_rows
+        and {INPUT_IDS, ATTENTION_MASK} <= one.case.inputs.keys()
+        and NEW_TOKENS not in one.case.inputs
+    ]
+    if not pooled:
+        return None
+    case = widest(pooled).case
+    _, first = np.unique(case.task_ids, return_index=True)
+    inputs = {name: value[first].copy() for name, value in case.inputs.items()}
+    inputs[ATTENTION_MASK][:] = 0
+    outputs = oracle.infer(inputs)
+    names = {one.subject.output for one in pooled if one.case is case}
+    return Padding(inputs, {name: np.isnan(outputs[name]) for name in names})
+
+
+def tokens_of_oracle(oracle: Runner, cases: Sequence[Case]) -> GeneratedTokens | None:
+    """Return what the oracle generates after the first prompts of most tasks, if it does."""
+    prompts = [case for case in cases if NEW_TOKENS in case.inputs]
+    if not prompts or not isinstance(oracle, Generator):
+        return None
+    case = max(prompts, key=lambda case: len(set(case.task_ids.tolist())))
+    tokens = oracle.generate(case.inputs, STEPS)
+    logits = oracle.infer({**case.inputs, NEW_TOKENS: tokens})[LOGITS]
+    ordered = np.sort(logits, axis=-1)
+    return GeneratedTokens(case, tokens, ordered[..., -1] - ordered[..., -2])
+
+
+def without_adapters(bound: BoundModel) -> BoundModel | str:
+    """Return the base under the tasks' heads, or why there is no such model."""
+    adapters = bound.adapters
+    if bound.checkpoint.members:
+        return "each task's adapter is a checkpoint of its own"
+    if adapters.replaced or adapters.own_tensors:
+        return "the checkpoint replaces tensors of the base"
+    if any(getattr(layer, "gain", None) is not None for layer in adapters.layers.values()):
+        return "gains are not zero where adapters are"
+    if any(layer.bias is not None for layer in adapters.outlines.values()):
+        return "tasks have biases of their own"
+    return replace(bound, checkpoint=replace(bound.checkpoint, layers={}))
+
+
+def with_zeroed(
+    extra: ExtraChecks, exact: Sequence[Reference], base: Callable[[str], Runner] | str | None
+) -> ExtraChecks:
+    """Return ``extra`` with the answers of the model without adapters to the ``widest`` batch.
+
+    Args:
+        extra: What is checked besides.
+        exact: The oracle's answers to the cases.
+        base: The oracle of the model without adapters, or why there is none; None: not checked.
+    """
+    if isinstance(base, str):
+        return replace(extra, left_out={ZEROED: base, **extra.left_out})
+    if base is None or ZEROED in extra.left_out:
+        return extra
+    case = widest(exact).case
+    with base("fp64") as runner:
+        outputs = runner.infer(case.inputs)
+    zeroed = {
+        one.subject.output: one.subject.of(outputs, case)
+        for one in exact
+        if one.case is case and one.subject.embedding is None
+    }
+    return replace(extra, zeroed=zeroed)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from mtl_export.errors import shortened
 from mtl_export.parity.diagnosis.layer_errors import Finding, Localisation
 
 Verdict = Literal["passed", "failed", "not-run"]
@@ -48,6 +49,16 @@ class Cell:
     output: str = ""
     least_atol: float | None = None
     sqnr_db: float | None = None
+
+    def judged(self, case: str, *problems: str) -> Cell:
+        """Return the cell of a case: failed for these problems, passed where all are empty."""
+        found = [problem for problem in problems if problem]
+        reason = shortened(found) if found else ""
+        return replace(self, case=case, verdict="failed" if found else "passed", reason=reason)
+
+    def not_run(self, case: str, reason: str) -> Cell:
+        """Return the cell of a case that was not run, and why."""
+        return replace(self, case=case, verdict="not-run", reason=reason)
 
 
 @dataclass(frozen=True, slots=True)

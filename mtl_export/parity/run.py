@@ -9,89 +9,63 @@ pass        the error is within the tolerance AND the decisions agree AND nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 
-import numpy as np
-
 from mtl_export.adapters.binding import BoundModel
-from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError
 from mtl_export.graph.origins import EditedGraph
-from mtl_export.names import LOGITS, SINGLE_GRAPH
 from mtl_export.parity.artefact import Artefact
-from mtl_export.parity.cases import ONE_ROW, Case
+from mtl_export.parity.cases import LAYERS, ONE_ROW, PADDING_ONLY, ZEROED, Case
 from mtl_export.parity.checks.edited_graph import unjudged_cells, views_of
-from mtl_export.parity.checks.generation import (
-    GeneratedTokens,
-    bad_step_ids,
-    token_cells,
-    tokens_of_oracle,
-)
-from mtl_export.parity.checks.inputs import padding_only_cells, wrong_kind_cell
+from mtl_export.parity.checks.generation import token_cells
 from mtl_export.parity.checks.logits import compare_case
 from mtl_export.parity.checks.metadata import beside_cells
-from mtl_export.parity.checks.provenance import wrong_files
 from mtl_export.parity.checks.quantised import plain_cells, quantised_cells
-from mtl_export.parity.checks.rows import bad_ids_cell, isolation_cell, row_cells
+from mtl_export.parity.checks.rows import padding_only_cells, routing_cells, row_cells
 from mtl_export.parity.checks.stored_tensors import stored_cell, table_cell
-from mtl_export.parity.checks.task_tensors import weight_cells
-from mtl_export.parity.outputs import Subject
-from mtl_export.parity.presets import LAYERS, NOTHING, PADDING_ONLY, ZEROED
-from mtl_export.parity.probes import ExtraChecks, asked, padding_of
-from mtl_export.parity.reference import Floors, Reference, noise_floors, references_of
-from mtl_export.parity.report import Cell, ParityReport, Verdict
+from mtl_export.parity.checks.task_tensors import PROBED, weight_cells
+from mtl_export.parity.judged import Judged
+from mtl_export.parity.reference import (
+    ExtraChecks,
+    Floors,
+    noise_floors,
+    padding_of,
+    references_of,
+    tokens_of_oracle,
+    with_zeroed,
+)
+from mtl_export.parity.report import WHOLE, Cell, ParityReport
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.runners.base import Runner
 from mtl_export.version import VERSION
 
-# Graphs that see every adapted layer and answer by themselves.
-PROBED = frozenset({"model.onnx", "prefill.onnx"})
-# No task has these ids; the last wraps to 1 in a runtime that narrows ids to int32.
-BAD_IDS = (-1, 2**32 + 1, 2**63 - 1)
+# Checks of what must hold whatever the numbers are, run for each kind of answer.
+CONTRACT: tuple[Callable[[Judged], list[Cell]], ...] = (routing_cells, weight_cells, row_cells)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One artefact, and what it is judged by.
+class RunOptions:
+    """How much is compared, and how.
 
     Attributes:
-        bound: The checkpoint and its base.
-        artefact: What is judged.
-        exact: What the oracle answers to rows of its tasks.
-        generated: What the oracle generates; None where that is not compared.
-        floors: Noise floors of the dtype that it computes in.
-        tolerance: What is allowed.
-        threads: Of ONNX Runtime; 0 lets it decide.
-        extra: What is compared besides the cases.
-        is_alone: Only its own file is looked at, not those in its folder.
+        left_out: Why cases and checks are not run, by name; from ``cases.choose``.
+        base: The oracle of the model without adapters, or why there is none, from
+            ``reference.without_adapters``; None leaves that check out without a word.
+        threads: Of ONNX Runtime where the tensors of a graph are looked into; 0 lets it decide.
+        progress: Called with the name of each step as it begins; ``step_count`` in all.
     """
 
-    bound: BoundModel
-    artefact: Artefact
-    exact: list[Reference]
-    generated: GeneratedTokens | None
-    floors: Floors
-    tolerance: Tolerance
-    threads: int
-    extra: ExtraChecks
-    is_alone: bool = False
-
-    def cell(self, verdict: Verdict = "passed", reason: str = "", case: str = "contract") -> Cell:
-        """Return a cell of the artefact's only task, or of all of a single graph's."""
-        artefact = self.artefact
-        name = artefact.task.name if artefact.task else "*"
-        return Cell(artefact.name, artefact.runner.name, name, case, verdict, reason)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    base: Callable[[str], Runner] | str | None = None
+    threads: int = 0
+    progress: Callable[[str], None] = lambda step: None
 
 
 def step_count(artefacts: Sequence[Artefact]) -> int:
     """Return how many steps ``run_parity`` takes."""
-    return 1 + len(_dtypes(artefacts)) + len(artefacts)
-
-
-def _dtypes(artefacts: Sequence[Artefact]) -> list[str]:
-    return sorted({artefact.dtype for artefact in artefacts})
+    return 1 + len({artefact.dtype for artefact in artefacts}) + len(artefacts)
 
 
 def run_parity(
@@ -101,11 +75,7 @@ def run_parity(
     *,
     tolerance: Tolerance,
     oracle: Callable[[str], Runner],
-    not_there: Sequence[Cell] = (),
-    left_out: Mapping[str, str] = NOTHING,
-    base: Callable[[str], Runner] | str | None = None,
-    threads: int = 0,
-    progress: Callable[[str], None] = lambda step: None,
+    options: RunOptions | None = None,
 ) -> ParityReport:
     """Return the verdict on ``artefacts``.
 
@@ -116,43 +86,42 @@ def run_parity(
         tolerance: What is allowed.
         oracle: Returns the oracle in ``fp64``, the reference, or in a candidate's dtype,
             for its noise floor.
-        not_there: Cells of artefacts that could have been compared but do not exist.
-        left_out: Why cases and checks are not run, by name; from ``presets.choose``.
-        base: The oracle of the model without adapters, or why there is none, from
-            ``asked.without_adapters``; None leaves that check out without a word.
-        threads: Of ONNX Runtime where the tensors of a graph are looked into; 0 lets it decide.
-        progress: Called with the name of each step as it begins; ``step_count`` in all.
+        options: How much is compared, and how; None: all but the check of zeroed adapters.
 
     Raises:
         ParityError: The oracle itself answers with NaN or Inf, so nothing can be compared; no row
             reaches a layer that tasks adapt; or noise would let any answer pass.
     """
-    progress("oracle fp64")
+    options = options or RunOptions()
+    options.progress("oracle fp64")
+    tasks, left_out = bound.adapters.tasks, options.left_out
     embeddings = list(dict.fromkeys(artefact.embedding for artefact in artefacts))
     with oracle("fp64") as reference:
-        tasks = bound.adapters.tasks
         exact = references_of(reference, cases, embeddings, tasks)
         generated = tokens_of_oracle(reference, cases)
         padding = None if PADDING_ONLY in left_out else padding_of(reference, exact)
     # After the reference is closed: two models in float64 need not fit beside each other.
-    extra = asked(padding, exact, left_out, base)
+    extra = with_zeroed(ExtraChecks(left_out, padding, generated), exact, options.base)
     tolerance.refuse_unknown({one.subject.output for one in exact})
     floors: dict[str, Floors] = {}
-    for dtype in _dtypes(artefacts):
-        progress(f"oracle {dtype}, for the noise floor")
+    for dtype in sorted({artefact.dtype for artefact in artefacts}):
+        options.progress(f"oracle {dtype}, for the noise floor")
         floors[dtype] = noise_floors(tasks, exact, oracle(dtype), dtype, tolerance)
     cells: list[Cell] = []
     for artefact in artefacts:
-        progress(f"{artefact.name} {artefact.task.name if artefact.task else ''}".rstrip())
+        task = artefact.task
+        options.progress(f"{artefact.name} {task.name if task else ''}".rstrip())
         own = [
             one
             for one in exact
             if one.subject.embedding == artefact.embedding
-            and (artefact.task is None or one.subject.serves(artefact.task))
+            and (task is None or one.subject.serves(task))
         ]
-        floor = floors[artefact.dtype]
-        cells += _judge(Judged(bound, artefact, own, generated, floor, tolerance, threads, extra))
-    return _report(bound, artefacts, [*cells, *not_there], tolerance, floors)
+        judged = Judged(
+            bound, artefact, own, floors[artefact.dtype], tolerance, options.threads, extra
+        )
+        cells += _judge(judged if task is None else judged.of_tasks([task.index]))
+    return _report(bound, artefacts, cells, tolerance, floors)
 
 
 def _report(
@@ -190,109 +159,73 @@ def _report(
 
 def _judge(judged: Judged) -> list[Cell]:
     """Return the cells of one artefact."""
-    bound, artefact, generated = judged.bound, judged.artefact, judged.generated
-    floors, tolerance = judged.floors, judged.tolerance
-    if wrong := wrong_files(bound, artefact):
-        return [judged.cell("failed", wrong, "*")]
+    artefact = judged.artefact
+    if wrong := artefact.wrong_files(judged.bound):
+        return [artefact.cell().judged(WHOLE, wrong)]
     cells: list[Cell] = []
     try:
         if artefact.edited is not None:
             return _judge_edited(judged, artefact.edited)
         if not judged.is_alone:
-            cells += _beside(judged)
-        with artefact.runner as runner:
+            cells += beside_cells(judged)
+        with artefact.runner:
             if artefact.quantised is not None:
-                return cells + _judge_quantised(judged, runner)
+                return cells + _judge_quantised(judged)
             for _, group in groupby(judged.exact, key=lambda one: id(one.case)):
-                cells += compare_case(bound, artefact, runner, [*group], floors, tolerance)
-            cells += _contract(judged, runner)
+                references = list(group)
+                outputs = artefact.infer(references[0].case.inputs)
+                cells += compare_case(judged, references, outputs)
+            cells += _contract(judged)
             cells += _left_out(judged)
-            if generated is not None:
-                limit = tolerance.of(LOGITS).factor * floors[Subject(LOGITS)]
-                cells += token_cells(artefact, runner, generated, bound.adapters.tasks, limit)
-                if artefact.kind == SINGLE_GRAPH:
-                    cells.append(bad_step_ids(artefact, runner, generated, _bad(bound)))
+            cells += token_cells(judged)
     except BackendMissingError as error:
-        cells.append(judged.cell("not-run", str(error), "*"))
+        cells.append(judged.not_run(WHOLE, str(error)))
     except MtlExportError as error:
-        cells.append(judged.cell("failed", str(error), "*"))
+        cells.append(artefact.cell().judged(WHOLE, str(error)))
     return cells
 
 
 def _judge_edited(judged: Judged, edited: EditedGraph) -> list[Cell]:
     """Return the cells of a graph whose tasks were edited."""
     artefact, adapters = judged.artefact, judged.bound.adapters
-    path = artefact.path
     cells = unjudged_cells(artefact, edited, adapters)
     for view in views_of(edited, adapters):
-        own = view.references(judged.exact)
-        runner = view.runner(artefact.runner, own, len(adapters.tasks))
-        # What its file holds for other checkpoints' tasks is not known here.
-        apart = replace(artefact, runner=runner, path=None, edited=None,
-                        checkpoint_sha256=adapters.checkpoint_sha256)  # fmt: skip
-        found = _judge(
-            replace(
-                judged,
-                artefact=apart,
-                exact=own,
-                generated=view.generated(judged.generated),
-                extra=view.extra_checks(judged.extra),
-                is_alone=True,
-            )
-        )
-        if path is not None and path.suffix == ".onnx":
-            cell = Cell(artefact.name, artefact.runner.name, "*", "contract", "passed")
-            found += view.file_cells(cell, path, adapters)
+        found = _judge(view.judged(judged)) + view.file_cells(artefact, adapters)
         cells += view.named(found)
-    return cells + _beside(judged)
+    return cells + beside_cells(judged)
 
 
-def _beside(judged: Judged) -> list[Cell]:
-    """Return the cells of what decides what the numbers mean; engines have manifests for it."""
-    artefact = judged.artefact
-    path, task = artefact.path, artefact.task
-    if path is None or not (path.is_dir() or path.suffix == ".onnx"):
-        return []
-    subjects = [one.subject for one in judged.exact]
-    return beside_cells(judged.cell(), judged.bound, path, task, artefact.dtype, subjects)
-
-
-def _judge_quantised(judged: Judged, runner: Runner) -> list[Cell]:
+def _judge_quantised(judged: Judged) -> list[Cell]:
     """Return the cells of an open artefact with Q/DQ, and of its graph without them."""
-    artefact, floors, factor = judged.artefact, judged.floors, judged.tolerance.factor
-    cells, noise = quantised_cells(judged.bound, artefact, runner, judged.exact, floors)
+    cells, noise = quantised_cells(judged)
     # A row that is summed in another order may be rounded to other steps all the way.
-    loose = Tolerance(atol=max(noise, factor * max(floors.values())), rtol=0.0)
+    least = judged.tolerance.factor * max(judged.floors.values())
     # What the tensors of its graph do is seen without Q/DQ.
-    apart = replace(artefact, path=None)
-    cells += _contract(replace(judged, artefact=apart, tolerance=loose), runner)
+    apart = replace(judged.artefact, path=None)
+    loose = Tolerance(atol=max(noise, least), rtol=0.0)
+    cells += _contract(replace(judged, artefact=apart, tolerance=loose))
     cells += _left_out(judged)
-    return cells + plain_cells(
-        artefact,
-        lambda plain: _judge(replace(judged, artefact=plain, generated=None, is_alone=True)),
-        threads=judged.threads,
-        left_out=judged.extra.left_out,
-    )
+    alone = replace(judged, extra=replace(judged.extra, generated=None), is_alone=True)
+    return cells + plain_cells(judged, lambda plain: _judge(replace(alone, artefact=plain)))
 
 
-def _contract(judged: Judged, runner: Runner) -> list[Cell]:
+def _contract(judged: Judged) -> list[Cell]:
     """Return the cells of what must hold whatever the numbers are, of each kind of answer."""
-    artefact, adapters, padding = judged.artefact, judged.bound.adapters, judged.extra.padding
+    artefact, cell = judged.artefact, judged.artefact.cell()
     cells: list[Cell] = []
     own = {one.subject.output: one.subject for one in judged.exact if one.subject.tasks}
     for output, subject in own.items():
-        some = [one for one in judged.exact if one.subject == subject]
-        found = _contract_of(replace(judged, exact=some), runner)
+        some = replace(judged, exact=[one for one in judged.exact if one.subject == subject])
+        found = [cell for check in CONTRACT for cell in check(some)]
         cells += [replace(cell, case=f"{cell.case}, {output}") for cell in found]
     if not cells:
-        cells = _contract_of(judged, runner)
-    path, cell = artefact.path, judged.cell()
-    if path is not None and path.suffix == ".onnx":
-        cells.append(table_cell(cell, path, [artefact.task] if artefact.task else adapters.tasks))
-        if path.name in PROBED and artefact.kind == SINGLE_GRAPH:
-            cells.append(stored_cell(cell, path, adapters))
-    if padding is not None and not own and artefact.embedding is None:
-        cells += padding_only_cells(cell, runner, padding, artefact.task)
+        cells = [cell for check in CONTRACT for cell in check(judged)]
+    if artefact.graph is not None:
+        cells.append(table_cell(cell, artefact.graph, judged.tasks))
+        if artefact.graph.name in PROBED and artefact.serves_all:
+            cells.append(stored_cell(cell, artefact.graph, judged.bound.adapters))
+    if not own and artefact.embedding is None:
+        cells += padding_only_cells(judged)
     return cells
 
 
@@ -304,48 +237,10 @@ def _left_out(judged: Judged) -> list[Cell]:
         other.discard(f"{ONE_ROW}{task.index}")
         other |= {LAYERS, ZEROED}  # a merged model has no adapters
     return [
-        judged.cell("not-run", reason, name)
+        judged.not_run(name, reason)
         for name, reason in left_out.items()
         if task is None or name not in other
     ]
-
-
-def _contract_of(judged: Judged, runner: Runner) -> list[Cell]:
-    bound, artefact, extra = judged.bound, judged.artefact, judged.extra
-    cell = judged.cell()
-    # One with a column for each row of the batch is no row's own answer.
-    own = [one for one in judged.exact if not one.subject.is_across_rows]
-    one = max(own, key=lambda one: len(set(one.case.task_ids.tolist())))
-    case = one.case
-    output = one.subject.output if artefact.task is None else one.subject.merged_output
-    cells, shape = [], one.logits.shape[1:]
-    finite = one.logits[np.isfinite(one.logits)]
-    tolerance, floor = judged.tolerance.of(one.subject.output), judged.floors[one.subject]
-    limit = float(tolerance.allowed(finite, floor).max())
-    if artefact.kind == SINGLE_GRAPH:
-        cells.append(bad_ids_cell(cell, runner, case, output, shape, _bad(bound)))
-        cells.append(wrong_kind_cell(cell, runner, case, output))
-        cells.append(isolation_cell(cell, runner, case, output, len(bound.adapters.tasks)))
-        if artefact.path is not None and artefact.path.name in PROBED:
-            path, tasks = artefact.path, bound.adapters.tasks
-            cells += weight_cells(
-                cell, path, one, tasks, _adapted(bound), judged.threads,
-                left_out=extra.left_out, zeroed=extra.zeroed.get(output), limit=limit,
-            )  # fmt: skip
-    return cells + row_cells(cell, runner, one, artefact.task, limit, extra.left_out)
-
-
-def _adapted(bound: BoundModel) -> list[str]:
-    """Return the layers that some task adapts."""
-    return [
-        name
-        for name, layer in bound.adapters.layers.items()
-        if any(layer.factors(task.index) is not None for task in bound.adapters.tasks)
-    ]
-
-
-def _bad(bound: BoundModel) -> Array:
-    return np.array([*BAD_IDS, len(bound.adapters.tasks)], np.int64)
 
 
 def _versions() -> dict[str, str]:

@@ -25,7 +25,7 @@ from mtl_export.graph.lower import merged_graph, routed_graph
 from mtl_export.graph.trace import trace
 from mtl_export.graph.writer import write_graph
 from mtl_export.parity.artefact import Artefact
-from mtl_export.parity.cases import build_cases, seeded_rows
+from mtl_export.parity.cases import RowLimits, build_cases, seeded_rows
 from mtl_export.parity.run import run_parity
 from mtl_export.parity.tolerance import FLOOR_FACTOR, Tolerance
 from mtl_export.runtime.ort import OrtRunner
@@ -81,14 +81,12 @@ def bound() -> BoundModel:
 def ratios(bound: BoundModel, artefacts: list[Artefact], seed: int) -> dict[str, list[float]]:
     """Return error / noise floor of every cell, by artefact."""
     tasks = len(bound.adapters.tasks)
-    rows = seeded_rows(
-        task_count=tasks, vocabulary=VOCABULARY, seed=seed,
-        names=("input_ids", "attention_mask", "token_type_ids"),
-    )  # fmt: skip
+    limits = RowLimits(tasks, VOCABULARY, LONGEST)
+    rows = seeded_rows(limits, ("input_ids", "attention_mask", "token_type_ids"), seed=seed)
     report = run_parity(
         bound,
         artefacts,
-        build_cases(rows, task_count=tasks, vocabulary=VOCABULARY, longest=LONGEST),
+        build_cases(rows, limits),
         tolerance=Tolerance(),
         oracle=lambda dtype: OracleRunner(bound, dtype),
     )
@@ -150,13 +148,11 @@ def by_task(bound: BoundModel, wrong: BoundModel) -> list[float]:
     runner = OracleRunner(wrong, "fp32")
     artefact = Artefact("wrong", "single-graph", runner, None, "fp32", *sources)
     tasks = len(bound.adapters.tasks)
-    rows = seeded_rows(
-        task_count=tasks, vocabulary=VOCABULARY, per_task=2,
-        names=("input_ids", "attention_mask", "token_type_ids"),
-    )  # fmt: skip
+    limits = RowLimits(tasks, VOCABULARY, LONGEST)
+    rows = seeded_rows(limits, ("input_ids", "attention_mask", "token_type_ids"), per_task=2)
     report = run_parity(
         bound, [artefact],
-        build_cases(rows, task_count=tasks, vocabulary=VOCABULARY, longest=LONGEST),
+        build_cases(rows, limits),
         tolerance=Tolerance(), oracle=lambda dtype: OracleRunner(bound, dtype),
     )  # fmt: skip
     worst = {task.name: 0.0 for task in bound.adapters.tasks}

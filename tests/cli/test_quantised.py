@@ -18,7 +18,7 @@ from mtl_export.api.settings import Settings
 from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.checks.quantised import PLAIN, QUANTISED
 from mtl_export.parity.report import ParityReport
-from mtl_export.parity.run import run_parity
+from mtl_export.parity.run import RunOptions, run_parity
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export_cli.main import cli
 from mtl_export_cli.quantised import print_quantised
@@ -66,7 +66,7 @@ def judged(bound: BoundModel, artefacts: list[Artefact]) -> ParityReport:
     """Return the report on artefacts."""
     return run_parity(
         bound, artefacts, cases_of(bound, None), tolerance=Tolerance(), oracle=oracle_of(bound),
-        threads=1,
+        options=RunOptions(threads=1),
     )  # fmt: skip
 
 

@@ -23,8 +23,7 @@ from mtl_export.graph.trace import TracedModel
 from mtl_export.graph.writer import write_graphs
 from mtl_export.merge.writer import write_merged
 from mtl_export.parity.artefact import Artefact
-from mtl_export.parity.cases import build_cases, seeded_rows
-from mtl_export.parity.checks.generation import step_cases
+from mtl_export.parity.cases import RowLimits, build_cases, seeded_rows, step_cases
 from mtl_export.parity.run import run_parity
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.generation import Decoding, GreedyDecoder
@@ -296,12 +295,11 @@ def test_parity_of_merged_folder_merged_graph_and_single_graph(
     write_graphs(graphs[0], bound, merged, task)
     write_graphs({**graphs[0], "decode": graphs[1]["decode"]}, bound, wrong, task)
     write_merged(bound, task, tmp_path / "pytorch", dtype="fp32")
-    rows = seeded_rows(
-        task_count=3, vocabulary=VOCABULARY, names=("input_ids", "attention_mask"), per_task=2
-    )
-    cases = build_cases(rows, task_count=3, vocabulary=VOCABULARY, longest=language.POSITIONS)
+    limits = RowLimits(3, VOCABULARY, language.POSITIONS)
+    rows = seeded_rows(limits, ("input_ids", "attention_mask"), per_task=2)
+    cases = build_cases(rows, limits)
     cases = [case for case in cases if case.name.startswith(("mixed tasks", "batch"))]
-    cases += step_cases(cases, vocabulary=VOCABULARY, longest=language.POSITIONS)
+    cases += step_cases(cases, limits)
 
     def graph(name: str, folder: Path, own: bool) -> Artefact:
         runner = OrtLanguageRunner(folder / "prefill.onnx", decode="decode.onnx", threads=1)

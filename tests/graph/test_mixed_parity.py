@@ -16,7 +16,7 @@ from mtl_export.graph.lower import merged_graph
 from mtl_export.graph.trace import TracedModel
 from mtl_export.graph.writer import write_graph
 from mtl_export.parity.artefact import Artefact
-from mtl_export.parity.cases import Case, build_cases, seeded_rows
+from mtl_export.parity.cases import Case, RowLimits, build_cases, seeded_rows
 from mtl_export.parity.golden import golden_vectors
 from mtl_export.parity.report import ParityReport
 from mtl_export.parity.run import run_parity
@@ -35,8 +35,8 @@ def cases() -> list[Case]:
     """Return the usual cases."""
     text = ("input_ids", "attention_mask", "token_type_ids")
     count = len(NAMES)
-    rows = seeded_rows(task_count=count, vocabulary=VOCABULARY, names=text, per_task=2)
-    return build_cases(rows, task_count=count, vocabulary=VOCABULARY, longest=12)
+    rows = seeded_rows(RowLimits(count, VOCABULARY), text, per_task=2)
+    return build_cases(rows, RowLimits(count, VOCABULARY, 12))
 
 
 class Spoilt:
@@ -157,9 +157,7 @@ def test_golden_vectors(mixed_bound: BoundModel, mixed_folder: Path, cases: list
     tasks = mixed_bound.adapters.tasks
     floors = dict.fromkeys(NAMES, 1e-5)
     with OrtRunner(mixed_folder / "model.onnx", threads=1) as runner:
-        vectors = golden_vectors(
-            runner, "model.onnx", cases, tasks, task=None, floors=floors, tolerance=Tolerance()
-        )
+        vectors = golden_vectors(artefact(mixed_bound, runner), cases, tasks, floors, Tolerance())
         for vector in vectors:
             assert set(vector.outputs) == set(OUTPUTS.values())
             again = runner.infer(vector.inputs)

@@ -19,8 +19,7 @@ from mtl_export.errors import GraphError
 from mtl_export.graph.seq2seq import SAMPLE_TOKENS, STEMS, trace_seq2seq
 from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE
 from mtl_export.parity.artefact import Artefact
-from mtl_export.parity.cases import build_cases, seeded_rows
-from mtl_export.parity.checks.seq2seq import decoder_cases
+from mtl_export.parity.cases import RowLimits, build_cases, decoder_cases, seeded_rows
 from mtl_export.parity.run import run_parity
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.ort import OrtPart, OrtRunner, open_session
@@ -304,16 +303,12 @@ def test_the_files_pass_the_full_check(exported: Exported) -> None:
 def test_parity_passes_right_graphs_and_fails_wrong_ones(exported: Exported) -> None:
     """Steps, tokens, bad ids and neighbours; another task's graph fails."""
     bound = exported.bound
-    rows = seeded_rows(
-        task_count=len(toys.TASKS), vocabulary=toys.VOCABULARY,
-        names=["input_ids", "attention_mask"], per_task=2,
-    )  # fmt: skip
-    cases = build_cases(
-        rows, task_count=len(toys.TASKS), vocabulary=toys.VOCABULARY, longest=toys.POSITIONS
-    )
+    limits = RowLimits(len(toys.TASKS), toys.VOCABULARY, toys.POSITIONS)
+    rows = seeded_rows(limits, ["input_ids", "attention_mask"], per_task=2)
+    cases = build_cases(rows, limits)
     model_class = bound.adapters.model_class
     config = bound.base.config
-    cases = decoder_cases(cases, model_class, config, vocabulary=toys.VOCABULARY)
+    cases = decoder_cases(cases, model_class, config, toys.VOCABULARY)
     right = Artefact(
         name="single", kind="single-graph", runner=OrtSeq2SeqRunner(exported.single, threads=1),
         task=None, dtype="fp32", checkpoint_sha256=bound.adapters.checkpoint_sha256,

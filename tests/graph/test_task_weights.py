@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,24 @@ import pytest
 from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.graph import names
-from mtl_export.parity.cases import MIXED, Case, build_cases, seeded_rows
+from mtl_export.parity.artefact import Artefact
+from mtl_export.parity.cases import (
+    LAYERS,
+    MIXED,
+    ZEROED,
+    Case,
+    RowLimits,
+    build_cases,
+    seeded_rows,
+)
 from mtl_export.parity.checks.stored_tensors import STORED, TABLE, stored_cell, table_cell
 from mtl_export.parity.checks.task_tensors import OTHERS, weight_cells
+from mtl_export.parity.judged import Judged
 from mtl_export.parity.outputs import Subject
-from mtl_export.parity.presets import LAYERS, ZEROED
-from mtl_export.parity.probes import without_adapters, zeroed_of
-from mtl_export.parity.reference import Reference
+from mtl_export.parity.reference import ExtraChecks, Reference, with_zeroed, without_adapters
 from mtl_export.parity.report import Cell
+from mtl_export.parity.tolerance import Tolerance
+from mtl_export.runtime.ort import OrtRunner
 from tests.adapters import toys
 from tests.factories import VOCABULARY
 
@@ -34,17 +45,23 @@ def mixed(bound: BoundModel) -> Case:
     """Return a batch of all tasks."""
     count = len(bound.adapters.tasks)
     text = ("input_ids", "attention_mask", "token_type_ids")
-    rows = seeded_rows(task_count=count, vocabulary=VOCABULARY, names=text)
-    cases = build_cases(rows, task_count=count, vocabulary=VOCABULARY, longest=16)
+    rows = seeded_rows(RowLimits(count, VOCABULARY), text)
+    cases = build_cases(rows, RowLimits(count, VOCABULARY, 16))
     return next(case for case in cases if case.name == MIXED)
+
+
+def record(path: Path, mixed: Case, bound: BoundModel) -> Judged:
+    """Return what the file's checks get."""
+    runner = OrtRunner(path, threads=1)
+    artefact = Artefact(CELL.artefact, "single-graph", runner, None, "fp32", "", "", path=path)
+    reference = Reference(mixed, Subject("logits"), np.zeros(1), mixed.name)
+    floors = {reference.subject: 0.0}
+    return Judged(bound, artefact, [reference], floors, Tolerance(atol=1e-4, rtol=0.0), 1)
 
 
 def judged(path: Path, mixed: Case, bound: BoundModel) -> dict[str, Cell]:
     """Return the cells by check."""
-    tasks = bound.adapters.tasks
-    reference = Reference(mixed, Subject("logits"), np.empty(0), mixed.name)
-    cells = weight_cells(CELL, path, reference, tasks, list(toys.MODULES), 1)
-    return {cell.case: cell for cell in cells}
+    return {cell.case: cell for cell in weight_cells(record(path, mixed, bound))}
 
 
 def test_a_right_graph_passes(routed_folder: Path, mixed: Case, bound: BoundModel) -> None:
@@ -63,13 +80,10 @@ def looked_at(path: Path, mixed: Case, bound: BoundModel) -> dict[str, Cell]:
     base = without_adapters(bound)
     assert isinstance(base, BoundModel)
     reference = Reference(mixed, Subject("logits"), np.empty(0), mixed.name)
-    zeroed = zeroed_of(lambda dtype: OracleRunner(base, dtype), [reference])["logits"]
-    tasks, modules = bound.adapters.tasks, list(toys.MODULES)
-    cells = weight_cells(
-        CELL, path, reference, tasks, modules, 1,
-        left_out={LAYERS: "for time"}, zeroed=zeroed, limit=1e-4,
-    )  # fmt: skip
-    cells += [table_cell(CELL, path, tasks), stored_cell(CELL, path, bound.adapters)]
+    left_out = ExtraChecks({LAYERS: "for time"})
+    extra = with_zeroed(left_out, [reference], lambda dtype: OracleRunner(base, dtype))
+    cells = weight_cells(replace(record(path, mixed, bound), extra=extra))
+    cells += [table_cell(CELL, path, bound.adapters.tasks), stored_cell(CELL, path, bound.adapters)]
     return {cell.case: cell for cell in cells}
 
 

@@ -27,11 +27,7 @@ WIDE = {
     "mtl_export/checkpoint/formats/own_folder.py write_folder",
     "mtl_export/graph/passes/routing.py vectors",
     "mtl_export/parity/accuracy/gate.py judge_accuracy",
-    "mtl_export/parity/cases.py seeded_rows",
-    "mtl_export/parity/checks/task_tensors.py weight_cells",
     "mtl_export/parity/diagnosis/localise.py localise",
-    "mtl_export/parity/golden.py golden_vectors",
-    "mtl_export/parity/run.py run_parity",
 }
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mtl_export.adapters.binding import BoundModel
-from mtl_export.parity.cases import Case, build_cases, seeded_rows
+from mtl_export.parity.cases import Case, RowLimits, build_cases, seeded_rows
 from tests.graph import marked
 from tests.parity.planted import Exported, exported
 
@@ -26,10 +26,8 @@ def bound(tmp_path: Path) -> BoundModel:
 @pytest.fixture
 def cases() -> list[Case]:
     """Return the usual cases of seeded rows."""
-    rows = seeded_rows(
-        task_count=3, vocabulary=31, names=("input_ids", "attention_mask"), per_task=5
-    )
-    return build_cases(rows, task_count=3, vocabulary=31, longest=40)
+    rows = seeded_rows(RowLimits(3, 31), ("input_ids", "attention_mask"), per_task=5)
+    return build_cases(rows, RowLimits(3, 31, 40))
 
 
 @pytest.fixture(scope="session")

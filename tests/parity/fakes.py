@@ -13,9 +13,12 @@ from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError, MtlExportError
 from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import Case
+from mtl_export.parity.judged import Judged
+from mtl_export.parity.reference import Reference
 from mtl_export.parity.report import Cell, ParityReport
 from mtl_export.parity.run import run_parity
 from mtl_export.parity.tolerance import Tolerance
+from mtl_export.runtime.runners.base import Runner
 from tests.graph import marked
 
 TASKS = marked.TASKS
@@ -113,6 +116,20 @@ def judge(
 ) -> ParityReport:
     """Return the report on these artefacts."""
     return run_parity(bound, artefacts, cases, tolerance=tolerance or Tolerance(), oracle=oracle)
+
+
+def judged_by(
+    runner: Runner, *exact: Reference, task: int | None = None, atol: float = 1e-6
+) -> Judged:
+    """Return an artefact with this runner, as checks get it: of all tasks, or of one."""
+    model = marked.bound()
+    kind = "single-graph" if task is None else "per-task"
+    artefact = Artefact(
+        "graph", kind, runner, None if task is None else TASKS[task], "fp32", "", ""
+    )
+    floors = {one.subject: 1e-6 for one in exact}
+    found = Judged(model, artefact, list(exact), floors, Tolerance(atol=atol, rtol=0.0))
+    return found if task is None else found.of_tasks([task])
 
 
 def failed(report: ParityReport) -> list[Cell]:

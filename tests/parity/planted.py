@@ -17,7 +17,7 @@ from mtl_export.graph.lower import merged_graph, routed_graph
 from mtl_export.graph.trace import trace
 from mtl_export.graph.writer import write_graph
 from mtl_export.parity.artefact import Artefact
-from mtl_export.parity.cases import MIXED, Case, build_cases, seeded_rows
+from mtl_export.parity.cases import MIXED, Case, RowLimits, build_cases, seeded_rows
 from mtl_export.parity.diagnosis.layer_errors import Localisation
 from mtl_export.parity.diagnosis.localise import localise
 from mtl_export.parity.report import Cell, ParityReport
@@ -109,8 +109,8 @@ def exported(folder: Path) -> Exported:
     write_graph(routed_graph(traced, bound), bound, single, None)
     write_graph(merged_graph(traced, bound, task), bound, merged, task)
     names = ("input_ids", "attention_mask", "token_type_ids")
-    rows = seeded_rows(task_count=3, vocabulary=VOCABULARY, names=names, token_types=2)
-    cases = build_cases(rows, task_count=3, vocabulary=VOCABULARY, longest=40, token_types=2)
+    rows = seeded_rows(RowLimits(3, VOCABULARY, token_types=2), names)
+    cases = build_cases(rows, RowLimits(3, VOCABULARY, 40, token_types=2))
     oracles = {dtype: KeptOracle(bound, dtype) for dtype in ("fp64", "fp32", "fp16")}
     return Exported(bound, single, merged, cases, oracles)
 

@@ -6,21 +6,30 @@ import pytest
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import ParityError
 from mtl_export.graph.trace import SAMPLE_BATCH, SAMPLE_SEQUENCE
-from mtl_export.parity.cases import MIXED_ROWS, Case, build_cases, more_cases, seeded_rows
-from mtl_export.parity.presets import PRESETS, Preset, choose
+from mtl_export.parity.cases import (
+    MIXED_ROWS,
+    PRESETS,
+    Case,
+    Preset,
+    RowLimits,
+    build_cases,
+    choose,
+    more_cases,
+    seeded_rows,
+)
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def cases_of(task_count: int, *, longest: int = 512, per_task: int = 4) -> list[Case]:
     """Return the cases made of seeded rows."""
-    rows = seeded_rows(task_count=task_count, vocabulary=31, names=NAMES, per_task=per_task)
-    return build_cases(rows, task_count=task_count, vocabulary=31, longest=longest)
+    rows = seeded_rows(RowLimits(task_count, 31), NAMES, per_task=per_task)
+    return build_cases(rows, RowLimits(task_count, 31, longest))
 
 
 def test_seeded_rows_are_valid_and_repeat() -> None:
     """Rows lie inside the vocabulary, are ragged, cover every task, and never change."""
-    first, second = (seeded_rows(task_count=3, vocabulary=31, names=NAMES) for _ in range(2))
+    first, second = (seeded_rows(RowLimits(3, 31), NAMES) for _ in range(2))
     assert set(first) == {*NAMES, "task_ids"}
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name])
@@ -35,7 +44,7 @@ def test_seeded_rows_are_valid_and_repeat() -> None:
 
 def test_seeded_rows_have_only_the_models_inputs() -> None:
     """A model without token types gets none."""
-    rows = seeded_rows(task_count=2, vocabulary=31, names=("input_ids", "pixel_values"))
+    rows = seeded_rows(RowLimits(2, 31), ("input_ids", "pixel_values"))
     assert set(rows) == {"input_ids", "task_ids"}
 
 
@@ -75,9 +84,9 @@ def test_sizes_are_not_those_traced() -> None:
 
 def test_inputs_that_are_not_text_are_neither_cut_nor_emptied() -> None:
     """Image regions keep their number and values, whatever the text's length."""
-    rows = seeded_rows(task_count=2, vocabulary=50, names=NAMES)
+    rows = seeded_rows(RowLimits(2, 50), NAMES)
     rows["vis_feats"] = np.random.default_rng(1).normal(size=(8, 30, 3))
-    for case in build_cases(rows, task_count=2, vocabulary=50, longest=64):
+    for case in build_cases(rows, RowLimits(2, 50, 64)):
         regions = case.inputs["vis_feats"]
         assert regions.shape == (len(case.task_ids), 30, 3)
         assert {row.tobytes() for row in regions} <= {row.tobytes() for row in rows["vis_feats"]}
@@ -107,9 +116,9 @@ def test_every_task_is_run_at_the_models_full_length(longest: int, length: int) 
 
 def test_token_types_are_used() -> None:
     """Seeded rows and long batches hold every token type, so that none can be ignored."""
-    rows = seeded_rows(task_count=2, vocabulary=31, names=NAMES, token_types=2)
+    rows = seeded_rows(RowLimits(2, 31, token_types=2), NAMES)
     assert set(rows["token_type_ids"].ravel().tolist()) == {0, 1}
-    cases = build_cases(rows, task_count=2, vocabulary=31, longest=40, token_types=2)
+    cases = build_cases(rows, RowLimits(2, 31, 40, token_types=2))
     assert set(cases[-1].inputs["token_type_ids"].ravel().tolist()) == {0, 1}
 
 
@@ -129,7 +138,7 @@ def real_rows(task_ids: list[int]) -> dict[str, Array]:
 def test_rows_are_those_given_without_common_padding() -> None:
     """Real rows are used as they are, cut to the longest of their case."""
     rows = real_rows([1, 0, 1])
-    cases = {case.name: case for case in build_cases(rows, task_count=2, vocabulary=31, longest=64)}
+    cases = {case.name: case for case in build_cases(rows, RowLimits(2, 31, 64))}
     np.testing.assert_array_equal(cases["task 0"].inputs["input_ids"], rows["input_ids"][1:2, :3])
     np.testing.assert_array_equal(
         cases["task 1"].inputs["input_ids"], rows["input_ids"][[0, 2], :5]
@@ -141,7 +150,7 @@ def test_inputs_without_a_mask_are_not_cut() -> None:
     """Without a mask every column counts."""
     rows = real_rows([0, 1])
     del rows["attention_mask"]
-    case = build_cases(rows, task_count=2, vocabulary=31, longest=64)[0]
+    case = build_cases(rows, RowLimits(2, 31, 64))[0]
     assert case.inputs["input_ids"].shape == (1, 9)
 
 
@@ -150,7 +159,7 @@ def test_a_task_without_rows_is_refused(ids: list[int]) -> None:
     """A task that is not compared must not pass; neither may an unknown id."""
     with pytest.raises(ParityError) as caught:
         build_cases(real_rows(ids) if ids else {"task_ids": np.zeros(0, np.int64)},
-                    task_count=3, vocabulary=31, longest=64)  # fmt: skip
+                    RowLimits(3, 31, 64))  # fmt: skip
     assert caught.value.problem.startswith("parity inputs")
     assert "task ids" in caught.value.problem
     assert caught.value.expected.partition(", because ")[0] == "every id from 0 to 2 and no other"
@@ -167,10 +176,10 @@ def test_rows_of_a_case_are_picked_together() -> None:
 
 def test_images_are_compared_at_their_own_size() -> None:
     """Seeded pixels of the model's size, every task in each mixed batch, an odd batch last."""
-    rows = seeded_rows(task_count=3, vocabulary=1, names=[], features={"pixel_values": (3, 4, 6)})
+    rows = seeded_rows(RowLimits(3, 1), [], features={"pixel_values": (3, 4, 6)})
     assert rows["pixel_values"].shape == (12, 3, 4, 6)
     assert rows["pixel_values"].dtype == np.float32
-    cases = build_cases(rows, task_count=3, vocabulary=1, longest=512)
+    cases = build_cases(rows, RowLimits(3, 1, 512))
     assert cases[-1].name == "batch 7"
     for case in cases:
         assert set(case.inputs) == {"pixel_values", "task_ids"}
@@ -194,8 +203,8 @@ def test_rows_are_padded_on_the_left_too() -> None:
 
 def test_the_full_preset_has_more_sizes_and_seeds() -> None:
     """One token, both sides of powers of two, more rows; only what the model can take."""
-    rows = seeded_rows(task_count=3, vocabulary=31, names=NAMES)
-    found = more_cases(rows, task_count=3, vocabulary=31, longest=100)
+    rows = seeded_rows(RowLimits(3, 31), NAMES)
+    found = more_cases(rows, RowLimits(3, 31, 100))
     assert [case.name for case in found] == [
         "batch 9 x 1", "batch 33 x 2", "batch 16 x 31", "batch 17 x 32", "batch 65 x 33",
         "batch 11 x 22, seed 2", "batch 11 x 23, seed 3", "batch 11 x 24, seed 4",
@@ -208,8 +217,8 @@ def test_the_full_preset_has_more_sizes_and_seeds() -> None:
 
 def test_each_preset_holds_the_one_before_and_says_what_it_leaves_out() -> None:
     """Nothing disappears: what is not taken has a reason."""
-    rows = seeded_rows(task_count=2, vocabulary=31, names=NAMES)
-    cases = cases_of(2) + more_cases(rows, task_count=2, vocabulary=31, longest=100)
+    rows = seeded_rows(RowLimits(2, 31), NAMES)
+    cases = cases_of(2) + more_cases(rows, RowLimits(2, 31, 100))
     names: dict[Preset, set[str]] = {}
     for preset in PRESETS:
         taken, left_out = choose(cases, preset)

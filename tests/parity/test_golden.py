@@ -1,20 +1,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
+from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError
 from mtl_export.names import TASK_IDS
+from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.cases import MIXED, Case
 from mtl_export.parity.golden import STEPS, UNKNOWN, for_engine, golden_vectors
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.golden import Vector
+from mtl_export.runtime.runners.base import Runner
 from mtl_export.runtime.runners.language import NEW_TOKENS
 from tests.parity.fakes import TASKS, Answer, FakeRunner, exact, right, right_for
 
 FLOORS = {task.name: 1e-6 for task in TASKS}
+
+
+def shipped(runner: Runner, task: Task | None = None) -> Artefact:
+    """Return a graph with this runner."""
+    kind = "single-graph" if task is None else "per-task"
+    return Artefact("name", kind, runner, task, "fp32", "", "", path=Path("model.onnx"))
 
 
 def of_single_graph(
@@ -22,10 +32,7 @@ def of_single_graph(
 ) -> tuple[Vector, ...]:
     """Return the vectors of a single graph that answers so."""
     with FakeRunner(answer) as runner:
-        return golden_vectors(
-            runner, "model.onnx", cases, TASKS, task=None, floors=FLOORS,
-            tolerance=tolerance or Tolerance(),
-        )  # fmt: skip
+        return golden_vectors(shipped(runner), cases, TASKS, FLOORS, tolerance or Tolerance())
 
 
 def test_a_single_graph_keeps_each_task_a_mixed_batch_and_an_unknown_id(cases: list[Case]) -> None:
@@ -47,10 +54,7 @@ def test_a_single_graph_keeps_each_task_a_mixed_batch_and_an_unknown_id(cases: l
 def test_a_merged_model_keeps_its_task_alone(cases: list[Case]) -> None:
     """Its inputs have no task ids."""
     with FakeRunner(right_for(1)) as runner:
-        (one,) = golden_vectors(
-            runner, "model.onnx", cases, TASKS, task=TASKS[1], floors=FLOORS,
-            tolerance=Tolerance(),
-        )  # fmt: skip
+        (one,) = golden_vectors(shipped(runner, TASKS[1]), cases, TASKS, FLOORS, Tolerance())
     assert one.name == TASKS[1].name
     assert TASK_IDS not in one.inputs
 
@@ -118,9 +122,8 @@ def test_a_language_model_keeps_a_batch_of_steps_and_no_padding(cases: list[Case
     merged = [Case(spoken.name, spoken.inputs)]
     with FakeRunner(lambda inputs: of_language_model({**inputs, **ids_of(inputs)})) as runner:
         of_task = golden_vectors(
-            runner, "prefill.onnx", [*cases, *merged], TASKS, task=TASKS[2], floors=FLOORS,
-            tolerance=Tolerance(),
-        )  # fmt: skip
+            shipped(runner, TASKS[2]), [*cases, *merged], TASKS, FLOORS, Tolerance()
+        )
     assert [one.name for one in of_task] == [TASKS[2].name, STEPS]
     assert not any(TASK_IDS in one.inputs for one in of_task)
 

@@ -20,9 +20,9 @@ from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BaseModelError, MtlExportError, ParityError
 from mtl_export.parity.artefact import Artefact
-from mtl_export.parity.presets import choose
+from mtl_export.parity.cases import choose
 from mtl_export.parity.report import ParityReport
-from mtl_export.parity.run import run_parity
+from mtl_export.parity.run import RunOptions, run_parity
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.runners.base import Runner
 from mtl_export.runtime.runners.language import NEW_TOKENS
@@ -77,7 +77,8 @@ class Project:
         cases, left_out = choose(cases_of(self.bound, inputs), "quick")
         return run_parity(
             self.bound, artefacts, cases,
-            tolerance=Tolerance(), oracle=oracle_of(self.bound), left_out=left_out, threads=1,
+            tolerance=Tolerance(), oracle=oracle_of(self.bound),
+            options=RunOptions(left_out, threads=1),
         )  # fmt: skip
 
     def run(self, *words: str) -> tuple[int, str]:
@@ -247,5 +248,5 @@ def test_noise_that_excuses_any_answer_is_refused(make: Make) -> None:
     with pytest.raises(ParityError, match="any answer would pass"):
         run_parity(
             project.bound, project.artefacts(), cases,
-            tolerance=Tolerance(), oracle=oracle, left_out=left_out,
+            tolerance=Tolerance(), oracle=oracle, options=RunOptions(left_out),
         )  # fmt: skip

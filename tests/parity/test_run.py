@@ -11,7 +11,7 @@ from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, EngineRunError, UsageError
 from mtl_export.parity.cases import Case
 from mtl_export.parity.report import Cell
-from mtl_export.parity.run import run_parity, step_count
+from mtl_export.parity.run import RunOptions, run_parity, step_count
 from mtl_export.parity.tolerance import Tolerance
 from tests.parity.fakes import (
     ERROR,
@@ -100,7 +100,8 @@ def test_progress_is_told_step_by_step(bound: BoundModel, cases: list[Case]) -> 
     """As many steps as step_count says: the oracle, its floors, and each artefact."""
     steps: list[str] = []
     artefacts = [single(bound, right), single(bound, right, "fp16")]
-    run_parity(bound, artefacts, cases, tolerance=Tolerance(), oracle=oracle, progress=steps.append)
+    options = RunOptions(progress=steps.append)
+    run_parity(bound, artefacts, cases, tolerance=Tolerance(), oracle=oracle, options=options)
     assert len(steps) == step_count(artefacts) == 5
     assert steps[0] == "oracle fp64"
     assert steps[-1] == "single graph"
@@ -316,7 +317,8 @@ def test_a_bug_keeps_its_traceback(bound: BoundModel, cases: list[Case]) -> None
 def test_what_is_not_there_is_reported(bound: BoundModel, cases: list[Case]) -> None:
     """Artefacts that do not exist are cells too, and pass nothing."""
     absent = Cell("engine", "tensorrt", "*", "*", "not-run", "not built")
-    report = run_parity(bound, [], cases, tolerance=Tolerance(), oracle=oracle, not_there=[absent])
+    report = run_parity(bound, [], cases, tolerance=Tolerance(), oracle=oracle)
+    report = replace(report, cells=(*report.cells, absent))
     assert report.cells == (absent,)
     assert report.verdict == "not-run"
 

@@ -10,7 +10,8 @@ from mtl_export.adapters.binding import BoundModel
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError, ParityError
 from mtl_export.parity.cases import Case
-from mtl_export.parity.run import BAD_IDS, run_parity
+from mtl_export.parity.judged import BAD_IDS
+from mtl_export.parity.run import run_parity
 from mtl_export.parity.tolerance import Tolerance
 from tests.parity.fakes import (
     ERROR,

@@ -273,10 +273,14 @@ def _edit(verb: str, name: str, new: str = "") -> Read:
 def _parity(good: Good, folder: Path) -> None:
     """Read graphs as parity does, up to where they are compared."""
     from mtl_export.api.artefacts import Places, find_artefacts
+    from mtl_export.parity.cases import Case
     from mtl_export.parity.checks.metadata import beside_cells
     from mtl_export.parity.checks.stored_tensors import stored_cell, table_cell
+    from mtl_export.parity.judged import Judged
     from mtl_export.parity.outputs import Subject
+    from mtl_export.parity.reference import Reference
     from mtl_export.parity.report import Cell
+    from mtl_export.parity.tolerance import Tolerance
 
     bound = good.bound
     places = Places(folder / "merged", folder, folder / "engines", folder)
@@ -284,9 +288,8 @@ def _parity(good: Good, folder: Path) -> None:
     cell = Cell("single", "-", "*", "*", "passed")
     for artefact in artefacts:
         if artefact.path is not None and artefact.path.suffix == ".onnx" and not artefact.defect:
-            beside_cells(
-                cell, bound, artefact.path, artefact.task, artefact.dtype, [Subject("logits")]
-            )
+            exact = [Reference(Case("all", {}), Subject("logits"), np.empty(0), "all")]
+            beside_cells(Judged(bound, artefact, exact, {}, Tolerance()))
             table_cell(cell, artefact.path, bound.adapters.tasks)
             stored_cell(cell, artefact.path, bound.adapters)
 

@@ -109,7 +109,7 @@ def command(
     runtime or device is exit code 6, and a task without an export (its own, or one that serves
     all tasks) where others have one. What a preset leaves out does not count.
     """
-    from mtl_export.parity.presets import preset_of
+    from mtl_export.parity.cases import preset_of
     from mtl_export.parity.reports.files import write_reports
     from mtl_export.parity.tolerance import Tolerance
 

@@ -23,7 +23,6 @@ from mtl_export.names import ATTENTION_MASK, LOGITS, TASK_IDS
 from mtl_export.parity.accuracy.gate import judge_accuracy
 from mtl_export.parity.accuracy.scores import Answers
 from mtl_export.parity.artefact import Artefact
-from mtl_export.parity.checks.provenance import wrong_files
 from mtl_export.parity.report import AccuracyCell, Verdict
 from mtl_export.runtime.runners.base import Runner
 
@@ -143,7 +142,7 @@ def _judged(
             for task in served
         ]
 
-    if wrong := wrong_files(bound, artefact):
+    if wrong := artefact.wrong_files(bound):
         return all_of("not-run", wrong)
     if artefact.edited is not None:
         return all_of("not-run", f"{artefact.edited.text}: scores are those of graphs as exported")

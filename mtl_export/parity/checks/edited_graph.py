@@ -1,40 +1,35 @@
 """A single graph that ``mtl-export tasks`` changed, judged for the tasks of one checkpoint.
 
-    of this checkpoint    asked as in an untouched graph, under the ids that they have now
+    of this checkpoint    judged as in an untouched graph, under the ids that they have now
     of another            not-run, by name: parity with that checkpoint judges it
     no longer there       not-run, by name
 
-Also compared: each of its tasks' labels, kind and stored slices. Not asked: what sets tensors
+Also compared: each of its tasks' labels, kind and stored slices. Not checked: what sets tensors
 of all tasks at once, because those of other checkpoints are not known here. A graph with no
 task of the checkpoint is not this checkpoint's, and fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from mtl_export.adapters.normal_form import AdapterSet
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import shortened
 from mtl_export.graph.origins import EditedGraph
 from mtl_export.names import TASK_IDS
 from mtl_export.parity.artefact import Artefact
-from mtl_export.parity.cases import Case
-from mtl_export.parity.checks.generation import GeneratedTokens
-from mtl_export.parity.checks.stored_tensors import TABLE, stored_cell
+from mtl_export.parity.cases import LAYERS, ZEROED
+from mtl_export.parity.checks.stored_tensors import TABLE, stored_cell, task_differences
 from mtl_export.parity.checks.task_tensors import OTHERS
-from mtl_export.parity.presets import LAYERS, ZEROED
-from mtl_export.parity.probes import ExtraChecks, Padding
-from mtl_export.parity.reference import Reference
+from mtl_export.parity.judged import Judged
 from mtl_export.parity.report import WHOLE, Cell
 from mtl_export.runtime.runners.base import AroundRunner, Runner
 from mtl_export.runtime.runners.language import PROMPT_TASK_IDS, Generator
 
-_NOT_ASKED = "not asked of a graph whose tasks were edited"
+_NOT_CHECKED = "not asked of a graph whose tasks were edited"
 
 
 @dataclass(frozen=True)
@@ -51,67 +46,30 @@ class View:
     ids: Mapping[int, int]
     names: Mapping[str, str]
 
-    def references(self, exact: Sequence[Reference]) -> list[Reference]:
-        """Return the oracle's answers to rows of these tasks."""
-        cases: dict[int, tuple[Case, Array]] = {}
-        found = []
-        for one in exact:
-            if id(one.case) not in cases:
-                rows = np.isin(one.case.task_ids, list(self.ids))
-                cases[id(one.case)] = replace(one.case, inputs=one.case.rows(rows)), rows
-            case, rows = cases[id(one.case)]
-            if rows.any():
-                found.append(replace(one, case=case, logits=one.logits[rows]))
-        return found
+    def judged(self, judged: Judged) -> Judged:
+        """Return the same for these tasks, under the checkpoint's ids and widths."""
+        own, artefact, adapters = judged.of_tasks(self.ids), judged.artefact, judged.bound.adapters
+        widths = {one.subject.output: one.logits.shape[-1] for one in own.exact}
+        kind = _EditedGenerator if isinstance(artefact.runner, Generator) else _EditedRunner
+        runner = kind(artefact.runner, self, len(adapters.tasks), widths)
+        # What its file holds for other checkpoints' tasks is not known here.
+        apart = replace(artefact, runner=runner, path=None, edited=None,
+                        checkpoint_sha256=adapters.checkpoint_sha256)  # fmt: skip
+        more = dict.fromkeys((OTHERS, LAYERS, ZEROED), _NOT_CHECKED)
+        extra = replace(own.extra, left_out={**own.extra.left_out, **more}, zeroed={})
+        return replace(own, artefact=apart, extra=extra, is_alone=True)
 
-    def generated(self, generated: GeneratedTokens | None) -> GeneratedTokens | None:
-        """Return what the oracle says after prompts of these tasks."""
-        if generated is None:
-            return None
-        rows = np.isin(generated.case.task_ids, list(self.ids))
-        case = replace(generated.case, inputs=generated.case.rows(rows))
-        if not rows.any():
-            return None
-        return GeneratedTokens(case, generated.tokens[rows], generated.margins[rows])
-
-    def extra_checks(self, extra: ExtraChecks) -> ExtraChecks:
-        """Return what is checked of an edited graph besides the cases."""
-        padding = extra.padding
-        if padding is not None:
-            rows = np.isin(padding.inputs[TASK_IDS], list(self.ids))
-            padding = Padding(
-                {name: value[rows] for name, value in padding.inputs.items()},
-                {name: value[rows] for name, value in padding.is_nan.items()},
-            )
-        more = dict.fromkeys((OTHERS, LAYERS, ZEROED), _NOT_ASKED)
-        return ExtraChecks({**extra.left_out, **more}, padding)
-
-    def runner(self, runner: Runner, references: Sequence[Reference], task_count: int) -> Runner:
-        """Return ``runner`` as one that knows the checkpoint's ids, and gives its widths."""
-        widths = {one.subject.output: one.logits.shape[-1] for one in references}
-        kind = _EditedGenerator if isinstance(runner, Generator) else _EditedRunner
-        return kind(runner, self.ids, task_count, len(self.edited.tasks), widths)
-
-    def file_cells(self, cell: Cell, path: Path, adapters: AdapterSet) -> Iterator[Cell]:
-        """Yield the cells of what the file says of these tasks and holds for them.
-
-        Args:
-            cell: Says whose they are; ``passed``.
-            path: The ONNX file.
-            adapters: The checkpoint.
-        """
-        pairs = [(adapters.tasks[own], self.edited.tasks[index]) for own, index in self.ids.items()]
-        wrong = [
-            f"{name} of {task.name} is {found!r}, not {wanted!r}"
-            for task, known in pairs
-            for name, found, wanted in (
-                ("labels", known.labels, task.labels), ("kind", known.kind, task.kind)
-            )
-            if found != wanted
-        ]  # fmt: skip
-        verdict = replace(cell, verdict="failed", reason=shortened(wrong)) if wrong else cell
-        yield replace(verdict, case=TABLE)
-        yield stored_cell(cell, path, adapters, self.ids, len(self.edited.tasks))
+    def file_cells(self, artefact: Artefact, adapters: AdapterSet) -> list[Cell]:
+        """Return the cells of what the file says of these tasks and holds for them."""
+        if artefact.graph is None:
+            return []
+        cell, wrong = artefact.cell(), []
+        for own, index in self.ids.items():
+            task, known = adapters.tasks[own], self.edited.tasks[index]
+            wrong += task_differences(known, task, ("labels", "kind"))
+        count = len(self.edited.tasks)
+        stored = stored_cell(cell, artefact.graph, adapters, self.ids, count)
+        return [cell.judged(TABLE, *wrong), stored]
 
     def named(self, cells: Sequence[Cell]) -> list[Cell]:
         """Return the cells under the names that copies have."""
@@ -133,22 +91,6 @@ def views_of(edited: EditedGraph, adapters: AdapterSet) -> list[View]:
     return views
 
 
-def no_task_of(edited: EditedGraph, adapters: AdapterSet) -> str:
-    """Return that a graph has no task of a checkpoint; empty if it has one."""
-    if views_of(edited, adapters):
-        return ""
-    if not edited.origins:
-        return (
-            f"{edited.text}, by a version that did not write down where its tasks came from: only"
-            " mtl-export verify holds the untouched ones, by its golden vectors"
-        )
-    sources = dict.fromkeys(f"{one.checkpoint_sha256[:12]}..." for one in edited.origins)
-    return (
-        f"no task of it is of this checkpoint ({adapters.checkpoint_sha256[:12]}...), they are of"
-        f" {', '.join(sources)}: pass one of these to --checkpoint; {edited.text}"
-    )
-
-
 def unjudged_cells(artefact: Artefact, edited: EditedGraph, adapters: AdapterSet) -> list[Cell]:
     """Return a not-run cell for each task of the graph or of the checkpoint that is not judged."""
     sha256 = adapters.checkpoint_sha256
@@ -165,37 +107,30 @@ def unjudged_cells(artefact: Artefact, edited: EditedGraph, adapters: AdapterSet
                 " mtl-export parity --checkpoint with that one judges it"
             )
     return [
-        Cell(
-            artefact.name, artefact.runner.name, name, WHOLE, "not-run", f"{reason}; {edited.text}"
-        )
+        artefact.cell(name).not_run(WHOLE, f"{reason}; {edited.text}")
         for name, reason in reasons.items()
     ]
 
 
 class _EditedRunner(AroundRunner):
-    """A runner of an edited graph that is asked by a checkpoint's ids.
+    """A runner of an edited graph that takes a checkpoint's ids.
 
     Args:
         runner: Of the graph.
-        ids: The graph's ids by the checkpoint's.
+        view: The tasks of the checkpoint in it.
         task_count: How many tasks the checkpoint has.
-        graph_count: How many the graph has.
         widths: By output, how many columns the checkpoint's tasks have.
     """
 
     def __init__(
-        self,
-        runner: Runner,
-        ids: Mapping[int, int],
-        task_count: int,
-        graph_count: int,
-        widths: Mapping[str, int],
+        self, runner: Runner, view: View, task_count: int, widths: Mapping[str, int]
     ) -> None:
         super().__init__(runner)
-        self._widths, self._graph_count = widths, graph_count
+        self._widths, self._graph_count = widths, len(view.edited.tasks)
         # A task that the graph does not have is nobody's to compare: it is only a neighbour.
-        anyone = next(iter(ids.values()))
-        self._ids = np.array([ids.get(index, anyone) for index in range(task_count)], np.int64)
+        anyone = next(iter(view.ids.values()))
+        ids = [view.ids.get(index, anyone) for index in range(task_count)]
+        self._ids = np.array(ids, np.int64)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs by name."""

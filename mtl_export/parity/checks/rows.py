@@ -1,195 +1,217 @@
 """What must hold whatever the numbers are: a row's answer is its own.
 
-    bad task ids         unknown ids are refused, or give NaN in their own rows
-    neighbours change task  a row is the same, bit for bit, whatever the others' tasks are
-    rows permuted        the answers are permuted, and nothing else
-    rows one by one      each row alone answers as it does among others
-    padded further       more padding changes nothing          (inputs with an attention mask)
-    beside padding only  a row that is padding only spoils none (likewise)
+    bad task ids               unknown ids are refused, or give NaN in their own rows
+    task ids of a wrong kind   another dtype or rank is refused, or gives NaN alone
+    neighbours change task     a row is the same, bit for bit, whatever the others' tasks are
+    rows permuted              the answers are permuted, and nothing else
+    rows one by one            each row alone answers as it does among others
+    padded further             more padding changes nothing      (inputs with an attention mask)
+    beside padding only        a row that is padding only spoils none (likewise)
+    padding only               NaN where the oracle answers NaN, and nowhere else
 
-The artefact is compared with itself, so these hold without an oracle. Batches of other
-sizes and lengths are summed in another order: each side may be off by what is allowed.
+All but the last compare the artefact with itself, so these hold without an oracle. Batches of
+other sizes and lengths are summed in another order: each side may be off by what is allowed.
+
+T tasks, B rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import BackendMissingError, MtlExportError
 from mtl_export.names import ATTENTION_MASK, INPUT_IDS, TASK_IDS
-from mtl_export.parity.cases import Case
-from mtl_export.parity.outputs import answers
-from mtl_export.parity.presets import FURTHER, NOTHING, ONE_BY_ONE
-from mtl_export.parity.reference import Reference
+from mtl_export.parity.cases import FURTHER, ONE_BY_ONE, PADDING_ONLY, Case
+from mtl_export.parity.judged import Judged
+from mtl_export.parity.outputs import Subject, largest_error
 from mtl_export.parity.report import Cell
-from mtl_export.runtime.runners.base import Runner
-from mtl_export.runtime.runners.language import NEW_TOKENS
+from mtl_export.runtime.runners.language import NEW_TOKENS, PROMPT_TASK_IDS
 
+WRONG_KIND = "task ids of a wrong kind"
 MORE_PADDING = 3
 Infer = Callable[[Mapping[str, Array]], Array | None]
 
 
-def row_cells(
-    cell: Cell,
-    runner: Runner,
-    reference: Reference,
-    task: Task | None,
-    limit: float,
-    left_out: Collection[str] = NOTHING,
-) -> list[Cell]:
-    """Return one cell for each check that is not left out.
+def routing_cells(judged: Judged) -> list[Cell]:
+    """Return the cells on the task ids of a single graph; none of an artefact of one task."""
+    if not judged.artefact.serves_all:
+        return []
+    one = judged.widest
+    return [
+        bad_ids_cell(judged, one.case, one.subject),
+        _wrong_kind_cell(judged, one.case, one.subject.output),
+        _isolation_cell(judged, one.case, one.subject.output),
+    ]
 
-    Args:
-        cell: Says whose they are.
-        runner: The artefact, open.
-        reference: One output for a batch of mixed tasks; its last dimension may differ.
-        task: The task of a merged artefact: its rows are taken, and no ``task_ids``.
-        limit: Largest error that an artefact may have against the oracle.
-        left_out: Checks not to run.
-    """
-    case, subject = reference.case, reference.subject
-    output = subject.output if task is None else subject.merged_output
-    if task is not None:
-        case = Case(case.name, case.rows(case.task_ids == task.index))
+
+def row_cells(judged: Judged) -> list[Cell]:
+    """Return one cell for each check that compares rows with the same rows in another batch."""
+    one, cell, left_out = judged.widest, judged.artefact.cell(), judged.extra.left_out
+    case, output = one.case, judged.output(one)
 
     def infer(inputs: Mapping[str, Array]) -> Array | None:
-        given = {n: v for n, v in inputs.items() if task is None or n != TASK_IDS}
-        return runner.infer(given).get(output)
+        return judged.artefact.infer(inputs).get(output)
 
     whole = infer(case.inputs)
-    expected = (len(case.task_ids), *reference.logits.shape[1:])
+    expected = (len(case.task_ids), *one.logits.shape[1:])
+    # The last dimension is as wide as the artefact's own tasks need.
     if whole is None or (whole.ndim, whole.shape[:-1]) != (len(expected), expected[:-1]):
-        found = "is missing" if whole is None else f"has shape {list(whole.shape)}"
-        reason = f"{output} {found}, not {list(expected)}"
-        return [replace(cell, case="rows", verdict="failed", reason=reason)]
-    checks: dict[str, Callable[[Case, Infer, Array], float]] = {
+        return [cell.judged("rows", _misshapen(output, whole, expected))]
+    checks: dict[str, Callable[[Case, Infer], Array | None]] = {
         "rows permuted": _permuted,
         ONE_BY_ONE: _alone,
     }
     if {INPUT_IDS, ATTENTION_MASK} <= case.inputs.keys():
         checks |= {FURTHER: _padded, "beside padding only": _beside_padding}
-    return [
-        _cell(replace(cell, case=name), check(case, infer, whole), 2 * limit)
-        for name, check in checks.items()
-        if name not in left_out
-    ]
+    cells, limit = [], 2 * judged.limit(one)
+    for name, check in checks.items():
+        if name in left_out:
+            continue
+        found = check(case, infer)
+        if found is not None and name == FURTHER and whole.ndim > 2:
+            found = found[:, : whole.shape[1]]
+        error = largest_error(case, whole, found)
+        is_number = np.isfinite(error)
+        size = f"by {error:.3g}; allowed {limit:.3g}" if is_number else "in shape or to NaN"
+        judgement = cell.judged(name, "" if error <= limit else f"answers change {size}")
+        cells.append(replace(judgement, max_abs_error=error if is_number else None, limit=limit))
+    return cells
 
 
-def bad_ids_cell(
-    cell: Cell, runner: Runner, case: Case, output: str, shape: tuple[int, ...], bad: Array
-) -> Cell:
+def bad_ids_cell(judged: Judged, case: Case, subject: Subject, *, prompt: int = 0) -> Cell:
     """Return the cell that says whether unknown ids are kept from answering.
 
     Args:
-        cell: Says whose it is; ``passed``.
-        runner: A single graph, open.
-        case: Its first row is asked, under its own id and under every bad one.
-        output: Which output is looked at.
-        shape: Of one row of it.
-        bad: Ids that no task has, int64.
+        judged: A single graph.
+        case: Its first row is run under its own id and under every bad one.
+        subject: Which output is looked at.
+        prompt: Of a language model's steps: so many answers are to the prompt, which is read
+            under the good id; 0 for any other batch.
     """
-    cell = replace(cell, case="bad task ids")
-    good = case.rows(np.arange(len(case.task_ids)) == 0)
+    name = "bad task ids, step" if prompt else "bad task ids"
+    cell, bad = judged.artefact.cell(), judged.bad_ids
+    good = case.rows(np.arange(1))
     inputs = {name: np.repeat(value, len(bad) + 1, axis=0) for name, value in good.items()}
+    if prompt:
+        inputs[PROMPT_TASK_IDS] = inputs[TASK_IDS]
     inputs[TASK_IDS] = np.concatenate([good[TASK_IDS], bad])
     try:
-        logits = runner.infer(inputs).get(output)
+        logits = judged.artefact.infer(inputs).get(subject.output)
     except BackendMissingError:
         raise
     except MtlExportError:
-        return cell  # refusing the whole batch is as good as poisoning the rows
-    expected = (len(bad) + 1, *shape)
-    if logits is None or logits.shape != expected:
-        found = "is missing" if logits is None else f"has shape {list(logits.shape)}"
-        reason = f"{output} {found}, not {list(expected)}"
-    elif np.isnan(logits[0]).any():
-        reason = "they spoil the good row beside them"
-    elif not np.isnan(logits[1:]).all():
-        silent = np.isnan(logits[1:]).reshape(len(bad), -1).all(axis=1)
-        reason = f"ids {bad[~silent].tolist()} are answered"
-    else:
-        return cell
-    return replace(cell, verdict="failed", reason=reason)
+        return cell.judged(name)  # refusing the whole batch is as good as poisoning the rows
+    shape = next(
+        one.logits.shape[1:]
+        for one in judged.exact
+        if (one.case.name, one.subject) == (case.name, subject)
+    )
+    if logits is None or logits.shape != (len(bad) + 1, *shape):
+        return cell.judged(name, _misshapen(subject.output, logits, (len(bad) + 1, *shape)))
+    if np.isnan(logits[0]).any() or np.isnan(logits[:, :prompt]).any():
+        also = ", or the prompt" if prompt else ""
+        return cell.judged(name, f"they spoil the good row beside them{also}")
+    answered = ~np.isnan(logits[1:, prompt:]).reshape(len(bad), -1).all(axis=1)
+    reason = f"ids {bad[answered].tolist()} are answered" if answered.any() else ""
+    return cell.judged(name, reason)
 
 
-def isolation_cell(cell: Cell, runner: Runner, case: Case, output: str, task_count: int) -> Cell:
+def padding_only_cells(judged: Judged) -> list[Cell]:
+    """Return the cell that says whether rows of padding answer NaN as the oracle does."""
+    padding = judged.extra.padding
+    if padding is None:
+        return []
+    outputs = judged.artefact.infer(padding.inputs)
+    problems = []
+    for name, expected in padding.is_nan.items():
+        found = outputs.get(name)
+        if found is None or found.ndim != 2 or len(found) != len(expected):
+            problems.append(f"no {name} of one row each")
+            continue
+        # A merged model is as wide as its task, the oracle as the widest.
+        width = min(found.shape[1], expected.shape[1])
+        differ = np.flatnonzero((np.isnan(found)[:, :width] != expected[:, :width]).any(axis=1))
+        if differ.size:
+            says = "numbers" if expected[differ[0]].any() else "NaN"
+            problems.append(f"{name} is {says} in rows {differ.tolist()}, the oracle's is not")
+    return [judged.artefact.cell().judged(PADDING_ONLY, "; ".join(problems))]
+
+
+def _wrong_kind_cell(judged: Judged, case: Case, output: str) -> Cell:
+    """Return the cell that says whether ids that are no int64 [B] are kept from answering."""
+    ids = case.task_ids
+    wrong: dict[str, Array] = {
+        "int32": ids.astype(np.int32),
+        "float32": ids.astype(np.float32),
+        "a column": ids[:, None],
+        "a number": np.array(ids[0]),
+    }
+    answered = []
+    for name, value in wrong.items():
+        try:
+            found = judged.artefact.infer({**case.inputs, TASK_IDS: value}).get(output)
+        except BackendMissingError:
+            raise
+        except MtlExportError:
+            continue
+        if found is None or not np.isnan(found).all():
+            answered.append(name)
+    reason = f"ids that are {', '.join(answered)} are answered" if answered else ""
+    return judged.artefact.cell().judged(WRONG_KIND, reason)
+
+
+def _isolation_cell(judged: Judged, case: Case, output: str) -> Cell:
     """Return the cell that says whether a row is the same whatever tasks its neighbours have."""
-    cell = replace(cell, case="neighbours change task")
-    before = runner.infer(case.inputs).get(output)
+    artefact, task_count = judged.artefact, len(judged.tasks)
+    cell, name = artefact.cell(), "neighbours change task"
+    before = artefact.infer(case.inputs).get(output)
     if before is None:
-        return replace(cell, verdict="failed", reason=f"no output {output!r}")
+        return cell.judged(name, f"no output {output!r}")
     disturbed = []
     for row in range(min(len(before), task_count)):
         ids = (case.task_ids + 1) % task_count
         ids[row] = case.task_ids[row]
-        after = runner.infer({**case.inputs, TASK_IDS: ids})[output]
+        after = artefact.infer({**case.inputs, TASK_IDS: ids})[output]
         if not np.array_equal(after[row], before[row]):
             disturbed.append(row)
-    if task_count == 1 or not disturbed:
-        return cell
     reason = f"rows {disturbed} change bit for bit when the other rows' tasks do"
-    return replace(cell, verdict="failed", reason=reason)
+    return cell.judged(name, reason if disturbed and task_count > 1 else "")
 
 
-def _permuted(case: Case, infer: Infer, whole: Array) -> float:
-    order = np.roll(np.arange(len(whole))[::-1], 1)
-    moved = Case(case.name, {name: value[order] for name, value in case.inputs.items()})
-    back = np.argsort(order)
-    found = infer(moved.inputs)
-    return _error(case, whole, None if found is None else found[back])
+def _misshapen(output: str, found: Array | None, expected: tuple[int, ...]) -> str:
+    says = "is missing" if found is None else f"has shape {list(found.shape)}"
+    return f"{output} {says}, not {list(expected)}"
 
 
-def _alone(case: Case, infer: Infer, whole: Array) -> float:
-    parts = [
-        infer({name: value[row : row + 1] for name, value in case.inputs.items()})
-        for row in range(len(whole))
-    ]
+def _permuted(case: Case, infer: Infer) -> Array | None:
+    order = np.roll(np.arange(len(case.task_ids))[::-1], 1)
+    found = infer(case.rows(order))
+    return None if found is None else found[np.argsort(order)]
+
+
+def _alone(case: Case, infer: Infer) -> Array | None:
+    rows = np.arange(len(case.task_ids))
+    parts = [infer(case.rows(rows[row : row + 1])) for row in rows]
     there = [part for part in parts if part is not None]
-    return _error(case, whole, np.concatenate(there) if len(there) == len(parts) else None)
+    return np.concatenate(there) if len(there) == len(parts) else None
 
 
-def _padded(case: Case, infer: Infer, whole: Array) -> float:
+def _padded(case: Case, infer: Infer) -> Array | None:
     shape = case.inputs[ATTENTION_MASK].shape
-    wider = {
+    return infer({
         name: np.pad(value, ((0, 0), (0, MORE_PADDING)))
         if name != NEW_TOKENS and value.shape == shape
         else value
         for name, value in case.inputs.items()
-    }
-    found = infer(wider)
-    if found is not None and whole.ndim > 2:
-        found = found[:, : whole.shape[1]]
-    return _error(case, whole, found)
+    })  # fmt: skip
 
 
-def _beside_padding(case: Case, infer: Infer, whole: Array) -> float:
+def _beside_padding(case: Case, infer: Infer) -> Array | None:
     more = {name: np.concatenate([value, value[:1]]) for name, value in case.inputs.items()}
     more[ATTENTION_MASK][-1] = 0
     found = infer(more)
-    return _error(case, whole, None if found is None else found[: len(whole)])
-
-
-def _error(case: Case, whole: Array, found: Array | None) -> float:
-    """Return the largest difference, Inf where shapes or what is finite differ."""
-    if found is None or found.shape != whole.shape:
-        return float("inf")
-    rows = np.ones(len(whole), np.bool_)
-    left, right = answers(case, rows, whole), answers(case, rows, found)
-    finite = np.isfinite(left)
-    if not np.array_equal(left[~finite], right[~finite], equal_nan=True):
-        return float("inf")
-    difference = np.abs(right[finite] - left[finite])
-    return float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0))
-
-
-def _cell(cell: Cell, error: float, limit: float) -> Cell:
-    judged = replace(cell, max_abs_error=error if np.isfinite(error) else None, limit=limit)
-    if error <= limit:
-        return replace(judged, verdict="passed")
-    size = f"by {error:.3g}; allowed {limit:.3g}" if np.isfinite(error) else "in shape or to NaN"
-    return replace(judged, verdict="failed", reason=f"answers change {size}")
+    return None if found is None else found[:-1]

@@ -8,17 +8,16 @@ graph's dtype
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mtl_export.adapters.normal_form import AdapterSet
 from mtl_export.checkpoint.checkpoint import Task
 from mtl_export.errors import AdapterError, CheckpointError, GraphError, LinkedDataError, shortened
+from mtl_export.graph.opened import open_graph
+from mtl_export.graph.stacks_on_disk import Stack, stacks_of
+from mtl_export.graph.task_slices import is_slice, new_slice
 from mtl_export.parity.report import Cell
-
-if TYPE_CHECKING:
-    from mtl_export.graph.stacks_on_disk import Stack
+from mtl_export.runtime.ort import onnx_metadata, task_table
 
 TABLE, STORED = "task table", "stored tensors"
 
@@ -31,22 +30,24 @@ def table_cell(cell: Cell, path: Path, tasks: Sequence[Task]) -> Cell:
         path: The ONNX file.
         tasks: The tasks it is to serve.
     """
-    from mtl_export.runtime.ort import onnx_metadata, task_table
-
-    cell = replace(cell, case=TABLE)
     metadata = onnx_metadata(path)
     try:
         found = task_table(metadata)
     except CheckpointError as error:
-        return replace(cell, verdict="failed", reason=error.problem)
+        return cell.judged(TABLE, error.problem)
     problems = [] if len(found) == len(tasks) else [f"{len(found)} tasks, not {len(tasks)}"]
     for own, task in zip(found, tasks, strict=False):
-        problems += [
-            f"{key} of {task.name} is {getattr(own, key)!r}, not {getattr(task, key)!r}"
-            for key in ("name", "index", "labels", "kind")
-            if getattr(own, key) != getattr(task, key)
-        ]
-    return replace(cell, verdict="failed", reason=shortened(problems)) if problems else cell
+        problems += task_differences(own, task, ("name", "index", "labels", "kind"))
+    return cell.judged(TABLE, *problems)
+
+
+def task_differences(found: Task, task: Task, keys: Sequence[str]) -> list[str]:
+    """Return in which of its fields a graph's task is not the checkpoint's."""
+    return [
+        f"{key} of {task.name} is {getattr(found, key)!r}, not {getattr(task, key)!r}"
+        for key in keys
+        if getattr(found, key) != getattr(task, key)
+    ]
 
 
 def stored_cell(
@@ -65,17 +66,13 @@ def stored_cell(
         ids: The graph's ids by the checkpoint's, of the tasks looked at; None: all, the same.
         task_count: Tasks in the graph, beside ``ids``.
     """
-    from mtl_export.graph.opened import open_graph
-    from mtl_export.graph.stacks_on_disk import stacks_of
-
-    cell = replace(cell, case=STORED)
     if ids is None:
         ids, task_count = {task.index: task.index for task in adapters.tasks}, len(adapters.tasks)
     try:
         stacks = stacks_of(open_graph(path), task_count)
         known = [stack for stack in stacks if stack.part not in {"table", "starts", "slots"}]
         if not known:
-            return replace(cell, verdict="not-run", reason="it holds no stacks of tasks")
+            return cell.not_run(STORED, "it holds no stacks of tasks")
         problems = [
             f"{stack.module}.{stack.part} of {task.name}"
             for stack in known
@@ -83,17 +80,14 @@ def stored_cell(
             if task.index in ids and not _is_right(stack, adapters, task, ids[task.index])
         ]
     except (LinkedDataError, ValueError, OSError) as error:
-        return replace(cell, verdict="not-run", reason=str(error))
+        return cell.not_run(STORED, str(error))
     except GraphError as error:
-        return replace(cell, verdict="failed", reason=str(error))
-    if not problems:
-        return cell
-    return replace(cell, verdict="failed", reason=f"not the checkpoint's: {shortened(problems)}")
+        return cell.judged(STORED, str(error))
+    wrong = f"not the checkpoint's: {shortened(problems)}" if problems else ""
+    return cell.judged(STORED, wrong)
 
 
 def _is_right(stack: Stack, adapters: AdapterSet, task: Task, index: int) -> bool:
-    from mtl_export.graph.task_slices import is_slice, new_slice
-
     try:
         own = new_slice(stack, adapters, task)
     except AdapterError:

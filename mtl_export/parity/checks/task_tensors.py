@@ -12,25 +12,31 @@ on the way, may agree with the oracle wherever it was compared.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
-from mtl_export.checkpoint.checkpoint import Task, is_of_another_output
+from mtl_export.checkpoint.checkpoint import is_of_another_output
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.errors import BackendMissingError, LinkedDataError, shortened
-from mtl_export.names import TASK_IDS
-from mtl_export.parity.cases import Case
-from mtl_export.parity.outputs import Subject, answers
-from mtl_export.parity.presets import LAYERS, NOTHING, ZEROED
+from mtl_export.errors import BackendMissingError, LinkedDataError
+from mtl_export.graph.opened import open_graph
+from mtl_export.graph.stacks_on_disk import stacks_of
+from mtl_export.names import MODEL_FILE, PREFILL_FILE, TASK_IDS
+from mtl_export.parity.cases import LAYERS, ZEROED
+from mtl_export.parity.judged import Judged
+from mtl_export.parity.outputs import largest_error
 from mtl_export.parity.reference import Reference
 from mtl_export.parity.report import Cell
+from mtl_export.runtime.ort import load_onnxruntime
 from mtl_export.runtime.runners.task_batches import by_task
 
 OTHERS = "tensors of other tasks"
+# Graphs that see every adapted layer and answer by themselves.
+PROBED = frozenset({MODEL_FILE, PREFILL_FILE})
 # Parts of stacks that are nothing but adapters.
 ADAPTERS = frozenset({"core", "downs", "ups"})
 FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
@@ -38,55 +44,33 @@ FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 FED = {"float32", "float16"}
 
 
-def weight_cells(
-    cell: Cell,
-    path: Path,
-    reference: Reference,
-    tasks: Sequence[Task],
-    modules: Sequence[str],
-    threads: int,
-    *,
-    left_out: Collection[str] = NOTHING,
-    zeroed: Array | None = None,
-    limit: float = 0.0,
-) -> list[Cell]:
-    """Return the cells that are not left out.
-
-    Args:
-        cell: Says whose they are; ``passed``.
-        path: The ONNX file of a single graph.
-        reference: The output that is looked at; every task has a row in its case.
-        tasks: The checkpoint's tasks.
-        modules: The layers that the checkpoint adapts.
-        threads: As for ``OrtRunner``.
-        left_out: Checks not to run.
-        zeroed: What the base answers under the tasks' heads; None where that is not asked.
-        limit: Largest error allowed against it.
+def weight_cells(judged: Judged) -> list[Cell]:
+    """Return the cells that are not left out; none of what is no single graph's ``PROBED`` file.
 
     Raises:
         GraphError: The file is no single graph of these tasks.
     """
-    names = [OTHERS, *([] if LAYERS in left_out else [LAYERS])]
-    names += [] if zeroed is None else [ZEROED]
+    path, one, extra = judged.artefact.graph, judged.widest, judged.extra
+    if path is None or path.name not in PROBED or not judged.artefact.serves_all:
+        return []
+    cell, output = judged.artefact.cell(), one.subject.output
+    names = [OTHERS, *([] if LAYERS in extra.left_out else [LAYERS])]
+    names += [ZEROED] if output in extra.zeroed else []
     try:
-        probe = _Probe(path, len(tasks), threads)
+        probe = _Probe(path, len(judged.tasks), judged.threads)
     except (BackendMissingError, LinkedDataError, ValueError, OSError) as error:
-        return [replace(cell, case=n, verdict="not-run", reason=str(error)) for n in names]
+        return [cell.not_run(name, str(error)) for name in names]
     if not probe.stacks:
         reason = "none of its tensors can be exchanged from outside"
-        return [replace(cell, case=n, verdict="not-run", reason=reason) for n in names]
-    case, subject = reference.case, reference.subject
-    output = subject.output
+        return [cell.not_run(name, reason) for name in names]
     if output not in probe.outputs:
-        reason = f"no output {output!r}"
-        return [replace(cell, case=name, verdict="failed", reason=reason) for name in names]
-    before = probe.answer(case.inputs, output, {})
-    cells = [_verdict(replace(cell, case=OTHERS), _leaks(probe, case, output, tasks, before))]
-    if LAYERS not in left_out:
-        problems = _lost(probe, modules) + _idle(probe, case, subject, tasks, before)
-        cells.append(_verdict(replace(cell, case=LAYERS), problems))
-    if zeroed is not None:
-        cells.append(_zeroed(replace(cell, case=ZEROED), probe, case, output, zeroed, limit))
+        return [cell.judged(name, f"no output {output!r}") for name in names]
+    before = probe.answer(one.case.inputs, output, {})
+    cells = [cell.judged(OTHERS, *_leaks(probe, judged, before))]
+    if LAYERS in names:
+        cells.append(cell.judged(LAYERS, *_lost(probe, judged), *_idle(probe, judged, before)))
+    if ZEROED in names:
+        cells.append(_zeroed(cell, probe, one, extra.zeroed[output], judged.limit(one)))
     return cells
 
 
@@ -101,12 +85,6 @@ class _Probe:
     """
 
     def __init__(self, path: Path, task_count: int, threads: int) -> None:
-        import onnx_ir as ir
-
-        from mtl_export.graph.opened import open_graph
-        from mtl_export.graph.stacks_on_disk import stacks_of
-        from mtl_export.runtime.ort import load_onnxruntime
-
         onnxruntime = load_onnxruntime()
         model = open_graph(path)
         self.stacks: dict[str, Array] = {}
@@ -146,45 +124,44 @@ class _Probe:
         return slice(task_index * block, (task_index + 1) * block)
 
 
-def _zeroed(cell: Cell, probe: _Probe, case: Case, output: str, base: Array, limit: float) -> Cell:
+def _zeroed(cell: Cell, probe: _Probe, one: Reference, base: Array, limit: float) -> Cell:
     """Return the cell that says whether the graph is the base where adapters are zero."""
+    output = one.subject.output
     own = [name for name in probe.stacks if name.rpartition(".")[2] in ADAPTERS]
-    found = probe.answer(case.inputs, output, {n: np.zeros_like(probe.stacks[n]) for n in own})
-    every = np.ones(len(base), np.bool_)
+    zeros = {name: np.zeros_like(probe.stacks[name]) for name in own}
+    found = probe.answer(one.case.inputs, output, zeros)
     if found.shape != base.shape:
-        return _verdict(cell, [f"{output} has shape {list(found.shape)}, not {list(base.shape)}"])
-    right, left = answers(case, every, base), answers(case, every, found.astype(np.float64))
-    finite = np.isfinite(right)
-    if not np.array_equal(left[~finite], right[~finite], equal_nan=True):
-        return _verdict(cell, [f"{output} is finite elsewhere than the base's"])
-    error = float(np.nan_to_num(np.abs(left[finite] - right[finite]), nan=np.inf).max(initial=0.0))
-    size = None if np.isinf(error) else error
-    cell = replace(cell, max_abs_error=size, limit=limit)
-    return (
-        cell
-        if error <= limit
-        else _verdict(
-            cell, [f"with adapters of zero it is {error:.3g} off the base; allowed {limit:.3g}"]
-        )
-    )
+        reason = f"{output} has shape {list(found.shape)}, not {list(base.shape)}"
+        return cell.judged(ZEROED, reason)
+    error = largest_error(one.case, base, found)
+    size = f"{error:.3g} off" if np.isfinite(error) else "finite elsewhere than"
+    reason = "" if error <= limit else (
+        f"with adapters of zero {output} is {size} the base's; allowed {limit:.3g}"
+    )  # fmt: skip
+    known = error if np.isfinite(error) else None
+    return replace(cell.judged(ZEROED, reason), max_abs_error=known, limit=limit)
 
 
-def _lost(probe: _Probe, modules: Sequence[str]) -> list[str]:
+def _lost(probe: _Probe, judged: Judged) -> list[str]:
+    """Return the layers that some task adapts and the graph has no tensors for."""
     there = set(probe.modules.values())
-    return [f"{module} has no tensors of tasks" for module in modules if module not in there]
+    return [
+        f"{name} has no tensors of tasks"
+        for name, layer in judged.bound.adapters.layers.items()
+        if name not in there and any(layer.factors(t.index) is not None for t in judged.tasks)
+    ]
 
 
-def _leaks(
-    probe: _Probe, case: Case, output: str, tasks: Sequence[Task], before: Array
-) -> list[str]:
-    found = []
-    for task in tasks:
+def _leaks(probe: _Probe, judged: Judged, before: Array) -> list[str]:
+    """Return whose tensors reach other tasks' rows, or not even their own."""
+    one, found = judged.widest, []
+    for task in judged.tasks:
         fed = {}
         for name, values in probe.stacks.items():
             fed[name] = values.copy()
             fed[name][probe.task_rows(name, task.index)] = np.nan
-        after = probe.answer(case.inputs, output, fed)
-        own = case.task_ids == task.index
+        after = probe.answer(one.case.inputs, one.subject.output, fed)
+        own = one.case.task_ids == task.index
         if not np.array_equal(after[~own], before[~own], equal_nan=True):
             found.append(f"{task.name}'s reach other tasks' rows")
         if not np.isnan(after[own]).reshape(int(own.sum()), -1).any(axis=1).all():
@@ -192,25 +169,19 @@ def _leaks(
     return found
 
 
-def _idle(
-    probe: _Probe, case: Case, subject: Subject, tasks: Sequence[Task], before: Array
-) -> list[str]:
-    found = []
+def _idle(probe: _Probe, judged: Judged, before: Array) -> list[str]:
+    """Return the layers whose tensors, not zero for a task, do not change its answers."""
+    one, found = judged.widest, []
+    case, subject = one.case, one.subject
     for module in dict.fromkeys(probe.modules.values()):
         if subject.tasks and is_of_another_output(module, subject.output):
             continue
         own = [name for name, owner in probe.modules.items() if owner == module]
         fed = {name: np.zeros_like(probe.stacks[name]) for name in own}
         after = probe.answer(case.inputs, subject.output, fed)
-        for task in tasks:
-            if not subject.serves(task):
-                continue
+        for task in filter(subject.serves, judged.tasks):
             rows = case.task_ids == task.index
             holds = any(probe.stacks[n][probe.task_rows(n, task.index)].any() for n in own)
             if holds and np.array_equal(after[rows], before[rows], equal_nan=True):
                 found.append(f"{module} does nothing for {task.name}")
     return found
-
-
-def _verdict(cell: Cell, problems: list[str]) -> Cell:
-    return replace(cell, verdict="failed", reason=shortened(problems)) if problems else cell

@@ -8,23 +8,30 @@ import pytest
 
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError
-from mtl_export.parity.artefact import Artefact
-from mtl_export.parity.cases import Case
-from mtl_export.parity.checks.generation import (
-    STEPS,
+from mtl_export.parity.cases import STEPS, Case, RowLimits, step_cases
+from mtl_export.parity.checks.generation import TOKENS, token_cells
+from mtl_export.parity.judged import BAD_IDS
+from mtl_export.parity.outputs import Subject
+from mtl_export.parity.reference import (
+    ExtraChecks,
     GeneratedTokens,
-    bad_step_ids,
-    step_cases,
-    token_cells,
+    Reference,
     tokens_of_oracle,
 )
+from mtl_export.parity.report import Cell
+from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.runners.language import NEW_TOKENS, PROMPT_TASK_IDS, Generator, positions
 from tests.graph import marked
 from tests.parity import fakes
 
 TASKS = marked.TASKS
-BAD = np.array([-1, 3])
+BAD = [*BAD_IDS, 3]
 LIMIT = 0.25
+
+
+def bad_as_good(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Refuse ids that no task has."""
+    raise EngineRunError("task_ids: a bad one")
 
 
 class Speaker(fakes.FakeRunner):
@@ -56,18 +63,27 @@ def generated() -> GeneratedTokens:
     return GeneratedTokens(Case("prompts", inputs), tokens, np.ones(tokens.shape))
 
 
-def artefact(runner: fakes.FakeRunner, task: int | None = None) -> Artefact:
-    """Return what would ship with this runner."""
-    if task is None:
-        return Artefact("name", "single-graph", runner, None, "fp32", "", "")
-    return Artefact("name", "merged", runner, TASKS[task], "fp32", "", "")
+def judged(
+    generated: GeneratedTokens, runner: fakes.FakeRunner, task: int | None = None
+) -> list[Cell]:
+    """Return the cells on what would ship with this runner; a single graph's last is on bad ids."""
+    case = generated.case
+    reference = Reference(case, Subject("logits"), np.zeros((6, STEPS, 5)), case.name)
+    record = fakes.judged_by(runner, reference)
+    floors = {reference.subject: LIMIT}
+    extra = ExtraChecks(generated=generated)
+    record = replace(record, extra=extra, floors=floors, tolerance=Tolerance(factor=1.0))
+    if task is not None:
+        artefact = replace(record.artefact, kind="per-task", task=TASKS[task])
+        record = replace(record, artefact=artefact).of_tasks([task])
+    with runner:
+        return token_cells(record)
 
 
 def cells(generated: GeneratedTokens, tokens: Array, task: int | None = None) -> dict[str, str]:
     """Return the verdict on these tokens by task."""
-    shipped = artefact(Speaker(tokens), task)
-    found = token_cells(shipped, shipped.runner, generated, TASKS, LIMIT)
-    return {cell.task: cell.verdict for cell in found}
+    found = judged(generated, Speaker(tokens, bad_as_good), task)
+    return {cell.task: cell.verdict for cell in found if cell.case == TOKENS}
 
 
 def test_equal_tokens_pass(generated: GeneratedTokens) -> None:
@@ -81,8 +97,7 @@ def test_one_wrong_token_fails_its_task_alone(generated: GeneratedTokens) -> Non
     tokens = generated.tokens.copy()
     tokens[4, 3:] = 99
     assert cells(generated, tokens) == {"a": "passed", "b": "failed", "c": "passed"}
-    shipped = artefact(Speaker(tokens))
-    cell = token_cells(shipped, shipped.runner, generated, TASKS, LIMIT)[1]
+    cell = judged(generated, Speaker(tokens, bad_as_good))[1]
     assert cell.reason == "token 3 of row 4 is 99, not 35, which leads by 1"
     assert cell.decisions == (2 * STEPS, STEPS + 3, 0)
 
@@ -95,15 +110,14 @@ def test_a_close_call_is_a_tie_and_so_is_what_follows(generated: GeneratedTokens
     tokens[4, 3:] = 99
     close = replace(generated, margins=margins)
     assert cells(close, tokens) == dict.fromkeys("abc", "passed")
-    shipped = artefact(Speaker(tokens))
-    cell = token_cells(shipped, shipped.runner, close, TASKS, LIMIT)[1]
+    cell = judged(close, Speaker(tokens, bad_as_good))[1]
     assert cell.decisions == (2 * STEPS, STEPS + 3, STEPS - 3)
 
 
 def test_a_runner_of_one_graph_is_not_run(generated: GeneratedTokens) -> None:
     """What cannot generate has not passed."""
-    shipped = artefact(fakes.FakeRunner(fakes.right, name="one graph"))
-    found = token_cells(shipped, shipped.runner, generated, TASKS, LIMIT)
+    found = judged(generated, fakes.FakeRunner(bad_as_good, name="one graph"))[:-1]
+    assert [cell.task for cell in found] == ["a", "b", "c"]
     assert {cell.verdict for cell in found} == {"not-run"}
     assert "one graph" in found[0].reason
 
@@ -111,24 +125,24 @@ def test_a_runner_of_one_graph_is_not_run(generated: GeneratedTokens) -> None:
 @pytest.mark.parametrize(
     ("silent", "reason"),
     [
-        ([1, 2], ""),
-        ([2], "ids [-1] are answered"),
-        ([0, 1, 2], "they spoil the good row beside them, or the prompt"),
+        ([1, 2, 3, 4], ""),
+        ([2, 3, 4], "ids [-1] are answered"),
+        ([0, 1, 2, 3, 4], "they spoil the good row beside them, or the prompt"),
     ],
 )
 def test_bad_ids_at_a_step(generated: GeneratedTokens, silent: list[int], reason: str) -> None:
     """The prompts are read under a good id; from the first step on, bad rows must be NaN."""
 
     def answer(inputs: Mapping[str, Array]) -> dict[str, Array]:
-        assert inputs[PROMPT_TASK_IDS].tolist() == [0, 0, 0]
-        assert inputs["task_ids"].tolist() == [0, -1, 3]
-        logits = np.zeros((3, STEPS, 5))
+        assert inputs[PROMPT_TASK_IDS].tolist() == [0] * 5
+        assert inputs["task_ids"].tolist() == [0, *BAD]
+        logits = np.zeros((5, STEPS, 5))
         logits[silent, 1:] = np.nan
         return {"logits": logits}
 
     runner = Speaker(generated.tokens, answer)
-    with runner:
-        cell = bad_step_ids(artefact(runner), runner, generated, BAD)
+    cell = judged(generated, runner)[-1]
+    assert cell.case == "bad task ids, step"
     assert (cell.verdict, cell.reason) == ("failed" if reason else "passed", reason)
 
 
@@ -139,14 +153,14 @@ def test_bad_ids_that_are_refused_are_as_good(generated: GeneratedTokens) -> Non
         raise EngineRunError("task_ids: a bad one")
 
     runner = Speaker(generated.tokens, answer)
-    with runner:
-        cell = bad_step_ids(artefact(runner), runner, generated, BAD)
+    cell = judged(generated, runner)[-1]
+    assert cell.case == "bad task ids, step"
     assert cell.verdict == "passed"
 
 
 def test_steps_follow_the_mixed_and_the_long_batch(cases: list[Case]) -> None:
     """Prompts leave room for the steps; the tokens to feed are inside the vocabulary."""
-    found = step_cases(cases, vocabulary=31, longest=40)
+    found = step_cases(cases, RowLimits(3, 31, 40))
     assert [case.name for case in found] == [
         f"{STEPS} steps, mixed tasks", f"{STEPS} steps, batch 7 x 40"
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,16 +11,19 @@ from typing_extensions import Self
 
 from mtl_export.checkpoint.tensors import Array
 from mtl_export.errors import EngineRunError
-from mtl_export.parity.cases import MIXED, Case
-from mtl_export.parity.checks.inputs import padding_only_cells, wrong_kind_cell
+from mtl_export.parity.cases import MIXED, PADDING_ONLY, ZEROED, Case
+from mtl_export.parity.checks.rows import WRONG_KIND, padding_only_cells, routing_cells
 from mtl_export.parity.outputs import Subject
-from mtl_export.parity.presets import PADDING_ONLY, ZEROED
-from mtl_export.parity.probes import Padding, asked, padding_of
-from mtl_export.parity.reference import Reference
+from mtl_export.parity.reference import (
+    ExtraChecks,
+    Padding,
+    Reference,
+    padding_of,
+    with_zeroed,
+)
 from mtl_export.parity.report import Cell
-from tests.parity.fakes import TASKS, WIDEST, WIDTHS, Answer, FakeRunner, exact
-
-CELL = Cell("graph", "fake", "*", "contract", "passed")
+from mtl_export.runtime.runners.base import Runner
+from tests.parity.fakes import TASKS, WIDEST, WIDTHS, Answer, FakeRunner, exact, judged_by
 
 
 class Careless:
@@ -58,12 +62,19 @@ def test_ids_of_a_wrong_kind_must_not_be_answered(cases: list[Case]) -> None:
             raise EngineRunError("task_ids: int32", expected="int64")
         return {"logits": np.full((3, 2), np.nan)}
 
-    cell = wrong_kind_cell(CELL, Careless(numbers), mixed(cases), "logits")
+    case = mixed(cases)
+    reference = Reference(case, Subject("logits"), exact(case.inputs), case.name)
+
+    def judged(runner: Runner) -> Cell:
+        cells = routing_cells(judged_by(runner, reference))
+        return next(cell for cell in cells if cell.case == WRONG_KIND)
+
+    cell = judged(Careless(numbers))
     assert cell.verdict == "failed"
     assert cell.reason == "ids that are int32, float32, a column, a number are answered"
-    assert wrong_kind_cell(CELL, Careless(strict), mixed(cases), "logits").verdict == "passed"
+    assert judged(Careless(strict)).verdict == "passed"
     with FakeRunner(lambda inputs: {"logits": exact(inputs)}) as runner:
-        assert wrong_kind_cell(CELL, runner, mixed(cases), "logits").verdict == "passed"
+        assert judged(runner).verdict == "passed"
 
 
 def on_padding(value: float) -> Answer:
@@ -100,11 +111,13 @@ def test_padding_alone_is_nan_where_the_oracle_says_so(
     """Its numbers mean nothing; whether there are any must agree."""
     asked_for = padding(cases, oracle)
     assert len(asked_for.inputs["task_ids"]) == len(TASKS)
+    extra = ExtraChecks(padding=asked_for)
     with FakeRunner(on_padding(candidate)) as runner:
-        (cell,) = padding_only_cells(CELL, runner, asked_for, None)
+        (cell,) = padding_only_cells(replace(judged_by(runner), extra=extra))
         assert (cell.case, cell.verdict) == (PADDING_ONLY, verdict)
     narrow = Careless(lambda inputs: {"logits": on_padding(candidate)(inputs)["logits"][:, :1]})
-    (cell,) = padding_only_cells(CELL, narrow, asked_for, TASKS[2])
+    of_task = replace(judged_by(narrow, task=2), extra=extra).of_tasks([2])
+    (cell,) = padding_only_cells(of_task)
     assert WIDTHS[2] == 1
     assert cell.verdict == verdict
 
@@ -113,8 +126,8 @@ def test_what_cannot_be_asked_of_the_base_is_said(cases: list[Case]) -> None:
     """The reason why there is no model without adapters ends up beside what is left out."""
     case = mixed(cases)
     reference = Reference(case, Subject("logits"), exact(case.inputs), case.name)
-    found = asked(None, [reference], {"x": "y"}, "biases of their own")
+    found = with_zeroed(ExtraChecks({"x": "y"}), [reference], "biases of their own")
     assert found.left_out == {ZEROED: "biases of their own", "x": "y"}
     base = FakeRunner(lambda inputs: {"logits": exact(inputs) + 1})
-    zeroed = asked(None, [reference], {}, {"fp64": base}.__getitem__).zeroed
+    zeroed = with_zeroed(ExtraChecks(), [reference], {"fp64": base}.__getitem__).zeroed
     np.testing.assert_array_equal(zeroed["logits"], exact(case.inputs) + 1)

@@ -2,17 +2,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from mtl_export.errors import EngineRunError
+from mtl_export.parity.artefact import Artefact
+from mtl_export.parity.cases import Case
 from mtl_export.parity.checks.metadata import INTERFACE, beside_cells
+from mtl_export.parity.judged import Judged
 from mtl_export.parity.outputs import Subject
-from mtl_export.parity.report import Cell, Verdict
+from mtl_export.parity.reference import Reference
+from mtl_export.parity.report import Verdict
+from mtl_export.parity.tolerance import Tolerance
 from tests.adapters import toys
+from tests.parity.fakes import FakeRunner, right
 
-CELL = Cell("single-graph onnx", "onnxruntime", "*", "contract", "passed")
 CACHE = ("present.0.key", "present.0.value")
 
 
@@ -40,7 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def interface(folder: Path, path: Path, dtype: str = "fp32") -> tuple[Verdict, str]:
     """Return verdict and reason of the cell on inputs and outputs."""
     bound = toys.bound_model(folder / "base", folder / "adapter")
-    cells = beside_cells(CELL, bound, path, None, dtype, [Subject("logits")])
+    artefact = Artefact(
+        "single-graph onnx", "single-graph", FakeRunner(right), None, dtype, "", "", path=path
+    )
+    exact = [Reference(Case("all", {}), Subject("logits"), np.empty(0), "all")]
+    cells = beside_cells(Judged(bound, artefact, exact, {}, Tolerance()))
     (cell,) = (cell for cell in cells if cell.case == INTERFACE)
     return cell.verdict, cell.reason
 

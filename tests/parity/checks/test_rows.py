@@ -14,9 +14,8 @@ from mtl_export.parity.checks.rows import row_cells
 from mtl_export.parity.outputs import Subject
 from mtl_export.parity.reference import Reference
 from mtl_export.parity.report import Cell
-from tests.parity.fakes import TASKS, WIDEST, Answer, FakeRunner, exact, right_for
+from tests.parity.fakes import TASKS, Answer, FakeRunner, exact, judged_by, right_for
 
-CELL = Cell("graph", "fake", "*", "rows", "passed")
 Fault = Callable[[Mapping[str, Array], Array], Array]
 
 
@@ -29,9 +28,8 @@ def judged(cases: list[Case], answer: Answer, task: int | None = None) -> dict[s
     """Return the cells by check."""
     mixed = next(case for case in cases if case.name == MIXED)
     with FakeRunner(answer) as runner:
-        own = None if task is None else TASKS[task]
-        reference = Reference(mixed, Subject("logits"), np.empty((0, WIDEST)), mixed.name)
-        cells = row_cells(CELL, runner, reference, own, 1e-6)
+        reference = Reference(mixed, Subject("logits"), exact(mixed.inputs), mixed.name)
+        cells = row_cells(judged_by(runner, reference, task=task))
     return {cell.case: cell for cell in cells}
 
 

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from mtl_export.checkpoint.base_model import BaseModel, open_base
 from mtl_export.checkpoint.files.safetensors import write_safetensors
-from mtl_export.parity.checks.stored_dtype import folder_problem, graph_problem
+from mtl_export.parity.checks.metadata import folder_problem, graph_problem
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 WORDS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

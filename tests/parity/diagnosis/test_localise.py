@@ -15,7 +15,7 @@ from mtl_export.merge.writer import write_merged
 from mtl_export.parity.cases import Case
 from mtl_export.parity.diagnosis.localise import chosen_cases, localise, looked_at
 from mtl_export.parity.report import Cell
-from mtl_export.parity.run import run_parity
+from mtl_export.parity.run import RunOptions, run_parity
 from mtl_export.parity.tolerance import Tolerance
 from mtl_export.runtime.runners.language import NEW_TOKENS
 from mtl_export.runtime.runners.pytorch import MergedRunner
@@ -252,7 +252,12 @@ def test_parity_and_localise_agree(toy: Exported, tmp_path: Path) -> None:
     bad = toy.artefact(spoilt(toy.merged, tmp_path / "bad", change), is_merged=True)
     oracle = toy.oracles.__getitem__
     report = run_parity(
-        toy.bound, [bad], toy.cases[:5], tolerance=Tolerance(), oracle=oracle, threads=1
+        toy.bound,
+        [bad],
+        toy.cases[:5],
+        tolerance=Tolerance(),
+        oracle=oracle,
+        options=RunOptions(threads=1),
     )
     steps: list[str] = []
     (found,) = localise(
