@@ -41,7 +41,7 @@ def _scene(generator: np.random.Generator) -> Maps:
     instance = np.zeros((SIZE, SIZE), np.int64)
     colour = np.broadcast_to(generator.uniform(0.3, 0.9, 3), (SIZE, SIZE, 3)).copy()
     for number in range(1, generator.integers(2, 5) + 1):
-        kind = generator.integers(1, len(CLASSES))
+        kind = int(generator.integers(1, len(CLASSES)))
         x, y = generator.uniform(-0.7, 0.7, 2)
         size, near = generator.uniform(0.2, 0.45), generator.uniform(1.2, 2.2)
         u, v = (columns - x) / size, (rows - y) / size

@@ -11,7 +11,7 @@ import pytest
 from mtl_export.tensorrt import available_builder
 from tests.examples.readme_blocks import ROOT, Block, blocks_of, copy_of, masked, run
 
-READMES = ("README.md",)
+READMES = ("README.md", "examples/05_dense_tasks/README.md")
 
 pytestmark = [
     pytest.mark.skipif(
