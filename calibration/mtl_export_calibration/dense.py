@@ -30,12 +30,12 @@ from mtl_export.bundle.output import output_folder
 from mtl_export.checkpoint.files.json_file import parse_json
 from mtl_export.checkpoint.hashing import sha256_of_file
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.dense.export import save_graph
 from mtl_export.dense.images import read_images
 from mtl_export.dense.judge import decided
 from mtl_export.dense.kinds import CLASSES, DIRECTIONS, PROBABILITY, kind_of
 from mtl_export.dense.scores import score_of
 from mtl_export.errors import UsageError
+from mtl_export.graph.external_data import save_graph
 from mtl_export.graph.opened import open_graph
 from mtl_export.names import DENSE_KEY, IMAGE, MODEL_FILE, QUANTISATION_KEY
 from mtl_export.parity.metrics import sqnr_db

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtl_export.api import artefacts, graphs
+from mtl_export.api import graphs
 from mtl_export.api.engine_shapes import ShapeTexts, profiles_from_options
 from mtl_export.api.graph_form import GRAPH_DTYPE, Form
 from mtl_export.api.settings import Settings
@@ -312,8 +312,10 @@ def refuse_uncalibrated(
         UsageError: Graphs are missing, of another checkpoint, or damaged; or the model runs
             as several graphs, which cannot be calibrated.
     """
+    from mtl_export.api.artefacts import first_graph
+
     where = f"--quantize {number}"
-    if artefacts.first_graph(bound) != MODEL_FILE:
+    if first_graph(bound) != MODEL_FILE:
         raise UsageError(
             f"{where}: {bound.adapters.model_class} generates tokens, by several graphs",
             expected="a model of one graph, because only those are calibrated",

@@ -19,15 +19,16 @@ from mtl_export.bundle.output import output_folder
 from mtl_export.bundle.staging import held_alone
 from mtl_export.checkpoint.checkpoint import Task, task_named, tasks_of
 from mtl_export.checkpoint.files.json_file import parse_json
-from mtl_export.dense.export import save_graph
-from mtl_export.dense.isolation import STACKED
 from mtl_export.errors import IntegrityError, UsageError, shortened
+from mtl_export.graph.external_data import save_graph
 from mtl_export.graph.opened import open_graph
 from mtl_export.graph.origins import EDITS_KEY, edits_of
 from mtl_export.names import DENSE_KEY, MODEL_FILE, TASKS_KEY
 from mtl_export.runtime.golden import GOLDEN_FILE, golden_bytes, read_golden
 from mtl_export.version import VERSION
 
+# Tensors with a slice for each task.
+STACKED = (".task_down", ".task_up")
 _FIX = "Export the graph again"
 
 

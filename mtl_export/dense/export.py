@@ -22,7 +22,7 @@ from mtl_export.adapters.modules.mtlora_swin import Block, MTLoRASwin
 from mtl_export.dense.kinds import kind_of, postprocessed
 from mtl_export.dense.model import DenseModel
 from mtl_export.errors import GraphError
-from mtl_export.graph.external_data import WrittenFile, externalised, write_data
+from mtl_export.graph.external_data import WrittenFile, save_graph
 from mtl_export.graph.names import OPSET
 from mtl_export.names import (
     BASE_KEY,
@@ -32,7 +32,6 @@ from mtl_export.names import (
     FAMILY_KEY,
     IMAGE,
     LAYOUT_KEY,
-    MODEL_FILE,
     SINGLE_GRAPH,
     TASKS_KEY,
     VERSION_KEY,
@@ -42,7 +41,6 @@ from mtl_export.version import VERSION
 
 # The batch of the trace: with 1 a dynamic axis would be taken for a constant.
 TRACED_BATCH = 2
-MODEL_STEM = "model"
 
 
 class _Tapped(nn.Module):
@@ -97,14 +95,6 @@ def write_dense_graph(
     text = json.dumps(config, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     return save_graph(graph, folder)
-
-
-def save_graph(graph: ir.Model, folder: Path) -> dict[str, WrittenFile]:
-    """Write a graph as ``model.onnx`` and ``model.onnx.data``; return the data's hash and size."""
-    places, files = write_data({MODEL_STEM: graph}, folder)
-    with externalised({MODEL_STEM: graph}, places):
-        ir.save(graph, folder / MODEL_FILE)
-    return files
 
 
 def dense_graph(

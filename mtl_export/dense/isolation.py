@@ -14,13 +14,13 @@ import numpy as np
 import onnx_ir as ir
 
 from mtl_export.checkpoint.tensors import Array
+from mtl_export.dense.edit import STACKED
 from mtl_export.dense.model import DenseModel
 from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.report import Cell, Verdict
 from mtl_export.runtime.ort import load_onnxruntime
 
 CASE = "isolation"
-STACKED = (".task_down", ".task_up")
 
 
 def isolation_cells(

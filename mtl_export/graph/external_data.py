@@ -30,7 +30,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mtl_export.checkpoint.tensors import Array
-from mtl_export.names import DATA_FILE
+from mtl_export.names import DATA_FILE, MODEL_FILE
 
 SHARED_FILE = "shared.onnx.data"
 # Smaller tensors stay in the graph: shapes and axes, which tools read without external data.
@@ -224,6 +224,15 @@ def write_data(
         places |= {key: file.add(tensors[key]) for key in tensors if key not in places}
         files[DATA_FILE] = file.written
     return places, files
+
+
+def save_graph(model: ir.Model, folder: Path) -> dict[str, WrittenFile]:
+    """Write the only graph of a folder, ``model.onnx``; return its data's hash and size by name."""
+    models = {Path(MODEL_FILE).stem: model}
+    places, files = write_data(models, folder)
+    with externalised(models, places):
+        ir.save(model, folder / MODEL_FILE)
+    return files
 
 
 def clone_file(source: Path, target: Path) -> None:

@@ -188,12 +188,16 @@ def vlbart(good: Good, root: Path) -> None:
 def mtlora(good: Good, root: Path) -> None:
     """Write MTLoRA's ``ckpt_epoch_N.pth``, with the configuration inside and beside it."""
     from tests.checkpoint import mtlora_toys
+    from tests.dense.checkpoints import Recipe, configuration, state
 
     for name in ("inside", "beside"):
         (root / name).mkdir(parents=True)
-    mtlora_toys.write(root / "inside" / "ckpt_epoch_12.pth")
-    mtlora_toys.write(root / "beside" / "ckpt_epoch_12.pth", config=None)
-    (root / "beside" / "config.json").write_text(json.dumps(mtlora_toys.config()))
+    small = Recipe(depths=(1, 1, 1, 2), heads=(1, 1, 1, 1), embed=4, widths=(2, 2, 2, 2),
+                   channels={"semseg": 3, "sal": 1}, shared_ranks=(1, 1, 1, 1), rank=1)  # fmt: skip
+    tensors, settings = state(small), configuration(small)
+    mtlora_toys.write(root / "inside" / "ckpt_epoch_12.pth", tensors, settings)
+    mtlora_toys.write(root / "beside" / "ckpt_epoch_12.pth", tensors, config=None)
+    (root / "beside" / "config.json").write_text(json.dumps(settings))
 
 
 def peft(good: Good, root: Path) -> None:
