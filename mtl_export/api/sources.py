@@ -36,7 +36,7 @@ def open_settings_checkpoint(settings: Settings) -> Checkpoint:
         )
     if settings.train_config is not None:
         return open_with_train_config(settings.checkpoint, settings.train_config, settings.tasks)
-    return open_checkpoint(
+    found = open_checkpoint(
         settings.checkpoint,
         alpha=settings.alpha,
         temperature=settings.temperature,
@@ -44,6 +44,15 @@ def open_settings_checkpoint(settings: Settings) -> Checkpoint:
         task_names=settings.tasks,
         biases=settings.biases,
     )
+    # What stands in a settings file may be meant for other checkpoints.
+    is_meant = not settings.config_file or "image_size" in settings.typed
+    if settings.image_size is not None and is_meant and found.swin is None:
+        raise UsageError(
+            f"--image-size {settings.image_size}: {settings.checkpoint} takes no images of its own",
+            expected="it beside an MTLoRA file, whose model takes images of one size",
+            fix="Leave out --image-size",
+        )
+    return found
 
 
 def open_settings_base(settings: Settings, checkpoint: Checkpoint) -> BaseModel:
@@ -82,7 +91,6 @@ def open_bound(
     from mtl_export.adapters.family import read_adapters
 
     checkpoint = open_settings_checkpoint(settings)
-    refuse_image_size(settings)
     _refuse_unknown(settings, checkpoint.tasks)
     base = open_settings_base(settings, checkpoint)
     if targets is None:
@@ -99,20 +107,6 @@ def open_bound(
             else "Set another dir under [output] in mtl-export.toml, or pass --output",
         )
     return bind(checkpoint, read_adapters(checkpoint, base), base, check_hash=check_hash)
-
-
-def refuse_image_size(settings: Settings) -> None:
-    """Refuse a size of images for a model that has none.
-
-    Raises:
-        UsageError: One was given.
-    """
-    if settings.image_size is not None:
-        raise UsageError(
-            f"--image-size {settings.image_size}: the checkpoint is an adapter on a base",
-            expected="it beside an MTLoRA file, whose model takes images of one size",
-            fix="Leave out --image-size",
-        )
 
 
 def selected_tasks(settings: Settings, tasks: Sequence[Task]) -> tuple[Task, ...]:

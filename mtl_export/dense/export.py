@@ -115,8 +115,14 @@ def dense_graph(
         is_postprocessed: Put argmax, sigmoid or normalisation into the graph; see ``kinds``.
 
     Raises:
-        GraphError: PyTorch cannot export it.
+        GraphError: PyTorch cannot export it, or a task is called as the input is.
     """
+    if IMAGE in tasks:
+        raise GraphError(
+            f"task {IMAGE}: the graph's input has that name",
+            expected="outputs named after tasks, and another name for the input",
+            fix=f"Rename the task {IMAGE} in the checkpoint's keys and TASKS",
+        )
     tensors, described = model.folded(tasks)
     inner = MTLoRASwin.from_tensors(tensors, described)
     freeze_biases(inner)

@@ -16,7 +16,7 @@ from mtl_export.adapters.modules.dense_heads import HEADS, head_kind
 from mtl_export.adapters.modules.mtlora_layers import SwinModel
 from mtl_export.adapters.modules.mtlora_swin import COMPUTED, MTLoRASwin
 from mtl_export.checkpoint.checkpoint import Checkpoint, Task
-from mtl_export.checkpoint.tensors import Tensor
+from mtl_export.checkpoint.tensors import FLOAT_DTYPES, Tensor
 from mtl_export.dense import fold
 from mtl_export.errors import CheckpointError, UsageError, shortened
 
@@ -43,7 +43,7 @@ class DenseModel:
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return its tensors by the trainer's names, read once."""
-        return {name: torch.from_numpy(one.numpy()) for name, one in self.stored.items()}
+        return {name: _read(one) for name, one in self.stored.items()}
 
     def trained(self, dtype: torch.dtype = torch.float32) -> MTLoRASwin:
         """Return the model as trained: unmerged, in evaluation mode, in ``dtype``."""
@@ -69,6 +69,12 @@ class DenseModel:
                 fix=f"Pass --image-size {trained}, or leave it out",
             )
         return replace(self, described=replace(self.described, image_size=image_size))
+
+
+def _read(tensor: Tensor) -> torch.Tensor:
+    """Return a stored tensor; floating ones in at least float32, as numpy has no bfloat16."""
+    is_float = tensor.dtype in FLOAT_DTYPES
+    return torch.from_numpy(tensor.widened() if is_float else tensor.numpy())
 
 
 def open_dense(checkpoint: Checkpoint) -> DenseModel:
@@ -119,7 +125,10 @@ def _refuse_misfits(checkpoint: Checkpoint, stored: Mapping[str, Tensor], model:
         with torch.device("meta"):
             built = MTLoRASwin(shapes, model).eval()
     except KeyError as error:
-        raise _misfit(checkpoint, [f"{error.args[0]} is missing"]) from error
+        # PyTorch's word for a task that is called as a method of its containers.
+        found = str(error.args[0])
+        problem = found if "already exists" in found else f"{found} is missing"
+        raise _misfit(checkpoint, [problem]) from error
     own = {name: tuple(value.shape) for name, value in built.state_dict().items()}
     problems = [f"{name} is missing" for name in sorted(own.keys() - shapes.keys())]
     problems += [f"{name} is left over" for name in sorted(shapes.keys() - own.keys())]
@@ -154,8 +163,7 @@ def _other_values(built: MTLoRASwin, stored: Mapping[str, Tensor]) -> list[str]:
     return [
         f"{name} holds other values than Swin's"
         for name, value in own.named_buffers()
-        if name.endswith(COMPUTED)
-        and not torch.equal(value, torch.from_numpy(stored[name].numpy()).to(value.dtype))
+        if name.endswith(COMPUTED) and not torch.equal(value, _read(stored[name]).to(value.dtype))
     ]
 
 

@@ -230,6 +230,7 @@ def configuration(recipe: Recipe = PLAIN) -> dict[str, Any]:
     lora = {
         "SHARED_MODE": recipe.mode,
         "SPLIT_QKV": False,
+        "TRAINABLE_SCALE_SHARED": recipe.trained_scale,
         "SHARED_SCALE": SHARED_SCALES,
         "TASK_SCALE": [9.0] * len(recipe.depths),
         "SCALE_PER_TASK_LIST": listed,

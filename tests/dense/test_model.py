@@ -14,7 +14,17 @@ from mtl_export.checkpoint.reader import open_checkpoint
 from mtl_export.dense.fold import folded, layer_folds
 from mtl_export.dense.model import DenseModel, open_dense
 from mtl_export.errors import CheckpointError, UsageError
-from tests.dense.checkpoints import LAYERS, PLAIN, TASKS, Recipe, checkpoint_file, state
+from tests.checkpoint.mtlora_toys import write
+from tests.dense.checkpoints import (
+    LAYERS,
+    PLAIN,
+    TASK_SCALES,
+    TASKS,
+    Recipe,
+    checkpoint_file,
+    configuration,
+    state,
+)
 from tests.dense.plain_forward import PlainSwin
 from tests.fixtures.folder import FIXTURES, needs
 
@@ -138,9 +148,6 @@ def test_a_task_may_have_no_rank(tmp_path: Path) -> None:
     tensors = state(recipe)
     for name in [name for name in tensors if name.endswith(".sal") and "lora_tasks" in name]:
         tensors[name] = tensors[name][:0] if "_A." in name else tensors[name][:, :0]
-    from tests.checkpoint.mtlora_toys import write
-    from tests.dense.checkpoints import configuration
-
     file = write(tmp_path / "ckpt_epoch_3.pth", tensors, configuration(recipe))
     model, image = open_dense(open_checkpoint(file)), images()
     with torch.inference_mode():
@@ -188,9 +195,6 @@ def test_a_state_dict_that_is_not_whole_is_refused(
     tmp_path: Path, change: tuple[str, tuple[int, ...] | None], found: str
 ) -> None:
     """One message says which tensor."""
-    from tests.checkpoint.mtlora_toys import write
-    from tests.dense.checkpoints import configuration
-
     name, shape = change
     tensors = state()
     if shape is None:
@@ -202,6 +206,53 @@ def test_a_state_dict_that_is_not_whole_is_refused(
     file = write(tmp_path / "ckpt_epoch_3.pth", tensors, configuration())
     with pytest.raises(CheckpointError, match=found):
         open_dense(open_checkpoint(file))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_files_in_half_precision_are_widened(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Numpy has no bfloat16; what is stored is computed with in float32."""
+    tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state().items()}
+    file = write(tmp_path / "ckpt_epoch_3.pth", tensors, configuration())
+    model, image = open_dense(open_checkpoint(file)), images()
+    with torch.inference_mode():
+        wanted = PlainSwin(tensors, Recipe())(image)
+        found = MTLoRASwin.from_tensors(*model.folded(["sal"])).double()(image)
+    assert worst(found, wanted) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("flag", "lacking"),
+    [("TRAINABLE_SCALE_PER_TASK", "task_scale_0"), ("TRAINABLE_SCALE_SHARED", "shared_scale")],
+)
+def test_scales_that_were_trained_and_not_stored_are_refused(
+    tmp_path: Path, flag: str, lacking: str
+) -> None:
+    """The configuration's numbers are where training began, not where it ended."""
+    file = checkpoint_file(tmp_path, Recipe(settings={flag: True}))
+    with pytest.raises(CheckpointError, match=f"lacks {lacking}, which was trained"):
+        open_checkpoint(file)
+
+
+def test_scales_per_task_that_a_fork_trained_are_used(tmp_path: Path) -> None:
+    """In place of the configuration's; some of them alone are refused."""
+    tensors = state()
+    for name in [name for name in tensors if "lora_tasks_A" in name]:
+        tensors[name.replace("lora_tasks_A", "lora_task_scale")] = torch.tensor([1.5])
+    file = write(tmp_path / "ckpt_epoch_3.pth", tensors, configuration())
+    model, image = open_dense(open_checkpoint(file)), images()
+    as_configured = {k: v for k, v in tensors.items() if "task_scale" not in k}
+    for name in [name for name in as_configured if "lora_tasks_B" in name]:
+        stage, task = int(name.split(".")[2]), name.rpartition(".")[2]
+        as_configured[name] = as_configured[name] * 1.5 / TASK_SCALES[task][stage]
+    with torch.inference_mode():
+        wanted = PlainSwin(as_configured, Recipe())(image)
+        assert worst(model.trained(torch.float64)(image), wanted) < 1e-6
+        found = MTLoRASwin.from_tensors(*model.folded(TASKS)).double()(image)
+    assert worst(found, wanted) < 2e-6
+    del tensors["backbone.layers.0.blocks.1.mlp.fc1.lora_task_scale.sal"]
+    file = write(tmp_path / "ckpt_epoch_3.pth", tensors, configuration())
+    with pytest.raises(CheckpointError, match="lacks task_scale_2"):
+        open_checkpoint(file)
 
 
 class TestTrainersFile:

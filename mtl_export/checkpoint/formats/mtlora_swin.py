@@ -221,6 +221,7 @@ def _layers(
         has_tasks = any(role.startswith("task_") for role in roles)
         mode = settings.mode if has_tasks else "matrix"
         problems += _misfits(module, roles, stored.tensors, mode, len(tasks) if has_tasks else 0)
+        problems += _unknown_scales(module, roles, settings, len(tasks) if has_tasks else 0)
         hyper = {"mode": float(MODES.index(mode))}
         scales = settings.scales(stages[module], tasks)
         hyper |= {name: value for name, value in scales.items() if name not in roles
@@ -235,6 +236,17 @@ def _layers(
             fix="Pair the checkpoint with the configuration of its own run",
         )
     return layers
+
+
+def _unknown_scales(
+    module: str, roles: Mapping[str, Tensor], settings: SwinSettings, task_count: int
+) -> list[str]:
+    """Return the scales of a layer that were trained and are not stored."""
+    own = {f"task_scale_{index}" for index in range(task_count)}
+    wanted = own if "task_scale" in settings.trained or own & roles.keys() else set()
+    if "shared_scale" in settings.trained and "shared_down" in roles:
+        wanted = {*wanted, "shared_scale"}
+    return [f"{module} lacks {role}, which was trained" for role in sorted(wanted - roles.keys())]
 
 
 def _misfits(

@@ -17,6 +17,10 @@ from mtl_export.errors import CheckpointError, shortened
 
 MODES = ("matrix", "matrixv2", "addition")
 STAGES = 4
+TRAINED = {
+    "TRAINABLE_SCALE_SHARED": "shared_scale",
+    "TRAINABLE_SCALE_PER_TASK": "task_scale",
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class SwinSettings:
         image_size: Side of the image in pixels.
         qk_scale: Factor of q in attention; None for 1 / sqrt(width of a head).
         window: Side of attention's windows, in tokens.
+        trained: Roles of scales that were trained, so that the file must hold them:
+            ``shared_scale``, ``task_scale``.
     """
 
     mode: str
@@ -42,6 +48,7 @@ class SwinSettings:
     image_size: int = 224
     qk_scale: float | None = None
     window: int = 7
+    trained: tuple[str, ...] = ()
 
     def scales(self, stage: int, tasks: Sequence[str]) -> dict[str, float]:
         """Return the scales of one stage by role: ``shared_scale``, ``task_scale_0``, ..."""
@@ -109,6 +116,7 @@ def settings_of(where: str, config: Mapping[str, Any]) -> SwinSettings:
         image_size=_value(config, "DATA.IMG_SIZE", int, 224, problems),
         qk_scale=_value(config, "MODEL.SWIN.QK_SCALE", float, None, problems),
         window=_value(config, "MODEL.SWIN.WINDOW_SIZE", int, 7, problems),
+        trained=tuple(role for flag, role in TRAINED.items() if lora.get(flag)),
     )
     if problems:
         raise _refusal(where, problems)
@@ -145,8 +153,8 @@ def _refusal(where: str, problems: Sequence[str]) -> CheckpointError:
     return CheckpointError(
         f"{where}: {shortened(problems)}",
         expected=(
-            f"MODEL.MTLORA with SHARED_MODE and one scale for each of {STAGES} stages, because the "
-            "scales are not in the state dict"
+            f"MODEL.MTLORA with SHARED_MODE, one scale for each of {STAGES} stages, and sizes in "
+            "whole numbers, because they are not in the state dict"
         ),
         fix="Use the configuration that the trainer wrote beside the checkpoint",
     )
