@@ -42,6 +42,7 @@ from mtl_export.parity.metrics import sqnr_db
 from mtl_export.runtime.ort import load_onnxruntime, onnx_metadata, open_session
 from mtl_export_calibration.calibrators import CALIBRATORS
 from mtl_export_calibration.evaluate import TaskScore
+from mtl_export_calibration.formats import INT4_BLOCK
 from mtl_export_calibration.histogram import Histogram
 from mtl_export_calibration.layers import QuantLayer, find_layers
 from mtl_export_calibration.qdq import QuantisationPlan, quantise
@@ -173,6 +174,15 @@ class _Job:
         """Write the quantised graph into ``folder``, the least float that passes."""
         options = self.request.options
         layers = trunk_layers(open_graph(source / MODEL_FILE), options.exclude)
+        if not options.number.quantises_activations:
+            # Blocks of a format without activations run along the inputs.
+            layers = [one for one in layers if one.shape[0] % INT4_BLOCK == 0]
+        if not layers:
+            raise UsageError(
+                f"--quantize {options.number.name}: no product of {source} can be quantised",
+                expected=f"layers whose inputs come in blocks of {INT4_BLOCK}",
+                fix="Pass --quantize int8",
+            )
         statistics = _statistics(source / MODEL_FILE, layers, self.given.images, options.threads)
         choose = CALIBRATORS[options.method]
         amax = {name: choose(one, options.number) for name, one in statistics.items()}

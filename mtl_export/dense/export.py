@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,8 @@ from mtl_export.version import VERSION
 
 # The batch of the trace: with 1 a dynamic axis would be taken for a constant.
 TRACED_BATCH = 2
+# Of a node's scopes, the modules of the model: 'inner.backbone.layers.0', ...
+_MODULE = re.compile(r"'inner\.((?:backbone|downsampler|decoders)[\w.]*)'")
 
 
 class _Tapped(nn.Module):
@@ -148,9 +151,32 @@ def dense_graph(
     graph = program.model
     del graph.graph.outputs[len(tasks) :]
     RemoveUnusedNodesPass()(graph)
+    _name_by_module(graph.graph)
     graph.metadata_props.clear()
     graph.metadata_props.update(_metadata(model, tasks, layout, is_postprocessed=is_postprocessed))
     return graph
+
+
+def _name_by_module(graph: ir.Graph) -> None:
+    """Name weights after their modules, and drop what the exporter says of this machine's files."""
+    names = {name: name.removeprefix("inner.") for name in graph.initializers}
+    for node in graph:
+        scopes = _MODULE.findall(node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        own = str(weight.name) if weight is not None and weight.is_initializer() else ""
+        name = f"{scopes[-1]}.weight_t" if scopes else ""
+        if own and "." not in own and name and name not in names.values():
+            names[own] = name
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for old, new in names.items():
+        value = graph.initializers.pop(old)
+        value.name = new
+        graph.register_initializer(value)
+    for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def freeze_biases(model: MTLoRASwin) -> None:

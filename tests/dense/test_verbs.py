@@ -118,6 +118,17 @@ def test_one_tasks_graph_holds_nothing_of_others(matrix: Path) -> None:
     assert slices == {1}
 
 
+def test_a_graph_names_modules_and_no_file_of_this_machine(matrix: Path) -> None:
+    """Weights are called after their layers; traces of the exporter are gone."""
+    path = matrix / "out" / "onnx" / "model.onnx"
+    names = {one.name for one in onnx.load(path).graph.initializer}
+    assert "backbone.layers.0.blocks.0.mlp.fc1.weight_t" in names
+    assert "backbone.layers.0.blocks.1.mlp.fc1.task_up" in names
+    content = path.read_bytes()
+    assert b".py" not in content
+    assert b"torch.onnx" not in content
+
+
 def perturbed(folder: Path, change: Callable[[str, np.ndarray], np.ndarray]) -> None:
     """Change tensors of the graph of all tasks, and its manifest with them."""
     path = folder / "model.onnx"
