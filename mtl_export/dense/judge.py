@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
@@ -30,11 +29,13 @@ from mtl_export.parity.artefact import Artefact
 from mtl_export.parity.checks.quantised import as_calibrated
 from mtl_export.parity.metrics import Decisions, difference
 from mtl_export.parity.report import AccuracyCell, Cell, ParityReport, Verdict
+from mtl_export.parity.run import versions
 from mtl_export.parity.tolerance import Tolerance, noise_floor
 from mtl_export.runtime.runners.base import Runner
-from mtl_export.version import VERSION
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Error maps have so many parts a side.
+MAP_PARTS = 8
 # Sizes of the batches by preset; graphs are traced at 2.
 BATCHES = {"quick": (3,), "standard": (1, 3, 5), "full": (1, 2, 3, 5, 8)}
 
@@ -130,7 +131,8 @@ class DenseJudge:
             found = self._judge(artefact)
             cells += found
             if localise and any(cell.verdict == "failed" for cell in found):
-                where.append(localised(self.model, artefact, self.cases[0].inputs, self._factor))
+                one = localised(self.model, artefact, self.cases[0].inputs, self._factor)
+                where.append(one if one.reason else replace(one, maps=self._maps(artefact)))
         digest = self.model.checkpoint.sha256
         return ParityReport(
             cells=(*cells, *not_there),
@@ -214,6 +216,19 @@ class DenseJudge:
                     continue  # a score needs raw values, not post-processed ones
                 found[task].append(score.sums(answers[task][0], labels[task][place]))
         return {task: np.stack(sums) for task, sums in found.items() if sums}
+
+    def _maps(self, artefact: Artefact) -> dict[str, list[list[float]]]:
+        """Return each task's error, the largest in each part of the map, in noise floors."""
+        reference, maps = self.references[0], {}
+        with artefact.runner as runner:
+            found = runner.infer(reference.case.inputs)
+        for task, raw in reference.raw.items():
+            if task in found and found[task].shape == raw.shape:
+                errors = np.abs(found[task] - raw).max((0, 1)) / self._floor(task, artefact.dtype)
+                rows = np.array_split(errors, MAP_PARTS)
+                parts = [np.array_split(row, MAP_PARTS, axis=1) for row in rows]
+                maps[task] = [[round(float(part.max()), 2) for part in row] for row in parts]
+        return maps
 
     @property
     def _factor(self) -> float:
@@ -379,14 +394,3 @@ def _changed(counts: Decisions) -> str:
 def place(index: Sequence[int]) -> str:
     """Return where in a map, in words."""
     return f"image {index[0]}, {', '.join(map(str, index[1:]))}"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what computed the numbers."""
-    found = {"mtl-export": VERSION}
-    for package in ("torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

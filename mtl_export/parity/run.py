@@ -146,7 +146,7 @@ def _report(
             "base_sha256": bound.base.sha256,
             "checkpoint_sha256": bound.adapters.checkpoint_sha256,
         },
-        versions=_versions(),
+        versions=versions(),
         quantised=tuple(
             record
             for artefact in artefacts
@@ -243,7 +243,8 @@ def _left_out(judged: Judged) -> list[Cell]:
     ]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of what computed the numbers."""
     found = {"mtl-export": VERSION}
     for package in ("torch", "transformers", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx"):
         try:

@@ -178,6 +178,9 @@ def test_a_planted_fault_fails_and_is_found(
         finding = where.finding(task)
         assert finding is not None
         assert finding.layer == f"stage{stage}.{task}"
+    assert {np.shape(grid) for grid in where.maps.values()} == {(8, 8)}
+    worst = {task: float(np.max(grid)) for task, grid in where.maps.items()}
+    assert {task for task, floors in worst.items() if floors > 8} == set(failing)
     faulty = {one.layer for one in where.layers if one.verdict == "faulty"}
     assert faulty == {f"stage{stage}.{task}" for task in failing}
 

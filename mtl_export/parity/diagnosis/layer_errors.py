@@ -7,7 +7,8 @@ task that were looked at, and one ``Finding`` for each task.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 LayerVerdict = Literal["within", "propagated", "faulty"]
@@ -111,6 +112,8 @@ class Localisation:
         reason: Why nothing could be looked at; empty when it was.
         unseen: Layers that tasks change and that it shows under no name.
         bisection: Of the precision; None where it was not asked for.
+        maps: Of tasks whose outputs are maps, 8 x 8 parts of the map, the largest error in each,
+            in noise floors; empty of others.
     """
 
     artefact: str
@@ -120,6 +123,7 @@ class Localisation:
     reason: str = ""
     unseen: tuple[str, ...] = ()
     bisection: Bisection | None = None
+    maps: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
 
     def finding(self, task: str) -> Finding | None:
         """Return what was found for a task; "*" is given the first that was found."""
@@ -138,6 +142,7 @@ class Localisation:
             "findings": [asdict(one) for one in self.findings],
             "layers": [asdict(one) for one in self.layers],
             "bisection": None if self.bisection is None else asdict(self.bisection),
+            "maps": {task: [list(row) for row in rows] for task, rows in self.maps.items()},
         }
 
 
