@@ -77,7 +77,7 @@ RUN = """
 import sys
 from pathlib import Path
 import numpy as np
-from mtl_export.bench.memory import peak_bytes
+from mtl_export.bench.measure import peak_bytes
 from mtl_export.runtime.ort import open_session
 session = open_session(Path(sys.argv[1]), threads=int(sys.argv[2]))
 for _ in range(5):
